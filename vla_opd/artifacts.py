@@ -1,0 +1,231 @@
+"""Artifacts: immutable folders with a manifest, published atomically.
+
+An artifact is written part by part into a hidden draft folder beside its target (`.it003.draft`), each part under a temporary name and then renamed.
+Publishing hashes every file, writes `manifest.json` last and renames the folder into place. So a manifest's presence means completeness, and a killed
+stage goes on from the parts that its draft already has, if the draft was started from the same inputs and settings.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+Kind = Literal["demonstrations", "checkpoint", "trajectories", "logits", "evaluation", "report"]
+MANIFEST = "manifest.json"
+FORMAT = 1
+VERSIONED = ("mujoco", "numpy", "torch", "transformers", "zarr", "vla-opd")  # the packages whose version can change an artifact's bytes
+
+
+class FileEntry(BaseModel):
+    """One file of an artifact."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    size: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """What an artifact is, to its reader.
+
+    digest:  sha256 of everything below but `made_with`: equal digests mean equal contents from equal inputs.
+    parents: the digest of every artifact that it was made from, by role.
+    params:  the settings that it was made under. facts: what a reader needs to know of its kind.
+    made_with: package versions, graphics backend, device: provenance, not identity.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: Kind
+    format: int
+    digest: str
+    parents: dict[str, str]
+    params: dict[str, Any]
+    facts: dict[str, Any]
+    files: dict[str, FileEntry]
+    made_with: dict[str, str]
+
+
+def canonical(value: object) -> str:
+    """JSON with one spelling: keys sorted, no spaces, NaN refused."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def sha256(text: str) -> str:
+    """The hexadecimal sha256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_manifest(folder: Path, kind: Kind) -> Manifest:
+    """The manifest alone, without checking the files. ValueError if there is none, or it is of another kind or format, or was edited."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"{folder}: no {MANIFEST}; expected a complete artifact of kind {kind!r} (run the stage that makes it)")
+    try:
+        manifest = Manifest.model_validate_json(path.read_text())
+    except ValidationError as error:
+        raise ValueError(f"{path}: not a manifest of format {FORMAT}: {error}") from error
+    if manifest.format != FORMAT:
+        raise ValueError(f"{path}: format is {manifest.format}; expected {FORMAT}, the one that this version reads")
+    if manifest.digest != sha256(canonical(manifest.model_dump(exclude={"digest", "made_with"}))):
+        raise ValueError(f"{path}: digest {manifest.digest[:12]} is not that of what it says; expected a manifest as it was published")
+    if manifest.kind != kind:
+        raise ValueError(f"{folder}: kind is {manifest.kind!r}; expected {kind!r}")
+    return manifest
+
+
+def open_artifact(folder: Path, kind: Kind) -> Manifest:
+    """The manifest, after checking that every file is there and has the sha256 that it says. ValueError names the first that has not."""
+    manifest = read_manifest(folder, kind)
+    for name, entry in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{path}: missing; expected {entry.size} bytes with sha256 {entry.sha256[:12]} (see {MANIFEST})")
+        found = _entry(path)
+        if found != entry:
+            raise ValueError(
+                f"{path}: {found.size} bytes with sha256 {found.sha256[:12]}; expected {entry.size} bytes with {entry.sha256[:12]}: it is corrupt"
+            )
+    return manifest
+
+
+class Draft:
+    """An artifact that is being written. Use `draft(...)`.
+
+    `folder` is where finished parts are; `scratch` is a folder inside it that is not published (resumable state).
+    """
+
+    def __init__(self, target: Path, kind: Kind, parents: Mapping[str, str], params: Mapping[str, Any]) -> None:
+        self.target = target
+        self.kind: Kind = kind
+        self.parents = dict(parents)
+        self.params = json.loads(canonical(dict(params)))
+        self.folder = target.parent / f".{target.name}.draft"
+        self.scratch = self.folder / ".scratch"
+
+    @property
+    def fingerprint(self) -> str:
+        """What the parts depend on: a draft of another fingerprint is thrown away."""
+        return sha256(canonical([FORMAT, self.kind, self.parents, self.params, _versions()]))
+
+    def prepare(self) -> None:
+        """Keep an earlier draft of the same fingerprint; start anew otherwise."""
+        mark = self.scratch / "fingerprint"
+        if not (mark.is_file() and mark.read_text() == self.fingerprint):
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.scratch.mkdir(parents=True)
+            mark.write_text(self.fingerprint)
+        for leftover in self.folder.glob(".tmp-*"):
+            _remove(leftover)
+
+    def has(self, name: str) -> bool:
+        """Whether the part is finished."""
+        return (self.folder / name).exists()
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[Path]:
+        """A temporary path to write a part (file or folder) to; on leaving without an error it gets its name, atomically."""
+        temporary = (self.folder / name).with_name(f".tmp-{Path(name).name}")
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        _remove(temporary)
+        yield temporary
+        _sync(temporary)
+        _remove(self.folder / name)
+        temporary.rename(self.folder / name)
+
+    def remember(self, made_with: Mapping[str, str]) -> None:
+        """Keep what the parts are being made with, for the manifest: a process that only publishes an earlier one's parts does not know."""
+        note = self.scratch / "made_with.json"
+        if not note.exists():
+            note.write_text(canonical(dict(made_with)))
+
+    def publish(self, facts: Mapping[str, Any]) -> Manifest:
+        """Hash the parts, write the manifest last, and rename the draft to its target, replacing what was there."""
+        files = {
+            str(path.relative_to(self.folder)): _entry(path)
+            for path in sorted(self.folder.rglob("*"))
+            if path.is_file() and self.scratch not in path.parents and path.name != MANIFEST
+        }
+        identity = {
+            "kind": self.kind,
+            "format": FORMAT,
+            "parents": self.parents,
+            "params": self.params,
+            "facts": json.loads(canonical(dict(facts))),
+            "files": {name: entry.model_dump() for name, entry in files.items()},
+        }
+        note = self.scratch / "made_with.json"
+        made_with = _versions() | (json.loads(note.read_text()) if note.is_file() else {})
+        manifest = Manifest(**identity, digest=sha256(canonical(identity)), made_with=made_with)
+        with self.part(MANIFEST) as path:
+            path.write_text(manifest.model_dump_json(indent=2) + "\n")
+        _remove(self.scratch)
+        _sync(self.folder)
+        self._into_place()
+        return manifest
+
+    def _into_place(self) -> None:
+        old = self.target.with_name(f".{self.target.name}.old")
+        _remove(old)
+        if self.target.exists():
+            self.target.rename(old)
+        self.folder.rename(self.target)
+        _sync_folder(self.target.parent)
+        _remove(old)
+
+
+@contextmanager
+def draft(target: Path, kind: Kind, parents: Mapping[str, str], params: Mapping[str, Any]) -> Iterator[Draft]:
+    """Write the artifact `target`, going on from an earlier unfinished draft of the same inputs, settings and package versions.
+
+    RuntimeError if another process is writing it.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (target.parent / f".{target.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f"{target}: another process is writing it; expected to be the only one") from None
+        work = Draft(target, kind, parents, params)
+        work.prepare()
+        yield work
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in VERSIONED}
+
+
+def _entry(path: Path) -> FileEntry:
+    with path.open("rb") as stream:
+        return FileEntry(size=path.stat().st_size, sha256=hashlib.file_digest(stream, "sha256").hexdigest())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or every file and folder of a tree, to the disk."""
+    for child in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        if child.is_dir():
+            _sync_folder(child)
+        else:
+            with child.open("rb") as stream:
+                os.fsync(stream.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

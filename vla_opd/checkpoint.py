@@ -1,0 +1,84 @@
+"""Checkpoints: weights in safetensors, and a manifest with everything that is needed to use them. Nothing is inferred from a name."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vla_opd.artifacts import Manifest, open_artifact
+from vla_opd.params import EnvironmentParams, PolicyParams
+from vla_opd.tokens import ActionSpace
+
+WEIGHTS = "model.safetensors"
+
+
+class CheckpointFacts(BaseModel):
+    """How to use a policy's weights.
+
+    action_space: what its tokens mean. vocabulary: the words that it knows, in the order of their ids.
+    environment:  the simulator settings it was trained under; pictures of other settings are refused unless told.
+    proprio_mean, proprio_std: statistics that scale the P proprioceptive numbers (empty if it sees none).
+    prompt:       how the instruction is put to it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    policy: PolicyParams
+    action_space: ActionSpace
+    environment: EnvironmentParams
+    vocabulary: tuple[str, ...]
+    proprio_mean: tuple[float, ...] = ()
+    proprio_std: tuple[float, ...] = ()
+    prompt: str = "{instruction}"
+    instruction_length: int = Field(default=20, ge=1)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk, its bytes verified."""
+
+    folder: Path
+    manifest: Manifest
+    facts: CheckpointFacts
+
+    @property
+    def digest(self) -> str:
+        """The artifact's digest."""
+        return self.manifest.digest
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The tensors by name, on the CPU."""
+        return safetensors.torch.load_file(self.folder / WEIGHTS)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Open and verify a checkpoint. ValueError says what is missing or wrong."""
+    manifest = open_artifact(folder, "checkpoint")
+    try:
+        facts = CheckpointFacts.model_validate(manifest.facts["checkpoint"])
+    except (KeyError, ValidationError) as error:
+        raise ValueError(f"{folder}: the manifest's facts do not describe a checkpoint of this version: {error}") from error
+    return Checkpoint(folder, manifest, facts)
+
+
+def save_weights(path: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    """Write tensors as safetensors: deterministic bytes, no pickle."""
+    safetensors.torch.save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path)
+
+
+def require_same_actions(student: CheckpointFacts, teacher: ActionSpace, where: str) -> None:
+    """Refuse to compare tokens that mean different actions: ValueError names the first field that differs, and both values."""
+    for field, ours in student.action_space.model_dump().items():
+        theirs = teacher.model_dump()[field]
+        if ours != theirs:
+            raise ValueError(f"{where}: action_space.{field} is {theirs} for the teacher; expected the student's {ours} (a token must mean one action)")
+
+
+def require_environment(facts: CheckpointFacts, environment: EnvironmentParams, where: str) -> None:
+    """Refuse pictures and dynamics that the policy was not trained on. `tasks` may differ; ValueError names the first field that does."""
+    for field, ours in environment.model_dump(exclude={"tasks"}).items():
+        theirs = facts.environment.model_dump()[field]
+        if ours != theirs:
+            raise ValueError(f"environment.{field} is {ours!r}; expected {theirs!r}, which {where} was trained with")

@@ -1,0 +1,30 @@
+"""The machine that a stage happens to run on. None of it is part of a result, so none of it is in `params.yaml`."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+TrackingMode = Literal["wandb", "jsonl", "none"]
+
+
+@dataclass(frozen=True)
+class Host:
+    """workers: simulator processes. device: torch device. metrics: where curves go. timeout_s: a simulator silent for longer is hung."""
+
+    workers: int = 1
+    device: str = "cpu"
+    tracking: TrackingMode = "none"
+    metrics: Path = Path("artifacts/.metrics")
+    timeout_s: float = 300.0
+
+
+def this_host(workers: int | None, device: str, tracking: TrackingMode, metrics: Path) -> Host:
+    """The host with `auto` resolved: one worker a core, the GPU if there is one. ValueError names a device that is not there."""
+    import torch  # noqa: PLC0415 - slow to import, and `python -m stages --help` should not be
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device is {device!r}; expected 'cpu' or 'auto': torch sees no CUDA device here")
+    return Host(workers or len(os.sched_getaffinity(0)), device, tracking, metrics)

@@ -1,0 +1,285 @@
+"""`params.yaml` as frozen models: one class per section. Parsed once, never edited afterwards.
+
+Overrides are `section.key=value` on the same schema (`load("params.yaml", ["optimize.learning_rate=1e-4"])`); there is no second schema.
+"""
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+
+
+class Section(BaseModel):
+    """A section of `params.yaml`: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunParams(Section):
+    """What the whole run shares. The run's name is the folder under `artifacts/`; its seed is the root of every other seed."""
+
+    name: Name
+    seed: int = Field(default=0, ge=0)
+
+
+class EnvironmentParams(Section):
+    """The simulator, and how its pictures are made.
+
+    family:        a key of `vla_opd.envs.ENVS`, or `"package.module:function"`.
+    tasks:         the tasks that the student is to learn.
+    cameras:       names of the family's cameras, in the order in which the policy sees them.
+    image_size:    height and width of a frame in pixels, as rendered.
+    settle:        no-op control steps before the first decision (objects start in mid-air).
+    stepping:      `exact` is bit-identical to the stock environment; `fast` saves redundant work and is named in every manifest.
+    render:        `exact` gives the stock pictures; `fast` gives simpler ones, for policies trained with them.
+    """
+
+    family: str = "libero"
+    tasks: tuple[str, ...] = Field(min_length=1)
+    cameras: tuple[str, ...] = Field(default=("agentview",), min_length=1)
+    image_size: int = Field(default=128, ge=16, le=1024)
+    settle: int = Field(default=10, ge=0)
+    stepping: Literal["exact", "fast"] = "fast"
+    render: Literal["exact", "fast"] = "fast"
+
+
+class DemonstrateParams(Section):
+    """Scripted demonstrations on seeded placements (never the benchmark's fixed initial states).
+
+    noise:         standard deviation of the Gaussian added to the executed xyz action (the label stays the expert's own action).
+    burst:         probability that an episode has bursts: a few random actions in a row, so that recoveries are shown.
+    observe_every: a frame is kept every that many control steps.
+    """
+
+    expert: str = "libero"
+    noise: float = Field(default=0.15, ge=0)
+    burst: Fraction = 0.5
+    observe_every: int = Field(default=2, ge=1)
+    horizon: int = Field(default=300, ge=1)
+    attempts: int = Field(default=3, ge=1, description="placements tried per demonstration wanted before giving up")
+
+
+class DemonstrationSet(Section):
+    """One set of demonstrations: `episodes` successful ones for each of `tasks` (the run's own tasks if none are named)."""
+
+    tasks: tuple[str, ...] | None = None
+    episodes: int = Field(ge=1)
+
+
+class PolicyParams(Section):
+    """The architecture of a policy trained from scratch; a policy with a parent has its parent's.
+
+    chunk:   actions predicted at once, and executed open loop.
+    bins:    V, tokens per action dimension, over [-1, 1] of the normalised action.
+    crop:    height and width of the centre crop that the policy sees, in pixels of the rendered frame.
+    proprio: whether the policy sees proprioception (OpenVLA-OFT's LIBERO students do not).
+    """
+
+    family: str = "tiny"
+    chunk: int = Field(default=8, ge=1)
+    bins: int = Field(default=256, ge=2, le=256)
+    crop: int = Field(default=96, ge=16)
+    proprio: bool = True
+    width: int = Field(default=128, ge=16)
+    layers: int = Field(default=2, ge=1)
+    heads: int = Field(default=4, ge=1)
+    channels: int = Field(default=32, ge=8)
+
+
+class FinetuneParams(Section):
+    """Supervised training on demonstrations, eq. (1): AdamW, linear warm-up, cosine decay to `final_fraction` of the peak.
+
+    smoothing: standard deviation, in bins, of the Gaussian that the target bin is spread over (0: plain cross-entropy).
+    """
+
+    batch_size: int = Field(default=64, ge=1)
+    weight_decay: float = Field(default=0.01, ge=0)
+    warmup_fraction: Fraction = 0.05
+    final_fraction: Fraction = 0.0
+    smoothing: float = Field(default=1.5, ge=0)
+    gradient_clip: float = Field(default=1.0, gt=0)
+    save_every: int = Field(default=100, ge=1, description="steps between resumable saves")
+    threads: int = Field(default=2, ge=1, description="CPU threads of the optimiser; the last bits of the weights depend on it")
+
+
+class CheckpointParams(Section):
+    """One checkpoint made by `finetune`: from which demonstrations, how many per task, for how long, from which parent.
+
+    action_statistics (q01, q99) and the vocabulary come from the parent where there is one: a token then means the same action in both.
+    """
+
+    demonstrations: Name
+    per_task: int | None = Field(default=None, ge=1, description="demonstrations per task; all of them if null")
+    parent: Name | None = None
+    steps: int = Field(ge=1)
+    learning_rate: float = Field(gt=0)
+
+
+class SampleParams(Section):
+    """Student rollouts, eq. (3): `prompts` placements per task and iteration, G = `group` episodes from each.
+
+    observe_every:   states are kept every that many control steps; below the chunk length the states inside a chunk are labelled too.
+    inference_batch: rows of every forward pass (padded), so that a sampled token never depends on who else was ready.
+    """
+
+    prompts: int = Field(default=1, ge=1)
+    group: int = Field(default=6, ge=1)
+    temperature: float = Field(default=0.6, gt=0)
+    horizon: int = Field(default=150, ge=1)
+    observe_every: int = Field(default=2, ge=1)
+    inference_batch: int = Field(default=1, ge=1)
+    protocol: Literal["held-out", "benchmark"] = Field(
+        default="held-out", description="benchmark trains on the evaluation's own initial states: leakage, for comparison only"
+    )
+
+
+class LabelParams(Section):
+    """Teacher log-probabilities, eq. (4), of all V bins at every kept state, stored as float16 or float32."""
+
+    teacher: Name = "teacher"
+    batch_size: int = Field(default=64, ge=1)
+    dtype: Literal["float16", "float32"] = "float16"
+
+
+class OptimizeParams(Section):
+    """Eq. (5): a fixed budget of AdamW steps per iteration, with a schedule over the whole run.
+
+    objective:   a key of `vla_opd.objectives.OBJECTIVES`, or `"package.module:function"`.
+    temperature: both student and teacher are scored at it.
+    schedule_iterations: iterations over which the learning rate decays; later ones stay at its end.
+    """
+
+    objective: str = "reverse_kl"
+    steps: int = Field(default=40, ge=1)
+    batch_size: int = Field(default=64, ge=1)
+    learning_rate: float = Field(default=1.5e-3, gt=0)
+    schedule_iterations: int = Field(default=10, ge=1)
+    final_fraction: Fraction = 0.1
+    warmup_fraction: Fraction = 0.02
+    weight_decay: float = Field(default=0.0, ge=0)
+    gradient_clip: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
+    save_every: int = Field(default=20, ge=1)
+    threads: int = Field(default=2, ge=1)
+
+
+class EvaluateParams(Section):
+    """Greedy rollouts from the benchmark's fixed initial states `first_state ... first_state + episodes - 1` of every task."""
+
+    episodes: int = Field(default=10, ge=1)
+    first_state: int = Field(default=0, ge=0)
+    horizon: int = Field(default=280, ge=1)
+    inference_batch: int = Field(default=1, ge=1)
+    confidence: float = Field(default=0.95, gt=0, lt=1)
+    allow_mismatch: bool = Field(default=False, description="evaluate under another stepping, render or camera setting than trained with")
+
+
+class ReportParams(Section):
+    """The HTML page. `start`, `final` and `teacher` name the evaluations that the summary compares."""
+
+    start: Name = "start"
+    final: Name = "final"
+    teacher: Name = "teacher"
+
+
+class Params(Section):
+    """The run, whole: every section of `params.yaml`."""
+
+    run: RunParams
+    environment: EnvironmentParams
+    demonstrate: DemonstrateParams = DemonstrateParams()
+    policy: PolicyParams = PolicyParams()
+    finetune: FinetuneParams = FinetuneParams()
+    sample: SampleParams = SampleParams()
+    label: LabelParams = LabelParams()
+    optimize: OptimizeParams = OptimizeParams()
+    evaluate: EvaluateParams = EvaluateParams()
+    report: ReportParams = ReportParams()
+    demonstrations: Mapping[Name, DemonstrationSet] = Field(default_factory=dict)
+    base: CheckpointParams | None = None
+    teacher: CheckpointParams
+    student: CheckpointParams
+    iterations: Mapping[Name, Name] = Field(description="iteration: the checkpoint it starts from")
+    evaluations: Mapping[Name, Name] = Field(description="evaluation: the checkpoint it scores")
+
+    @property
+    def finetuned(self) -> dict[str, CheckpointParams]:
+        """The checkpoints that `finetune` makes, by name."""
+        made = {"base": self.base, "teacher": self.teacher, "student": self.student}
+        return {name: checkpoint for name, checkpoint in made.items() if checkpoint is not None}
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> "Params":
+        checkpoints = {*self.finetuned, *self.iterations}
+        wanted = {f"iterations.{k}": v for k, v in self.iterations.items()} | {f"evaluations.{k}": v for k, v in self.evaluations.items()}
+        wanted |= {"label.teacher": self.label.teacher}
+        wanted |= {f"{k}.parent": c.parent for k, c in self.finetuned.items() if c.parent is not None}
+        for field, name in wanted.items():
+            if name not in checkpoints:
+                raise ValueError(f"{field} is {name!r}: no such checkpoint; expected one of {sorted(checkpoints)}")
+        for field, name in {f"{k}.demonstrations": c.demonstrations for k, c in self.finetuned.items()}.items():
+            if name not in self.demonstrations:
+                raise ValueError(f"{field} is {name!r}: no such set of demonstrations; expected one of {sorted(self.demonstrations)}")
+        if overlap := set(self.finetuned) & set(self.iterations):
+            raise ValueError(f"iterations has {sorted(overlap)}: these names belong to checkpoints made by finetune; choose others")
+        return self
+
+
+def load(path: Path | str = "params.yaml", overrides: Iterable[str] = ()) -> Params:
+    """Parse `params.yaml` with `section.key=value` overrides. ValueError names the field, the value and what was expected."""
+    source = Path(path)
+    if not source.is_file():
+        raise ValueError(f"params: {source} does not exist; expected the run's params.yaml (are you in the project's folder?)")
+    yaml = YAML(typ="safe")
+    tree = yaml.load(source.read_text())
+    if not isinstance(tree, dict):
+        raise ValueError(f"params: {source} holds {type(tree).__name__}; expected one mapping of sections")
+    for override in overrides:
+        _override(tree, override, yaml)
+    try:
+        return Params.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError(_explain(error, source)) from None
+
+
+def _override(tree: dict[str, Any], override: str, yaml: YAML) -> None:
+    dotted, equals, text = override.partition("=")
+    *sections, key = dotted.split(".")
+    if not equals or not sections:
+        raise ValueError(f"override {override!r}: expected section.key=value, as in optimize.learning_rate=1e-4")
+    node = tree
+    for section in sections:
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise ValueError(f"override {override!r}: {section} is not a section")
+    node[key] = yaml.load(text)
+
+
+def _explain(error: ValidationError, source: Path) -> str:
+    lines = [f"{source}: {error.error_count()} mistake(s)"]
+    for item in error.errors():
+        where = ".".join(map(str, item["loc"]))
+        value = "" if item["type"] in ("missing", "value_error") else f" is {item['input']!r}"
+        hint = " (no such key)" if item["type"] == "extra_forbidden" else ""
+        lines.append(f"  {where}{value}{hint}: {item['msg']}".replace("  : ", "  "))
+    return "\n".join(lines)
+
+
+def named_function(name: str, known: Mapping[str, Function], field: str) -> Function:
+    """`known[name]`, or the function that `"package.module:function"` names. ValueError names the field and the choices."""
+    if name in known:
+        return known[name]
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise ValueError(f'{field} is {name!r}; expected one of {sorted(known)} or "package.module:function"')
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{field} is {name!r}: {error}") from error

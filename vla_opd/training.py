@@ -1,0 +1,128 @@
+"""The optimiser's loop, shared by `finetune` and `optimize`: AdamW on a fixed budget of steps, saved and resumed bit by bit."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from vla_opd.artifacts import canonical
+
+Row = dict[str, float]
+Loss = Callable[[int], tuple[Float[Tensor, ""], Row]]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warm-up to `peak` over `warmup` steps, then a cosine down to `final` at step `total`."""
+
+    peak: float
+    final: float
+    warmup: int
+    total: int
+
+    def at(self, step: int) -> float:
+        """lr(t) = peak (t + 1) / warmup while t < warmup; then final + (peak - final) (1 + cos(pi u)) / 2, u the fraction of the rest that is done."""
+        if step < self.warmup:
+            return self.peak * (step + 1) / self.warmup
+        done = min(1.0, (step - self.warmup) / max(1, self.total - self.warmup))
+        return self.final + 0.5 * (self.peak - self.final) * (1 + math.cos(math.pi * done))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """steps: optimiser steps to make; first: the number of the first on the schedule; save_every: steps between resumable saves."""
+
+    steps: int
+    schedule: Schedule
+    gradient_clip: float
+    weight_decay: float
+    save_every: int
+    first: int = 0
+
+
+def train(policy: nn.Module, loss: Loss, budget: Budget, scratch: Path, moments: Mapping[str, Tensor] | None, label: str) -> tuple[list[Row], dict[str, Tensor]]:
+    """Make `budget.steps` AdamW steps on `loss(step)`, going on from the last save in `scratch` if there is one.
+
+    moments: the optimiser's state to begin with (`Optimiser.state`'s form), or none. Returns one row of metrics a step, and the moments at the end.
+    RuntimeError at the first loss that is not finite.
+    """
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=budget.schedule.peak, weight_decay=budget.weight_decay)
+    if moments:
+        _set_moments(optimizer, moments)
+    rows = _resume(policy, optimizer, scratch)
+    for step in tqdm(range(len(rows), budget.steps), initial=len(rows), total=budget.steps, desc=label, unit="step", mininterval=5):
+        for group in optimizer.param_groups:
+            group["lr"] = budget.schedule.at(budget.first + step)
+        value, row = loss(step)
+        if not torch.isfinite(value):
+            raise RuntimeError(f"{label}: the loss is {value.item()} at step {step}; expected a finite number (lower the learning rate?)")
+        optimizer.zero_grad()
+        value.backward()
+        norm = nn.utils.clip_grad_norm_(policy.parameters(), budget.gradient_clip)
+        optimizer.step()
+        rows.append({**row, "loss": value.item(), "gradient_norm": norm.item(), "learning_rate": budget.schedule.at(budget.first + step)})
+        if (step + 1) % budget.save_every == 0 and step + 1 < budget.steps:
+            _save(policy, optimizer, rows, scratch)
+    return rows, _moments(optimizer)
+
+
+def batches(rows: int, batch_size: int, seed: int) -> Callable[[int], Int[np.ndarray, " B"]]:
+    """Step -> the rows of its batch: epochs of independent permutations, cut into batches across their borders. A pure function of its arguments."""
+
+    def at(step: int) -> Int[np.ndarray, " B"]:
+        first = step * batch_size
+        epochs = range(first // rows, (first + batch_size - 1) // rows + 1)
+        order = np.concatenate([np.random.default_rng([seed, epoch]).permutation(rows) for epoch in epochs])
+        return order[first - epochs[0] * rows :][:batch_size]
+
+    return at
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
+    return {f"{index}/{name}": torch.as_tensor(value) for index, moments in state.items() for name, value in moments.items()}
+
+
+def _set_moments(optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in moments.items():
+        index, _, key = name.partition("/")
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def _save(policy: nn.Module, optimizer: torch.optim.Optimizer, rows: list[Row], scratch: Path) -> None:
+    tensors = {f"weights/{name}": value for name, value in policy.state_dict().items()}
+    tensors |= {f"moments/{name}": value for name, value in _moments(optimizer).items()}
+    temporary = scratch / "training.tmp"
+    safetensors.torch.save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, {"rows": canonical(rows)})
+    with temporary.open("rb") as stream:
+        os.fsync(stream.fileno())
+    temporary.rename(scratch / "training.safetensors")
+
+
+def _resume(policy: nn.Module, optimizer: torch.optim.Optimizer, scratch: Path) -> list[Row]:
+    path = scratch / "training.safetensors"
+    if not path.is_file():
+        return []
+    with safetensors.safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        rows = json.loads(file.metadata()["rows"])
+    policy.load_state_dict({name.removeprefix("weights/"): value for name, value in tensors.items() if name.startswith("weights/")})
+    _set_moments(optimizer, {name.removeprefix("moments/"): value for name, value in tensors.items() if name.startswith("moments/")})
+    return rows
+
+
+def write_rows(path: Path, rows: list[Row]) -> None:
+    """One JSON object a line, a line a step."""
+    path.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
