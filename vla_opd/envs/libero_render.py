@@ -1,0 +1,76 @@
+"""Pictures of a MuJoCo scene without a window, stock or simplified.
+
+Imported by `libero.make` only, in the process that owns the simulator: importing mujoco loads OpenGL.
+"""
+
+import atexit
+from collections.abc import Callable
+
+import mujoco
+import numpy as np
+from jaxtyping import UInt8
+
+_MAX_GEOMS = 1000  # as in robosuite's render context
+_STOCK_BUFFER = (640, 480)
+
+
+class Renderer:
+    """Draws one model's cameras into square frames. Reads `data`, changes nothing in it.
+
+    exact: robosuite's picture, bit for bit. Otherwise multisampling, shadows and reflections are off.
+    """
+
+    def __init__(self, model: mujoco.MjModel, size: int, *, exact: bool) -> None:
+        self._model = model
+        self._viewport = mujoco.MjrRect(0, 0, size, size)
+        self._window, self._context, self._free = _open_context(model, size, exact=exact)
+        self._scene = mujoco.MjvScene(model, maxgeom=_MAX_GEOMS)
+        self._options = mujoco.MjvOption()
+        self._options.geomgroup[0] = 0  # collision shapes
+        self._options.geomgroup[1] = 1
+        self._perturbation = mujoco.MjvPerturb()
+        self._camera = mujoco.MjvCamera()
+        self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
+        self._pixels = np.empty((size, size, 3), dtype=np.uint8)
+        if not exact:
+            self._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+            self._scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
+        atexit.register(self._free)  # after mujoco's own hook, so before it: a context can't outlive its display
+
+    def draw(self, data: mujoco.MjData, cameras: tuple[int, ...]) -> UInt8[np.ndarray, "C H W 3"]:
+        """One upright frame per camera id."""
+        self._window.make_current()  # another renderer in this process may have taken the thread
+        return np.stack([self._draw_one(data, camera) for camera in cameras])
+
+    def _draw_one(self, data: mujoco.MjData, camera: int) -> UInt8[np.ndarray, "H W 3"]:
+        self._camera.fixedcamid = camera
+        category = mujoco.mjtCatBit.mjCAT_ALL.value
+        mujoco.mjv_updateScene(self._model, data, self._options, self._perturbation, self._camera, category, self._scene)
+        mujoco.mjr_render(self._viewport, self._scene, self._context)
+        mujoco.mjr_readPixels(self._pixels, None, self._viewport, self._context)
+        return self._pixels[::-1].copy()
+
+    def close(self) -> None:
+        """Free the OpenGL context."""
+        atexit.unregister(self._free)
+        self._free()
+
+
+def _open_context(model: mujoco.MjModel, size: int, *, exact: bool) -> tuple[mujoco.GLContext, mujoco.MjrContext, Callable[[], None]]:
+    width, height = (max(size, edge) for edge in _STOCK_BUFFER)
+    if not exact:
+        width = height = size
+        model.vis.quality.offsamples = 0
+    model.vis.global_.offwidth = width
+    model.vis.global_.offheight = height
+    window = mujoco.GLContext(width, height)
+    window.make_current()
+    context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
+    mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, context)
+
+    def free() -> None:
+        window.make_current()
+        context.free()
+        window.free()
+
+    return window, context, free

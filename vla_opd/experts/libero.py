@@ -1,0 +1,505 @@
+"""A scripted expert for LIBERO's pick-and-place tasks: a closed-loop state machine around the geometric search of `grasps`.
+
+It knows no object and no task. The goal's predicates say what goes where, the collision model says how to hold it and what is in the way.
+Every action is computed from the simulator's present state, so whatever was executed instead of the last one is corrected by the next.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Float32, Float64
+
+from vla_opd.experts import grasps
+from vla_opd.experts.grasps import REACH, SITE_ABOVE_TIP, Boxes, Grasp, Points
+
+Vector = Float64[np.ndarray, "3"]
+Action = Float32[np.ndarray, "7"]
+
+OPEN, CLOSE = -1.0, 1.0
+GAIN = 28.0  # action per metre: 43 % of the error is gone after a control step, 1.5 cm at most
+TURN_GAIN = 2.8  # action per radian: the same for the orientation
+FINE, COARSE = 0.004, 0.01  # spacing of the points on obstacles near the object and far from it
+NEAR = 0.22  # radius around the object within which obstacles are sampled finely
+MARGIN = 0.02  # by which whatever is carried clears what it passes over
+ATTEMPTS = 20  # plans in one episode before the expert gives up
+PATIENCE = 5  # steps that an object which was pushed has to come to rest before the next plan
+
+
+class Simulated(Protocol):
+    """What the expert reads of a `LiberoEnv`: MuJoCo's model and data, and LIBERO's own problem (untyped upstream)."""
+
+    model: Any
+    data: Any
+    problem: Any
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One predicate of a task: `relation` is `on` or `in`."""
+
+    relation: str
+    item: str
+    place: str
+
+
+@dataclass(frozen=True)
+class Hand:
+    """The gripper now. The columns of `rotation` are the closing direction, the direction across the pads, and down."""
+
+    position: Vector
+    rotation: Float64[np.ndarray, "3 3"]
+    width: float
+
+    @property
+    def yaw(self) -> float:
+        """Direction of the closing axis in the plane."""
+        return float(np.arctan2(self.rotation[1, 0], self.rotation[0, 0]))
+
+
+@dataclass(frozen=True)
+class Rest:
+    """Where an object is to come to rest: position of its origin in the plane, and the height of its lowest point."""
+
+    position: Float64[np.ndarray, "2"]
+    height: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one goal is pursued: the grasp, the place, the object's pose that both were computed for, and what is in the way."""
+
+    goal: Goal
+    grasp: Grasp
+    rest: Rest
+    origin: Vector
+    obstacles: Points
+    radius: float
+    top: float
+
+
+@dataclass
+class _Memory:
+    """What the state machine remembers between two actions, reset with every change of phase."""
+
+    steps: int = 0
+    stuck: int = 0
+    start: Vector = field(default_factory=lambda: np.zeros(3))
+    last: Vector = field(default_factory=lambda: np.zeros(3))
+
+
+class Scene:
+    """Privileged reading of the simulator: boxes of objects, obstacles, hand, and the benchmark's own predicates."""
+
+    def __init__(self, env: Simulated) -> None:
+        self._env = env
+        model = env.model
+        roots = model.body_rootid[model.geom_bodyid]
+        robot = model.body("robot0_base").id
+        solid = (model.geom_contype != 0) | (model.geom_conaffinity != 0)
+        plane = model.geom_type == 0
+        self._is_robot = roots == robot
+        self._roots = roots
+        self._planes = np.flatnonzero(solid & plane)
+        self._solids = np.flatnonzero(solid & ~plane & ~self._is_robot)
+        self._site = model.site("gripper0_grip_site").id
+        self._fingers = [model.joint(f"gripper0_finger_joint{k}").qposadr[0] for k in (1, 2)]
+        self.base = env.data.xpos[robot][:2].copy()
+
+    def goals(self) -> tuple[Goal, ...]:
+        """The task's predicates. ValueError for one that is not a placement."""
+        state = self._env.problem.parsed_problem["goal_state"]
+        for predicate in state:
+            if predicate[0].lower() not in ("on", "in"):
+                raise ValueError(f"goal is {predicate!r}; the scripted expert for LIBERO only knows placements: expected (on a b) or (in a b)")
+        return tuple(Goal(relation.lower(), item, place) for relation, item, place in state)
+
+    def holds(self, goal: Goal) -> bool:
+        """The benchmark's own predicate."""
+        item, place = (self._env.problem.object_states_dict[name] for name in (goal.item, goal.place))
+        if goal.relation == "on":
+            return bool(place.check_ontop(item))
+        return bool(place.check_contact(item) and place.check_contain(item))
+
+    def hand(self) -> Hand:
+        """Where the gripper is."""
+        data = self._env.data
+        left, right = data.qpos[self._fingers]
+        return Hand(data.site_xpos[self._site].copy(), data.site_xmat[self._site].reshape(3, 3).copy(), float(left - right))
+
+    def body(self, name: str) -> int:
+        """The root body of an object."""
+        return int(self._env.problem.obj_body_id[name])
+
+    def origin(self, name: str) -> Vector:
+        """The position that the benchmark's predicates look at."""
+        return self._env.data.xpos[self.body(name)].copy()
+
+    def mass_centre(self, name: str) -> Vector:
+        """Centre of mass of an object."""
+        return self._env.data.subtree_com[self.body(name)].copy()
+
+    def boxes(self, name: str) -> Boxes:
+        """The collision boxes of an object."""
+        return self._boxes(self._solids[self._roots[self._solids] == self._root(name)])
+
+    def lowest(self, name: str) -> float:
+        """Height of an object's lowest corner."""
+        return float(self.boxes(name).corners()[:, 2].min())
+
+    def touches(self, name: str, robot: bool) -> bool:
+        """Whether an object is in contact with the robot, or else with anything that is not the robot."""
+        pairs = self._env.data.contact.geom
+        mine = self._roots[pairs] == self._root(name)
+        other = self._is_robot[pairs] if robot else ~self._is_robot[pairs] & ~mine
+        return bool(np.any(mine & other[:, ::-1]))
+
+    def floor(self, below: float) -> float:
+        """Height of the highest large horizontal surface that is not above `below`."""
+        data = self._env.data
+        tops = [float(data.geom_xpos[g][2]) for g in self._planes if data.geom_xmat[g][8] > 0.99]
+        large = self._boxes(self._solids[self._is_large()])
+        tops += [float(z) for z in large.centres[:, 2] + large.halves[:, 2]]
+        return max((z for z in tops if z < below + 0.02), default=0.0)
+
+    def obstacles(self, without: str) -> Points:
+        """Points on everything solid but an object, the robot and the large horizontal surfaces; fine near the object."""
+        others = self._solids[(self._roots[self._solids] != self._root(without)) & ~self._is_large()]
+        boxes = self._boxes(others)
+        size = np.linalg.norm(boxes.halves, axis=1)
+        near = np.linalg.norm(boxes.centres[:, :2] - self.origin(without)[:2], axis=1) - size < NEAR
+        fine, coarse = self._boxes(others[near]), self._boxes(others[~near])
+        return np.concatenate([grasps.skyline(fine.roof(FINE), FINE), grasps.skyline(coarse.roof(COARSE), COARSE)])
+
+    def region_holds(self, goal: Goal) -> Callable[[Vector], bool] | None:
+        """The benchmark's test of a position, for a place that is a region; None for a place that is an object."""
+        site = self._env.problem.object_sites_dict.get(goal.place)
+        if site is None:
+            return None
+        frame = self._env.data.site(goal.place)
+        position, matrix = frame.xpos.copy(), frame.xmat.reshape(3, 3).copy()
+        test = site.under if goal.relation == "on" else site.in_box
+        return lambda point: bool(test(position, matrix, point))
+
+    def region_centre(self, goal: Goal) -> tuple[Vector, float]:
+        """Centre of a region and a radius in the plane that covers it."""
+        size = np.asarray(self._env.problem.object_sites_dict[goal.place].size)
+        return self._env.data.site(goal.place).xpos.copy(), float(np.linalg.norm(size))
+
+    def _root(self, name: str) -> int:
+        return int(self._env.model.body_rootid[self.body(name)])
+
+    def _is_large(self) -> Any:
+        """Which solids are wide upright boxes: tables. They count as a floor, not as obstacles."""
+        sizes = self._env.model.geom_aabb[self._solids, 3:]
+        upright = self._env.data.geom_xmat[self._solids, 8] > 0.99
+        return upright & np.all(sizes[:, :2] > 0.3, axis=1)
+
+    def _boxes(self, geoms: Any) -> Boxes:
+        """Boxes around geoms: exact for boxes, LIBERO's only shape but for the robot's."""
+        model, data = self._env.model, self._env.data
+        rotations = data.geom_xmat[geoms].reshape(-1, 3, 3)
+        offset = np.einsum("nij,nj->ni", rotations, model.geom_aabb[geoms, :3])
+        return Boxes(data.geom_xpos[geoms] + offset, rotations.copy(), model.geom_aabb[geoms, 3:].copy())
+
+
+def make_plan(scene: Scene, goal: Goal, avoid: tuple[Grasp, ...]) -> Plan | None:
+    """Look at the scene and decide how to pick the goal's object up and where to put it down; None if no grasp or place is found."""
+    origin, hand = scene.origin(goal.item), scene.hand()
+    target, obstacles = scene.boxes(goal.item).surface(grasps.SPACING), scene.obstacles(goal.item)
+    rest = find_rest(scene, goal)
+    near = obstacles[np.linalg.norm(obstacles[:, :2] - origin[:2], axis=1) < NEAR + 0.05]
+    floor = scene.floor(float(target[:, 2].min()))
+    grasp = grasps.best(grasps.Task(target, near, floor, scene.mass_centre(goal.item)[:2], scene.base, hand.yaw, avoid))
+    if grasp is None or rest is None:
+        return None
+    radius = float(np.linalg.norm(target[:, :2] - grasp.position[:2], axis=1).max())
+    return Plan(goal, grasp, rest, origin, obstacles, min(radius, 0.12), float(target[:, 2].max()))
+
+
+def find_rest(scene: Scene, goal: Goal) -> Rest | None:
+    """Where the object, with its present orientation, comes to rest such that the benchmark's own test of the place accepts it.
+
+    None if it would not be accepted wherever it were put down from above: a closed drawer, say.
+    """
+    target, obstacles = scene.boxes(goal.item).corners(), scene.obstacles(goal.item)
+    shape, floor = target - scene.origin(goal.item), scene.floor(float(target[:, 2].min()))
+    holds = scene.region_holds(goal)
+    if holds is None:
+        position = scene.origin(goal.place)[:2]
+        return Rest(position, _supports(shape, obstacles, position[None], floor)[0])
+    centre, radius = scene.region_centre(goal)
+    steps = np.arange(-radius, radius + 0.005, 0.01)
+    places = centre[:2] + np.stack(np.meshgrid(steps, steps), -1).reshape(-1, 2)
+    supports = _supports(shape, obstacles, places, floor)
+    resting = np.column_stack([places, supports - shape[:, 2].min()])
+    accepted = np.array([holds(point) for point in resting])
+    if not accepted.any():
+        return None
+    score = np.linalg.norm(places - places[accepted].mean(axis=0), axis=1) + 2.0 * supports
+    score += np.maximum(np.linalg.norm(places - scene.base, axis=1) - REACH, 0.0)
+    chosen = int(np.argmin(np.where(accepted, score, np.inf)))
+    return Rest(places[chosen], float(supports[chosen]))
+
+
+def _supports(shape: Points, obstacles: Points, places: Float64[np.ndarray, "P 2"], floor: float) -> Float64[np.ndarray, "P"]:
+    """Height of what is below the object's bounding rectangle at each place."""
+    low, high = shape[:, :2].min(axis=0), shape[:, :2].max(axis=0)
+    begin, end = places.min(axis=0) + low - 0.05, places.max(axis=0) + high + 0.05
+    ground = grasps.height_map(obstacles, begin, end, 0.005)
+    half, middle = (high - low) / 2, (high + low) / 2
+    wide = ground.widened(half[0], half[1])
+    index = np.floor((places + middle - begin) / ground.cell).astype(int)
+    return np.maximum(wide[tuple(index.T)], floor)
+
+
+@dataclass(frozen=True)
+class Corridor:
+    """Heights that must be cleared on the straight way from where the hand is to a place, in bins of `step` metres."""
+
+    needed: Float64[np.ndarray, "S"]
+    step: float = 0.02
+
+    @classmethod
+    def between(cls, start: Vector, end: Float64[np.ndarray, "2"], points: Points, radius: float) -> "Corridor":
+        """Heights along the way: what is within `radius` in full, what is only below the palm less the palm's height above the tips."""
+        way = end - start[:2]
+        length = max(float(np.linalg.norm(way)), 1e-6)
+        along, aside = way / length, np.array([-way[1], way[0]]) / length
+        offset = points[:, :2] - start[:2]
+        s, lateral = offset @ along, np.abs(offset @ aside)
+        heights = np.where(lateral < radius, points[:, 2], points[:, 2] - grasps.PALM_ABOVE_TIP)
+        near = (lateral < max(radius, grasps.PALM_HALF_LENGTH)) & (s > -radius) & (s < length + radius + cls.step)
+        s, heights = s[near], heights[near]
+        centres = np.arange(int(np.ceil(length / cls.step)) + 1)[:, None] * cls.step
+        inside = np.abs(s - centres) < radius + cls.step / 2
+        return cls(np.max(np.broadcast_to(heights, inside.shape), axis=1, where=inside, initial=-np.inf))
+
+    def ahead(self, distance: float) -> float:
+        """The greatest height needed within a distance."""
+        return float(self.needed[: int(distance / self.step) + 1].max())
+
+
+class LiberoExpert:
+    """The state machine: approach, descend, close, carry, lower, release, rise, and again for the next goal."""
+
+    def __init__(self, env: Simulated) -> None:
+        self._env = env
+        self._phases: dict[str, Callable[[Plan, Hand], Action | str]] = {
+            "approach": self._approach,
+            "descend": self._descend,
+            "close": self._close,
+            "carry": self._carry,
+            "lower": self._lower,
+            "release": self._release,
+            "rise": self._rise,
+            "back_off": self._back_off,
+        }
+
+    def reset(self) -> None:
+        """Plan for the present state. ValueError if the task's goal has anything but placements."""
+        self._scene = Scene(self._env)
+        self._goals = self._scene.goals()
+        self._failed: tuple[Grasp, ...] = ()
+        self._attempts = 0
+        self._held = np.zeros(3)
+        self._enter("approach")
+        self._plan = self._next_plan()
+        if self._plan is None:
+            self._refuse_unreachable()
+
+    def act(self) -> Action:
+        """The next action: three translations, three rotations, gripper; all in [-1, 1]."""
+        hand = self._scene.hand()
+        for _ in range(8):
+            if self._plan is None:
+                return _action(np.zeros(3), np.zeros(3), OPEN)
+            outcome = self._phases[self._phase](self._plan, hand)
+            if not isinstance(outcome, str):
+                self._observe(hand, outcome)
+                return outcome
+            self._enter(outcome)
+        raise RuntimeError(f"no phase of {self._plan} wants to act; the last was {self._phase}")
+
+    @property
+    def phase(self) -> str:
+        """What the expert is doing."""
+        return self._phase if self._plan is not None else "done"
+
+    def _enter(self, phase: str) -> None:
+        self._phase = phase
+        self._memory = _Memory(start=self._scene.hand().position)
+
+    def _observe(self, hand: Hand, action: Action) -> None:
+        """Count steps, and how long the hand has hardly moved although it was told to."""
+        memory = self._memory
+        moved = np.linalg.norm(hand.position - memory.last)
+        memory.stuck = memory.stuck + 1 if moved < 0.0015 and np.abs(action[:3]).max() > 0.1 else 0
+        memory.last = hand.position
+        memory.steps += 1
+
+    def _next_plan(self) -> Plan | None:
+        """A plan for the first goal that does not hold yet."""
+        for goal in self._goals:
+            if not self._scene.holds(goal) and self._attempts < ATTEMPTS:
+                self._attempts += 1
+                return make_plan(self._scene, goal, self._failed) or make_plan(self._scene, goal, ())
+        return None
+
+    def _refuse_unreachable(self) -> None:
+        for goal in self._goals:
+            if not self._scene.holds(goal) and find_rest(self._scene, goal) is None:
+                raise ValueError(f"goal is {goal}; the scripted expert for LIBERO only reaches places from above: expected one that is open there")
+
+    def _again(self, failed: Grasp | None) -> str:
+        """Start over, from the scene as it is now."""
+        self._failed = (*self._failed, failed) if failed is not None else ()
+        self._plan = self._next_plan()
+        return "approach"
+
+    def _toward(self, hand: Hand, goal: Vector, yaw: float, gripper: float) -> Action:
+        return _action(goal - hand.position, _orientation_error(hand, yaw), gripper)
+
+    def _approach(self, plan: Plan, hand: Hand) -> Action | str:
+        """Go above the grasp with open fingers, over whatever is in between."""
+        has_moved = self._has_moved(plan)
+        if has_moved and self._memory.steps >= PATIENCE:
+            return self._again(None)
+        if self._memory.stuck > 8:
+            return "back_off"
+        goal = plan.grasp.position
+        distance = float(np.linalg.norm(goal[:2] - hand.position[:2]))
+        is_open = hand.width > 0.9 * grasps.OPENING
+        if is_open and not has_moved and distance < 0.012 and _misaligned(hand, plan.grasp.yaw) < 0.12:
+            return "descend"
+        hover = max(goal[2] + 0.03, plan.top + SITE_ABOVE_TIP + 0.015)
+        everything = np.concatenate([plan.obstacles, np.append(plan.origin[:2], plan.top)[None]])
+        way = self._over(hand, np.append(goal[:2], hover), everything, grasps.FINGER_OUTER, hand.position[2] - SITE_ABOVE_TIP)
+        return self._toward(hand, way, plan.grasp.yaw, OPEN)
+
+    def _over(self, hand: Hand, goal: Vector, obstacles: Points, radius: float, lowest: float) -> Vector:
+        """A point to head for so that `lowest`, now the lowest point of hand and load, passes over everything on the way to `goal`."""
+        corridor = Corridor.between(hand.position, goal[:2], obstacles, radius)
+        below = hand.position[2] - lowest
+        height = max(goal[2], corridor.ahead(0.14) + MARGIN + below)
+        short = corridor.ahead(0.05) + MARGIN / 2 - lowest
+        speed = float(np.clip(1.0 - short / 0.03, 0.0, 1.0))
+        return np.append(hand.position[:2] + speed * (goal[:2] - hand.position[:2]), height)
+
+    def _descend(self, plan: Plan, hand: Hand) -> Action | str:
+        """Straight down around the object."""
+        error = plan.grasp.position - hand.position
+        if np.linalg.norm(error[:2]) > 0.025 or self._has_moved(plan):
+            return "approach"
+        if self._memory.stuck > 5 or self._memory.steps > 60:
+            return "close" if abs(error[2]) < 0.02 else self._again(plan.grasp)
+        if np.linalg.norm(error[:2]) < 0.006 and abs(error[2]) < 0.003:
+            return "close"
+        return self._toward(hand, plan.grasp.position, plan.grasp.yaw, OPEN)
+
+    def _close(self, plan: Plan, hand: Hand) -> Action | str:
+        """Close until the fingers stand still."""
+        memory = self._memory
+        speed = abs(memory.start[0] - hand.width)
+        memory.start = np.array([hand.width, 0.0, 0.0])
+        if memory.steps >= 5 and (speed < 0.0006 or memory.steps > 16):
+            if hand.width < 0.0015:
+                return self._again(plan.grasp)
+            self._held = self._scene.origin(plan.goal.item) - hand.position
+            return "carry"
+        return self._toward(hand, plan.grasp.position, plan.grasp.yaw, CLOSE)
+
+    def _carry(self, plan: Plan, hand: Hand) -> Action | str:
+        """Lift and move, steering by where the object is in the hand now."""
+        if self._is_lost(plan, hand):
+            return self._again(plan.grasp)
+        if self._memory.stuck > 8:
+            return "back_off"
+        item, lowest = self._scene.origin(plan.goal.item), self._scene.lowest(plan.goal.item)
+        goal = hand.position[:2] + plan.rest.position - item[:2]
+        if np.linalg.norm(goal - hand.position[:2]) < 0.01:
+            return "lower"
+        below = hand.position[2] - min(lowest, hand.position[2] - SITE_ABOVE_TIP)
+        way = self._over(hand, np.append(goal, plan.rest.height + MARGIN + below), plan.obstacles, plan.radius, hand.position[2] - below)
+        return self._toward(hand, way, plan.grasp.yaw, CLOSE)
+
+    def _lower(self, plan: Plan, hand: Hand) -> Action | str:
+        """Down until the object touches something or the hand would."""
+        if self._is_lost(plan, hand):
+            return self._again(plan.grasp)
+        item, lowest = self._scene.origin(plan.goal.item), self._scene.lowest(plan.goal.item)
+        goal = hand.position[:2] + plan.rest.position - item[:2]
+        limit = grasps.lowest_tip(plan.obstacles, hand.position[:2], hand.yaw) + SITE_ABOVE_TIP
+        height = max(hand.position[2] - lowest + plan.rest.height - 0.005, limit)
+        is_down = self._scene.touches(plan.goal.item, robot=False) or hand.position[2] - height < 0.004
+        if is_down or self._memory.stuck > 5 or self._memory.steps > 50:
+            return "release"
+        return self._toward(hand, np.append(goal, height), plan.grasp.yaw, CLOSE)
+
+    def _release(self, plan: Plan, hand: Hand) -> Action | str:
+        """Open where the hand is."""
+        if self._memory.steps >= 4 and (hand.width > 0.065 or self._memory.steps > 10):
+            return "rise"
+        return self._toward(hand, self._memory.start, plan.grasp.yaw, OPEN)
+
+    def _rise(self, plan: Plan, hand: Hand) -> Action | str:
+        """Up and away; an object that still hangs on a finger is shaken off."""
+        if hand.position[2] > self._memory.start[2] + 0.08 or self._memory.steps > 30:
+            return self._again(None)
+        goal = self._memory.start + np.array([0.0, 0.0, 0.12])
+        if self._memory.steps > 3 and self._scene.touches(plan.goal.item, robot=True):
+            sway = 0.03 * (-1.0) ** (self._memory.steps // 2)
+            goal = hand.position + sway * hand.rotation[:, 0] + np.array([0.0, 0.0, 0.01])
+        return self._toward(hand, goal, plan.grasp.yaw, OPEN)
+
+    def _back_off(self, plan: Plan, hand: Hand) -> Action | str:
+        """Up and toward the base: an arm that is locked straight can't follow any other command."""
+        holding = hand.width < 0.9 * grasps.OPENING and self._scene.touches(plan.goal.item, robot=True)
+        if self._memory.steps >= 10:
+            return "carry" if holding else "approach"
+        toward = self._scene.base - hand.position[:2]
+        step = np.append(0.05 * toward / np.linalg.norm(toward), 0.03)
+        return _action(step, _orientation_error(hand, plan.grasp.yaw), CLOSE if holding else OPEN)
+
+    def _has_moved(self, plan: Plan) -> bool:
+        return bool(np.linalg.norm(self._scene.origin(plan.goal.item) - plan.origin) > 0.012)
+
+    def _is_lost(self, plan: Plan, hand: Hand) -> bool:
+        """Whether the fingers closed on nothing, or the object has left them (one that only swings is still held)."""
+        slip = float(np.linalg.norm(self._scene.origin(plan.goal.item) - hand.position - self._held))
+        return hand.width < 0.001 or slip > 0.10 or (slip > 0.02 and not self._scene.touches(plan.goal.item, robot=True))
+
+
+def make(env: Simulated) -> LiberoExpert:
+    """The expert for a `LiberoEnv`."""
+    return LiberoExpert(env)
+
+
+def _action(offset: Vector, turn: Vector, gripper: float) -> Action:
+    """Proportional control; a translation or rotation that is too large keeps its direction."""
+    parts = [_limited(GAIN * offset), _limited(TURN_GAIN * turn), np.array([gripper])]
+    return np.concatenate(parts).astype(np.float32)
+
+
+def _limited(vector: Vector) -> Vector:
+    return vector / max(1.0, float(np.abs(vector).max()))
+
+
+def _misaligned(hand: Hand, yaw: float) -> float:
+    return float(np.linalg.norm(_orientation_error(hand, yaw)))
+
+
+def _orientation_error(hand: Hand, yaw: float) -> Vector:
+    """Rotation vector, in the world, that points the hand down with its closing axis at `yaw` (or at `yaw + pi`, if that is nearer).
+
+    Half the sum of the cross products of present and wanted axes: exact to second order, and of the right sign everywhere.
+    """
+    yaw = hand.yaw + grasps.angle(yaw, hand.yaw)
+    wanted = _downward(yaw)
+    return 0.5 * sum((np.cross(hand.rotation[:, k], wanted[:, k]) for k in range(3)), start=np.zeros(3))
+
+
+def _downward(yaw: float) -> Float64[np.ndarray, "3 3"]:
+    c, s = np.cos(yaw), np.sin(yaw)
+    return np.array([[c, s, 0.0], [s, -c, 0.0], [0.0, 0.0, -1.0]])
