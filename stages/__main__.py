@@ -1,0 +1,107 @@
+"""`python -m stages VERB ...`: run one stage of the run that `params.yaml` describes. This is what `dvc.yaml` runs.
+
+Nothing here is part of a result: `--workers`, `--device` and `--tracking` (or OPD_WORKERS, OPD_DEVICE, OPD_TRACKING) say how this machine does the work.
+"""
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vla_opd.envs import ENVS
+from vla_opd.envs.graphics import use_backend
+from vla_opd.host import Host, this_host
+from vla_opd.params import Params, load
+
+VERBS = {
+    "demonstrate": "--name",
+    "finetune": "--name",
+    "sample": "--iteration",
+    "label": "--iteration",
+    "optimize": "--iteration",
+    "evaluate": "--name",
+    "report": None,
+}
+SIMULATED = ("demonstrate", "sample", "evaluate")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a stage; a user's mistake is one message on stderr and exit code 2."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        params = load("params.yaml", options.set)
+        host = this_host(options.workers, options.device, options.tracking, Path("artifacts/.metrics"))
+        manifest = _run(options.verb, getattr(options, "key", None), params, host)
+    except ValueError as mistake:
+        print(f"{options.verb}: {mistake}", file=sys.stderr)  # noqa: T201 - the command's answer
+        return 2
+    print(f"{options.verb}: digest {manifest[:12]}")  # noqa: T201 - the command's answer
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m stages", description="Run one stage of the run that params.yaml describes.")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    for verb, key in VERBS.items():
+        command = verbs.add_parser(verb)
+        if key:
+            command.add_argument(key, dest="key", required=True)
+        command.add_argument("--set", action="append", default=[], metavar="section.key=value", help="override a setting of params.yaml")
+        command.add_argument("--workers", type=int, default=int(os.environ.get("OPD_WORKERS", "0")), help="simulator processes (0: one a core)")
+        command.add_argument("--device", default=os.environ.get("OPD_DEVICE", "auto"), help="torch device (auto: a GPU if there is one)")
+        command.add_argument("--tracking", choices=("wandb", "jsonl", "none"), default=os.environ.get("OPD_TRACKING", "wandb"))
+    return parser
+
+
+def _run(verb: str, key: str | None, params: Params, host: Host) -> str:
+    """Find the stage's inputs and output by the layout of `artifacts/<run>/`, and run it. Returns the digest of what it made."""
+    if verb in SIMULATED and params.environment.family in ENVS:
+        use_backend()  # once, here: the simulators inherit it, and need not find out each for itself
+    stage = importlib.import_module(f"stages.{verb}")
+    root = Path("artifacts") / params.run.name
+    checkpoints = root / "checkpoints"
+    match verb:
+        case "demonstrate":
+            name = _known(key, params.demonstrations, "demonstrations")
+            made = stage.run(params, name, root / "demonstrations" / name, host)
+        case "finetune":
+            name = _known(key, params.finetuned, "checkpoint")
+            recipe = params.finetuned[name]
+            parent = checkpoints / recipe.parent if recipe.parent else None
+            made = stage.run(params, name, root / "demonstrations" / recipe.demonstrations, parent, checkpoints / name, host)
+        case "evaluate":
+            name = _known(key, params.evaluations, "evaluations")
+            made = stage.run(params, checkpoints / params.evaluations[name], root / "evaluations" / name, host)
+        case "report":
+            made = stage.run(params, root, root / "report" / "page", host)
+        case _:
+            made = _run_iteration(verb, _known(key, params.iterations, "iterations"), params, root, host)
+    return made.digest
+
+
+def _run_iteration(verb: str, iteration: str, params: Params, root: Path, host: Host):  # noqa: ANN202 - a Manifest
+    stage = importlib.import_module(f"stages.{verb}")
+    checkpoints, trajectories, logits = root / "checkpoints", root / "trajectories" / iteration, root / "logits" / iteration
+    student = checkpoints / params.iterations[iteration]
+    match verb:
+        case "sample":
+            return stage.run(params, iteration, student, trajectories, host)
+        case "label":
+            return stage.run(params, checkpoints / params.label.teacher, trajectories, logits, host)
+        case _:
+            return stage.run(params, iteration, student, trajectories, logits, checkpoints / iteration, host)
+
+
+def _known(key: str | None, choices: object, field: str) -> str:
+    names = sorted(choices)  # pyright: ignore[reportArgumentType, reportUnknownVariableType]
+    if key not in names:
+        raise ValueError(f"{field} is {key!r}; expected one of {names}")
+    return str(key)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""demonstrate: scripted expert -> demonstrations.
+
+A set has the same number of successful demonstrations for every task. Each is a slot with its own seeded placements: the first, and if the expert
+fails there the next. So a shard (some slots of one task) depends on nothing but the seed, the set's name and its slots.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from vla_opd.artifacts import Draft, Manifest, draft
+from vla_opd.envs.protocol import Placement
+from vla_opd.host import Host
+from vla_opd.params import EnvironmentParams, Params
+from vla_opd.rollout import Job, PoolSettings, Tally, demonstrate
+from vla_opd.seeds import derive
+from vla_opd.tracking import track
+from vla_opd.trajectory import Episode, write_shard
+
+SLOTS_PER_SHARD = 10
+
+
+def run(params: Params, name: str, out: Path, host: Host) -> Manifest:
+    """Make the set `demonstrations.<name>`. RuntimeError if the expert fails `demonstrate.attempts` times in one slot."""
+    wanted = params.demonstrations[name]
+    tasks = wanted.tasks or params.environment.tasks
+    environment = params.environment.model_copy(update={"tasks": tasks})
+    settings = {
+        "seed": params.run.seed,
+        "set": name,
+        "episodes": wanted.episodes,
+        "demonstrate": params.demonstrate.model_dump(),
+        "environment": environment.model_dump(),
+        "chunk": params.policy.chunk,
+    }
+    slots = {
+        f"shard-{number:03d}-{first:05d}": [(task, slot) for slot in range(first, min(first + SLOTS_PER_SHARD, wanted.episodes))]
+        for number, task in enumerate(tasks)
+        for first in range(0, wanted.episodes, SLOTS_PER_SHARD)
+    }
+    tally = Tally()
+    with draft(out, "demonstrations", {}, settings) as work, track(host, params.run.name, "demonstrate", name, settings) as log:
+        failures = _fill(params, name, environment, work, slots, host, tally)
+        log({"failures": failures, **tally.as_metrics()}, 0)
+        return work.publish({"tasks": list(tasks), "episodes": wanted.episodes * len(tasks)})
+
+
+Slot = tuple[str, int]
+
+
+def _fill(params: Params, name: str, environment: EnvironmentParams, work: Draft, slots: dict[str, list[Slot]], host: Host, tally: Tally) -> int:
+    """Write the shards that are not there yet, trying the next placement where the expert fails. Returns the number of failed episodes."""
+    missing = {shard: members for shard, members in slots.items() if not work.has(shard)}
+    done: dict[Slot, Episode] = {}
+    failures = 0
+    total = sum(map(len, slots.values()))
+    with tqdm(total=total, initial=total - sum(map(len, missing.values())), desc=f"demonstrate {name}", unit="episode", mininterval=5) as bar:
+        for attempt in range(params.demonstrate.attempts):
+            open_slots = [slot for members in missing.values() for slot in members if slot not in done]
+            for slot, episode in _attempt(params, name, environment, open_slots, attempt, host, tally):
+                if not episode.success:
+                    failures += 1
+                    continue
+                done[slot] = episode
+                work.remember(tally.environment)
+                bar.update()
+                for shard in [s for s, members in missing.items() if all(m in done for m in members)]:
+                    with work.part(shard) as path:
+                        write_shard(path, [done.pop(m) for m in missing.pop(shard)], params.policy.chunk)
+            if not missing:
+                return failures
+    failed = sorted({slot for members in missing.values() for slot in members if slot not in done})
+    raise RuntimeError(f"demonstrations.{name}: the expert failed {params.demonstrate.attempts} times at {failed[0]}; expected a success within that many")
+
+
+def _attempt(
+    params: Params, name: str, environment: EnvironmentParams, slots: list[Slot], attempt: int, host: Host, tally: Tally
+) -> Iterator[tuple[Slot, Episode]]:
+    jobs = {}
+    for task, slot in slots:
+        index = derive(params.run.seed, "demonstrate", name, task, slot, attempt)
+        jobs[Job(Placement(task, "training", index), slot, derive(index, "noise"))] = (task, slot)
+    found = {(job.placement, job.member): slot for job, slot in jobs.items()}
+    for episode in demonstrate(jobs, environment, params.demonstrate, PoolSettings(host.workers, host.timeout_s), tally):
+        yield found[episode.placement, episode.member], episode

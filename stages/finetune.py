@@ -1,0 +1,113 @@
+"""finetune: demonstrations -> checkpoint, by supervised learning, eq. (1).
+
+The base (a policy pre-trained on other tasks), the teacher (many demonstrations) and the student (one a task) differ in parameters and parent only.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vla_opd.artifacts import Manifest, draft, open_artifact
+from vla_opd.checkpoint import WEIGHTS, CheckpointFacts, open_checkpoint, require_environment, save_weights
+from vla_opd.host import Host
+from vla_opd.objectives import masked_mean
+from vla_opd.params import CheckpointParams, Params
+from vla_opd.policies import build_policy
+from vla_opd.policies.tiny import extend_vocabulary
+from vla_opd.seeds import derive
+from vla_opd.tokens import action_space
+from vla_opd.tracking import track
+from vla_opd.training import Budget, Loss, Row, Schedule, batches, train, write_rows
+from vla_opd.trajectory import States, read_states, shards
+
+
+def run(params: Params, name: str, demonstrations: Path, parent: Path | None, out: Path, host: Host) -> Manifest:
+    """Train the checkpoint `name` on (some of) a set of demonstrations, from its parent's weights if it has one."""
+    made, sft = params.finetuned[name], params.finetune
+    source = open_artifact(demonstrations, "demonstrations")
+    parents = {"demonstrations": source.digest} | ({"parent": open_checkpoint(parent).digest} if parent else {})
+    settings = {
+        "seed": params.run.seed,
+        "name": name,
+        "checkpoint": made.model_dump(),
+        "finetune": sft.model_dump(),
+        "policy": None if parent else params.policy.model_dump(),
+        "environment": params.environment.model_dump(exclude={"tasks"}),
+        "device": host.device,
+    }
+    torch.set_num_threads(sft.threads)
+    states = read_states(shards(demonstrations), made.per_task)
+    facts = _facts(params, states, parent)
+    with draft(out, "checkpoint", parents, settings) as work, track(host, params.run.name, "finetune", name, settings) as log:
+        policy = _policy(facts, parent, derive(params.run.seed, "finetune", name), host.device)
+        loss = _loss(policy, facts, states, params, name)
+        rows, _ = train(policy, loss, _budget(made, params), work.scratch, None, f"finetune {name}")
+        for step, row in enumerate(rows):
+            log(row, step)
+        with work.part(WEIGHTS) as path:
+            save_weights(path, policy.state_dict())
+        with work.part("metrics.jsonl") as path:
+            write_rows(path, rows)
+        return work.publish({"checkpoint": facts.model_dump(), "states": len(states), "episodes": int(states.episode[-1]) + 1})
+
+
+def _facts(params: Params, states: States, parent: Path | None) -> CheckpointFacts:
+    """The parent's description with the new words added; without a parent, one whose statistics are those of the demonstrations."""
+    instructions = states.observations.instructions
+    if parent is not None:
+        facts = open_checkpoint(parent).facts
+        require_environment(facts, params.environment, str(parent))
+        return facts.model_copy(update={"vocabulary": extend_vocabulary(facts.vocabulary, instructions), "environment": params.environment})
+    shape, proprio = params.policy, states.observations.proprio
+    return CheckpointFacts(
+        policy=shape,
+        action_space=action_space(states.labels[:, 0], shape.chunk, shape.bins),
+        environment=params.environment,
+        vocabulary=extend_vocabulary((), instructions),
+        proprio_mean=tuple(proprio.mean(0, dtype=np.float64).tolist()) if shape.proprio else (),
+        proprio_std=tuple((proprio.std(0, dtype=np.float64) + 1e-3).tolist()) if shape.proprio else (),
+    )
+
+
+def _policy(facts: CheckpointFacts, parent: Path | None, seed: int, device: str) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    policy = build_policy(facts)
+    if parent is not None:
+        policy.load_state_dict(open_checkpoint(parent).weights())
+    return policy.to(device).train()
+
+
+def _budget(made: CheckpointParams, params: Params) -> Budget:
+    sft = params.finetune
+    peak = made.learning_rate
+    schedule = Schedule(peak, peak * sft.final_fraction, round(made.steps * sft.warmup_fraction), made.steps)
+    return Budget(made.steps, schedule, sft.gradient_clip, sft.weight_decay, sft.save_every)
+
+
+def _loss(policy: torch.nn.Module, facts: CheckpointFacts, states: States, params: Params, name: str) -> Loss:
+    """-sum_v q(v) log p(v) over valid tokens, q the Gaussian-smoothed one-hot of the demonstrated bin."""
+    bins = facts.action_space.encode(states.labels)
+    soft = smoothed_targets(facts.action_space.bins, params.finetune.smoothing)
+    order = batches(len(states), params.finetune.batch_size, derive(params.run.seed, "finetune", name, "order"))
+
+    def loss(step: int) -> tuple[Float[Tensor, ""], Row]:
+        rows = order(step)
+        log_probs = policy.logits(states.observations.at(rows)).log_softmax(-1)
+        target = soft[torch.from_numpy(bins[rows]).long()].to(log_probs.device)
+        mask = torch.from_numpy(states.mask[rows]).to(log_probs.device)
+        with torch.no_grad():
+            hit = masked_mean((log_probs.argmax(-1) == target.argmax(-1)).float(), mask).item()
+        return masked_mean(-(target * log_probs).sum(-1), mask), {"accuracy": hit}
+
+    return loss
+
+
+def smoothed_targets(bins: int, sigma: float) -> Float[Tensor, "V V"]:
+    """Row v: the target distribution for bin v, proportional to exp(-(u - v)^2 / (2 sigma^2)); the one-hot for sigma = 0."""
+    if sigma == 0:
+        return torch.eye(bins)
+    distance = torch.arange(bins)[:, None] - torch.arange(bins)[None, :]
+    return torch.softmax(-(distance.float() ** 2) / (2 * sigma**2), -1)
