@@ -1,0 +1,223 @@
+"""What dvc.yaml and dvc.lock say: the plan in DVC's order, what of it is stale, and one stage brought up to date.
+
+DVC decides; nothing here keeps a second opinion. The plan is read through DVC's internal API (pinned below 4, and by a test).
+"""
+
+import ctypes
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+PER_ITERATION = ("sample", "label", "optimize")  # the stages that dvc.yaml repeats for each of `iterations`
+LOCKED = re.compile(r"is busy, it is being blocked|Unable to acquire lock")
+DVC_CHATTER = re.compile(
+    r"Running stage |> |Stage '|Updating lock file|Generating lock file|To track the changes|\tgit add|To enable auto|\tdvc config|Use `dvc push`"
+)
+PR_SET_PDEATHSIG = 1
+Tell = Callable[["Line"], object]
+
+
+class Busy(RuntimeError):  # noqa: N818 - a state of affairs, not a mistake
+    """Another DVC process holds what this one needs; ask again later."""
+
+
+class StageFailed(RuntimeError):  # noqa: N818 - reads as what happened
+    """A stage's command failed. `said` are the last lines that it wrote."""
+
+    def __init__(self, name: str, said: Iterable[str]) -> None:
+        super().__init__(f"stage {name} failed")
+        self.name = name
+        self.said = tuple(said)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a stage's output; a `passing` one ended in a carriage return, as a progress bar's do."""
+
+    text: str
+    passing: bool = False
+
+    @property
+    def chatter(self) -> bool:
+        """Whether DVC said it, not the stage."""
+        return not self.text.strip() or DVC_CHATTER.match(self.text) is not None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of the plan.
+
+    name:    as DVC addresses it, e.g. `label@it001`.
+    parents: the stages whose outs it depends on, by name.
+    stale:   DVC holds it changed whatever is missing, i.e. its command, a parameter or a dependency differs from dvc.lock.
+    missing: one of its outs isn't there.
+    due:     it may have to run. A step that isn't due needs no DVC call at all.
+    """
+
+    name: str
+    parents: tuple[str, ...] = ()
+    stale: bool = True
+    missing: bool = True
+    due: bool = True
+
+    @property
+    def verb(self) -> str:
+        return self.name.partition("@")[0]
+
+    @property
+    def iteration(self) -> str | None:
+        """The iteration that this step belongs to; scoring an iteration's checkpoint belongs to it."""
+        verb, _, item = self.name.partition("@")
+        if verb in PER_ITERATION:
+            return item
+        made_by = [parent.partition("@")[2] for parent in self.parents if parent.startswith("optimize@")]
+        return made_by[0] if verb == "evaluate" and made_by else None
+
+
+def plan(targets: Iterable[str] = (), patience: float = 60.0) -> tuple[Step, ...]:
+    """The stages that lead to `targets` (all of dvc.yaml if none), in the order in which `dvc repro` visits them.
+
+    ValueError for a target that dvc.yaml doesn't have, or a project that DVC can't read. Waits up to `patience` seconds for another DVC's lock.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.lock import LockError
+
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return mark_due(_survey(tuple(targets)))
+        except LockError as error:
+            if time.monotonic() > deadline:
+                raise Busy(str(error)) from error
+            time.sleep(0.5)
+        except DvcException as error:
+            raise ValueError(f"dvc.yaml: {error}") from error
+
+
+def _survey(targets: tuple[str, ...]) -> tuple[Step, ...]:
+    from dvc.repo import Repo
+    from dvc.repo.reproduce import collect_stages, get_active_graph, plan_repro
+
+    with Repo() as repo, repo.lock:
+        graph = get_active_graph(repo.index.graph)
+        stages: list[Any] = plan_repro(graph, collect_stages(repo, targets or ("dvc.yaml",)))
+        return tuple(_step(stage, list(graph.successors(stage))) for stage in stages)
+
+
+def _step(stage: Any, upstream: list[Any]) -> Step:
+    """`changed(allow_missing=True)` compares hashes of what is there, and takes dvc.lock's word for what isn't."""
+    return Step(
+        name=stage.addressing,
+        parents=tuple(parent.addressing for parent in upstream),
+        stale=stage.changed(allow_missing=True, upstream=upstream),
+        missing=not all(out.exists for out in stage.outs),
+    )
+
+
+def mark_due(steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    """Mark the steps that may have to run: the stale, what comes after them, and what is missing where it is needed.
+
+    A missing out is needed if it is a goal of the plan (nothing depends on it) or if a step that is due depends on it. So a fresh clone, which has the
+    reference checkpoints and not the demonstrations behind them, doesn't make the demonstrations again; with a new setting of the teacher it does.
+    """
+    children = {step.name: [child.name for child in steps if step.name in child.parents] for step in steps}
+    due: set[str] = set()
+    while True:
+        before = len(due)
+        for step in steps:
+            after_due = any(parent in due for parent in step.parents)
+            needed = not children[step.name] or any(child in due for child in children[step.name])
+            if step.stale or after_due or (step.missing and needed):
+                due.add(step.name)
+        if len(due) == before:
+            return tuple(replace(step, due=step.name in due) for step in steps)
+
+
+def bring(name: str, tell: Tell) -> bool:
+    """Bring stage `name` up to date by `dvc repro --single-item`, and hand on each line as it is said. True if it ran, False if nothing had changed.
+
+    Raises Busy if another DVC process is in the way, StageFailed with the last lines if the command fails.
+    """
+    command = [sys.executable, "-m", "dvc", "repro", "--single-item", name]
+    said: list[str] = []
+    ran = False
+    with _started(command) as process:
+        assert process.stdout is not None
+        for line in lines(process.stdout):
+            tell(line)
+            ran = ran or line.text.startswith("Running stage ")
+            said = [*said[-30:], line.text] if not line.passing else said
+    if process.returncode == 0:
+        return ran
+    if LOCKED.search("\n".join(said)):
+        raise Busy(f"{name}: another DVC process is at work here")
+    raise StageFailed(name, said)
+
+
+def _started(command: list[str]) -> "subprocess.Popen[bytes]":
+    """The command, with this interpreter's folder first on PATH (dvc.yaml says `python`), unbuffered, and killed if this process dies."""
+    folder = str(Path(sys.executable).parent)
+    environment = os.environ | {"PATH": folder + os.pathsep + os.environ.get("PATH", ""), "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        preexec_fn=_die_with_parent,  # noqa: PLW1509 - one system call, no locks taken
+    )
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to end this process when its parent dies; elsewhere it lives on."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def lines(stream: IO[bytes]) -> Iterator[Line]:
+    """Lines of a byte stream as they come; a carriage return ends a passing one."""
+    held = b""
+    while block := os.read(stream.fileno(), 65536):
+        *whole, held = re.split(rb"(?<=[\n\r])(?!\n)", held + block)
+        yield from (_line(piece) for piece in whole)
+    if held:
+        yield _line(held)
+
+
+def _line(piece: bytes) -> Line:
+    text = piece.decode(errors="replace")
+    return Line(text.rstrip("\r\n"), passing=text.endswith("\r"))
+
+
+def accept(names: Iterable[str]) -> tuple[str, ...]:
+    """Declare that edits of code didn't change what these stages made: dvc.lock gets the new hashes of their code, and keeps everything else.
+
+    `dvc commit` does the same where every dependency is there; this works without the demonstrations too. Outs of other stages and parameters
+    are never accepted: those are lineage. Returns the stages. ValueError for a stage that dvc.yaml doesn't have.
+    """
+    from dvc.dependency.param import ParamsDependency
+    from dvc.exceptions import DvcException
+    from dvc.fs import localfs
+    from dvc.repo import Repo
+    from dvc.repo.reproduce import collect_stages
+
+    try:
+        with Repo() as repo, repo.lock:
+            made = [out.fs_path for out in repo.index.outs]
+            stages = collect_stages(repo, list(names))
+            for stage in stages:
+                for dep in stage.deps:
+                    if not isinstance(dep, ParamsDependency) and not any(localfs.overlaps(dep.fs_path, path) for path in made):
+                        dep.save()
+                stage.dump(update_pipeline=False)
+            return tuple(stage.addressing for stage in stages)
+    except DvcException as error:
+        raise ValueError(f"dvc.yaml: {error}") from error

@@ -1,0 +1,72 @@
+"""A Prefect server on this machine, started if none answers."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from urllib.parse import urlsplit
+
+HOME = Path(".prefect")
+PATIENCE = 120.0  # seconds for a first start, which makes a database
+
+
+def ensure(url: str) -> str:
+    """The address of a Prefect API that answers: `url`, or a server started here, detached, with its log in `.prefect/server.log`.
+
+    A port of this machine that something else holds is left to it, and another is taken. RuntimeError with the log's end if no server comes up.
+    """
+    if answers(url):
+        return url
+    host, port = urlsplit(url).hostname or "127.0.0.1", urlsplit(url).port or 4200
+    if host not in ("127.0.0.1", "localhost"):
+        raise ValueError(f"PREFECT_API_URL is {url}: no Prefect server answers there; start it, or unset the variable to have one on this machine")
+    if _taken(port):
+        port = _free_port()
+        url = f"http://127.0.0.1:{port}/api"
+    _wait(url, _start(port))
+    return url
+
+
+def answers(url: str) -> bool:
+    """Whether a Prefect server whose database works is there."""
+    try:
+        with urllib.request.urlopen(f"{url}/ready", timeout=5) as reply:  # noqa: S310 - an address from our own settings
+            return "message" in json.loads(reply.read())
+    except (OSError, ValueError):
+        return False
+
+
+def _start(port: int) -> "subprocess.Popen[bytes]":
+    """The server outlives this process: its own session, its output in a file."""
+    HOME.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    environment = os.environ | {"PREFECT_API_URL": f"http://127.0.0.1:{port}/api", "DO_NOT_TRACK": "1"}
+    with (HOME / "server.log").open("ab") as log:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True)
+    (HOME / "server.pid").write_text(str(process.pid))
+    return process
+
+
+def _wait(url: str, process: "subprocess.Popen[bytes]") -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not answers(url):
+        if process.poll() is not None or time.monotonic() > deadline:
+            log = HOME / "server.log"
+            end = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+            raise RuntimeError(f"the Prefect server did not come up at {url}; the end of {log}:\n{end}")
+        time.sleep(0.3)
+
+
+def _taken(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,112 @@
+"""The flow `opd`: every stage of dvc.yaml a task, every iteration a subflow, in DVC's order and through DVC.
+
+Prefect says when, who and how it went; what is up to date is DVC's to say. So tasks aren't cached here, and end `Completed` or `Unchanged`.
+"""
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby
+from typing import Any
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.logging import get_run_logger
+from prefect.states import Completed
+
+from flows import pipeline, settings
+from flows.pipeline import Busy, Line, StageFailed, Step
+from flows.terminal import StageLine, heading
+
+BUSY_RETRIES, BUSY_DELAY = 720, 5  # an hour: as long as a stage that someone runs by hand may take
+PASSING_EVERY = 15.0  # seconds between a progress bar's lines that the run's log keeps
+States = dict[str, State[Any]]
+
+
+def _is_busy(_task: object, _run: object, state: State[Any]) -> bool:
+    return isinstance(state.data, Busy) or isinstance(getattr(state.data, "exception", None), Busy) or "Busy" in (state.message or "")
+
+
+@task(cache_policy=NO_CACHE, retries=BUSY_RETRIES, retry_delay_seconds=BUSY_DELAY, retry_condition_fn=_is_busy)
+def bring(step: Step) -> State[Any]:
+    """One stage, brought up to date."""
+    screen = StageLine(step.name)
+    if not step.due:
+        why = "not needed" if step.missing else "up to date"
+        screen.unchanged(why)
+        return Completed(name="Unchanged", message=f"{step.name}: {why}")
+    kept = Kept(get_run_logger())
+    try:
+        ran = pipeline.bring(step.name, lambda line: (screen.tell(line), kept.tell(line)))
+    except StageFailed:
+        screen.failed()
+        raise
+    if ran:
+        screen.ran()
+        return Completed(message=f"{step.name}: ran")
+    screen.unchanged("its inputs came out the same")
+    return Completed(name="Unchanged", message=f"{step.name}: nothing it depends on had changed")
+
+
+class Kept:
+    """A stage's output in the log of the Prefect run: every line, and of progress bars one now and then."""
+
+    def __init__(self, logger: Any) -> None:
+        self._logger = logger
+        self._last_passing = float("-inf")
+
+    def tell(self, line: Line) -> None:
+        """Log one line, if it is to be kept."""
+        now = time.monotonic()
+        if not line.text.strip() or (line.passing and now - self._last_passing < PASSING_EVERY):
+            return
+        self._last_passing = now if line.passing else self._last_passing
+        self._logger.info("%s", line.text.strip())
+
+
+@flow(name="iteration", validate_parameters=False)
+def iteration(name: str, steps: list[Step]) -> States:
+    """One iteration: sample, label, optimise, and the evaluation of what came out. It waits, whole, for what its stages need from before it."""
+    heading(name)
+    return _bring_all(steps, {})
+
+
+@flow(name="opd", validate_parameters=False)
+def opd(targets: list[str] | None = None, changes: Mapping[str, Any] | None = None) -> States:
+    """Bring the run that params.yaml describes up to date, or of it the stages that lead to `targets`.
+
+    `changes` are settings (`{"optimize.steps": 80}`), validated and then written into params.yaml, where DVC sees them.
+    Returns the final state of each stage. Raises StageFailed with the stage's last lines.
+    """
+    settings.write(changes or {})
+    states: States = {}
+    for name, steps in in_groups(pipeline.plan(targets or ())):
+        if name is None:
+            heading("")
+            states |= _bring_all(steps, states)
+        else:
+            subflow: Any = iteration.with_options(flow_run_name=name)  # Prefect's overloads leave wait_for out
+            states |= subflow(name, steps, wait_for=_parents(steps, states))
+    return states
+
+
+def in_groups(steps: Iterable[Step]) -> Iterator[tuple[str | None, list[Step]]]:
+    """The plan cut into runs of stages of one iteration, and of stages of none. Its order is DVC's and stays so."""
+    for name, group in groupby(steps, key=lambda step: step.iteration):
+        yield name, list(group)
+
+
+def _bring_all(steps: Iterable[Step], before: States) -> States:
+    states = dict(before)
+    made: States = {}
+    for step in steps:
+        named = bring.with_options(name=step.verb, task_run_name=step.name)
+        state = named(step, wait_for=_parents([step], states), return_state=True)
+        states[step.name] = made[step.name] = state
+        state.result(raise_on_failure=True)
+    return made
+
+
+def _parents(steps: Iterable[Step], states: States) -> list[State[Any]]:
+    wanted = {parent for step in steps for parent in step.parents}
+    return [state for name, state in states.items() if name in wanted]
