@@ -1,0 +1,171 @@
+"""What DVC's plan, locks and missing data do, on the real dvc.yaml over toy stages."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flows import pipeline
+from flows.pipeline import Busy, Line, StageFailed, Step, mark_due
+from tests.flows.toy import Toy, ran
+
+MADE = ["demonstrate@pre", "base", "demonstrate@main", "student", "evaluate@start", "teacher"]
+EACH = ["sample", "label", "optimize"]
+ITERATIONS = [f"{verb}@{iteration}" for iteration in ("it001", "it002") for verb in EACH]
+PLAN = [*MADE, *ITERATIONS, "evaluate@final", "evaluate@teacher", "report"]
+
+
+def due(steps: tuple[Step, ...]) -> list[str]:
+    return [step.name for step in steps if step.due]
+
+
+def test_the_plan_is_the_order_of_dvc_repro(toy: Toy) -> None:
+    """This pins DVC's internal API: plan_repro, the graph's direction and `Stage.changed`."""
+    steps = pipeline.plan()
+    assert [step.name for step in steps] == PLAN == ran(toy.dvc("repro"))
+    assert set(next(step for step in steps if step.name == "label@it002").parents) == {"sample@it002", "teacher"}
+    assert due(steps) == PLAN
+    assert due(pipeline.plan()) == []
+
+
+def test_an_iteration_owns_its_stages_and_the_score_of_what_it_made(toy: Toy) -> None:
+    owners = {step.name: step.iteration for step in pipeline.plan()}
+    assert {owners[f"{verb}@it002"] for verb in EACH} | {owners["evaluate@final"]} == {"it002"}
+    assert {owners[name] for name in ("teacher", "evaluate@start", "evaluate@teacher", "report")} == {None}
+
+
+def test_the_plan_to_a_target_ends_there(toy: Toy) -> None:
+    assert pipeline.plan(["sample@it001"])[-1].name == "sample@it001"
+    with pytest.raises(ValueError, match="it009"):
+        pipeline.plan(["sample@it009"])
+
+
+# A fresh clone
+
+
+def test_a_clone_without_demonstrations_goes_on_from_the_reference(clone: Toy) -> None:
+    rest = [*ITERATIONS, "evaluate@final", "report"]
+    assert due(pipeline.plan()) == rest
+    assert ran(clone.dvc("repro", "--allow-missing")) == rest
+    assert not clone.has("demonstrations")
+
+
+def test_a_clone_remakes_demonstrations_only_for_a_checkpoint_that_needs_them(clone: Toy) -> None:
+    clone.edit("params.yaml", "steps: 3", "steps: 5")
+    steps = due(pipeline.plan())
+    assert steps[:2] == ["demonstrate@main", "student"]  # the student may be due, if the demonstrations come out different
+    assert "teacher" in steps
+    assert not {"demonstrate@pre", "base"} & set(steps)
+    assert "failed to reproduce 'teacher'" in clone.dvc("repro", "--allow-missing", check=False)  # DVC alone has to be told
+    assert ran(clone.dvc("repro", "teacher")) == ["demonstrate@pre", "demonstrate@main", "teacher"]
+
+
+def test_dvc_repro_teacher_student_rebuilds_the_reference(clone: Toy) -> None:
+    before = clone.lock
+    assert ran(clone.dvc("repro", "teacher", "student")) == [
+        "demonstrate@pre",
+        "demonstrate@main",
+    ]  # the demonstrations are the same: so are the checkpoints
+    assert ran(clone.dvc("repro", "--force", "teacher", "student")) == [
+        "demonstrate@pre",
+        "base",
+        "demonstrate@main",
+        "teacher",
+        "student",
+    ]
+    assert clone.lock == before
+
+
+def test_accept_keeps_the_reference_through_an_edit_of_code_and_nothing_else(clone: Toy) -> None:
+    clone.edit("vla_opd/tokens.py", "# stands", "# an edit that changes no result\n")
+    assert "base" in due(pipeline.plan())
+    names = ["demonstrate", "base", "teacher", "student", "evaluate@start", "evaluate@teacher"]
+    assert "demonstrate@main" in pipeline.accept(names)
+    assert due(pipeline.plan()) == [*ITERATIONS, "evaluate@final", "report"]
+    clone.edit("params.yaml", "steps: 3", "steps: 5")
+    pipeline.accept(names)
+    assert "teacher" in due(pipeline.plan())
+
+
+def test_accept_never_accepts_an_artifact(toy: Toy) -> None:
+    toy.dvc("repro", "base")
+    digest = toy.folder / "artifacts/toy/demonstrations/pre/digest"
+    digest.unlink()
+    digest.write_text("forged")
+    pipeline.accept(["base"])
+    assert "base" in due(pipeline.plan(["base"]))
+
+
+def test_accept_names_an_unknown_stage(toy: Toy) -> None:
+    with pytest.raises(ValueError, match="nonsense"):
+        pipeline.accept(["nonsense"])
+
+
+def test_due_is_what_is_needed() -> None:
+    def step(name: str, *parents: str, stale: bool = False, missing: bool = False) -> Step:
+        return Step(name, parents, stale=stale, missing=missing, due=False)
+
+    chain = (step("a", missing=True), step("b", "a", missing=True), step("c", "b"))
+    assert due(mark_due(chain)) == []
+    assert due(mark_due((*chain[:2], step("c", "b", missing=True)))) == ["a", "b", "c"]
+    assert due(mark_due((chain[0], step("b", "a"), step("c", "b", stale=True)))) == ["c"]
+    assert due(mark_due((step("a", stale=True), step("b", "a"), step("c")))) == ["a", "b"]
+
+
+# One stage
+
+
+def test_bring_streams_and_says_whether_it_ran(toy: Toy) -> None:
+    heard: list[Line] = []
+    assert pipeline.bring("demonstrate@main", heard.append)
+    said = [line.text for line in heard if not line.chatter]
+    assert said == ["demonstrate main: from 0 inputs", "demonstrate: 1/2", "demonstrate: 2/2"]
+    assert [line.text for line in heard if line.passing] == ["demonstrate: 1/2", "demonstrate: 2/2"]
+    assert not pipeline.bring("demonstrate@main", heard.append)
+
+
+def test_a_failing_stage_hands_back_its_last_words(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOY_FAILS", "demonstrate main")
+    with pytest.raises(StageFailed) as failure:
+        pipeline.bring("demonstrate@main", lambda _: None)
+    assert "demonstrate main: no luck" in failure.value.said
+
+
+def test_another_dvc_at_work_is_busy(toy: Toy) -> None:
+    out = str(toy.folder / "artifacts/toy/demonstrations/main")
+    (toy.folder / ".dvc/tmp").mkdir()
+    (toy.folder / ".dvc/tmp/rwlock").write_text(json.dumps({"write": {out: {"pid": os.getppid(), "cmd": "dvc repro"}}}))
+    with pytest.raises(Busy):
+        pipeline.bring("demonstrate@main", lambda _: None)
+    with pytest.raises(Busy):
+        pipeline.plan(patience=0)
+
+
+def test_dvc_dies_with_the_process_that_started_it(toy: Toy) -> None:
+    """SIGKILL leaves no chance to clean up: the kernel ends the child."""
+    program = "import sys; from flows.pipeline import _started; p = _started(['sleep', '60']); print(p.pid, flush=True); p.wait()"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(Path(pipeline.__file__).parents[1])}
+    ) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        parent.send_signal(signal.SIGKILL)
+    status = Path(f"/proc/{child}/status")
+    deadline = time.monotonic() + 5
+    while status.exists() and "zombie" not in status.read_text():
+        assert time.monotonic() < deadline, "the child lives on"
+        time.sleep(0.05)
+
+
+def test_carriage_returns_end_passing_lines() -> None:
+    read, write = os.pipe()
+    os.write(write, b"one\r 50%\r100%\r\ntwo\nlast")
+    os.close(write)
+    with open(read, "rb") as stream:
+        heard = list(pipeline.lines(stream))
+    assert heard == [Line("one", passing=True), Line(" 50%", passing=True), Line("100%"), Line("two"), Line("last")]

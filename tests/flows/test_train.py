@@ -1,0 +1,153 @@
+"""The flow on a toy project: same dvc.lock as `dvc repro`, each reuses what the other made, failures end it and it goes on from there."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS, temporary_settings
+from prefect.testing.utilities import prefect_test_harness
+
+from flows import pipeline
+from flows.pipeline import Line, StageFailed, Step
+from flows.train import in_groups, opd
+from tests.flows.toy import Toy, make_toy, ran
+
+pytestmark = pytest.mark.slow
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The same project, once brought up to date by the flow and once by `dvc repro`."""
+
+    flow: Toy
+    repro: Toy
+    states: dict[str, Any]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server() -> Iterator[None]:
+    with temporary_settings({PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: 120}), prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory, server: None) -> Iterator[Pair]:
+    folder = tmp_path_factory.mktemp("pair")
+    first = folder / "flow"
+    first.mkdir()
+    made = make_toy(first)
+    shutil.copytree(first, folder / "repro")
+    by_repro = Toy(folder / "repro")
+    by_repro.dvc("repro")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(first)
+        states = opd()
+        yield Pair(made, by_repro, states)
+
+
+def names(states: dict[str, Any]) -> set[str]:
+    return {state.name for state in states.values()}
+
+
+def test_the_flow_and_dvc_repro_leave_the_same_lock_byte_for_byte(pair: Pair) -> None:
+    assert pair.flow.lock == pair.repro.lock
+    assert names(pair.states) == {"Completed"}
+
+
+def test_each_reuses_what_the_other_made(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ran(pair.flow.dvc("repro")) == []
+    monkeypatch.chdir(pair.repro.folder)
+    before = pair.repro.lock
+    assert names(opd()) == {"Unchanged"}
+    assert pair.repro.lock == before
+
+
+def test_every_iteration_is_a_subflow_and_every_stage_a_task(pair: Pair) -> None:
+    with get_client(sync_client=True) as client:
+        runs = {run.name: run for run in client.read_flow_runs()}
+        tasks = {task.name: task for task in client.read_task_runs() if "@" in task.name or task.name in ("base", "teacher", "student", "report")}
+    assert {"it001", "it002"} <= set(runs)
+    assert set(pair.states) <= set(tasks)
+    assert tasks["label@it002"].flow_run_id in {run.id for name, run in runs.items() if name == "it002"}
+
+
+def test_tasks_wait_for_their_parents_so_that_the_interface_draws_the_graph_of_dvc(pair: Pair) -> None:
+    with get_client(sync_client=True) as client:
+        tasks = {task.id: task for task in client.read_task_runs()}
+        first = next(run for run in client.read_flow_runs() if run.name == "it001")
+
+    def waited_for(run: Any) -> set[str]:
+        return {tasks[entry.id].name for entry in run.task_inputs["wait_for"]}
+
+    optimize = tasks[pair.states["optimize@it001"].state_details.task_run_id]
+    assert waited_for(optimize) == {"sample@it001", "label@it001"}
+    assert waited_for(tasks[first.parent_task_run_id]) == {"student", "teacher"}
+
+
+def test_a_failure_ends_the_flow_and_the_next_run_goes_on_from_there(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOY_FAILS", "finetune base")
+    with pytest.raises(StageFailed, match="base") as failure:
+        opd(targets=["student"])
+    assert "finetune base: no luck" in failure.value.said
+    monkeypatch.delenv("TOY_FAILS")
+    states = opd(targets=["student"])
+    assert {name: state.name for name, state in states.items()} == {
+        "demonstrate@pre": "Unchanged",
+        "base": "Completed",
+        "demonstrate@main": "Completed",
+        "student": "Completed",
+    }
+
+
+def test_the_early_cut_off_is_dvcs(clone: Toy) -> None:
+    """A due stage whose inputs come out the same ends Unchanged, without running."""
+    clone.edit("params.yaml", "steps: 3", "steps: 5")
+    states = opd(targets=["teacher", "student"])
+    assert {name: state.name for name, state in states.items()} == {
+        "demonstrate@pre": "Unchanged",
+        "base": "Unchanged",
+        "demonstrate@main": "Completed",
+        "teacher": "Completed",
+        "student": "Unchanged",
+    }
+    assert not clone.has("demonstrations/pre")
+
+
+def test_a_task_waits_while_another_dvc_is_at_work(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([pipeline.Busy("another DVC process is at work here"), True])
+
+    def bring(name: str, tell: pipeline.Tell) -> bool:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        tell(Line("Running stage"))
+        return answer
+
+    monkeypatch.setattr(pipeline, "bring", bring)
+    monkeypatch.setattr("flows.train.BUSY_DELAY", 0)
+    states = opd(targets=["demonstrate@pre"])
+    assert names(states) == {"Completed"}
+    assert next(answers, None) is None
+
+
+def test_settings_are_validated_then_written_with_comments_kept(toy: Toy) -> None:
+    opd(targets=["demonstrate@pre"], changes={"optimize.steps": 7})
+    text = (toy.folder / "params.yaml").read_text()
+    assert "# a comment that must survive" in text
+    assert "optimize: {steps: 7}  # how long" in text
+    with pytest.raises(ValueError, match=r"optimize\.stepz"):
+        opd(changes={"optimize.stepz": 7})
+    assert (toy.folder / "params.yaml").read_text() == text
+
+
+def test_groups_keep_the_order_of_the_plan() -> None:
+    plan = [Step(name) for name in ("base", "sample@a", "label@a", "teacher", "sample@b")]
+    assert [(name, [step.name for step in steps]) for name, steps in in_groups(plan)] == [
+        (None, ["base"]),
+        ("a", ["sample@a", "label@a"]),
+        (None, ["teacher"]),
+        ("b", ["sample@b"]),
+    ]

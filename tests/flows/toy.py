@@ -1,0 +1,143 @@
+"""A toy project: the real dvc.yaml over toy stages that take no time."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).parents[2]
+
+PARAMS = """\
+# a comment that must survive
+run: {name: toy, seed: 0}
+environment: {tasks: [reach]}
+demonstrations:
+  pre: {episodes: 1}
+  main: {episodes: 2}
+demonstrate: {noise: 0.1}
+policy: {chunk: 8}
+finetune: {batch_size: 4}
+base: {demonstrations: pre, steps: 1, learning_rate: 0.1}
+teacher: {parent: base, demonstrations: main, steps: 3, learning_rate: 0.1}
+student: {parent: base, demonstrations: main, steps: 2, learning_rate: 0.1}
+sample: {group: 2}
+label: {teacher: teacher}
+optimize: {steps: 4}  # how long
+iterations: {it001: student, it002: it001}
+evaluate: {episodes: 3}
+evaluations: {start: student, final: it002, teacher: teacher}
+report: {}
+"""
+
+STAGES = '''\
+"""Toy stages: every out is a digest of what went in."""
+import hashlib, json, os, pathlib, sys, time
+from ruamel.yaml import YAML
+
+verb, key = sys.argv[1], (sys.argv[3:] or [""])[0]
+params = YAML(typ="safe").load(open("params.yaml"))
+root = pathlib.Path("artifacts/toy")
+ck, tr, lo, de = root / "checkpoints", root / "trajectories", root / "logits", root / "demonstrations"
+student = ck / params["iterations"].get(key, "none")
+out, inputs = {
+    "demonstrate": lambda: (de / key, []),
+    "finetune": lambda: (ck / key, [de / params[key]["demonstrations"]] + ([ck / params[key]["parent"]] if "parent" in params[key] else [])),
+    "sample": lambda: (tr / key, [student]),
+    "label": lambda: (lo / key, [tr / key, ck / "teacher"]),
+    "optimize": lambda: (ck / key, [student, tr / key, lo / key]),
+    "evaluate": lambda: (root / "evaluations" / key, [ck / params["evaluations"][key]]),
+    "report": lambda: (root / "report", [root / "evaluations" / name for name in params["evaluations"]]),
+}[verb]()
+section = params[key if verb == "finetune" else verb]
+said = json.dumps([verb, key, section], sort_keys=True) + "".join((i / "digest").read_text() for i in inputs)
+print(f"{verb} {key}: from {len(inputs)} inputs", flush=True)
+for step in (1, 2):
+    print(f"{verb}: {step}/2", end="\\r", file=sys.stderr, flush=True)
+if os.environ.get("TOY_FAILS") == f"{verb} {key}":
+    sys.exit(f"{verb} {key}: no luck")
+time.sleep(float(os.environ.get("TOY_SLEEP", "0")))
+out.mkdir(parents=True)
+if verb == "report":
+    score = {"success": 0.5, "low": 0.4, "high": 0.6, "episodes": 10}
+    (out / "summary.json").write_text(json.dumps({"start": score, "final": score, "teacher": score}))
+    (out / "report.html").write_text("<p>toy</p>")
+(out / "digest").write_text(hashlib.sha256(said.encode()).hexdigest())
+'''
+
+REFERENCE = ["evaluate@start", "evaluate@teacher"]
+
+
+@dataclass(frozen=True)
+class Toy:
+    """A toy project, and what one does with it."""
+
+    folder: Path
+
+    def dvc(self, *words: str, check: bool = True) -> str:
+        """The output of a dvc command in the project."""
+        environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+        done = subprocess.run(
+            [sys.executable, "-m", "dvc", *words],
+            cwd=self.folder,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+        assert not check or done.returncode == 0, done.stdout
+        return done.stdout
+
+    def git(self, *words: str) -> None:
+        subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *words], cwd=self.folder, check=True, capture_output=True)
+
+    def clone(self, folder: Path) -> "Toy":
+        """What somebody else has after `git clone`: no cache, none of what isn't in git."""
+        self.git("add", "-A")
+        self.git("commit", "-q", "-m", "toy")
+        self.git("clone", "-q", ".", str(folder))
+        return Toy(folder)
+
+    @property
+    def lock(self) -> bytes:
+        return (self.folder / "dvc.lock").read_bytes()
+
+    def edit(self, name: str, old: str, new: str) -> None:
+        """Replace text in a file of the project."""
+        path = self.folder / name
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new))
+
+    def has(self, *names: str) -> bool:
+        return all((self.folder / "artifacts/toy" / name).is_dir() for name in names)
+
+
+def ran(output: str) -> list[str]:
+    """The stages that a `dvc repro` says it ran."""
+    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage ")]
+
+
+def code_files() -> Sequence[str]:
+    stages = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"].values()
+    return sorted({dep for stage in stages for dep in stage.get("do", stage)["deps"] if dep.endswith(".py")})
+
+
+def make_toy(folder: Path) -> Toy:
+    """Lay the project out: its settings, the real dvc.yaml, DVC's real settings, toy stages and a stub for every file of code."""
+    for name in code_files():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("# stands for the real file\n")
+    for name in ("dvc.yaml", ".dvcignore", ".dvc/config", ".dvc/.gitignore", "artifacts/.gitignore"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes((ROOT / name).read_bytes())
+    (folder / "params.yaml").write_text(PARAMS)
+    (folder / "stages/__main__.py").write_text(STAGES)
+    (folder / "stages/__init__.py").write_text("")
+    (folder / ".gitignore").write_text("__pycache__/\n.prefect/\n")
+    toy = Toy(folder)
+    toy.git("init", "-q")
+    return toy

@@ -1,0 +1,155 @@
+"""`python -m stages`: a user's mistake is one message on stderr and exit code 2; the rest is handed to the stage."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import stages.__main__ as command
+from tests.vla_opd.test_params import MINIMAL
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "params.yaml").write_text(MINIMAL)
+    monkeypatch.chdir(tmp_path)
+    for name in ("OPD_WORKERS", "OPD_DEVICE", "OPD_TRACKING"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OPD_TRACKING", "none")
+    monkeypatch.setenv("OPD_DEVICE", "cpu")
+    return tmp_path
+
+
+@pytest.fixture
+def called(project: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """The arguments that the stage was run with, after `params`."""
+    calls: list[tuple[Any, ...]] = []
+
+    def run(_params: object, *arguments: object) -> SimpleNamespace:
+        calls.append(arguments)
+        return SimpleNamespace(digest="0123456789abcdef")
+
+    monkeypatch.setattr(command.importlib, "import_module", lambda name: SimpleNamespace(run=run))
+    return calls
+
+
+ROOT = Path("artifacts/test")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["demonstrate", "--name", "main"], ("main", ROOT / "demonstrations/main")),
+        (["finetune", "--name", "teacher"], ("teacher", ROOT / "demonstrations/main", None, ROOT / "checkpoints/teacher")),
+        (
+            ["finetune", "--name", "student", "--set", "student.parent=teacher"],
+            ("student", ROOT / "demonstrations/main", ROOT / "checkpoints/teacher", ROOT / "checkpoints/student"),
+        ),
+        (["sample", "--iteration", "it002"], ("it002", ROOT / "checkpoints/it001", ROOT / "trajectories/it002")),
+        (["label", "--iteration", "it001"], (ROOT / "checkpoints/teacher", ROOT / "trajectories/it001", ROOT / "logits/it001")),
+        (
+            ["optimize", "--iteration", "it001"],
+            ("it001", ROOT / "checkpoints/student", ROOT / "trajectories/it001", ROOT / "logits/it001", ROOT / "checkpoints/it001"),
+        ),
+        (["evaluate", "--name", "final"], (ROOT / "checkpoints/it002", ROOT / "evaluations/final")),
+        (["report"], (ROOT, ROOT / "report/page")),
+    ],
+)
+def test_a_stage_finds_its_inputs_and_its_output(
+    called: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str], arguments: list[str], expected: tuple[object, ...]
+) -> None:
+    assert command.main(arguments) == 0
+    ((*found, host),) = called
+    assert tuple(found) == expected
+    assert (host.device, host.tracking) == ("cpu", "none")
+    assert capsys.readouterr().out == f"{arguments[0]}: digest 0123456789ab\n"
+
+
+def test_the_host_comes_from_options_and_the_environment(called: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPD_WORKERS", "3")
+    command.main(["report"])
+    command.main(["report", "--workers", "5", "--tracking", "jsonl"])
+    assert [(host.workers, host.tracking) for *_, host in called] == [(3, "none"), (5, "jsonl")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sample", "--iteration", "it009"], "sample: iterations is 'it009'; expected one of ['it001', 'it002']"),
+        (["demonstrate", "--name", "other"], "demonstrate: demonstrations is 'other'; expected one of ['main']"),
+        (["finetune", "--name", "base"], "finetune: checkpoint is 'base'; expected one of ['student', 'teacher']"),
+        (["evaluate", "--name", "middle"], "evaluate: evaluations is 'middle'; expected one of ['final', 'start']"),
+        (["report", "--set", "optimize.steps=0"], "params.yaml: 1 mistake(s)\n  optimize.steps is 0: Input should be greater than or equal to 1"),
+        (["report", "--set", "nonsense"], "override 'nonsense': expected section.key=value"),
+        (["label", "--iteration", "it001"], "trajectories/it001: no manifest.json; expected a complete artifact of kind 'trajectories'"),
+        (["evaluate", "--name", "start"], "checkpoints/student: no manifest.json; expected a complete artifact of kind 'checkpoint'"),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_2(
+    project: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert command.main(arguments) == 2
+    answer = capsys.readouterr()
+    assert message in answer.err
+    assert answer.err.startswith(f"{arguments[0]}: ")
+    assert not answer.out
+
+
+def test_a_missing_params_file_is_a_mistake(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (project / "params.yaml").unlink()
+    assert command.main(["report"]) == 2
+    assert "params.yaml does not exist" in capsys.readouterr().err
+
+
+def test_broken_yaml_is_a_mistake(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (project / "params.yaml").write_text("run: {name: [")
+    assert command.main(["report"]) == 2
+    assert "params.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("variable", "value"), [("OPD_WORKERS", "many"), ("OPD_TRACKING", "paper")])
+def test_nonsense_in_the_environment_is_refused_by_name(
+    called: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], variable: str, value: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    try:
+        code = command.main(["report"])
+    except SystemExit as end:
+        code = end.code
+    assert code == 2
+    assert value in capsys.readouterr().err
+    assert not called
+
+
+@pytest.mark.parametrize("arguments", [[], ["distil"], ["sample"], ["report", "--workers", "many"], ["report", "--tracking", "paper"]])
+def test_a_command_that_does_not_exist_ends_with_2(project: Path, arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        command.main(arguments)
+    assert end.value.code == 2
+
+
+def test_a_crash_is_not_a_mistake(called: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*_: object) -> None:
+        raise RuntimeError("the simulator crashed too often")
+
+    monkeypatch.setattr(command.importlib, "import_module", lambda name: SimpleNamespace(run=crash))
+    with pytest.raises(RuntimeError, match="too often"):
+        command.main(["report"])
+
+
+def test_the_command_itself_ends_with_2(project: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "stages", "sample", "--iteration", "it009"],
+        cwd=project,
+        env={"PYTHONPATH": str(REPOSITORY), "PATH": "", "OPD_DEVICE": "cpu", "OPD_TRACKING": "none"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 2
+    assert ended.stderr == "sample: iterations is 'it009'; expected one of ['it001', 'it002']\n"

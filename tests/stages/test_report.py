@@ -1,0 +1,335 @@
+"""report: the numbers on the page, on a small run made by hand."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from scipy.stats import binomtest
+
+from stages import report
+from vla_opd.artifacts import Manifest, draft, open_artifact, read_manifest
+from vla_opd.host import Host
+from vla_opd.params import Params
+
+TASKS = ("libero_object/0", "libero_object/1")
+ITERATIONS = ("it001", "it002", "it003")
+EPISODES = 10
+# Of each task's ten episodes, how many succeed; a success comes at 70 + 20 * state control steps.
+SUCCESSES = {"start": (1, 3), "it002": (5, 6), "final": (8, 8), "teacher": (10, 10)}
+TREE = {
+    "run": {"name": "small", "seed": 3},
+    "environment": {"tasks": TASKS},
+    "demonstrations": {"main": {"episodes": 5}},
+    "teacher": {"demonstrations": "main", "steps": 10, "learning_rate": 1e-3},
+    "student": {"demonstrations": "main", "per_task": 1, "steps": 5, "learning_rate": 1e-3},
+    "sample": {"prompts": 1, "group": 4},
+    "iterations": {"it001": "student", "it002": "it001", "it003": "it002"},
+    "evaluations": {"teacher": "teacher", "start": "student", "it002": "it002", "final": "it003"},
+}
+
+
+def params(**changes: object) -> Params:
+    return Params.model_validate({**TREE, **changes})
+
+
+def score(outcomes: list[bool]) -> dict[str, float]:
+    interval = binomtest(sum(outcomes), len(outcomes)).proportion_ci(0.95, method="wilson")
+    return {"success": sum(outcomes) / len(outcomes), "low": interval.low, "high": interval.high, "episodes": len(outcomes)}
+
+
+def publish_evaluation(folder: Path, checkpoint: Manifest, successes: tuple[int, ...], horizon: int = 280) -> None:
+    records = [
+        {"task": task, "state": state, "success": state < count, "steps": 70 + 20 * state if state < count else horizon}
+        for task, count in zip(TASKS, successes, strict=True)
+        for state in range(EPISODES)
+    ]
+    by_task = {task: score([r["success"] for r in records if r["task"] == task]) for task in TASKS}
+    facts = {
+        "overall": score([r["success"] for r in records]),
+        "tasks": by_task,
+        "env_steps": sum(r["steps"] for r in records),
+        "horizon": horizon,
+    }
+    with draft(folder, "evaluation", {"checkpoint": checkpoint.digest}, {"seed": 3, "evaluate": {"confidence": 0.95, "horizon": horizon}}) as work:
+        with work.part("episodes.jsonl") as path:
+            path.write_text("".join(json.dumps(record, sort_keys=True) + "\n" for record in records))
+        work.publish(facts)
+
+
+def publish_finetuned(folder: Path) -> Manifest:
+    with draft(folder, "checkpoint", {"demonstrations": "d" * 64}, {"seed": 3, "name": folder.name}) as work:
+        with work.part("model.safetensors") as path:
+            path.write_bytes(folder.name.encode())
+        return work.publish({"checkpoint": {}, "states": 50, "episodes": 5}, {"backend": "egl"})
+
+
+def publish_iteration(root: Path, name: str, depth: int, student: Manifest, teacher: Manifest) -> Manifest:
+    sampled = {
+        "episodes": 8,
+        "success": (2 + 2 * depth) / 8,
+        "env_steps": 1100 - 100 * depth,
+        "states": 560,
+        "protocol": "held-out",
+        "action_space": "a",
+    }
+    with draft(root / "trajectories" / name, "trajectories", {"student": student.digest}, {"iteration": name}) as work:
+        trajectories = work.publish(sampled)
+    with draft(root / "logits" / name, "logits", {"teacher": teacher.digest, "trajectories": trajectories.digest}, {"label": {}}) as work:
+        logits = work.publish({"teacher_queries": 550 + depth, "action_space": {}})
+    parents = {"student": student.digest, "trajectories": trajectories.digest, "logits": logits.digest}
+    before, after = 1.9 / (depth + 1), 1.1 / (depth + 1)
+    rows = [
+        {
+            "loss": before + (after - before) * i / 19 + 0.05 * (i % 3),
+            "student_entropy": 2.5 + depth / 4 + i / 80,
+            "gradient_norm": 1.0,
+            "learning_rate": 1e-3,
+        }
+        for i in range(20)
+    ]
+    with draft(root / "checkpoints" / name, "checkpoint", parents, {"iteration": name, "optimize": {"steps": 20}}) as work:
+        for part, text in {"model.safetensors": name, "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in rows)}.items():
+            with work.part(part) as path:
+                path.write_text(text)
+        probes = {
+            "before": {"reverse_kl": before, "student_entropy": 2.5 + depth / 4, "teacher_entropy": 3.3},
+            "after": {"reverse_kl": after, "student_entropy": 2.75 + depth / 4, "teacher_entropy": 3.3},
+        }
+        return work.publish({"checkpoint": {}, "depth": depth, "states": 560, **probes})
+
+
+def publish_run(root: Path) -> None:
+    """A run in which only the manifests of trajectories and logits are there, as after a checkout without their data."""
+    made = {name: publish_finetuned(root / "checkpoints" / name) for name in ("teacher", "student")}
+    for depth, (name, parent) in enumerate(params().iterations.items()):
+        made[name] = publish_iteration(root, name, depth, made[parent], made["teacher"])
+    for name, checkpoint in params().evaluations.items():
+        publish_evaluation(root / "evaluations" / name, made[checkpoint], SUCCESSES[name])
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "small"
+    publish_run(folder)
+    report.run(params(), folder, folder / "report" / "page", Host())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(root: Path) -> str:
+    return (root / "report" / "page" / "index.html").read_text()
+
+
+@pytest.fixture
+def copy(root: Path, tmp_path: Path) -> Path:
+    shutil.copytree(root, tmp_path / "small")
+    return tmp_path / "small"
+
+
+class Elements(HTMLParser):
+    """Every element with its attributes, the ids, and the rows of text of every table."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.rows: list[list[str]] = []
+        self._in_cell = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag == "tr":
+            self.rows.append([])
+        if tag in {"td", "th"}:
+            self.rows[-1].append("")
+            self._in_cell = True
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in_cell = self._in_cell and tag not in {"td", "th"}
+
+    def handle_data(self, data: str) -> None:
+        if self._in_cell:
+            self.rows[-1][-1] += data
+
+    def row(self, first: str, length: int) -> list[str]:
+        (found,) = [row for row in self.rows if len(row) == length and row[0] == first]
+        return found
+
+
+def test_results_add_up(root: Path) -> None:
+    results = json.loads((root / "report" / "page" / "results.json").read_text())
+    assert results["start"] == pytest.approx(score([True] * 4 + [False] * 16))
+    assert results["final"]["success"] == pytest.approx(0.8)
+    assert results["teacher"] == pytest.approx(score([True] * 20))
+    assert results["env_steps"] == 1100 + 1000 + 900
+    assert results["teacher_queries"] == 550 + 551 + 552
+    assert [row["name"] for row in results["iterations"]] == list(ITERATIONS)
+    assert results["iterations"][1]["before"]["reverse_kl"] == pytest.approx(0.95)
+    assert results["iterations"][2]["success"] == pytest.approx(0.75)
+
+
+def test_it_is_an_artifact_that_names_all_it_was_made_from(root: Path) -> None:
+    made = open_artifact(root / "report" / "page", "report")
+    assert set(made.files) == {"index.html", "results.json"}
+    assert len(made.parents) == 2 + 3 * 3 + 4
+    assert made.parents["logits/it002"] == read_manifest(root / "logits" / "it002", "logits").digest
+
+
+def test_headline_has_the_share_of_the_teacher_and_the_intervals(page: str) -> None:
+    table = Elements(page)
+    assert [table.row(label, 8)[2] for label in ("Before", "After", "Teacher")] == ["20.0%", "80.0%", "100.0%"]
+    assert [table.row(label, 8)[5] for label in ("Before", "After", "Teacher")] == ["20.0%", "80.0%", "100.0%"]
+    assert table.row("After", 8)[3] == "58.4% – 91.9%"  # noqa: RUF001 - an en dash
+    assert "the student has 80.0% of that" in page
+
+
+def test_share_is_of_the_teachers_success() -> None:
+    student, teacher, failing = (report.Score.model_validate(score([True] * n + [False] * (20 - n))) for n in (16, 18, 0))
+    assert report._share(student, teacher) == "88.9%"
+    assert report._share(student, failing) == "n/a"
+
+
+def rendered(root: Path, how: Params | None = None) -> str:
+    report.run(how or params(), root, root / "report" / "page", Host())
+    return (root / "report" / "page" / "index.html").read_text()
+
+
+def test_tasks_with_their_instructions(page: str) -> None:
+    head, *rows = [row for row in Elements(page).rows if len(row) == 5][:4]
+    assert [cell.replace("student", "").replace("it003", "") for cell in head] == ["Task", "start", "it002", "final", "teacher"]
+    assert rows[0][0] == "libero_object/0pick the alphabet soup and place it in the basket"
+    assert [cell[:5] for cell in rows[0][1:]] == ["10.0%", "50.0%", "80.0%", "100.0"]
+    assert rows[1][2].startswith("60.0%")
+
+
+def test_iterations_table(page: str) -> None:
+    row = Elements(page).row("it002", 9)
+    assert row == ["it002", "it001", "50.0%", "8", "1,000", "551", "0.950 → 0.550", "2.750 → 3.000", "3.300"]
+
+
+def test_an_episode_counts_at_a_shorter_horizon_if_it_had_succeeded_by_then(page: str) -> None:
+    # Successes come at 70, 90, ... 250: by step 220 those of states 0 to 7.
+    table = Elements(page)
+    assert [cell[:5] for cell in table.row("220", 5)[1:]] == ["20.0%", "55.0%", "80.0%", "80.0%"]
+    assert [cell[:5] for cell in table.row("280", 5)[1:]] == ["20.0%", "55.0%", "80.0%", "100.0"]
+    assert not [row for row in table.rows if row[0] in {"300", "512", "520"}]
+
+
+def test_no_score_beyond_the_horizon_that_was_run(copy: Path) -> None:
+    teacher = read_manifest(copy / "checkpoints" / "teacher", "checkpoint")
+    publish_evaluation(copy / "evaluations" / "teacher", teacher, (10, 10), horizon=512)
+    evaluations = list(report.read_run(params(), copy).evaluations.values())
+    assert report._horizons(evaluations) == [220, 280, 300, 512]
+    assert [one.scored_at(300) is None for one in evaluations] == [True, True, True, False]
+
+
+def test_the_score_at_the_own_horizon_is_the_evaluations(root: Path) -> None:
+    for one in report.read_run(params(), root).evaluations.values():
+        assert one.scored_at(one.facts.horizon) == one.facts.overall
+        assert one.scored_at(one.facts.horizon + 1) is None
+
+
+def test_evaluations_stand_at_the_depth_of_their_checkpoint(root: Path) -> None:
+    run = report.read_run(params(), root)
+    assert {name: one.position for name, one in run.evaluations.items()} == {"start": 0, "it002": 2, "final": 3, "teacher": None}
+    assert list(run.evaluations) == ["start", "it002", "final", "teacher"]
+
+
+def test_it_needs_nothing_but_itself(page: str) -> None:
+    assert "http:" not in page
+    assert "https:" not in page
+    assert "@import" not in page
+    for tag, attributes in Elements(page).elements:
+        assert tag not in {"script", "link", "iframe", "img", "object", "embed"}
+        assert "src" not in attributes
+        for name in ("href", "xlink:href"):
+            assert (attributes.get(name) or "#").startswith("#"), (tag, attributes)
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", page))
+
+
+def test_references_inside_the_drawings_hold(page: str) -> None:
+    elements = Elements(page).elements
+    ids = [attributes["id"] for _, attributes in elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    wanted = {(attributes.get("xlink:href") or "")[1:] for tag, attributes in elements if tag == "use"} | set(re.findall(r"url\(#([^)]*)\)", page))
+    assert wanted
+    assert wanted <= set(ids)
+
+
+def test_drawings_have_text_alternatives_and_the_pages_colours(page: str) -> None:
+    drawings = [attributes for tag, attributes in Elements(page).elements if tag == "svg"]
+    assert len(drawings) == 6
+    assert all(drawing["role"] == "img" and len(drawing["aria-label"] or "") > 40 for drawing in drawings)
+    assert "final after 3 iterations 80.0%" in (drawings[0]["aria-label"] or "")
+    assert not re.search(r"#00000\d", page)
+    inside = "".join(re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL))
+    assert not re.search(r"(fill|stroke): ?#(?!0{6}\b)", inside)  # nothing painted in a colour that does not follow the theme
+
+
+def test_provenance(root: Path, page: str) -> None:
+    for name in ("teacher", "student", *ITERATIONS):
+        manifest = read_manifest(root / "checkpoints" / name, "checkpoint")
+        assert manifest.digest in page
+        assert all(parent in page for parent in manifest.parents.values())
+    assert "schedule_iterations: 10" in page
+    assert "Trained on the evaluation's own" not in page
+    assert re.search(r"backend egl.*torch \d", page)
+
+
+def test_same_inputs_same_bytes(root: Path, tmp_path: Path) -> None:
+    publish_run(tmp_path / "elsewhere")
+    report.run(params(), tmp_path / "elsewhere", tmp_path / "page", Host())
+    for name in ("index.html", "results.json", "manifest.json"):
+        assert (tmp_path / "page" / name).read_bytes() == (root / "report" / "page" / name).read_bytes()
+
+
+@pytest.mark.parametrize("field", ["start", "final", "teacher"])
+def test_report_names_evaluations_that_exist(field: str, tmp_path: Path) -> None:
+    how = params(report={field: "x"})
+    with pytest.raises(ValueError, match=rf"report\.{field} is 'x'; expected one of \['final', 'it002', 'start', 'teacher'\]"):
+        report.run(how, tmp_path, tmp_path / "page", Host())
+
+
+@pytest.mark.parametrize("missing", ["evaluations/it002", "checkpoints/it003", "checkpoints/teacher", "trajectories/it001", "logits/it002"])
+def test_a_missing_artifact_is_named(missing: str, copy: Path) -> None:
+    shutil.rmtree(copy / missing)
+    with pytest.raises(ValueError, match=rf"{missing}: no manifest\.json"):
+        rendered(copy)
+
+
+def test_a_score_of_another_checkpoint_is_refused(copy: Path) -> None:
+    student = read_manifest(copy / "checkpoints" / "student", "checkpoint")
+    publish_evaluation(copy / "evaluations" / "final", student, (8, 8))
+    with pytest.raises(ValueError, match=r"evaluations/final: made from checkpoint \w{12}; expected \w{12}"):
+        rendered(copy)
+
+
+def test_corrupt_records_are_refused(copy: Path) -> None:
+    path = copy / "evaluations" / "start" / "episodes.jsonl"
+    path.write_text(path.read_text().replace("false", "true "))
+    with pytest.raises(ValueError, match="corrupt"):
+        rendered(copy)
+
+
+def test_a_run_without_iterations_has_a_page(copy: Path) -> None:
+    how = params(iterations={}, evaluations={"start": "student", "final": "student", "teacher": "teacher"})
+    student = read_manifest(copy / "checkpoints" / "student", "checkpoint")
+    publish_evaluation(copy / "evaluations" / "final", student, (1, 3))
+    page = rendered(copy, how)
+    assert "After 0 iterations" in page
+    assert "Towards the teacher" not in page
+
+
+def test_other_evaluations_and_tasks_with_names_of_their_own(copy: Path) -> None:
+    tree = params(report={"final": "it002"}).model_dump()
+    tree["sample"]["protocol"] = "benchmark"
+    tree["environment"] |= {"family": "my.module:make", "tasks": (*TASKS, "<b>task</b>")}
+    page = rendered(copy, Params.model_validate(tree))
+    assert Elements(page).row("After", 8)[:3] == ["After", "it002", "55.0%"]
+    assert "Trained on the evaluation's own initial states" in page
+    assert "<b>task</b>" not in page
+    assert "&lt;b&gt;task" in page
+    assert "alphabet soup" not in page  # what the tasks of another family say is not known here

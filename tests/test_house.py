@@ -1,0 +1,222 @@
+"""The laws of the house, checked: names, sizes, what dvc.yaml says about the code, what must never be in a tracked file."""
+
+import ast
+import re
+import statistics
+import subprocess
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from stages.__main__ import VERBS
+from vla_opd.params import Params
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("flows", "stages", "vla_opd")
+REFERENCE = {"base", "teacher", "student"}  # dvc.yaml's names for the three runs of `finetune`
+FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "base"}
+# What these do is in no result (law 4): the machine, and where curves go.
+NOT_IN_RESULTS = {"vla_opd/host.py", "vla_opd/tracking.py"}
+MACHINE_PATH = re.compile(r"(?<![\w.\-/}*])/(work|root|tmp|home|Users)/\w")
+REGISTRY = re.compile(r"https?://[^\s\"']*(pypi|simple/|conda|index|download\.pytorch)[^\s\"']*|--(extra-)?index-url[ =]+http|--find-links")
+
+
+def tracked() -> list[Path]:
+    """Files in git, or about to be."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, check=True, text=True
+    ).stdout
+    return [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
+
+
+def sources() -> list[Path]:
+    """The Python files of the three packages."""
+    return sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+
+
+def functions() -> Iterator[tuple[str, int]]:
+    """Every function's address and its length in lines, decorators and docstring left out."""
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                first = node.body[1] if ast.get_docstring(node) and len(node.body) > 1 else node.body[0]
+                body = (node.end_lineno or 0) - first.lineno + 1
+                yield f"{path.relative_to(ROOT)}:{node.lineno} {node.name}", body + 1
+
+
+@cache
+def pipeline() -> dict[str, Any]:
+    """The stages of dvc.yaml; a `foreach` stage is what stands under its `do`."""
+    tree = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())
+    return {name: stage.get("do", stage) | {"foreach": stage.get("foreach")} for name, stage in tree["stages"].items()}
+
+
+def verb(name: str) -> str:
+    """The stages file behind a stage of dvc.yaml."""
+    return "finetune" if name in REFERENCE else name
+
+
+def run_sections() -> dict[str, Any]:
+    return YAML(typ="safe").load((ROOT / "params.yaml").read_text())
+
+
+# One name, four places
+
+
+def test_every_verb_has_its_stage_its_file_and_its_section() -> None:
+    in_dvc = {verb(name) for name in pipeline()}
+    in_files = {path.stem for path in (ROOT / "stages").glob("[!_]*.py")}
+    assert in_dvc == in_files == set(VERBS)
+    for name in in_dvc:
+        field = Params.model_fields[name]
+        assert field.annotation is not None
+        assert field.annotation.__name__ == f"{name.capitalize()}Params"
+
+
+def test_params_has_a_section_for_every_verb_and_reference_checkpoint() -> None:
+    assert {*VERBS, *REFERENCE} <= set(run_sections())
+
+
+def test_the_commands_of_dvc_yaml_are_the_stages_own() -> None:
+    for name, stage in pipeline().items():
+        option = VERBS[verb(name)]
+        item = {"--name": name if name in REFERENCE else "${key}", "--iteration": "${key}", None: ""}[option]
+        assert stage["cmd"] == " ".join(filter(None, ["python -m stages", verb(name), option, item]))
+
+
+def test_the_parents_of_the_reference_are_those_that_dvc_yaml_knows() -> None:
+    sections = run_sections()
+    for name in REFERENCE:
+        parents = {dep.rpartition("/")[2] for dep in pipeline()[name]["deps"] if "/checkpoints/" in dep}
+        assert parents == ({sections[name]["parent"]} if sections[name].get("parent") else set()), name
+
+
+# What dvc.yaml says about the code
+
+
+def module_file(module: str) -> list[Path]:
+    """The file of a module or a package, if it is ours. What a package's __init__ does for others, on the way to one of its modules, isn't counted."""
+    path = ROOT.joinpath(*module.split("."))
+    return [candidate for candidate in (path.with_suffix(".py"), path / "__init__.py") if candidate.is_file()]
+
+
+@cache
+def direct_imports(path: Path) -> frozenset[Path]:
+    """Project files that a file imports, at its head or inside its functions."""
+    found: set[Path] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        for name in names:
+            if name.split(".")[0] in PACKAGES:
+                found.update(module_file(name))
+    return frozenset(found)
+
+
+def code_of(name: str) -> set[str]:
+    """The files that a stage's result depends on: its own, and all that it imports; empty package files say nothing."""
+    todo, seen = [ROOT / "stages" / f"{verb(name)}.py"], set()
+    while todo:
+        path = todo.pop()
+        if path not in seen:
+            seen.add(path)
+            todo.extend(direct_imports(path))
+    said = {str(path.relative_to(ROOT)) for path in seen if len(ast.parse(path.read_text()).body) > 1 or path.name != "__init__.py"}
+    return said - NOT_IN_RESULTS
+
+
+@pytest.mark.parametrize("name", sorted(pipeline()))
+def test_code_deps_are_what_the_stage_imports(name: str) -> None:
+    listed = {dep for dep in pipeline()[name]["deps"] if dep.endswith(".py")}
+    assert sorted(listed) == sorted(code_of(name)), "dvc.yaml: the .py deps of this stage differ from what it imports"
+
+
+@pytest.mark.parametrize("name", sorted(pipeline()))
+def test_params_deps_are_what_the_stage_reads(name: str) -> None:
+    """Every section that the stage's file reads as `params.<section>` is among its params, whole or for its own item."""
+    text = (ROOT / "stages" / f"{verb(name)}.py").read_text()
+    read = set(re.findall(r"\bparams\.([a-z_]+)", text)) & set(Params.model_fields)
+    seed = {"run"} if re.search(r"params\.run\.seed", text) else set()
+    wanted = (read - {"run"}) | seed
+    if name in REFERENCE:
+        wanted = (wanted | {name}) - ({"policy"} if run_sections()[name].get("parent") else set())
+    listed = {entry.partition(".")[0] for entry in pipeline()[name]["params"]}
+    assert listed >= wanted, f"dvc.yaml: {name} reads {sorted(wanted - listed)} and doesn't list them"
+    assert listed <= wanted | {"iterations", "evaluations"}, f"dvc.yaml: {name} lists {sorted(listed - wanted)} and doesn't read them"
+
+
+# Sizes and names
+
+
+def test_functions_are_short() -> None:
+    lengths = dict(functions())
+    assert statistics.median(lengths.values()) <= 12
+    assert statistics.quantiles(lengths.values(), n=10)[-1] <= 40
+    assert {where: length for where, length in lengths.items() if length > 60} == {}
+
+
+def test_no_module_has_a_name_that_says_nothing() -> None:
+    assert [path for path in sources() if path.stem in FORBIDDEN_NAMES or path.parent.name in FORBIDDEN_NAMES] == []
+
+
+# What must never be in a tracked file
+
+
+def texts() -> Iterator[tuple[str, int, str]]:
+    for path in tracked():
+        try:
+            text = path.read_text()
+        except UnicodeDecodeError:
+            continue
+        if path != Path(__file__):
+            yield from ((str(path.relative_to(ROOT)), number, line) for number, line in enumerate(text.splitlines(), 1))
+
+
+def test_no_path_of_a_machine_is_in_a_tracked_file() -> None:
+    assert [f"{path}:{number}" for path, number, line in texts() if MACHINE_PATH.search(line)] == []
+
+
+def test_no_registry_address_is_in_a_tracked_file() -> None:
+    found = [f"{path}:{number}" for path, number, line in texts() if path != "README.md" and REGISTRY.search(line)]
+    assert found == []
+
+
+@pytest.mark.parametrize(("line", "bad"), [("see /root/x", True), ("'/tmp/a'", True), ("artifacts/work/x", False), ("!/*/work/x", False)])
+def test_the_rule_on_machine_paths_catches_what_it_should(line: str, bad: bool) -> None:
+    assert bool(MACHINE_PATH.search(line)) == bad
+
+
+# The README
+
+
+def readme_commands() -> list[str]:
+    """The lines of the README's shell blocks, without comments."""
+    blocks = re.findall(r"```(?:bash|sh|console)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = [line.split("#")[0].strip().removeprefix("$ ") for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+def make_targets() -> set[str]:
+    return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+@pytest.mark.parametrize("command", sorted(set(readme_commands())) or ["make run"])
+def test_readme_commands_exist(command: str) -> None:
+    words = command.split()
+    if words[0] == "make":
+        assert words[1] in make_targets(), command
+    if match := re.search(r"python -m (flows|stages)(?: (\w+))?", command):
+        known = set(VERBS) if match[1] == "stages" else {"run", "plan", "accept"}
+        assert match[2] in known, command
+    if match := re.search(r"dvc repro\s+(.*)", command):
+        named = {word.partition("@")[0] for word in match[1].split() if not word.startswith("-")}
+        assert named <= set(pipeline()), command
+    for path in re.findall(r"\S+\.(?:py|yaml)\b", command):
+        assert (ROOT / path).exists(), command

@@ -1,0 +1,236 @@
+"""Artifacts: complete or not there, resumable, and refused when they are not what they say."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from vla_opd import artifacts
+from vla_opd.artifacts import MANIFEST, Manifest, draft, open_artifact, read_manifest
+
+PARENTS = {"student": "abc"}
+PARAMS = {"steps": 3, "names": ("a", "b")}
+PARTS = {"one": b"first", "two": b"second", "inner/three": b"third"}
+
+
+def make(target: Path, parts: dict[str, bytes] | None = None, *, facts: dict[str, int] | None = None, made_with: dict[str, str] | None = None) -> Manifest:
+    with draft(target, "logits", PARENTS, PARAMS) as work:
+        for name, content in (PARTS if parts is None else parts).items():
+            with work.part(name) as path:
+                path.write_bytes(content)
+        return work.publish(facts or {"rows": 1}, made_with)
+
+
+def interrupt(target: Path, done: int, parents: dict[str, str] = PARENTS, params: dict[str, object] = PARAMS) -> None:
+    """Finish `done` parts, and be interrupted in the next."""
+    names = list(PARTS)
+    with pytest.raises(KeyboardInterrupt), draft(target, "logits", parents, params) as work:
+        for name in names[:done]:
+            with work.part(name) as path:
+                path.write_bytes(PARTS[name])
+        with work.part(names[done]) as path:
+            path.write_bytes(b"half")
+            raise KeyboardInterrupt
+
+
+def finished(target: Path, kind: artifacts.Kind = "logits", parents: dict[str, str] = PARENTS, params: dict[str, object] = PARAMS) -> list[str]:
+    """The parts that a new attempt finds."""
+    with draft(target, kind, parents, params) as work:
+        return [name for name in PARTS if work.has(name)]
+
+
+def test_an_artifact_says_what_it_is(tmp_path: Path) -> None:
+    made = make(tmp_path / "deep" / "it001", facts={"rows": 7}, made_with={"device": "cpu"})
+    found = open_artifact(tmp_path / "deep" / "it001", "logits")
+    assert found == made
+    assert (found.kind, found.parents, found.params, found.facts) == ("logits", PARENTS, {"steps": 3, "names": ["a", "b"]}, {"rows": 7})
+    assert {name: entry.size for name, entry in found.files.items()} == {"one": 5, "two": 6, "inner/three": 5}
+    assert found.made_with["device"] == "cpu"
+    assert set(artifacts.VERSIONED) < set(found.made_with)
+    there = {str(path.relative_to(tmp_path / "deep" / "it001")) for path in (tmp_path / "deep" / "it001").rglob("*") if path.is_file()}
+    assert there == {*PARTS, MANIFEST}  # neither scratch nor temporary files
+    assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == [".it001.lock", "it001"]
+
+
+def test_an_interrupted_draft_leaves_no_target_and_keeps_its_finished_parts(tmp_path: Path) -> None:
+    interrupt(tmp_path / "a", done=2)
+    assert not (tmp_path / "a").exists()
+    with draft(tmp_path / "a", "logits", PARENTS, PARAMS) as work:
+        assert [name for name in PARTS if work.has(name)] == ["one", "two"]
+        assert (work.folder / "two").read_bytes() == b"second"
+        with work.part("inner/three") as path:
+            path.write_bytes(b"third")
+        resumed = work.publish({"rows": 1})
+    assert resumed == make(tmp_path / "b")
+    assert open_artifact(tmp_path / "a", "logits") == resumed
+
+
+def test_a_killed_process_leaves_no_target_and_keeps_its_finished_parts(tmp_path: Path) -> None:
+    script = f"""
+        import os, pathlib, signal
+        from vla_opd.artifacts import draft
+        with draft(pathlib.Path({str(tmp_path / "a")!r}), "logits", {PARENTS!r}, {PARAMS!r}) as work:
+            with work.part("one") as path:
+                path.write_bytes(b"first")
+            with work.part("two") as path:
+                path.write_bytes(b"half")
+                os.kill(os.getpid(), signal.SIGKILL)
+    """
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=Path(__file__).parents[2], check=False, env=dict(os.environ))
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "a").exists()
+    assert finished(tmp_path / "a") == ["one"]  # and the lock has died with it
+    assert make(tmp_path / "a") == make(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("kind", "parents", "params"),
+    [
+        ("trajectories", PARENTS, PARAMS),
+        ("logits", {"student": "abd"}, PARAMS),
+        ("logits", {"teacher": "abc"}, PARAMS),
+        ("logits", PARENTS, {**PARAMS, "steps": 4}),
+    ],
+)
+def test_a_draft_of_other_inputs_is_thrown_away(tmp_path: Path, kind: artifacts.Kind, parents: dict[str, str], params: dict[str, object]) -> None:
+    interrupt(tmp_path / "a", done=2)
+    assert finished(tmp_path / "a") == ["one", "two"]
+    assert finished(tmp_path / "a", kind, parents, params) == []
+    assert finished(tmp_path / "a") == []
+
+
+def test_a_draft_of_other_package_versions_is_thrown_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt(tmp_path / "a", done=2)
+    monkeypatch.setattr(artifacts, "version", lambda name: "0.0.0")
+    assert finished(tmp_path / "a") == []
+
+
+def test_scratch_survives_an_interruption_and_is_not_published(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), draft(tmp_path / "a", "logits", PARENTS, PARAMS) as work:
+        (work.scratch / "state").write_text("42")
+        raise RuntimeError
+    with draft(tmp_path / "a", "logits", PARENTS, PARAMS) as work:
+        assert (work.scratch / "state").read_text() == "42"
+        assert work.publish({}).files == {}
+    assert [path.name for path in (tmp_path / "a").iterdir()] == [MANIFEST]
+
+
+def test_an_exception_in_a_part_leaves_the_finished_part_of_that_name(tmp_path: Path) -> None:
+    with draft(tmp_path / "a", "logits", PARENTS, PARAMS) as work:
+        with work.part("one") as path:
+            path.write_bytes(b"first")
+        with pytest.raises(OSError, match="disk"), work.part("one") as path:
+            path.write_bytes(b"other")
+            raise OSError("disk")
+        assert (work.folder / "one").read_bytes() == b"first"
+
+
+def test_the_digest_does_not_depend_on_order_or_machine(tmp_path: Path) -> None:
+    one = make(tmp_path / "a", made_with={"device": "cpu"})
+    other = make(tmp_path / "b", dict(reversed(PARTS.items())), made_with={"device": "cuda"})
+    assert one.digest == other.digest
+    assert one.made_with != other.made_with
+
+
+def test_the_digest_depends_on_everything_else(tmp_path: Path) -> None:
+    digests = {make(tmp_path / "a").digest, make(tmp_path / "b", facts={"rows": 2}).digest}
+    digests |= {make(tmp_path / "c", {**PARTS, "two": b"secone"}).digest, make(tmp_path / "d", {**PARTS, "four": b""}).digest}
+    for name, kind, parents, params in [("e", "report", PARENTS, PARAMS), ("f", "logits", {}, PARAMS), ("g", "logits", PARENTS, {"steps": 3})]:
+        with draft(tmp_path / name, kind, parents, params) as work:
+            for part, content in PARTS.items():
+                with work.part(part) as path:
+                    path.write_bytes(content)
+            digests.add(work.publish({"rows": 1}).digest)
+    assert len(digests) == 7
+
+
+def test_folders_are_parts_too(tmp_path: Path) -> None:
+    with draft(tmp_path / "a", "logits", PARENTS, PARAMS) as work:
+        for content in ("old", "new"):  # the second replaces the first
+            with work.part("shard") as path:
+                path.mkdir()
+                (path / content).write_text(content)
+        work.publish({})
+    assert list(open_artifact(tmp_path / "a", "logits").files) == ["shard/new"]
+
+
+def test_a_new_artifact_replaces_the_old_one(tmp_path: Path) -> None:
+    old = make(tmp_path / "a", {"one": b"1", "gone": b"2"})
+    interrupt(tmp_path / "a", done=1)
+    assert open_artifact(tmp_path / "a", "logits") == old  # it stays whole until the new one is
+    new = make(tmp_path / "a", {"one": b"3"})
+    assert open_artifact(tmp_path / "a", "logits") == new != old
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [MANIFEST, "one"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.lock", "a"]
+
+
+def test_a_second_writer_is_refused(tmp_path: Path) -> None:
+    with draft(tmp_path / "a", "logits", PARENTS, PARAMS), pytest.raises(RuntimeError, match="another process is writing it"):
+        make(tmp_path / "a")
+    make(tmp_path / "a")
+
+
+def test_a_folder_without_a_manifest_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for folder in (tmp_path / "a", tmp_path / "nothing"):
+        with pytest.raises(ValueError, match=f"{folder.name}: no manifest.json; expected a complete artifact of kind 'report'"):
+            read_manifest(folder, "report")
+
+
+@pytest.mark.parametrize(("content", "size"), [(b"firsu", 5), (b"fir", 3), (b"", 0)])
+def test_a_changed_or_truncated_file_is_refused_and_named(tmp_path: Path, content: bytes, size: int) -> None:
+    make(tmp_path / "a")
+    (tmp_path / "a" / "one").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"a/one: {size} bytes with sha256 \w+; expected 5 bytes with \w+: it is corrupt"):
+        open_artifact(tmp_path / "a", "logits")
+    assert read_manifest(tmp_path / "a", "logits").files["one"].size == 5
+
+
+def test_a_missing_file_is_refused_and_named(tmp_path: Path) -> None:
+    make(tmp_path / "a")
+    (tmp_path / "a" / "inner" / "three").unlink()
+    with pytest.raises(ValueError, match="a/inner/three: missing; expected 5 bytes"):
+        open_artifact(tmp_path / "a", "logits")
+
+
+def test_another_kind_is_refused(tmp_path: Path) -> None:
+    make(tmp_path / "a")
+    with pytest.raises(ValueError, match="kind is 'logits'; expected 'checkpoint'"):
+        open_artifact(tmp_path / "a", "checkpoint")
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", '{"kind": "logits"}'])
+def test_a_broken_manifest_is_refused(tmp_path: Path, text: str) -> None:
+    make(tmp_path / "a")
+    (tmp_path / "a" / MANIFEST).write_text(text)
+    with pytest.raises(ValueError, match=r"a/manifest.json: not a manifest of format 1"):
+        open_artifact(tmp_path / "a", "logits")
+
+
+def test_a_manifest_of_another_format_is_refused(tmp_path: Path) -> None:
+    make(tmp_path / "a")
+    _edit(tmp_path / "a", format=2)
+    with pytest.raises(ValueError, match="format"):
+        open_artifact(tmp_path / "a", "logits")
+
+
+def test_a_manifest_that_was_edited_is_refused(tmp_path: Path) -> None:
+    make(tmp_path / "a", facts={"rows": 7})
+    _edit(tmp_path / "a", facts={"rows": 8})
+    with pytest.raises(ValueError, match="digest"):
+        open_artifact(tmp_path / "a", "logits")
+
+
+def _edit(folder: Path, **changes: object) -> None:
+    path = folder / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_nan_is_no_setting(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"), draft(tmp_path / "a", "logits", {}, {"rate": float("nan")}):
+        pass

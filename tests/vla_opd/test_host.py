@@ -1,0 +1,24 @@
+"""What `auto` means on this machine."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from vla_opd.host import this_host
+
+
+def test_auto_takes_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    for there, expected in [(True, "cuda"), (False, "cpu")]:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert this_host(3, "auto", "none", Path("m")).device == expected
+    host = this_host(0, "cpu", "jsonl", Path("m"))
+    assert (host.workers, host.device, host.tracking, host.metrics) == (len(os.sched_getaffinity(0)), "cpu", "jsonl", Path("m"))
+    assert this_host(3, "cpu", "none", Path("m")).workers == 3
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device is 'cuda:0'; expected 'cpu' or 'auto'"):
+        this_host(1, "cuda:0", "none", Path("m"))

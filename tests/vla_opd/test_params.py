@@ -1,0 +1,162 @@
+"""`params.yaml`: parsed once, and every mistake answered with the field, the value and what was expected."""
+
+import re
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from vla_opd.params import Params, load, named_function
+
+MINIMAL = """
+run: {name: test}
+environment: {family: metaworld, tasks: [reach-v3]}
+demonstrations: {main: {episodes: 2}}
+teacher: {demonstrations: main, steps: 3, learning_rate: 1.0e-3}
+student: {demonstrations: main, per_task: 1, steps: 3, learning_rate: 1.0e-3}
+iterations: {it001: student, it002: it001}
+evaluations: {start: student, final: it002}
+"""
+CHECKPOINTS = re.escape("expected one of ['it001', 'it002', 'student', 'teacher']")
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> Path:
+    path = tmp_path / "params.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_a_minimal_run_has_the_recommended_settings(minimal: Path) -> None:
+    params = load(minimal)
+    assert params.environment.tasks == ("reach-v3",)
+    assert (params.optimize.objective, params.label.teacher, params.base) == ("reverse_kl", "teacher", None)
+    assert list(params.finetuned) == ["teacher", "student"]
+    assert params.iterations == {"it001": "student", "it002": "it001"}
+    assert Params.model_validate_json(params.model_dump_json()) == params
+
+
+def test_the_projects_own_file_is_in_order() -> None:
+    params = load(Path(__file__).parents[2] / "params.yaml")
+    assert set(params.evaluations) >= {params.report.start, params.report.final, params.report.teacher}
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "key", "value"),
+    [
+        ("optimize.learning_rate=1e-4", "optimize", "learning_rate", 1e-4),
+        ("optimize.steps=7", "optimize", "steps", 7),
+        ("sample.protocol=benchmark", "sample", "protocol", "benchmark"),
+        ("policy.proprio=false", "policy", "proprio", False),
+        ("environment.tasks=[a-v3, b-v3]", "environment", "tasks", ("a-v3", "b-v3")),
+        ("student.per_task=null", "student", "per_task", None),
+        ("optimize.objective=a.b:c=d", "optimize", "objective", "a.b:c=d"),
+    ],
+)
+def test_overrides_are_yaml_on_the_same_schema(minimal: Path, override: str, section: str, key: str, value: object) -> None:
+    assert getattr(getattr(load(minimal, [override]), section), key) == value
+    assert getattr(getattr(load(minimal), section), key) != value
+
+
+def test_later_overrides_win_and_deeper_ones_reach_in(minimal: Path) -> None:
+    params = load(minimal, ["optimize.steps=7", "optimize.steps=8", "demonstrations.main.episodes=5", "demonstrations.more.episodes=6"])
+    assert params.optimize.steps == 8
+    assert {name: made.episodes for name, made in params.demonstrations.items()} == {"main": 5, "more": 6}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimize.learning_rat=1", r"optimize\.learning_rat is 1 \(no such key\)"),
+        ("optimise.steps=1", r"optimise is \{'steps': 1\} \(no such key\)"),
+        ("optimize.steps=many", r"optimize\.steps is 'many': .*valid integer"),
+        ("optimize.steps=0", r"optimize\.steps is 0: .*greater than or equal to 1"),
+        ("optimize.steps=1.5", r"optimize\.steps is 1\.5: .*valid integer"),
+        ("sample.temperature=0", r"sample\.temperature is 0: .*greater than 0"),
+        ("sample.protocol=train", r"sample\.protocol is 'train': .*'held-out' or 'benchmark'"),
+        ("environment.tasks=[]", r"environment\.tasks is \[\]: .*at least 1"),
+        ("policy.bins=257", r"policy\.bins is 257: .*less than or equal to 256"),
+        ("run.name=../elsewhere", r"run\.name is '\.\./elsewhere': .*pattern"),
+        ("finetune.warmup_fraction=1.2", r"finetune\.warmup_fraction is 1\.2: .*less than or equal to 1"),
+        ("teacher.demonstrations=other", r"teacher\.demonstrations is 'other': no such set of demonstrations; expected one of \['main'\]"),
+        ("teacher.parent=base", rf"teacher\.parent is 'base': no such checkpoint; {CHECKPOINTS}"),
+        ("iterations.it001=it000", rf"iterations\.it001 is 'it000': no such checkpoint; {CHECKPOINTS}"),
+        ("evaluations.final=it003", rf"evaluations\.final is 'it003': no such checkpoint; {CHECKPOINTS}"),
+        ("label.teacher=expert", rf"label\.teacher is 'expert': no such checkpoint; {CHECKPOINTS}"),
+        ("iterations.student=teacher", r"iterations has \['student'\]: these names belong to checkpoints made by finetune"),
+    ],
+)
+def test_mistakes_name_field_value_and_expectation(minimal: Path, override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(minimal, [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimize.steps", r"override 'optimize\.steps': expected section\.key=value"),
+        ("steps=3", r"override 'steps=3': expected section\.key=value"),
+        ("run.name.first=x", r"override 'run\.name\.first=x': name is not a section"),
+        ("environment.tasks=[a", r"override 'environment\.tasks=\[a'"),
+    ],
+)
+def test_overrides_that_cannot_be_read_are_refused(minimal: Path, override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(minimal, [override])
+
+
+def test_all_mistakes_are_told_at_once(minimal: Path) -> None:
+    with pytest.raises(ValueError, match=r"params\.yaml: 2 mistake\(s\)") as caught:
+        load(minimal, ["optimize.steps=0", "sample.group=none"])
+    assert "optimize.steps is 0" in str(caught.value)
+    assert "sample.group is 'none'" in str(caught.value)
+
+
+def test_a_missing_section_is_named(minimal: Path) -> None:
+    minimal.write_text(MINIMAL.replace("run: {name: test}", ""))
+    with pytest.raises(ValueError, match=r"run: Field required"):
+        load(minimal)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere\.yaml does not exist; expected the run's params\.yaml"):
+        load(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize(("text", "message"), [("- a\n- b\n", "holds list; expected one mapping"), ("", "holds NoneType; expected one mapping")])
+def test_a_file_that_is_no_mapping_is_refused(minimal: Path, text: str, message: str) -> None:
+    minimal.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load(minimal)
+
+
+@pytest.mark.parametrize("text", ["run: {name: [", MINIMAL + "run: {name: again}\n", "a: b: c"])
+def test_a_file_that_is_no_yaml_is_refused_and_named(minimal: Path, text: str) -> None:
+    minimal.write_text(text)
+    with pytest.raises(ValueError, match=r"params\.yaml"):
+        load(minimal)
+
+
+def test_params_cannot_be_changed(minimal: Path) -> None:
+    params = load(minimal)
+    with pytest.raises(ValidationError, match="frozen"):
+        params.optimize.steps = 3  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_functions_by_name_or_by_path() -> None:
+    known = {"length": len}
+    assert named_function("length", known, "f") is len
+    assert named_function("os.path:join", known, "f")("a", "b") == "a/b"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("size", r"""policy\.family is 'size'; expected one of \['length'\] or "package\.module:function\""""),
+        ("no_such_package:f", r"policy\.family is 'no_such_package:f': No module named"),
+        ("math:no_such_function", r"policy\.family is 'math:no_such_function': .*no attribute"),
+    ],
+)
+def test_functions_that_do_not_exist_are_refused(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        named_function(name, {"length": len}, "policy.family")

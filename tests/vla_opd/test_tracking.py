@@ -1,0 +1,167 @@
+"""Tracking: curves where they were asked for, and no failure of a stage, with and without network or account."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vla_opd.host import Host, TrackingMode
+from vla_opd.tracking import track
+
+ROWS = [{"loss": 2.0, "accuracy": 0.25}, {"loss": 1.5}]
+
+
+def host(tmp_path: Path, tracking: TrackingMode) -> Host:
+    return Host(tracking=tracking, metrics=tmp_path / "metrics")
+
+
+def record(where: Host) -> None:
+    with track(where, "run", "optimize", "it001", {"steps": 2}) as log:
+        for step, row in enumerate(ROWS):
+            log(row, step)
+
+
+def lines(tmp_path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (tmp_path / "metrics" / "run" / "optimize-it001.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def _stranger(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No account, no network, nothing said in the environment."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb-config"))
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "wandb-cache"))
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "wandb-data"))
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens
+
+
+class FakeWandb:
+    """Remembers what was asked of W&B."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, refusal: Exception | None = None) -> None:
+        import wandb
+
+        self.asked: dict[str, Any] = {}
+        self.logged: list[tuple[dict[str, float], int]] = []
+        self.finished = 0
+        self.refusal = refusal
+        monkeypatch.setattr(wandb, "init", self.init)
+
+    def init(self, **asked: Any) -> "FakeWandb":
+        if self.refusal:
+            raise self.refusal
+        self.asked = asked
+        return self
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self.logged.append((metrics, step))
+
+    def finish(self, **_how: Any) -> None:
+        self.finished += 1
+
+
+def test_none_writes_nothing(tmp_path: Path) -> None:
+    record(host(tmp_path, "none"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_json_lines_hold_every_row_and_are_appended_to(tmp_path: Path) -> None:
+    record(host(tmp_path, "jsonl"))
+    record(host(tmp_path, "jsonl"))
+    found = lines(tmp_path)
+    assert [{"step": row["step"], **{k: row[k] for k in ("loss", "accuracy") if k in row}} for row in found] == [
+        {"step": step, **row} for step, row in enumerate(ROWS)
+    ] * 2
+    assert all(row["time"] > 1e9 and row["host"] for row in found)
+    assert [path.name for path in (tmp_path / "metrics").iterdir()] == ["run"]
+
+
+def test_a_line_is_on_the_disk_as_soon_as_it_is_logged(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="stage"), track(host(tmp_path, "jsonl"), "run", "optimize", "it001", {}) as log:
+        log(ROWS[0], 5)
+        assert len(lines(tmp_path)) == 1
+        raise RuntimeError("the stage's own failure passes")
+    assert lines(tmp_path)[0]["step"] == 5
+
+
+@pytest.mark.usefixtures("_stranger")
+def test_wandb_is_told_run_stage_and_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeWandb(monkeypatch)
+    record(host(tmp_path, "wandb"))
+    assert {key: fake.asked[key] for key in ("group", "job_type", "name", "mode", "config")} == {
+        "group": "run",
+        "job_type": "optimize",
+        "name": "optimize-it001",
+        "mode": "offline",
+        "config": {"steps": 2},
+    }
+    assert fake.logged == [({"optimize/loss": 2.0, "optimize/accuracy": 0.25}, 0), ({"optimize/loss": 1.5}, 1)]
+    assert fake.finished == 1
+    assert [row["loss"] for row in lines(tmp_path)] == [2.0, 1.5]  # and the lines are there as well
+
+
+@pytest.mark.usefixtures("_stranger")
+@pytest.mark.parametrize(
+    ("variables", "netrc", "mode"),
+    [
+        ({}, None, "offline"),
+        ({}, "machine api.github.com login x password y\n", "offline"),
+        ({}, "machine api.wandb.ai login user password key\n", "online"),
+        ({"WANDB_API_KEY": "key"}, None, "online"),
+        ({"WANDB_API_KEY": "key", "WANDB_MODE": "offline"}, None, "offline"),
+        ({"WANDB_MODE": "disabled"}, None, "disabled"),
+    ],
+)
+def test_online_with_an_account_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], netrc: str | None, mode: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if netrc:
+        (tmp_path / "netrc").write_text(netrc)
+    fake = FakeWandb(monkeypatch)
+    record(host(tmp_path, "wandb"))
+    assert fake.asked["mode"] == mode
+
+
+@pytest.mark.usefixtures("_stranger")
+def test_a_run_ends_when_its_stage_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeWandb(monkeypatch)
+    with pytest.raises(RuntimeError, match="mine"), track(host(tmp_path, "wandb"), "run", "label", "it001", {}):
+        raise RuntimeError("mine")
+    assert fake.finished == 1
+
+
+@pytest.mark.usefixtures("_stranger")
+def test_wandb_that_cannot_start_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    for refusal in (wandb.errors.CommError("no network"), OSError("disk full")):
+        FakeWandb(monkeypatch, refusal)
+        with pytest.warns(UserWarning, match=f"W&B did not start .*{refusal}.*as JSON lines only"):
+            record(host(tmp_path, "wandb"))
+    assert [row["loss"] for row in lines(tmp_path)] == [2.0, 1.5] * 2
+
+
+@pytest.mark.usefixtures("_stranger")
+@pytest.mark.parametrize("variables", [{"WANDB_MODE": "sideways"}, {"WANDB_API_KEY": "too short"}])
+def test_what_wandb_itself_refuses_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.warns(UserWarning, match="W&B did not start"):
+        record(host(tmp_path, "wandb"))
+    assert [row["loss"] for row in lines(tmp_path)] == [2.0, 1.5]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_stranger")
+def test_wandb_offline_needs_no_network_and_no_account(tmp_path: Path) -> None:
+    record(host(tmp_path, "wandb"))
+    (folder,) = (tmp_path / "metrics" / "wandb").glob("offline-run-*")
+    (log,) = folder.glob("*.wandb")
+    assert b"optimize/loss" in log.read_bytes()
+    assert [row["loss"] for row in lines(tmp_path)] == [2.0, 1.5]
