@@ -1,0 +1,90 @@
+# `make run` does everything, from a bare machine to the report. `make test` proves it. The rest is for people who change things.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+.PHONY: help run repro stop test setup system check format lock clean
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PIP_ARGS ?=   # for example an extra index that has CPU builds of torch
+ARGS ?=       # handed to the command: make run ARGS="--set optimize.steps=80", make test ARGS="-k flow"
+BIN := .venv/bin
+READY := .venv/.ready
+
+PACKAGES := git libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri libglib2.0-0
+LIBRARIES := libEGL.so.1 libEGL_mesa.so.0 libglib-2.0.so.0
+
+export DO_NOT_TRACK := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+help:
+	@echo "make run      set up, then the main job: sample, label, optimise and evaluate, every iteration; ends with a table and a report"
+	echo "make repro    the same stages by 'dvc repro' alone, without Prefect"
+	echo "make stop     stop the Prefect server that 'make run' started"
+	echo "make test     set up, then the whole test suite"
+	echo "make setup    system packages, .venv, the locked versions; does nothing when it is done"
+	echo "make check    formatting, lint, types, import contracts"
+	echo "make format   rewrite the sources in the house style"
+	echo "make lock     write requirements.lock from .venv"
+	echo "make clean    remove caches; artifacts stay"
+
+run: $(READY)
+	@$(BIN)/python -m flows run $(ARGS)
+
+# The same stages without Prefect. --allow-missing: the demonstrations behind the reference checkpoints need not be here.
+repro: $(READY)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro --allow-missing $(ARGS)
+
+stop:
+	@[ -f .prefect/server.pid ] && kill "$$(cat .prefect/server.pid)" 2>/dev/null && echo "the Prefect server is stopped" || echo "no Prefect server of ours is running"
+	rm -f .prefect/server.pid
+
+test: $(READY)
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(READY)
+	@$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports
+
+format: $(READY)
+	@$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+setup: $(READY)
+
+$(READY): pyproject.toml requirements.lock
+	@$(MAKE) --no-print-directory system
+	"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "vla-opd needs Python 3.11; make setup PYTHON=/where/it/is"; exit 1; }
+	[ -x $(BIN)/python ] || "$(PYTHON)" -m venv .venv
+	echo "installing the locked versions into .venv (once)"
+	$(BIN)/pip install --quiet $(PIP_ARGS) "$$(grep '^torch==' requirements.lock)"
+	$(BIN)/pip install --quiet $(PIP_ARGS) -c requirements.lock -e ".[test]"
+	touch $(READY)
+
+# What rendering without a screen needs. Only what is missing is installed, and only by someone who may; the others are told.
+system:
+	@known="$$( (ldconfig -p || /sbin/ldconfig -p) 2>/dev/null || true)"
+	missing=""
+	for library in $(LIBRARIES); do [[ "$$known" == *"$$library"* ]] || missing="$$missing $$library"; done
+	command -v git >/dev/null || missing="$$missing git"
+	[ -n "$$missing" ] || exit 0
+	if [ "$$(id -u)" = 0 ]; then become=""; elif sudo -n true 2>/dev/null; then become="sudo -n"; else become="no"; fi
+	if [ "$$become" = no ] || ! command -v apt-get >/dev/null; then
+	  echo "missing:$$missing. Please install (Debian, Ubuntu): apt-get install $(PACKAGES)"
+	  exit 0
+	fi
+	echo "installing what rendering needs:$$missing"
+	export DEBIAN_FRONTEND=noninteractive
+	{ $$become apt-get update -qq && $$become apt-get install -qq -y --no-install-recommends $(PACKAGES); } >/dev/null \
+	  || echo "apt-get failed; going on without:$$missing"
+
+lock:
+	@$(BIN)/python -m pip freeze --exclude-editable --exclude pip --exclude setuptools --exclude wheel | sed -E 's/ @ .*//; s/\+[a-z0-9.]+$$//' | LC_ALL=C sort -f > requirements.lock.new
+	{ echo "# The versions this repository was tested with; 'make lock' writes them. Constraints, not requirements."; cat requirements.lock.new; } > requirements.lock
+	rm requirements.lock.new
+
+clean:
+	@rm -rf .pytest_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
