@@ -125,8 +125,8 @@ def _step(stage: Any, upstream: list[Any]) -> Step:
 def mark_due(steps: tuple[Step, ...]) -> tuple[Step, ...]:
     """Mark the steps that may have to run: the stale, what comes after them, and what is missing where it is needed.
 
-    A missing out is needed if it is a goal of the plan (nothing depends on it) or if a step that is due depends on it. So a fresh clone, which has the
-    reference checkpoints and not the demonstrations behind them, doesn't make the demonstrations again; with a new setting of the teacher it does.
+    A missing out is needed if it is a goal of the plan (nothing depends on it) or if a step that is due depends on it. So a fresh clone, with the
+    reference checkpoints but not the demonstrations behind them, doesn't make the demonstrations again; with a new setting of the teacher it does.
     """
     children = {step.name: [child.name for child in steps if step.name in child.parents] for step in steps}
     due: set[str] = set()

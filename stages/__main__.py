@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         if key:
             command.add_argument(key, dest="key", required=True)
         command.add_argument("--set", action="append", default=[], metavar="section.key=value", help="override a setting of params.yaml")
-        command.add_argument("--workers", type=int, default=int(os.environ.get("OPD_WORKERS", "0")), help="simulator processes (0: one a core)")
+        command.add_argument("--workers", type=int, default=os.environ.get("OPD_WORKERS", "0"), help="simulator processes (0: one a core)")
         command.add_argument("--device", default=os.environ.get("OPD_DEVICE", "auto"), help="torch device (auto: a GPU if there is one)")
         command.add_argument("--tracking", choices=("wandb", "jsonl", "none"), default=os.environ.get("OPD_TRACKING", "wandb"))
     return parser

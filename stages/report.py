@@ -220,7 +220,8 @@ def run(params: Params, root: Path, out: Path, host: Host) -> Manifest:
             path.write_text(results.model_dump_json(indent=2) + "\n", encoding="utf-8")
         with work.part("index.html") as path:
             path.write_text(render(found), encoding="utf-8")
-        return work.publish(results.model_dump(mode="json"), {name: version(name) for name in DRAWN_WITH})
+        work.remember({name: version(name) for name in DRAWN_WITH})
+        return work.publish(results.model_dump(mode="json"))
 
 
 def _require_names(params: Params) -> None:

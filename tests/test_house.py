@@ -99,7 +99,7 @@ def test_the_parents_of_the_reference_are_those_that_dvc_yaml_knows() -> None:
 
 
 def module_file(module: str) -> list[Path]:
-    """The file of a module or a package, if it is ours. What a package's __init__ does for others, on the way to one of its modules, isn't counted."""
+    """The file of a module or a package, if it is ours. A package's __init__ counts only if something is imported from it."""
     path = ROOT.joinpath(*module.split("."))
     return [candidate for candidate in (path.with_suffix(".py"), path / "__init__.py") if candidate.is_file()]
 

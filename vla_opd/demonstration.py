@@ -30,8 +30,9 @@ class Disturbance:
     random: Float32[np.ndarray, "H 3"]
 
     def executed(self, step: int, action: Float32[np.ndarray, " A"]) -> Float32[np.ndarray, " A"]:
-        """clip(action + noise, -1, 1) on xyz, or the burst's random xyz; the other dimensions (rotation, gripper) are the expert's."""
-        xyz = self.random[step] if self.burst[step] else action[:3] + self.noise[step]
+        """clip(action + noise, -1, 1) on xyz (xy of an action that has no more), or the burst's; the other dimensions are the expert's."""
+        moved = action[:3]
+        xyz = self.random[step, : len(moved)] if self.burst[step] else moved + self.noise[step, : len(moved)]
         return np.clip(np.concatenate([xyz, action[3:]]), -1, 1).astype(np.float32)
 
 

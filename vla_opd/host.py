@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 TrackingMode = Literal["wandb", "jsonl", "none"]
 
@@ -20,11 +20,13 @@ class Host:
 
 
 def this_host(workers: int | None, device: str, tracking: TrackingMode, metrics: Path) -> Host:
-    """The host with `auto` resolved: one worker a core, the GPU if there is one. ValueError names a device that is not there."""
+    """The host with `auto` resolved: one worker a core, the GPU if there is one. ValueError names a device or tracking that is not there."""
     import torch  # noqa: PLC0415 - slow to import, and `python -m stages --help` should not be
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device is {device!r}; expected 'cpu' or 'auto': torch sees no CUDA device here")
+    if tracking not in get_args(TrackingMode):  # argparse checks the option, but not its default from the environment
+        raise ValueError(f"tracking is {tracking!r}; expected one of {list(get_args(TrackingMode))}")
     return Host(workers or len(os.sched_getaffinity(0)), device, tracking, metrics)

@@ -34,7 +34,7 @@ def track(host: Host, run: str, stage: str, name: str, config: Mapping[str, Any]
             yield log
         finally:
             if online is not None:
-                online.finish(quiet=True)
+                online.finish()
 
 
 @contextmanager

@@ -166,6 +166,6 @@ def test_carriage_returns_end_passing_lines() -> None:
     read, write = os.pipe()
     os.write(write, b"one\r 50%\r100%\r\ntwo\nlast")
     os.close(write)
-    with open(read, "rb") as stream:
+    with os.fdopen(read, "rb") as stream:
         heard = list(pipeline.lines(stream))
     assert heard == [Line("one", passing=True), Line(" 50%", passing=True), Line("100%"), Line("two"), Line("last")]

@@ -1,6 +1,8 @@
 """The update: where it stands on the schedule, what it refuses to put together, and that it makes the student more like the teacher."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -43,7 +45,7 @@ def labelled(rows: int = 6) -> Labelled:
 
 def test_depth_counts_the_iterations_before() -> None:
     run = params(it001="student", it002="it001", it003="it002", branch="it001", fresh="teacher")
-    assert {name: _depth(run, name) for name in run.iterations} == {"it001": 0, "it002": 1, "it003": 2, "branch": 2, "fresh": 0} | {"branch": 1}
+    assert {name: _depth(run, name) for name in run.iterations} == {"it001": 0, "it002": 1, "it003": 2, "branch": 1, "fresh": 0} 
 
 
 @pytest.mark.parametrize(
@@ -121,10 +123,10 @@ def test_both_are_scored_at_one_temperature_on_a_fresh_draw() -> None:
 
 
 def test_draws_follow_the_student() -> None:
-    policy, data = build_policy(small.FACTS).eval(), labelled(2)
-    with torch.no_grad():
-        draws = torch.stack([_token_batch(policy, data, np.arange(2), 0.5, seed)[0].tokens for seed in range(600)])
-        wanted = tempered(policy.logits(data.observations), 0.5).exp()
+    data, logits = labelled(2), torch.randn(2, small.TOKENS, small.BINS, generator=torch.Generator().manual_seed(0))
+    policy = cast("torch.nn.Module", SimpleNamespace(logits=lambda _: logits))
+    draws = torch.stack([_token_batch(policy, data, np.arange(2), 0.5, seed)[0].tokens for seed in range(600)])
+    wanted = tempered(logits, 0.5).exp()
     found = torch.nn.functional.one_hot(draws, small.BINS).float().mean(0)
     assert (found - wanted).abs().max() < 5 * (0.25 / 600) ** 0.5  # five standard deviations of a frequency
 
@@ -152,7 +154,7 @@ def test_an_unknown_objective_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["reverse_kl", "reverse_kl_sampled", "forward_kl"])
 def test_the_student_becomes_more_like_the_teacher(tmp_path: Path, name: str) -> None:
-    opt = OptimizeParams(objective=name, steps=30, batch_size=8, learning_rate=3e-3, schedule_iterations=1, temperature=1.0)
+    opt = OptimizeParams(objective=name, steps=12, batch_size=8, learning_rate=5e-3, schedule_iterations=1, temperature=1.0)
     torch.manual_seed(0)
     policy, data = build_policy(small.FACTS).eval(), labelled(8)
     before = _probe(policy, data, 1.0)

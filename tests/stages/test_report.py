@@ -63,7 +63,8 @@ def publish_finetuned(folder: Path) -> Manifest:
     with draft(folder, "checkpoint", {"demonstrations": "d" * 64}, {"seed": 3, "name": folder.name}) as work:
         with work.part("model.safetensors") as path:
             path.write_bytes(folder.name.encode())
-        return work.publish({"checkpoint": {}, "states": 50, "episodes": 5}, {"backend": "egl"})
+        work.remember({"backend": "egl"})
+        return work.publish({"checkpoint": {}, "states": 50, "episodes": 5})
 
 
 def publish_iteration(root: Path, name: str, depth: int, student: Manifest, teacher: Manifest) -> Manifest:

@@ -18,6 +18,11 @@ def test_auto_takes_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert this_host(3, "cpu", "none", Path("m")).workers == 3
 
 
+def test_unknown_tracking_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"tracking is 'paper'; expected one of \['wandb', 'jsonl', 'none'\]"):
+        this_host(1, "cpu", "paper", Path("m"))  # pyright: ignore[reportArgumentType]
+
+
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="device is 'cuda:0'; expected 'cpu' or 'auto'"):

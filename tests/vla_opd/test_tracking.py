@@ -60,7 +60,7 @@ class FakeWandb:
     def log(self, metrics: dict[str, float], step: int) -> None:
         self.logged.append((metrics, step))
 
-    def finish(self, **_how: Any) -> None:
+    def finish(self) -> None:
         self.finished += 1
 
 

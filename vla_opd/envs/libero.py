@@ -122,9 +122,9 @@ class LiberoEnv:
     def _load(self, name: str) -> None:
         if self._task is not None and self._task.name == name:
             return
-        from vla_opd.envs.libero_models import compile_slim, compile_stock  # noqa: PLC0415 (simulators are imported in their worker)
-        from vla_opd.envs.libero_problem import build_problem  # noqa: PLC0415
-        from vla_opd.envs.libero_render import Renderer  # noqa: PLC0415
+        from vla_opd.envs.libero_models import compile_slim, compile_stock
+        from vla_opd.envs.libero_problem import build_problem
+        from vla_opd.envs.libero_render import Renderer
 
         task = find_task(name)
         self.close()
@@ -158,7 +158,7 @@ class LiberoEnv:
         return np.concatenate([position, turn, fingers]).astype(np.float32)
 
     def _refuse_divergence(self) -> None:
-        from mujoco import mjtWarning  # noqa: PLC0415
+        from mujoco import mjtWarning
 
         # MuJoCo resets a diverged state by itself and goes on; an episode must not.
         for name in _DIVERGED:

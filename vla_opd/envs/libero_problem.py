@@ -5,6 +5,10 @@ Everything here keeps to the stock order of MuJoCo calls; where that order looks
 the solver's warm start remembers it in the last bits.
 """
 
+# robosuite keeps what is needed here private, and draws from numpy's global generator.
+# ruff: noqa: SLF001, NPY002
+# pyright: basic, reportAttributeAccessIssue=false, reportUninitializedInstanceVariable=false
+
 import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -20,6 +24,8 @@ from libero.libero.envs import TASK_MAPPING
 from libero.libero.envs.bddl_utils import get_problem_info
 from robosuite.utils.binding_utils import MjSim
 from robosuite.utils.errors import RandomizationError
+
+from vla_opd.envs.libero_arm import Arm
 
 SUBSTEPS = 25
 _PLACEMENT_ATTEMPTS = 1000
@@ -100,6 +106,7 @@ class Problem:
             self.sim.forward()
             self._check_success()
             self._post_process()
+        self._arm = Arm(self.robots[0], self.sim.model._model, self.sim.data._data)
         # robosuite's observables sample once a control step, by a clock that every forced update at reset puts one substep ahead.
         self.view_substep = SUBSTEPS if state is None else SUBSTEPS - 1
 
@@ -132,9 +139,11 @@ class Problem:
     def _substep_once(self, action: Float64[np.ndarray, "7"], is_first: bool) -> None:
         model, data = self.sim.model._model, self.sim.data._data
         mujoco.mj_step1(model, data)
-        self.sim.is_current = True
-        self._pre_action(action, is_first)
-        self.sim.is_current = False
+        if is_first:
+            self.sim.is_current = True
+            self._arm.set_goal(action)
+            self.sim.is_current = False
+        self._arm.actuate(action)
         mujoco.mj_step2(model, data)
 
 

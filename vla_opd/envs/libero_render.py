@@ -4,7 +4,10 @@ Imported by `libero.make` only, in the process that owns the simulator: importin
 """
 
 import atexit
+import importlib
+import os
 from collections.abc import Callable
+from typing import Any
 
 import mujoco
 import numpy as np
@@ -56,14 +59,14 @@ class Renderer:
         self._free()
 
 
-def _open_context(model: mujoco.MjModel, size: int, *, exact: bool) -> tuple[mujoco.GLContext, mujoco.MjrContext, Callable[[], None]]:
+def _open_context(model: mujoco.MjModel, size: int, *, exact: bool) -> tuple[Any, mujoco.MjrContext, Callable[[], None]]:
     width, height = (max(size, edge) for edge in _STOCK_BUFFER)
     if not exact:
         width = height = size
         model.vis.quality.offsamples = 0
     model.vis.global_.offwidth = width
     model.vis.global_.offheight = height
-    window = mujoco.GLContext(width, height)
+    window = _open_window(width, height)
     window.make_current()
     context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
     mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, context)
@@ -74,3 +77,8 @@ def _open_context(model: mujoco.MjModel, size: int, *, exact: bool) -> tuple[muj
         window.free()
 
     return window, context, free
+
+
+def _open_window(width: int, height: int) -> Any:
+    # By name: `mujoco.GLContext` was chosen when mujoco was first imported, perhaps before the backend was.
+    return importlib.import_module(f"mujoco.{os.environ['MUJOCO_GL']}").GLContext(width, height)

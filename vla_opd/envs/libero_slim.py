@@ -21,9 +21,9 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32, UInt8
 from PIL import Image
 
-CELL = 0.006
+CELL = 0.008
 TEXTURE_EDGE = 512
-_FINEST = 8  # a mesh keeps at least that many cells along its longest side
+_FINEST = 6  # a mesh keeps at least that many cells along its longest side
 
 _MESH_BLOCK = (  # in the order of the file
     *("mesh_vertadr", "mesh_vertnum", "mesh_normaladr", "mesh_normalnum", "mesh_texcoordadr", "mesh_texcoordnum"),
@@ -263,12 +263,19 @@ def _matches(binary: bytes, arrays: Sequence[bytes], start: int) -> bool:
 
 
 def _resized(header: bytes, model: mujoco.MjModel, arrays: Mapping[str, np.ndarray], grown: int) -> bytes:
-    lengths = {
-        **{size: len(arrays["bvh_depth"]) for size in ("nbvh", "nbvhstatic")},
-        **{"nmeshvert": len(arrays["mesh_vert"]), "nmeshnormal": len(arrays["mesh_normal"]), "nmeshtexcoord": len(arrays["mesh_texcoord"])},
-        **{"nmeshface": len(arrays["mesh_face"]), "nmeshpoly": len(arrays["mesh_polyvertadr"])},
-        **{"nmeshpolyvert": len(arrays["mesh_polyvert"]), "nmeshpolymap": len(arrays["mesh_polymap"]), "ntexdata": len(arrays["tex_data"])},
+    like = {  # a size, and the array whose length it is
+        "nbvh": "bvh_depth",
+        "nbvhstatic": "bvh_depth",
+        "nmeshvert": "mesh_vert",
+        "nmeshnormal": "mesh_normal",
+        "nmeshtexcoord": "mesh_texcoord",
+        "nmeshface": "mesh_face",
+        "nmeshpoly": "mesh_polyvertadr",
+        "nmeshpolyvert": "mesh_polyvert",
+        "nmeshpolymap": "mesh_polymap",
+        "ntexdata": "tex_data",
     }
+    lengths = {size: len(arrays[name]) for size, name in like.items()}
     for group in _SIZES:
         old = [getattr(model, name) for name in group]
         new = [lengths.get(name, value) for name, value in zip(group, old, strict=True)]

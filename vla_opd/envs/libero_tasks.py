@@ -36,6 +36,7 @@ class Task:
             return archive["states"]
 
 
+@cache
 def suites() -> tuple[str, ...]:
     """The suites of the installed package that have tasks, task files and initial states, LIBERO-PRO's included."""
     return tuple(suite for suite in _catalogue() if _complete(suite))
@@ -80,6 +81,7 @@ def _catalogue() -> Mapping[str, list[str]]:
     return module.libero_task_map
 
 
+@cache
 def _package() -> Path:
     spec = importlib.util.find_spec("libero")
     if spec is None or not spec.submodule_search_locations:

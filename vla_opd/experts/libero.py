@@ -6,63 +6,30 @@ Every action is computed from the simulator's present state, so whatever was exe
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Float32, Float64
 
 from vla_opd.experts import grasps
-from vla_opd.experts.grasps import REACH, SITE_ABOVE_TIP, Boxes, Grasp, Points
+from vla_opd.experts.grasps import REACH, SITE_ABOVE_TIP, Grasp, Points
+from vla_opd.experts.libero_scene import NEAR, Goal, Hand, Scene, Simulated, Vector
 
-Vector = Float64[np.ndarray, "3"]
 Action = Float32[np.ndarray, "7"]
+Phase = Callable[["Plan", Hand], "Action | str"]  # an action, or the name of the phase that has one
 
 OPEN, CLOSE = -1.0, 1.0
 GAIN = 28.0  # action per metre: 43 % of the error is gone after a control step, 1.5 cm at most
 TURN_GAIN = 2.8  # action per radian: the same for the orientation
-FINE, COARSE = 0.004, 0.01  # spacing of the points on obstacles near the object and far from it
-NEAR = 0.22  # radius around the object within which obstacles are sampled finely
 MARGIN = 0.02  # by which whatever is carried clears what it passes over
 ATTEMPTS = 20  # plans in one episode before the expert gives up
 PATIENCE = 5  # steps that an object which was pushed has to come to rest before the next plan
 
 
-class Simulated(Protocol):
-    """What the expert reads of a `LiberoEnv`: MuJoCo's model and data, and LIBERO's own problem (untyped upstream)."""
-
-    model: Any
-    data: Any
-    problem: Any
-
-
-@dataclass(frozen=True)
-class Goal:
-    """One predicate of a task: `relation` is `on` or `in`."""
-
-    relation: str
-    item: str
-    place: str
-
-
-@dataclass(frozen=True)
-class Hand:
-    """The gripper now. The columns of `rotation` are the closing direction, the direction across the pads, and down."""
-
-    position: Vector
-    rotation: Float64[np.ndarray, "3 3"]
-    width: float
-
-    @property
-    def yaw(self) -> float:
-        """Direction of the closing axis in the plane."""
-        return float(np.arctan2(self.rotation[1, 0], self.rotation[0, 0]))
-
-
 @dataclass(frozen=True)
 class Rest:
-    """Where an object is to come to rest: position of its origin in the plane, and the height of its lowest point."""
+    """Where an object is to come to rest: its origin's place in the plane, relative to the anchor, and the height of its lowest point."""
 
-    position: Float64[np.ndarray, "2"]
+    offset: Float64[np.ndarray, "2"]
     height: float
 
 
@@ -89,121 +56,6 @@ class _Memory:
     last: Vector = field(default_factory=lambda: np.zeros(3))
 
 
-class Scene:
-    """Privileged reading of the simulator: boxes of objects, obstacles, hand, and the benchmark's own predicates."""
-
-    def __init__(self, env: Simulated) -> None:
-        self._env = env
-        model = env.model
-        roots = model.body_rootid[model.geom_bodyid]
-        robot = model.body("robot0_base").id
-        solid = (model.geom_contype != 0) | (model.geom_conaffinity != 0)
-        plane = model.geom_type == 0
-        self._is_robot = roots == robot
-        self._roots = roots
-        self._planes = np.flatnonzero(solid & plane)
-        self._solids = np.flatnonzero(solid & ~plane & ~self._is_robot)
-        self._site = model.site("gripper0_grip_site").id
-        self._fingers = [model.joint(f"gripper0_finger_joint{k}").qposadr[0] for k in (1, 2)]
-        self.base = env.data.xpos[robot][:2].copy()
-
-    def goals(self) -> tuple[Goal, ...]:
-        """The task's predicates. ValueError for one that is not a placement."""
-        state = self._env.problem.parsed_problem["goal_state"]
-        for predicate in state:
-            if predicate[0].lower() not in ("on", "in"):
-                raise ValueError(f"goal is {predicate!r}; the scripted expert for LIBERO only knows placements: expected (on a b) or (in a b)")
-        return tuple(Goal(relation.lower(), item, place) for relation, item, place in state)
-
-    def holds(self, goal: Goal) -> bool:
-        """The benchmark's own predicate."""
-        item, place = (self._env.problem.object_states_dict[name] for name in (goal.item, goal.place))
-        if goal.relation == "on":
-            return bool(place.check_ontop(item))
-        return bool(place.check_contact(item) and place.check_contain(item))
-
-    def hand(self) -> Hand:
-        """Where the gripper is."""
-        data = self._env.data
-        left, right = data.qpos[self._fingers]
-        return Hand(data.site_xpos[self._site].copy(), data.site_xmat[self._site].reshape(3, 3).copy(), float(left - right))
-
-    def body(self, name: str) -> int:
-        """The root body of an object."""
-        return int(self._env.problem.obj_body_id[name])
-
-    def origin(self, name: str) -> Vector:
-        """The position that the benchmark's predicates look at."""
-        return self._env.data.xpos[self.body(name)].copy()
-
-    def mass_centre(self, name: str) -> Vector:
-        """Centre of mass of an object."""
-        return self._env.data.subtree_com[self.body(name)].copy()
-
-    def boxes(self, name: str) -> Boxes:
-        """The collision boxes of an object."""
-        return self._boxes(self._solids[self._roots[self._solids] == self._root(name)])
-
-    def lowest(self, name: str) -> float:
-        """Height of an object's lowest corner."""
-        return float(self.boxes(name).corners()[:, 2].min())
-
-    def touches(self, name: str, robot: bool) -> bool:
-        """Whether an object is in contact with the robot, or else with anything that is not the robot."""
-        pairs = self._env.data.contact.geom
-        mine = self._roots[pairs] == self._root(name)
-        other = self._is_robot[pairs] if robot else ~self._is_robot[pairs] & ~mine
-        return bool(np.any(mine & other[:, ::-1]))
-
-    def floor(self, below: float) -> float:
-        """Height of the highest large horizontal surface that is not above `below`."""
-        data = self._env.data
-        tops = [float(data.geom_xpos[g][2]) for g in self._planes if data.geom_xmat[g][8] > 0.99]
-        large = self._boxes(self._solids[self._is_large()])
-        tops += [float(z) for z in large.centres[:, 2] + large.halves[:, 2]]
-        return max((z for z in tops if z < below + 0.02), default=0.0)
-
-    def obstacles(self, without: str) -> Points:
-        """Points on everything solid but an object, the robot and the large horizontal surfaces; fine near the object."""
-        others = self._solids[(self._roots[self._solids] != self._root(without)) & ~self._is_large()]
-        boxes = self._boxes(others)
-        size = np.linalg.norm(boxes.halves, axis=1)
-        near = np.linalg.norm(boxes.centres[:, :2] - self.origin(without)[:2], axis=1) - size < NEAR
-        fine, coarse = self._boxes(others[near]), self._boxes(others[~near])
-        return np.concatenate([grasps.skyline(fine.roof(FINE), FINE), grasps.skyline(coarse.roof(COARSE), COARSE)])
-
-    def region_holds(self, goal: Goal) -> Callable[[Vector], bool] | None:
-        """The benchmark's test of a position, for a place that is a region; None for a place that is an object."""
-        site = self._env.problem.object_sites_dict.get(goal.place)
-        if site is None:
-            return None
-        frame = self._env.data.site(goal.place)
-        position, matrix = frame.xpos.copy(), frame.xmat.reshape(3, 3).copy()
-        test = site.under if goal.relation == "on" else site.in_box
-        return lambda point: bool(test(position, matrix, point))
-
-    def region_centre(self, goal: Goal) -> tuple[Vector, float]:
-        """Centre of a region and a radius in the plane that covers it."""
-        size = np.asarray(self._env.problem.object_sites_dict[goal.place].size)
-        return self._env.data.site(goal.place).xpos.copy(), float(np.linalg.norm(size))
-
-    def _root(self, name: str) -> int:
-        return int(self._env.model.body_rootid[self.body(name)])
-
-    def _is_large(self) -> Any:
-        """Which solids are wide upright boxes: tables. They count as a floor, not as obstacles."""
-        sizes = self._env.model.geom_aabb[self._solids, 3:]
-        upright = self._env.data.geom_xmat[self._solids, 8] > 0.99
-        return upright & np.all(sizes[:, :2] > 0.3, axis=1)
-
-    def _boxes(self, geoms: Any) -> Boxes:
-        """Boxes around geoms: exact for boxes, LIBERO's only shape but for the robot's."""
-        model, data = self._env.model, self._env.data
-        rotations = data.geom_xmat[geoms].reshape(-1, 3, 3)
-        offset = np.einsum("nij,nj->ni", rotations, model.geom_aabb[geoms, :3])
-        return Boxes(data.geom_xpos[geoms] + offset, rotations.copy(), model.geom_aabb[geoms, 3:].copy())
-
-
 def make_plan(scene: Scene, goal: Goal, avoid: tuple[Grasp, ...]) -> Plan | None:
     """Look at the scene and decide how to pick the goal's object up and where to put it down; None if no grasp or place is found."""
     origin, hand = scene.origin(goal.item), scene.hand()
@@ -225,10 +77,9 @@ def find_rest(scene: Scene, goal: Goal) -> Rest | None:
     """
     target, obstacles = scene.boxes(goal.item).corners(), scene.obstacles(goal.item)
     shape, floor = target - scene.origin(goal.item), scene.floor(float(target[:, 2].min()))
-    holds = scene.region_holds(goal)
+    holds, anchor = scene.region_holds(goal), scene.anchor(goal)
     if holds is None:
-        position = scene.origin(goal.place)[:2]
-        return Rest(position, _supports(shape, obstacles, position[None], floor)[0])
+        return Rest(np.zeros(2), float(_supports(shape, obstacles, anchor[None], floor)[0]))
     centre, radius = scene.region_centre(goal)
     steps = np.arange(-radius, radius + 0.005, 0.01)
     places = centre[:2] + np.stack(np.meshgrid(steps, steps), -1).reshape(-1, 2)
@@ -240,7 +91,7 @@ def find_rest(scene: Scene, goal: Goal) -> Rest | None:
     score = np.linalg.norm(places - places[accepted].mean(axis=0), axis=1) + 2.0 * supports
     score += np.maximum(np.linalg.norm(places - scene.base, axis=1) - REACH, 0.0)
     chosen = int(np.argmin(np.where(accepted, score, np.inf)))
-    return Rest(places[chosen], float(supports[chosen]))
+    return Rest(places[chosen] - anchor, float(supports[chosen]))
 
 
 def _supports(shape: Points, obstacles: Points, places: Float64[np.ndarray, "P 2"], floor: float) -> Float64[np.ndarray, "P"]:
@@ -286,7 +137,7 @@ class LiberoExpert:
 
     def __init__(self, env: Simulated) -> None:
         self._env = env
-        self._phases: dict[str, Callable[[Plan, Hand], Action | str]] = {
+        self._phases: dict[str, Phase] = {
             "approach": self._approach,
             "descend": self._descend,
             "close": self._close,
@@ -416,8 +267,7 @@ class LiberoExpert:
             return self._again(plan.grasp)
         if self._memory.stuck > 8:
             return "back_off"
-        item, lowest = self._scene.origin(plan.goal.item), self._scene.lowest(plan.goal.item)
-        goal = hand.position[:2] + plan.rest.position - item[:2]
+        goal, lowest = hand.position[:2] + self._missing(plan), self._scene.lowest(plan.goal.item)
         if np.linalg.norm(goal - hand.position[:2]) < 0.01:
             return "lower"
         below = hand.position[2] - min(lowest, hand.position[2] - SITE_ABOVE_TIP)
@@ -428,8 +278,7 @@ class LiberoExpert:
         """Down until the object touches something or the hand would."""
         if self._is_lost(plan, hand):
             return self._again(plan.grasp)
-        item, lowest = self._scene.origin(plan.goal.item), self._scene.lowest(plan.goal.item)
-        goal = hand.position[:2] + plan.rest.position - item[:2]
+        goal, lowest = hand.position[:2] + self._missing(plan), self._scene.lowest(plan.goal.item)
         limit = grasps.lowest_tip(plan.obstacles, hand.position[:2], hand.yaw) + SITE_ABOVE_TIP
         height = max(hand.position[2] - lowest + plan.rest.height - 0.005, limit)
         is_down = self._scene.touches(plan.goal.item, robot=False) or hand.position[2] - height < 0.004
@@ -461,6 +310,10 @@ class LiberoExpert:
         toward = self._scene.base - hand.position[:2]
         step = np.append(0.05 * toward / np.linalg.norm(toward), 0.03)
         return _action(step, _orientation_error(hand, plan.grasp.yaw), CLOSE if holding else OPEN)
+
+    def _missing(self, plan: Plan) -> Float64[np.ndarray, "2"]:
+        """How far the object is from where it is to be let go: its live offset, whatever its place in the hand."""
+        return self._scene.anchor(plan.goal) + plan.rest.offset - self._scene.origin(plan.goal.item)[:2]
 
     def _has_moved(self, plan: Plan) -> bool:
         return bool(np.linalg.norm(self._scene.origin(plan.goal.item) - plan.origin) > 0.012)

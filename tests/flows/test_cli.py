@@ -1,0 +1,153 @@
+"""The terminal and the command line, without Prefect or DVC."""
+
+import http.server
+import io
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flows import cli, pipeline, server, settings, terminal
+from flows.pipeline import Line, StageFailed, Step
+from tests.flows.toy import PARAMS
+
+SUMMARY = {
+    "start": {"success": 0.45, "low": 0.38, "high": 0.52, "episodes": 200},
+    "final": {"success": 0.925, "low": 0.88, "high": 0.954, "episodes": 200},
+    "teacher": {"success": 0.925, "low": 0.88, "high": 0.954, "episodes": 200},
+    "seconds": 500,
+}
+
+
+class Screen(io.StringIO):
+    """A stream that says whether it is a terminal."""
+
+    def __init__(self, live: bool) -> None:
+        super().__init__()
+        self.live = live
+
+    def isatty(self) -> bool:
+        return self.live
+
+
+def test_in_a_log_file_a_stage_says_what_it_says_and_how_it_ended() -> None:
+    stream = Screen(live=False)
+    line = terminal.StageLine("label@it001", stream)
+    for text in ("Running stage 'label@it001':", "> python -m stages label", "reusing 3 of 5 shards", "Updating lock file 'dvc.lock'", ""):
+        line.tell(Line(text))
+    line.tell(Line("label: 20%", passing=True))
+    line.ran()
+    shown = stream.getvalue().splitlines()
+    assert [text.split() for text in shown] == [["▸", "label@it001", "reusing", "3", "of", "5", "shards"], ["✓", "label@it001", "0:00"]]
+
+
+def test_on_a_terminal_a_stage_is_one_line_with_its_last_words() -> None:
+    stream = Screen(live=True)
+    line = terminal.StageLine("label@it001", stream)
+    line.tell(Line("label: 20%", passing=True))
+    line.tell(Line("label: 100%"))
+    line.ran()
+    assert stream.getvalue().count("\n") == 1
+    last = stream.getvalue().split("\x1b[2K")[-1]
+    assert last.split() == ["✓", "label@it001", "0:00", "label:", "100%"]
+
+
+def test_the_end_shows_before_after_teacher_the_page_and_what_to_do_next(tmp_path: Path) -> None:
+    report = tmp_path / "report"
+    report.mkdir()
+    (report / "summary.json").write_text(json.dumps(SUMMARY))
+    (report / "report.html").write_text("")
+    text = terminal.closing("libero", tmp_path, "http://127.0.0.1:4200")
+    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.split()}
+    assert rows["before"] == ["45.0%", "38.0%", "-", "52.0%", "200"]
+    assert rows["after"] == ["92.5%", "88.0%", "-", "95.4%", "200"]
+    assert rows["report"] == [str(report / "report.html")]
+    assert "make run" in text
+
+
+def test_a_failed_stage_is_told_with_its_last_lines_and_the_way_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(_: object) -> None:
+        raise StageFailed("label@it001", ["", "shard 3 is corrupt"])
+
+    monkeypatch.setattr(cli, "_plan", fail)
+    assert cli.main(["plan"]) == 1
+    said = capsys.readouterr().err
+    assert "label@it001 failed" in said
+    assert "shard 3 is corrupt" in said
+    assert "make run" in said
+
+
+def test_the_plan_is_told_step_by_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    steps = (
+        Step("demonstrate@main", stale=False, missing=True, due=False),
+        Step("base", stale=False, missing=False, due=False),
+        Step("teacher", stale=True),
+        Step("label@it001", stale=False, missing=False, due=True),
+    )
+    monkeypatch.setattr(pipeline, "plan", lambda _: steps)
+    assert cli.main(["plan"]) == 0
+    said = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert said == [["demonstrate@main", "not needed"], ["base", "up to date"], ["teacher", "to do"], ["label@it001", "may be to do"]]
+
+
+def test_a_change_without_a_value_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match=r"--set optimize\.steps: expected SECTION\.KEY=VALUE"):
+        cli._changes(["optimize.steps"])
+    assert cli._changes(["optimize.steps=3", "label.teacher=a=b"]) == {"optimize.steps": "3", "label.teacher": "a=b"}
+
+
+@pytest.mark.parametrize(
+    ("dotted", "value", "line"),
+    [
+        ("optimize.steps", "80", "optimize: {steps: 80}"),
+        ("policy.proprio", True, "policy: {chunk: 8, proprio: true}"),
+        ("optimize.learning_rate", 1e-4, "optimize: {steps: 4, learning_rate: 0.0001}"),
+    ],
+)
+def test_a_setting_is_written_where_it_belongs(tmp_path: Path, dotted: str, value: object, line: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(PARAMS)
+    settings.write({dotted: value}, path)
+    assert line in path.read_text()
+    assert "# a comment that must survive" in path.read_text()
+    assert "# how long" in path.read_text()
+
+
+def test_a_wrong_setting_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(PARAMS)
+    with pytest.raises(ValueError, match=r"optimize\.steps is 'many'"):
+        settings.write({"optimize.steps": "many"}, path)
+    assert path.read_text() == PARAMS
+
+
+@pytest.fixture
+def fake_server() -> Iterator[str]:
+    """Something that answers as a ready Prefect server does."""
+
+    class Ready(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"message": "OK"}')
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Ready) as served:
+        thread = threading.Thread(target=served.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{served.server_port}/api"
+        served.shutdown()
+        thread.join()
+
+
+def test_a_server_that_answers_is_used(fake_server: str) -> None:
+    assert server.ensure(fake_server) == fake_server
+
+
+def test_a_server_elsewhere_is_never_replaced_by_one_of_ours() -> None:
+    with pytest.raises(ValueError, match="PREFECT_API_URL is http://prefect"):
+        server.ensure("http://prefect.invalid:4200/api")
