@@ -3,10 +3,11 @@
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from flows import pipeline, server, terminal
+from flows import pipeline, server, summary, terminal
 from flows.pipeline import Busy, StageFailed
 
 QUIET = {  # the terminal is for the stages; Prefect's own log is in its interface
@@ -52,12 +53,14 @@ def _run(parsed: argparse.Namespace) -> int:
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     url = server.ensure(PREFECT_API_URL.value() or "http://127.0.0.1:4200/api")
+    began = time.monotonic()
     with temporary_settings({PREFECT_API_URL: url}):
         from flows.train import opd
 
         opd(targets=parsed.targets, changes=_changes(parsed.set))
-    run = run_name()
-    print(terminal.closing(run, Path("artifacts") / run, url.removesuffix("/api")))
+    folder = Path("artifacts") / run_name()
+    if (folder / "report" / "page").is_dir():
+        print(terminal.closing(folder, summary.write(folder, time.monotonic() - began), url.removesuffix("/api")))
     return 0
 
 

@@ -1,6 +1,5 @@
 """What the person at the terminal sees: one line a stage, a table at the end."""
 
-import json
 import shutil
 import sys
 import time
@@ -88,16 +87,14 @@ def _row(label: str, score: dict[str, float]) -> str:
     return f"  {label:<10}{score['success']:>9.1%}{interval:>18}{int(score['episodes']):>10}"
 
 
-def closing(run: str, folder: Path, interface: str) -> str:
-    """What stands at the end of a run: the table, where the report is, and what one may do next."""
-    report = folder / "report"
-    summary = report / "summary.json"
-    scores = table(json.loads(summary.read_text())) if summary.is_file() else f"  no {summary} was written"
-    pages = sorted(report.glob("*.html"))
+def closing(folder: Path, summary: dict[str, Any], interface: str) -> str:
+    """What stands at the end of a run: the table, what it cost, where the report is, and what one may do next."""
+    cost = f"{summary['env_steps']:,} environment steps and {summary['teacher_queries']:,} teacher queries in {_clock(summary['seconds'])}"
     return "\n".join(
         [
-            f"\n{run}: before, after, teacher\n{scores}\n",
-            *(f"  report     {page}" for page in pages),
+            f"\n{folder.name}: before, after, teacher\n{table(summary)}\n",
+            f"  cost       {cost}",
+            f"  report     {folder / 'report' / 'page' / 'index.html'}",
             f"  runs       {interface}",
             "\n  next       make run                                      again: reuses all of it",
             '             make run ARGS="--set optimize.steps=80"       with another setting: only what depends on it',

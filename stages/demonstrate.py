@@ -71,7 +71,9 @@ def _fill(params: Params, name: str, environment: EnvironmentParams, work: Draft
             if not missing:
                 return failures
     failed = sorted({slot for members in missing.values() for slot in members if slot not in done})
-    raise RuntimeError(f"demonstrations.{name}: the expert failed {params.demonstrate.attempts} times at {failed[0]}; expected a success within that many")
+    raise RuntimeError(
+        f"demonstrations.{name}: the expert failed {params.demonstrate.attempts} times at {failed[0]}; expected a success within that many"
+    )
 
 
 def _attempt(

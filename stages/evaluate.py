@@ -36,7 +36,10 @@ def run(params: Params, checkpoint: Path, out: Path, host: Host) -> Manifest:
         require_environment(policy.facts, params.environment, str(checkpoint))
     settings = {"seed": params.run.seed, "evaluate": how.model_dump(), "environment": params.environment.model_dump()}
     tally = Tally()
-    with draft(out, "evaluation", {"checkpoint": policy.digest}, settings) as work, track(host, params.run.name, "evaluate", out.name, settings) as log:
+    with (
+        draft(out, "evaluation", {"checkpoint": policy.digest}, settings) as work,
+        track(host, params.run.name, "evaluate", out.name, settings) as log,
+    ):
         records = _records(params, load_policy(policy, host.device), work, host, tally)
         with work.part("episodes.jsonl") as path:
             path.write_text("".join(json.dumps(asdict(r), sort_keys=True) + "\n" for r in records))

@@ -23,7 +23,9 @@ def run(params: Params, teacher: Path, trajectories: Path, out: Path, host: Host
     require_environment(checkpoint.facts, params.environment, str(teacher))
     space = checkpoint.facts.action_space
     if source.facts["action_space"] != space.digest:
-        raise ValueError(f"{trajectories}: the student's action space is {source.facts['action_space'][:12]}; expected the teacher's, {space.digest[:12]}")
+        raise ValueError(
+            f"{trajectories}: the student's action space is {source.facts['action_space'][:12]}; expected the teacher's, {space.digest[:12]}"
+        )
     settings = {"label": params.label.model_dump(), "device": host.device}
     parents = {"teacher": checkpoint.digest, "trajectories": source.digest}
     with draft(out, "logits", parents, settings) as work, track(host, params.run.name, "label", out.name, settings) as log:

@@ -65,9 +65,13 @@ def _require_alignment(student: Checkpoint, trajectories: Path, logits: Path) ->
     """The parents' digests, once it is proved that they belong together."""
     visited, labels = open_artifact(trajectories, "trajectories"), open_artifact(logits, "logits")
     if labels.parents["trajectories"] != visited.digest:
-        raise ValueError(f"{logits}: labels trajectories {labels.parents['trajectories'][:12]}; expected {visited.digest[:12]}, those of {trajectories}")
+        raise ValueError(
+            f"{logits}: labels trajectories {labels.parents['trajectories'][:12]}; expected {visited.digest[:12]}, those of {trajectories}"
+        )
     if visited.parents["student"] != student.digest:
-        raise ValueError(f"{trajectories}: sampled by {visited.parents['student'][:12]}; expected {student.digest[:12]}, the student in {student.folder}")
+        raise ValueError(
+            f"{trajectories}: sampled by {visited.parents['student'][:12]}; expected {student.digest[:12]}, the student in {student.folder}"
+        )
     require_same_actions(student.facts, ActionSpace.model_validate(labels.facts["action_space"]), str(logits))
     return {"student": student.digest, "trajectories": visited.digest, "logits": labels.digest}
 

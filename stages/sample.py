@@ -30,7 +30,10 @@ def run(params: Params, iteration: str, student: Path, out: Path, host: Host) ->
     }
     groups = _groups(params, iteration)
     tally = Tally()
-    with draft(out, "trajectories", {"student": checkpoint.digest}, settings) as work, track(host, params.run.name, "sample", iteration, settings) as log:
+    with (
+        draft(out, "trajectories", {"student": checkpoint.digest}, settings) as work,
+        track(host, params.run.name, "sample", iteration, settings) as log,
+    ):
         _fill(params, checkpoint.facts, load_policy(checkpoint, host.device), groups, work, host, tally)
         episodes = [episode for folder in shards(work.folder) for episode in read_shard(folder)]
         facts = _summary(episodes) | {"protocol": params.sample.protocol, "action_space": checkpoint.facts.action_space.digest}

@@ -1,5 +1,7 @@
-"""One thread for torch: tests are many small tensors, and the machine may be shared."""
+"""Shapes and types are checked where tensors are: jaxtyping's annotations in these modules are enforced by beartype. Outside tests they cost nothing."""
 
-import os
+from jaxtyping import install_import_hook
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for the processes that tests start
+CHECKED = ["arrays", "tokens", "objectives", "logits", "trajectory", "checkpoint"]
+
+install_import_hook([f"vla_opd.{module}" for module in CHECKED], "beartype.beartype")

@@ -141,7 +141,7 @@ def test_code_deps_are_what_the_stage_imports(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(pipeline()))
 def test_params_deps_are_what_the_stage_reads(name: str) -> None:
     """Every section that the stage's file reads as `params.<section>` is among its params, whole or for its own item."""
-    text = (ROOT / "stages" / f"{verb(name)}.py").read_text()
+    text = "".join(path.read_text() for path in (ROOT / "stages").glob(f"{verb(name)}.*"))  # its template too, if it has one
     read = set(re.findall(r"\bparams\.([a-z_]+)", text)) & set(Params.model_fields)
     seed = {"run"} if re.search(r"params\.run\.seed", text) else set()
     wanted = (read - {"run"}) | seed

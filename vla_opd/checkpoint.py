@@ -73,7 +73,9 @@ def require_same_actions(student: CheckpointFacts, teacher: ActionSpace, where: 
     for field, ours in student.action_space.model_dump().items():
         theirs = teacher.model_dump()[field]
         if ours != theirs:
-            raise ValueError(f"{where}: action_space.{field} is {theirs} for the teacher; expected the student's {ours} (a token must mean one action)")
+            raise ValueError(
+                f"{where}: action_space.{field} is {theirs} for the teacher; expected the student's {ours} (a token must mean one action)"
+            )
 
 
 def require_environment(facts: CheckpointFacts, environment: EnvironmentParams, where: str) -> None:

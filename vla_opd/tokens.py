@@ -31,7 +31,9 @@ class ActionSpace(BaseModel):
     @model_validator(mode="after")
     def _same_length(self) -> "ActionSpace":
         if not len(self.q01) == len(self.q99) == len(self.normalised):
-            raise ValueError(f"q01, q99 and normalised have {len(self.q01)}, {len(self.q99)}, {len(self.normalised)} entries; expected one an action dimension")
+            raise ValueError(
+                f"q01, q99 and normalised have {len(self.q01)}, {len(self.q99)}, {len(self.normalised)} entries; expected one an action dimension"
+            )
         return self
 
     @property

@@ -50,7 +50,9 @@ class Budget:
     first: int = 0
 
 
-def train(policy: nn.Module, loss: Loss, budget: Budget, scratch: Path, moments: Mapping[str, Tensor] | None, label: str) -> tuple[list[Row], dict[str, Tensor]]:
+def train(
+    policy: nn.Module, loss: Loss, budget: Budget, scratch: Path, moments: Mapping[str, Tensor] | None, label: str
+) -> tuple[list[Row], dict[str, Tensor]]:
     """Make `budget.steps` AdamW steps on `loss(step)`, going on from the last save in `scratch` if there is one.
 
     moments: the optimiser's state to begin with (`Optimiser.state`'s form), or none. Returns one row of metrics a step, and the moments at the end.

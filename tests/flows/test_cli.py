@@ -2,7 +2,6 @@
 
 import http.server
 import io
-import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,8 @@ SUMMARY = {
     "final": {"success": 0.925, "low": 0.88, "high": 0.954, "episodes": 200},
     "teacher": {"success": 0.925, "low": 0.88, "high": 0.954, "episodes": 200},
     "seconds": 500,
+    "env_steps": 15890,
+    "teacher_queries": 7900,
 }
 
 
@@ -55,15 +56,12 @@ def test_on_a_terminal_a_stage_is_one_line_with_its_last_words() -> None:
 
 
 def test_the_end_shows_before_after_teacher_the_page_and_what_to_do_next(tmp_path: Path) -> None:
-    report = tmp_path / "report"
-    report.mkdir()
-    (report / "summary.json").write_text(json.dumps(SUMMARY))
-    (report / "report.html").write_text("")
-    text = terminal.closing("libero", tmp_path, "http://127.0.0.1:4200")
+    text = terminal.closing(tmp_path, SUMMARY, "http://127.0.0.1:4200")
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.split()}
     assert rows["before"] == ["45.0%", "38.0%", "-", "52.0%", "200"]
     assert rows["after"] == ["92.5%", "88.0%", "-", "95.4%", "200"]
-    assert rows["report"] == [str(report / "report.html")]
+    assert rows["report"] == [str(tmp_path / "report/page/index.html")]
+    assert "15,890 environment steps and 7,900 teacher queries in 8:20" in text
     assert "make run" in text
 
 

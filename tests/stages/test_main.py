@@ -90,9 +90,7 @@ def test_the_host_comes_from_options_and_the_environment(called: list[tuple[Any,
         (["evaluate", "--name", "start"], "checkpoints/student: no manifest.json; expected a complete artifact of kind 'checkpoint'"),
     ],
 )
-def test_a_mistake_is_one_message_and_exit_code_2(
-    project: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
-) -> None:
+def test_a_mistake_is_one_message_and_exit_code_2(project: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     assert command.main(arguments) == 2
     answer = capsys.readouterr()
     assert message in answer.err

@@ -45,7 +45,7 @@ def labelled(rows: int = 6) -> Labelled:
 
 def test_depth_counts_the_iterations_before() -> None:
     run = params(it001="student", it002="it001", it003="it002", branch="it001", fresh="teacher")
-    assert {name: _depth(run, name) for name in run.iterations} == {"it001": 0, "it002": 1, "it003": 2, "branch": 1, "fresh": 0} 
+    assert {name: _depth(run, name) for name in run.iterations} == {"it001": 0, "it002": 1, "it003": 2, "branch": 1, "fresh": 0}
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,9 @@ def test_trajectories_of_another_student_are_refused(tmp_path: Path, stored: dic
 def test_a_teacher_of_other_actions_is_refused(tmp_path: Path, stored: dict[str, str]) -> None:
     space = small.SPACE.model_copy(update={"q99": (0.5, 2.5, 0.0)})
     store(tmp_path / "logits", "logits", {"trajectories": stored["trajectories"]}, {"action_space": space.model_dump()})
-    with pytest.raises(ValueError, match=r"logits: action_space\.q99 is \(0\.5, 2\.5, 0\.0\) for the teacher; expected the student's \(0\.5, 2\.0, 0\.0\)"):
+    with pytest.raises(
+        ValueError, match=r"logits: action_space\.q99 is \(0\.5, 2\.5, 0\.0\) for the teacher; expected the student's \(0\.5, 2\.0, 0\.0\)"
+    ):
         align(tmp_path)
 
 
@@ -148,7 +150,9 @@ def test_the_loss_is_the_objectives_mean_over_valid_tokens(name: str) -> None:
 
 
 def test_an_unknown_objective_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"optimize\.objective is 'mse'; expected one of \['forward_kl', 'hard_ce', 'reverse_kl', 'reverse_kl_sampled'\]"):
+    with pytest.raises(
+        ValueError, match=r"optimize\.objective is 'mse'; expected one of \['forward_kl', 'hard_ce', 'reverse_kl', 'reverse_kl_sampled'\]"
+    ):
         _loss(build_policy(small.FACTS), labelled(), params(OptimizeParams(objective="mse")), seed=0)
 
 

@@ -7,12 +7,19 @@ Cameras: `agentview`, `robot0_eye_in_hand`, and whatever else the scene has.
 Source of the conventions: the LIBERO evaluation of OpenVLA-OFT; the measurements behind `fast` are in benchmarks/libero_steps.py.
 """
 
+# robosuite's wrappers keep MuJoCo's own objects private; mujoco's names are compiled, without stubs.
+# ruff: noqa: SLF001
+# pyright: reportAttributeAccessIssue=false
+
+import importlib
 import importlib.util
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -154,7 +161,7 @@ class LiberoEnv:
         robot, data = self.problem.robots[0], self.problem.sim.data
         position = data.site_xpos[robot.eef_site_id]
         turn = _axis_angle(data.get_body_xquat(robot.robot_model.eef_name))
-        fingers = data.qpos[robot._ref_gripper_joint_pos_indexes]  # noqa: SLF001 (robosuite has no public name for them)
+        fingers = data.qpos[robot._ref_gripper_joint_pos_indexes]
         return np.concatenate([position, turn, fingers]).astype(np.float32)
 
     def _refuse_divergence(self) -> None:
@@ -205,6 +212,9 @@ def _prepare_robosuite() -> None:
     assert spec.loader is not None
     macros = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(macros)
-    macros.FILE_LOGGING_LEVEL = None
-    macros.CONSOLE_LOGGING_LEVEL = None
+    vars(macros).update(FILE_LOGGING_LEVEL=None, CONSOLE_LOGGING_LEVEL=None)
     sys.modules["robosuite.macros"] = macros
+    sys.modules["robosuite.macros_private"] = ModuleType("robosuite.macros_private")  # its absence is what the warnings are about
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations in the packages that robosuite and LIBERO import
+        importlib.import_module("vla_opd.envs.libero_problem")

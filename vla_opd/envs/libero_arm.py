@@ -5,7 +5,7 @@ Imported by `libero.make` only, in the process that owns the simulator.
 
 # robosuite keeps the indices of its joints private.
 # ruff: noqa: SLF001
-# pyright: basic
+# pyright: basic, reportAttributeAccessIssue=false
 
 from typing import Any
 

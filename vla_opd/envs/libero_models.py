@@ -6,6 +6,9 @@ therefore written once to the temporary folder (`TMPDIR`), under a name made of 
 Imported by `libero.make` only, in the process that owns the simulator.
 """
 
+# mujoco's names are compiled, without stubs.
+# pyright: reportAttributeAccessIssue=false
+
 import hashlib
 import os
 import tempfile

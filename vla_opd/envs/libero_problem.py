@@ -7,7 +7,7 @@ the solver's warm start remembers it in the last bits.
 
 # robosuite keeps what is needed here private, and draws from numpy's global generator.
 # ruff: noqa: SLF001, NPY002
-# pyright: basic, reportAttributeAccessIssue=false, reportUninitializedInstanceVariable=false
+# pyright: basic, reportAttributeAccessIssue=false, reportUninitializedInstanceVariable=false, reportCallIssue=false
 
 import random
 from collections import OrderedDict

@@ -3,6 +3,9 @@
 Imported by `libero.make` only, in the process that owns the simulator: importing mujoco loads OpenGL.
 """
 
+# mujoco's names are compiled, without stubs.
+# pyright: reportAttributeAccessIssue=false
+
 import atexit
 import importlib
 import os

@@ -10,6 +10,9 @@ the edit is made in the binary file format (MJB): a few arrays, their sizes and 
 Imported by `libero.make` only, in the process that owns the simulator.
 """
 
+# mujoco's names are compiled, without stubs.
+# pyright: reportAttributeAccessIssue=false
+
 import struct
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -254,9 +257,8 @@ def _find_block(binary: bytes, arrays: Sequence[bytes], after: int) -> int:
 
 
 def _matches(binary: bytes, arrays: Sequence[bytes], start: int) -> bool:
-    view = memoryview(binary)
     for data in arrays:
-        if view[start : start + len(data)] != data:
+        if not binary.startswith(data, start):
             return False
         start += len(data)
     return True
