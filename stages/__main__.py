@@ -1,6 +1,7 @@
 """`python -m stages VERB ...`: run one stage of the run that `params.yaml` describes. This is what `dvc.yaml` runs.
 
-Nothing here is part of a result: `--workers`, `--device` and `--tracking` (or OPD_WORKERS, OPD_DEVICE, OPD_TRACKING) say how this machine does the work.
+Nothing here is part of a result: `--workers`, `--device` and `--tracking` (or OPD_WORKERS, OPD_DEVICE, OPD_TRACKING) say how this machine does
+the work.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from vla_opd.artifacts import Manifest
 from vla_opd.envs import ENVS
 from vla_opd.envs.graphics import use_backend
 from vla_opd.host import Host, this_host
@@ -37,9 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         host = this_host(options.workers, options.device, options.tracking, Path("artifacts/.metrics"))
         manifest = _run(options.verb, getattr(options, "key", None), params, host)
     except ValueError as mistake:
-        print(f"{options.verb}: {mistake}", file=sys.stderr)  # noqa: T201 - the command's answer
+        print(f"{options.verb}: {mistake}", file=sys.stderr)
         return 2
-    print(f"{options.verb}: digest {manifest[:12]}")  # noqa: T201 - the command's answer
+    print(f"{options.verb}: digest {manifest[:12]}")
     return 0
 
 
@@ -83,7 +85,7 @@ def _run(verb: str, key: str | None, params: Params, host: Host) -> str:
     return made.digest
 
 
-def _run_iteration(verb: str, iteration: str, params: Params, root: Path, host: Host):  # noqa: ANN202 - a Manifest
+def _run_iteration(verb: str, iteration: str, params: Params, root: Path, host: Host) -> Manifest:
     stage = importlib.import_module(f"stages.{verb}")
     checkpoints, trajectories, logits = root / "checkpoints", root / "trajectories" / iteration, root / "logits" / iteration
     student = checkpoints / params.iterations[iteration]

@@ -15,7 +15,7 @@ from vla_opd.checkpoint import WEIGHTS, CheckpointFacts, open_checkpoint, requir
 from vla_opd.host import Host
 from vla_opd.objectives import masked_mean
 from vla_opd.params import CheckpointParams, Params
-from vla_opd.policies import build_policy
+from vla_opd.policies import Policy, build_policy
 from vla_opd.policies.tiny import extend_vocabulary
 from vla_opd.seeds import derive
 from vla_opd.tokens import action_space
@@ -87,7 +87,7 @@ def _budget(made: CheckpointParams, params: Params) -> Budget:
     return Budget(made.steps, schedule, sft.gradient_clip, sft.weight_decay, sft.save_every)
 
 
-def _loss(policy: torch.nn.Module, facts: CheckpointFacts, states: States, params: Params, name: str) -> Loss:
+def _loss(policy: Policy, facts: CheckpointFacts, states: States, params: Params, name: str) -> Loss:
     """-sum_v q(v) log p(v) over valid tokens, q the Gaussian-smoothed one-hot of the demonstrated bin."""
     bins = facts.action_space.encode(states.labels)
     soft = smoothed_targets(facts.action_space.bins, params.finetune.smoothing)

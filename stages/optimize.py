@@ -15,7 +15,7 @@ from vla_opd.host import Host
 from vla_opd.logits import read_shard
 from vla_opd.objectives import OBJECTIVES, TokenBatch, entropy, masked_mean, reverse_kl, tempered
 from vla_opd.params import Params, named_function
-from vla_opd.policies import load_policy
+from vla_opd.policies import Policy, load_policy
 from vla_opd.seeds import derive
 from vla_opd.tokens import ActionSpace
 from vla_opd.tracking import track
@@ -36,7 +36,7 @@ class Labelled:
 
 
 def run(params: Params, iteration: str, student: Path, trajectories: Path, logits: Path, out: Path, host: Host) -> Manifest:
-    """One iteration's update. ValueError unless the logits label these very trajectories, these are the student's, and tokens mean the same actions."""
+    """One iteration's update. ValueError unless the logits label these trajectories, the student made these, and tokens mean the same actions."""
     checkpoint, opt = open_checkpoint(student), params.optimize
     parents = _require_alignment(checkpoint, trajectories, logits)
     settings = {"seed": params.run.seed, "iteration": iteration, "optimize": opt.model_dump(), "device": host.device}
@@ -103,7 +103,7 @@ def _budget(params: Params, depth: int) -> Budget:
     return Budget(opt.steps, schedule, opt.gradient_clip, opt.weight_decay, opt.save_every, first=depth * opt.steps)
 
 
-def _loss(policy: torch.nn.Module, data: Labelled, params: Params, seed: int) -> Loss:
+def _loss(policy: Policy, data: Labelled, params: Params, seed: int) -> Loss:
     opt = params.optimize
     objective = named_function(opt.objective, OBJECTIVES, "optimize.objective")
     usable = np.flatnonzero(data.mask.any(1))
@@ -120,7 +120,7 @@ def _loss(policy: torch.nn.Module, data: Labelled, params: Params, seed: int) ->
     return loss
 
 
-def _token_batch(policy: torch.nn.Module, data: Labelled, rows: np.ndarray, temperature: float, seed: int) -> tuple[TokenBatch, Bool[Tensor, "N K"]]:
+def _token_batch(policy: Policy, data: Labelled, rows: np.ndarray, temperature: float, seed: int) -> tuple[TokenBatch, Bool[Tensor, "N K"]]:
     """Both distributions at some states, at one temperature, and a fresh draw from the student."""
     student = tempered(policy.logits(data.observations.at(rows)), temperature)
     teacher = tempered(torch.from_numpy(data.teacher[rows]).to(student.device).float(), temperature)
@@ -130,7 +130,7 @@ def _token_batch(policy: torch.nn.Module, data: Labelled, rows: np.ndarray, temp
     return TokenBatch(student, teacher, tokens), torch.from_numpy(data.mask[rows]).to(student.device)
 
 
-def _probe(policy: torch.nn.Module, data: Labelled, temperature: float) -> dict[str, float]:
+def _probe(policy: Policy, data: Labelled, temperature: float) -> dict[str, float]:
     """Reverse KL, and both entropies, in nats a token, on a fixed selection of the states."""
     usable = np.flatnonzero(data.mask.any(1))
     rows = usable[np.linspace(0, len(usable) - 1, min(PROBE, len(usable))).astype(int)]

@@ -9,7 +9,7 @@ from vla_opd.checkpoint import CheckpointFacts, open_checkpoint, require_environ
 from vla_opd.envs.protocol import Placement
 from vla_opd.host import Host
 from vla_opd.params import Params
-from vla_opd.policies import load_policy
+from vla_opd.policies import Policy, load_policy
 from vla_opd.rollout import Job, PoolSettings, RolloutSettings, Tally, rollout
 from vla_opd.seeds import derive
 from vla_opd.tracking import track
@@ -36,9 +36,9 @@ def run(params: Params, iteration: str, student: Path, out: Path, host: Host) ->
     ):
         _fill(params, checkpoint.facts, load_policy(checkpoint, host.device), groups, work, host, tally)
         episodes = [episode for folder in shards(work.folder) for episode in read_shard(folder)]
-        facts = _summary(episodes) | {"protocol": params.sample.protocol, "action_space": checkpoint.facts.action_space.digest}
-        log({"success": facts["success"], "env_steps": facts["env_steps"], **tally.as_metrics()}, 0)
-        return work.publish(facts)
+        counts = _summary(episodes)
+        log({**counts, **tally.as_metrics()}, 0)
+        return work.publish({**counts, "protocol": params.sample.protocol, "action_space": checkpoint.facts.action_space.digest})
 
 
 def _groups(params: Params, iteration: str) -> dict[str, list[Job]]:
@@ -54,7 +54,7 @@ def _groups(params: Params, iteration: str) -> dict[str, list[Job]]:
     return groups
 
 
-def _fill(params: Params, facts: CheckpointFacts, policy, groups: dict[str, list[Job]], work: Draft, host: Host, tally: Tally) -> None:  # noqa: ANN001 - a Policy
+def _fill(params: Params, facts: CheckpointFacts, policy: Policy, groups: dict[str, list[Job]], work: Draft, host: Host, tally: Tally) -> None:
     """Write the shards that are not there yet, each as soon as its group is complete."""
     missing = {shard: jobs for shard, jobs in groups.items() if not work.has(shard)}
     home = {(job.placement, job.member): shard for shard, jobs in missing.items() for job in jobs}

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -75,8 +75,9 @@ def read_manifest(folder: Path, kind: Kind) -> Manifest:
         raise ValueError(f"{path}: format is {manifest.format}; expected {FORMAT}, the one that this version reads")
     if manifest.digest != sha256(canonical(manifest.model_dump(exclude={"digest", "made_with"}))):
         raise ValueError(f"{path}: digest {manifest.digest[:12]} is not that of what it says; expected a manifest as it was published")
-    if manifest.kind != kind:
-        raise ValueError(f"{folder}: kind is {manifest.kind!r}; expected {kind!r}")
+    for field, expected in (("kind", kind), ("format", FORMAT), ("digest", _digest(manifest))):
+        if (found := getattr(manifest, field)) != expected:
+            raise ValueError(f"{path}: {field} is {found!r}; expected {expected!r}")
     return manifest
 
 
@@ -129,7 +130,7 @@ class Draft:
         return (self.folder / name).exists()
 
     @contextmanager
-    def part(self, name: str) -> Iterator[Path]:
+    def part(self, name: str) -> Generator[Path]:
         """A temporary path to write a part (file or folder) to; on leaving without an error it gets its name, atomically."""
         temporary = (self.folder / name).with_name(f".tmp-{Path(name).name}")
         temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -152,17 +153,18 @@ class Draft:
             for path in sorted(self.folder.rglob("*"))
             if path.is_file() and self.scratch not in path.parents and path.name != MANIFEST
         }
-        identity = {
-            "kind": self.kind,
-            "format": FORMAT,
-            "parents": self.parents,
-            "params": self.params,
-            "facts": json.loads(canonical(dict(facts))),
-            "files": {name: entry.model_dump() for name, entry in files.items()},
-        }
         note = self.scratch / "made_with.json"
-        made_with = _versions() | (json.loads(note.read_text()) if note.is_file() else {})
-        manifest = Manifest(**identity, digest=sha256(canonical(identity)), made_with=made_with)
+        manifest = Manifest(
+            kind=self.kind,
+            format=FORMAT,
+            digest="",
+            parents=self.parents,
+            params=self.params,
+            facts=json.loads(canonical(dict(facts))),
+            files=files,
+            made_with=_versions() | (json.loads(note.read_text()) if note.is_file() else {}),
+        )
+        manifest = manifest.model_copy(update={"digest": _digest(manifest)})
         with self.part(MANIFEST) as path:
             path.write_text(manifest.model_dump_json(indent=2) + "\n")
         _remove(self.scratch)
@@ -181,7 +183,7 @@ class Draft:
 
 
 @contextmanager
-def draft(target: Path, kind: Kind, parents: Mapping[str, str], params: Mapping[str, Any]) -> Iterator[Draft]:
+def draft(target: Path, kind: Kind, parents: Mapping[str, str], params: Mapping[str, Any]) -> Generator[Draft]:
     """Write the artifact `target`, going on from an earlier unfinished draft of the same inputs, settings and package versions.
 
     RuntimeError if another process is writing it.
@@ -195,6 +197,10 @@ def draft(target: Path, kind: Kind, parents: Mapping[str, str], params: Mapping[
         work = Draft(target, kind, parents, params)
         work.prepare()
         yield work
+
+
+def _digest(manifest: Manifest) -> str:
+    return sha256(canonical(manifest.model_dump(exclude={"digest", "made_with"})))
 
 
 def _versions() -> dict[str, str]:

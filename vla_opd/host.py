@@ -21,7 +21,7 @@ class Host:
 
 def this_host(workers: int | None, device: str, tracking: TrackingMode, metrics: Path) -> Host:
     """The host with `auto` resolved: one worker a core, the GPU if there is one. ValueError names a device or tracking that is not there."""
-    import torch  # noqa: PLC0415 - slow to import, and `python -m stages --help` should not be
+    import torch  # slow to import, and `python -m stages --help` should not be
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

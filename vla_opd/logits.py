@@ -28,5 +28,5 @@ def read_shard(folder: Path, states: int) -> Float[np.ndarray, "N K V"]:
 
 
 def normalised(logits: Float[torch.Tensor, "N K V"], dtype: str) -> Float[np.ndarray, "N K V"]:
-    """log softmax over the bins, as stored."""
+    """The log-softmax over the bins, as stored."""
     return torch.log_softmax(logits.float(), -1).cpu().numpy().astype(dtype)

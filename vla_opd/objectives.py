@@ -69,7 +69,7 @@ def masked_mean(values: Float[Tensor, "N K"], mask: Bool[Tensor, "N K"]) -> Floa
 
 
 def tempered(log_probs: Float[Tensor, "*B V"], temperature: float) -> Float[Tensor, "*B V"]:
-    """log softmax(log p / T): the same distribution at another temperature, from logits or from log-probabilities alike."""
+    """Log-softmax of log p / T: the same distribution at another temperature, from logits or from log-probabilities alike."""
     return torch.log_softmax(log_probs / temperature, -1)
 
 

@@ -1,7 +1,8 @@
 """Actions <-> bins: OpenVLA-OFT's discretisation.
 
-With V bins, `edges = linspace(-1, 1, V)` has V - 1 centres. A normalised action x in [-1, 1] falls in bin `digitize(x, edges) - 1` of 0 ... V-1, ascending
-in x; the last bin holds x = 1 alone and decodes like its neighbour. OpenVLA numbers the same bins downwards: token id = vocabulary size - 1 - bin.
+With V bins, `edges = linspace(-1, 1, V)` has V - 1 centres. A normalised action x in [-1, 1] falls in bin `digitize(x, edges) - 1` of 0 ... V-1,
+ascending in x; the last bin holds x = 1 alone and decodes like its neighbour. OpenVLA numbers the same bins downwards: token id = vocabulary
+size - 1 - bin.
 Source: OpenVLA-OFT, `ActionTokenizer` (ids 31744 ... 31999 of a vocabulary of 32000).
 """
 

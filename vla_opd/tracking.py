@@ -9,7 +9,7 @@ import os
 import platform
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ Log = Callable[[Mapping[str, float], int], None]
 
 
 @contextmanager
-def track(host: Host, run: str, stage: str, name: str, config: Mapping[str, Any]) -> Iterator[Log]:
+def track(host: Host, run: str, stage: str, name: str, config: Mapping[str, Any]) -> Generator[Log]:
     """`log(metrics, step)` for one execution of a stage. Metrics are numbers by name; `step` counts what the stage repeats."""
     with _jsonl(host, run, stage, name) as lines:
         online = _wandb(host, run, stage, name, config) if host.tracking == "wandb" else None
@@ -38,7 +38,7 @@ def track(host: Host, run: str, stage: str, name: str, config: Mapping[str, Any]
 
 
 @contextmanager
-def _jsonl(host: Host, run: str, stage: str, name: str) -> Iterator[Log]:
+def _jsonl(host: Host, run: str, stage: str, name: str) -> Generator[Log]:
     if host.tracking == "none":
         yield lambda _metrics, _step: None
         return
@@ -53,9 +53,9 @@ def _jsonl(host: Host, run: str, stage: str, name: str) -> Iterator[Log]:
         yield log
 
 
-def _wandb(host: Host, run: str, stage: str, name: str, config: Mapping[str, Any]) -> Any:  # noqa: ANN401 - wandb.Run or None; imported lazily
+def _wandb(host: Host, run: str, stage: str, name: str, config: Mapping[str, Any]) -> Any:  # a wandb.Run or None; imported lazily
     """A W&B run, or None with a warning if W&B cannot start at all."""
-    import wandb  # noqa: PLC0415 - slow to import, and not wanted with other trackers
+    import wandb  # slow to import, and not wanted with other trackers
 
     mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
     try:
@@ -69,7 +69,7 @@ def _wandb(host: Host, run: str, stage: str, name: str, config: Mapping[str, Any
             mode=mode,  # pyright: ignore[reportArgumentType] - WANDB_MODE is free text; wandb.init checks it
             settings=wandb.Settings(silent=True, init_timeout=20, console="off"),
         )
-    except (wandb.errors.Error, OSError) as error:
+    except (wandb.Error, OSError) as error:
         warnings.warn(f"W&B did not start ({error}); metrics go to {host.metrics} as JSON lines only", stacklevel=2)
         return None
 

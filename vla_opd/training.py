@@ -31,7 +31,7 @@ class Schedule:
     total: int
 
     def at(self, step: int) -> float:
-        """lr(t) = peak (t + 1) / warmup while t < warmup; then final + (peak - final) (1 + cos(pi u)) / 2, u the fraction of the rest that is done."""
+        """lr(t) = peak (t + 1) / warmup while t < warmup; then final + (peak - final) (1 + cos(pi u)) / 2, u the done fraction of the rest."""
         if step < self.warmup:
             return self.peak * (step + 1) / self.warmup
         done = min(1.0, (step - self.warmup) / max(1, self.total - self.warmup))

@@ -178,7 +178,7 @@ def serve(pipe: int, shared: int, parent: int) -> None:
     _die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes the pool
     for descriptor in (pipe, shared):
-        os.set_inheritable(descriptor, False)  # noqa: FBT003 - a simulator's own child would keep the pipe open beyond our death
+        os.set_inheritable(descriptor, False)  # a simulator's own child would keep the pipe open beyond our death
     connection = mpc.Connection(pipe)
     environment, capacity = connection.recv()
     block = _block(shared, environment, capacity)

@@ -1,4 +1,4 @@
-"""The smallest whole run, every stage of it for real, on an environment from outside the package: one worker or two, killed or not, the bytes are the same."""
+"""The smallest whole run, every stage for real, on an environment from outside the package: one worker or two, killed or not, the same bytes."""
 
 import json
 import os

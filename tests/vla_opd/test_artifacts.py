@@ -23,7 +23,8 @@ def make(target: Path, parts: dict[str, bytes] | None = None, *, facts: dict[str
         for name, content in (PARTS if parts is None else parts).items():
             with work.part(name) as path:
                 path.write_bytes(content)
-        return work.publish(facts or {"rows": 1}, made_with)
+        work.remember(made_with or {})
+        return work.publish(facts or {"rows": 1})
 
 
 def interrupt(target: Path, done: int, parents: dict[str, str] = PARENTS, params: dict[str, object] = PARAMS) -> None:

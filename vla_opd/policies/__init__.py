@@ -14,18 +14,18 @@ __all__ = ["POLICIES", "Observations", "Policy", "build_policy", "from_pretraine
 POLICIES: dict[str, Callable[[CheckpointFacts], Any]] = {"tiny": tiny.TinyVLA}
 
 
-def build_policy(facts: CheckpointFacts) -> Any:  # noqa: ANN401 - a Policy that is also a torch.nn.Module: Python has no intersection type
+def build_policy(facts: CheckpointFacts) -> Any:  # a Policy that is also a torch.nn.Module: Python has no intersection type
     """A policy of this description with freshly initialised weights (from torch's global generator)."""
     return named_function(facts.policy.family, POLICIES, "policy.family")(facts)
 
 
-def load_policy(checkpoint: Checkpoint, device: str = "cpu") -> Any:  # noqa: ANN401 - as above
+def load_policy(checkpoint: Checkpoint, device: str = "cpu") -> Any:  # as above
     """The policy with its weights, on a device, in evaluation mode."""
     policy = build_policy(checkpoint.facts)
     policy.load_state_dict(checkpoint.weights())
     return policy.to(device).eval()
 
 
-def from_pretrained(folder: Path, device: str = "cpu") -> Any:  # noqa: ANN401 - as above
+def from_pretrained(folder: Path, device: str = "cpu") -> Any:  # as above
     """Open, verify and load the checkpoint in `folder`."""
     return load_policy(open_checkpoint(folder), device)

@@ -1,8 +1,8 @@
-"""TinyVLA: a vision-language-action policy of about 0.7 M parameters that trains on a laptop's CPU.
+"""TinyVLA: a vision-language-action policy of about 0.8 M parameters that trains on a laptop's CPU.
 
-The sequence is that of a VLA: image tokens (a convolutional tower's 6x6 map and soft-argmax keypoints per camera), instruction tokens (words of the
-checkpoint's own vocabulary), optionally proprioception, and one placeholder per action token; a Llama made bidirectional by a full attention mask; and a
-head of V bins on the placeholders. It answers OpenVLA-OFT's protocol: K = S * A tokens in one forward pass, `logits[B, K, V]`.
+The sequence is that of a VLA: image tokens (a convolutional tower's map and soft-argmax keypoints per camera), instruction tokens (words of the
+checkpoint's own vocabulary), optionally proprioception, and one placeholder per action token; a Llama made bidirectional by a full attention
+mask; and a head of V bins on the placeholders. It answers OpenVLA-OFT's protocol: K = S * A tokens in one forward pass, `logits[B, K, V]`.
 """
 
 import re
@@ -51,8 +51,8 @@ class TinyVLA(nn.Module):
         self.word = nn.Embedding(VOCABULARY_SIZE, width)
         self.placeholder = nn.Parameter(torch.randn(self.space.tokens, width) * 0.02)
         self.proprio = nn.Linear(len(facts.proprio_mean), PROPRIO_TOKENS * width) if shape.proprio else None
-        self.register_buffer("proprio_mean", torch.tensor(facts.proprio_mean), persistent=False)
-        self.register_buffer("proprio_std", torch.tensor(facts.proprio_std), persistent=False)
+        self.proprio_mean = nn.Buffer(torch.tensor(facts.proprio_mean), persistent=False)
+        self.proprio_std = nn.Buffer(torch.tensor(facts.proprio_std), persistent=False)
         self.language_model = LlamaModel(
             LlamaConfig(
                 vocab_size=1,  # words have their own embedding above; the Llama sees embeddings only
@@ -64,7 +64,7 @@ class TinyVLA(nn.Module):
                 use_cache=False,
                 bos_token_id=None,
                 eos_token_id=None,
-                attn_implementation="sdpa",
+                attn_implementation="sdpa",  # pyright: ignore[reportCallIssue] - a keyword of the base class
             )
         )
         self.head = nn.Linear(width, self.space.bins)
@@ -111,7 +111,7 @@ class TinyVLA(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """Pixels -> a 6x6 map (at a 96-pixel crop) as tokens, and the positions of learned keypoints as a few more."""
+    """Pixels -> a map at a sixteenth of the resolution as tokens, and the positions of learned keypoints as a few more."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
