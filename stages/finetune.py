@@ -4,6 +4,7 @@ The base (a policy pre-trained on other tasks), the teacher (many demonstrations
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,7 +73,7 @@ def _facts(params: Params, states: States, parent: Path | None) -> CheckpointFac
     )
 
 
-def _policy(facts: CheckpointFacts, parent: Path | None, seed: int, device: str) -> torch.nn.Module:
+def _policy(facts: CheckpointFacts, parent: Path | None, seed: int, device: str) -> Any:
     torch.manual_seed(seed)
     policy = build_policy(facts)
     if parent is not None:

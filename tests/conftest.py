@@ -1,4 +1,4 @@
-"""Shapes and types are checked where tensors are: jaxtyping's annotations in these modules are enforced by beartype. Outside tests they cost nothing."""
+"""Shapes and types are checked where tensors are: jaxtyping's annotations in these modules are enforced by beartype. Nowhere else."""
 
 from jaxtyping import install_import_hook
 

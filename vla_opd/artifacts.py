@@ -71,10 +71,6 @@ def read_manifest(folder: Path, kind: Kind) -> Manifest:
         manifest = Manifest.model_validate_json(path.read_text())
     except ValidationError as error:
         raise ValueError(f"{path}: not a manifest of format {FORMAT}: {error}") from error
-    if manifest.format != FORMAT:
-        raise ValueError(f"{path}: format is {manifest.format}; expected {FORMAT}, the one that this version reads")
-    if manifest.digest != sha256(canonical(manifest.model_dump(exclude={"digest", "made_with"}))):
-        raise ValueError(f"{path}: digest {manifest.digest[:12]} is not that of what it says; expected a manifest as it was published")
     for field, expected in (("kind", kind), ("format", FORMAT), ("digest", _digest(manifest))):
         if (found := getattr(manifest, field)) != expected:
             raise ValueError(f"{path}: {field} is {found!r}; expected {expected!r}")
@@ -122,7 +118,7 @@ class Draft:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.scratch.mkdir(parents=True)
             mark.write_text(self.fingerprint)
-        for leftover in self.folder.glob(".tmp-*"):
+        for leftover in sorted(self.folder.rglob(".tmp-*")):
             _remove(leftover)
 
     def has(self, name: str) -> bool:

@@ -25,8 +25,8 @@ def this_host(workers: int | None, device: str, tracking: TrackingMode, metrics:
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device is {device!r}; expected 'cpu' or 'auto': torch sees no CUDA device here")
+    if device.partition(":")[0] not in ("cpu", "cuda") or (device.startswith("cuda") and not torch.cuda.is_available()):
+        raise ValueError(f"device is {device!r}; expected 'auto', 'cpu' or, where torch sees one, 'cuda'")
     if tracking not in get_args(TrackingMode):  # argparse checks the option, but not its default from the environment
         raise ValueError(f"tracking is {tracking!r}; expected one of {list(get_args(TrackingMode))}")
     return Host(workers or len(os.sched_getaffinity(0)), device, tracking, metrics)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -90,7 +91,13 @@ class PolicyParams(Section):
     width: int = Field(default=128, ge=16)
     layers: int = Field(default=2, ge=1)
     heads: int = Field(default=4, ge=1)
-    channels: int = Field(default=32, ge=8)
+    channels: int = Field(default=32, ge=8, multiple_of=8)
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> "PolicyParams":
+        if self.width % (2 * self.heads):
+            raise ValueError(f"width is {self.width} and heads is {self.heads}; expected width to be a multiple of 2 * heads (rotary embedding)")
+        return self
 
 
 class FinetuneParams(Section):
@@ -238,7 +245,7 @@ def load(path: Path | str = "params.yaml", overrides: Iterable[str] = ()) -> Par
     if not source.is_file():
         raise ValueError(f"params: {source} does not exist; expected the run's params.yaml (are you in the project's folder?)")
     yaml = YAML(typ="safe")
-    tree = yaml.load(source.read_text())
+    tree = _parsed(yaml, source.read_text(), str(source))
     if not isinstance(tree, dict):
         raise ValueError(f"params: {source} holds {type(tree).__name__}; expected one mapping of sections")
     for override in overrides:
@@ -259,7 +266,14 @@ def _override(tree: dict[str, Any], override: str, yaml: YAML) -> None:
         node = node.setdefault(section, {})
         if not isinstance(node, dict):
             raise ValueError(f"override {override!r}: {section} is not a section")
-    node[key] = yaml.load(text)
+    node[key] = _parsed(yaml, text, f"override {override!r}")
+
+
+def _parsed(yaml: YAML, text: str, where: str) -> Any:
+    try:
+        return yaml.load(text)
+    except YAMLError as error:
+        raise ValueError(f"{where}: not YAML: {error}") from error
 
 
 def _explain(error: ValidationError, source: Path) -> str:

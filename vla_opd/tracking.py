@@ -69,7 +69,7 @@ def _wandb(host: Host, run: str, stage: str, name: str, config: Mapping[str, Any
             mode=mode,  # pyright: ignore[reportArgumentType] - WANDB_MODE is free text; wandb.init checks it
             settings=wandb.Settings(silent=True, init_timeout=20, console="off"),
         )
-    except (wandb.Error, OSError) as error:
+    except (wandb.Error, OSError, ValueError) as error:
         warnings.warn(f"W&B did not start ({error}); metrics go to {host.metrics} as JSON lines only", stacklevel=2)
         return None
 

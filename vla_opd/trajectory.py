@@ -96,8 +96,9 @@ class States:
 def write_shard(folder: Path, episodes: Sequence[Episode], chunk: int) -> None:
     """Write episodes of one task and split as one Zarr group. Same episodes, same bytes."""
     first = episodes[0]
-    if any((e.placement.task, e.placement.split) != (first.placement.task, first.placement.split) for e in episodes):
-        raise ValueError("episodes of a shard: tasks or splits differ; expected one task and one split a shard")
+    kinds = {(e.placement.task, e.placement.split, e.instruction) for e in episodes}
+    if len(kinds) != 1:
+        raise ValueError(f"episodes of a shard: {sorted(kinds)}; expected one task, split and instruction a shard")
     columns = {
         "frames": np.concatenate([e.frames for e in episodes]),
         "proprio": np.concatenate([e.proprio for e in episodes]),

@@ -119,7 +119,7 @@ def ran(output: str) -> list[str]:
 
 def code_files() -> Sequence[str]:
     stages = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"].values()
-    return sorted({dep for stage in stages for dep in stage.get("do", stage)["deps"] if dep.endswith(".py")})
+    return sorted({dep for stage in stages for dep in stage.get("do", stage)["deps"] if not dep.startswith("artifacts/")})
 
 
 def make_toy(folder: Path) -> Toy:

@@ -1,5 +1,6 @@
 """The update: where it stands on the schedule, what it refuses to put together, and that it makes the student more like the teacher."""
 
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -61,7 +62,7 @@ def test_iterations_follow_each_other_on_one_schedule() -> None:
     run = params()
     rates = [_budget(run, depth).schedule.at(_budget(run, depth).first + step) for depth in range(4) for step in range(OPTIMIZE.steps)]
     assert rates[:4] == pytest.approx([1 / 3, 2 / 3, 1, 1])  # 3 of the 30 steps warm up
-    assert all(ours >= theirs for ours, theirs in zip(rates[3:], rates[4:], strict=False))
+    assert all(ours >= theirs for ours, theirs in pairwise(rates[3:]))
     assert rates[30:] == pytest.approx([0.1] * 10)
 
 

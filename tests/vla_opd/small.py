@@ -31,7 +31,9 @@ def observations(rows: int, seed: int = 0, instruction: str = "pick the red cube
     return Observations(frames, random.normal(size=(rows, 2)).astype(np.float32), (instruction,) * rows)
 
 
-def episode(seed: int = 0, *, steps: int = 5, every: int = 1, member: int = 0, clean: tuple[bool, ...] | None = None, task: str = "reach-v3") -> Episode:
+def episode(
+    seed: int = 0, *, steps: int = 5, every: int = 1, member: int = 0, clean: tuple[bool, ...] | None = None, task: str = "reach-v3"
+) -> Episode:
     """An episode of L = `steps` random control steps, a state kept at every `every`-th of them."""
     random = np.random.default_rng(seed)
     step = np.arange(0, steps, every, dtype=np.int32)

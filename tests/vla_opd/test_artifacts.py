@@ -18,7 +18,9 @@ PARAMS = {"steps": 3, "names": ("a", "b")}
 PARTS = {"one": b"first", "two": b"second", "inner/three": b"third"}
 
 
-def make(target: Path, parts: dict[str, bytes] | None = None, *, facts: dict[str, int] | None = None, made_with: dict[str, str] | None = None) -> Manifest:
+def make(
+    target: Path, parts: dict[str, bytes] | None = None, *, facts: dict[str, int] | None = None, made_with: dict[str, str] | None = None
+) -> Manifest:
     with draft(target, "logits", PARENTS, PARAMS) as work:
         for name, content in (PARTS if parts is None else parts).items():
             with work.part(name) as path:

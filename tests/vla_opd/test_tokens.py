@@ -1,7 +1,7 @@
 """Actions and bins: against the outputs of the original tokenizer, and against the definition.
 
-`data/*.npz` hold outputs of OpenVLA-OFT's `ActionTokenizer` and of SimpleVLA-RL's decoding (openvla-oft 213c5ff, SimpleVLA-RL 7c51662), which number the
-bins downwards: token id = 31999 - bin.
+`data/*.npz` hold outputs of OpenVLA-OFT's `ActionTokenizer` and of SimpleVLA-RL's decoding (openvla-oft 213c5ff, SimpleVLA-RL 7c51662), which number
+the bins downwards: token id = 31999 - bin.
 """
 
 from pathlib import Path

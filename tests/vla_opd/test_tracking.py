@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -163,5 +164,8 @@ def test_wandb_offline_needs_no_network_and_no_account(tmp_path: Path) -> None:
     record(host(tmp_path, "wandb"))
     (folder,) = (tmp_path / "metrics" / "wandb").glob("offline-run-*")
     (log,) = folder.glob("*.wandb")
-    assert b"optimize/loss" in log.read_bytes()
+    end = time.monotonic() + 20  # offline, `finish` does not wait for W&B's own process to write its file
+    while b"optimize/loss" not in log.read_bytes():
+        assert time.monotonic() < end, "W&B wrote nothing"
+        time.sleep(0.1)
     assert [row["loss"] for row in lines(tmp_path)] == [2.0, 1.5]

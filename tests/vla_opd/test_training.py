@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from vla_opd.training import Budget, Loss, Row, Schedule, batches, train, write_rows
 
+Trained = tuple[list[Row], dict[str, Tensor], dict[str, Tensor]]  # rows, moments, weights
 STEPS = 9
 BUDGET = Budget(STEPS, Schedule(0.05, 0.01, 2, STEPS), gradient_clip=1.0, weight_decay=0.1, save_every=3)
 
 
-class Interrupted(Exception):
+class InterruptionError(Exception):
     """As if the process had been killed."""
 
 
@@ -31,7 +32,7 @@ def regression(fail_at: int | None = None, calls: list[int] | None = None) -> tu
         if calls is not None:
             calls.append(step)
         if step == fail_at:
-            raise Interrupted
+            raise InterruptionError
         x = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
         value = (policy(x) - x[:, :2] ** 2).square().mean()
         return value, {"twice": 2 * value.item()}
@@ -44,7 +45,7 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
 
 
 @pytest.fixture
-def uninterrupted(tmp_path: Path) -> tuple[list[Row], dict[str, Tensor], dict[str, Tensor]]:
+def uninterrupted(tmp_path: Path) -> Trained:
     (tmp_path / "whole").mkdir()
     policy, loss = regression()
     rows, moments = train(policy, loss, BUDGET, tmp_path / "whole", None, "whole")
@@ -52,9 +53,9 @@ def uninterrupted(tmp_path: Path) -> tuple[list[Row], dict[str, Tensor], dict[st
 
 
 @pytest.mark.parametrize("fail_at", range(STEPS))
-def test_an_interruption_leaves_no_trace(tmp_path: Path, uninterrupted: tuple[list[Row], dict[str, Tensor], dict[str, Tensor]], fail_at: int) -> None:
+def test_an_interruption_leaves_no_trace(tmp_path: Path, uninterrupted: Trained, fail_at: int) -> None:
     policy, loss = regression(fail_at)
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptionError):
         train(policy, loss, BUDGET, tmp_path, None, "interrupted")
     calls: list[int] = []
     policy, loss = regression(calls=calls)
@@ -66,7 +67,7 @@ def test_an_interruption_leaves_no_trace(tmp_path: Path, uninterrupted: tuple[li
     assert same(policy.state_dict(), expected_weights)
 
 
-def test_rows_say_what_happened(uninterrupted: tuple[list[Row], dict[str, Tensor], dict[str, Tensor]]) -> None:
+def test_rows_say_what_happened(uninterrupted: Trained) -> None:
     rows, moments, _ = uninterrupted
     assert len(rows) == STEPS
     assert all(row["twice"] == 2 * row["loss"] and row["gradient_norm"] > 0 for row in rows)
@@ -75,7 +76,7 @@ def test_rows_say_what_happened(uninterrupted: tuple[list[Row], dict[str, Tensor
     assert moments["0/step"] == STEPS
 
 
-def test_two_iterations_are_one_long_one_if_the_moments_are_handed_on(tmp_path: Path, uninterrupted: tuple[list[Row], dict[str, Tensor], dict[str, Tensor]]) -> None:
+def test_two_iterations_are_one_long_one_if_the_moments_are_handed_on(tmp_path: Path, uninterrupted: Trained) -> None:
     policy, loss = regression()
     first, moments = train(policy, loss, Budget(4, BUDGET.schedule, 1.0, 0.1, 100), tmp_path, None, "one")
     second, moments = train(policy, lambda step: loss(4 + step), Budget(5, BUDGET.schedule, 1.0, 0.1, 100, first=4), tmp_path, moments, "two")
@@ -85,7 +86,7 @@ def test_two_iterations_are_one_long_one_if_the_moments_are_handed_on(tmp_path: 
     assert same(policy.state_dict(), expected_weights)
 
 
-def test_without_the_moments_the_second_iteration_is_another(tmp_path: Path, uninterrupted: tuple[list[Row], dict[str, Tensor], dict[str, Tensor]]) -> None:
+def test_without_the_moments_the_second_iteration_is_another(tmp_path: Path, uninterrupted: Trained) -> None:
     policy, loss = regression()
     train(policy, loss, Budget(4, BUDGET.schedule, 1.0, 0.1, 100), tmp_path, None, "one")
     train(policy, lambda step: loss(4 + step), Budget(5, BUDGET.schedule, 1.0, 0.1, 100, first=4), tmp_path, None, "two")

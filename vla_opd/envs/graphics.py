@@ -37,8 +37,6 @@ def use_backend() -> str:
     return backend
 
 
-
-
 @functools.cache
 def choose_backend() -> str:
     """The OpenGL backend for MuJoCo: what `MUJOCO_GL` says, otherwise the first of `egl` and `osmesa` that draws a frame.

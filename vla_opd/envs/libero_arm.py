@@ -1,4 +1,4 @@
-"""robosuite's arm and gripper control for one substep, without its bookkeeping: same equations, same numba functions, same numbers.
+"""robosuite's arm and gripper control for a substep without a new goal, less the bookkeeping: same equations, same numba functions, same numbers.
 
 Imported by `libero.make` only, in the process that owns the simulator.
 """
@@ -36,11 +36,6 @@ class Arm:
         self._middle, self._half = 0.5 * (opened + closed), 0.5 * (opened - closed)
         self._jacobian = np.zeros((2, 3, model.nv))
         self._inertia = np.zeros((model.nv, model.nv))
-
-    def set_goal(self, action: Float64[np.ndarray, "7"]) -> None:
-        """A new control step: the pose that the controller is to reach. Kinematics must be current."""
-        self._robot.controller.set_goal(action[:-1])
-        self._robot.controller.new_update = True
 
     def actuate(self, action: Float64[np.ndarray, "7"]) -> None:
         """Write this substep's torques and finger targets. Kinematics and velocities must be current."""

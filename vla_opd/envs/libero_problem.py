@@ -139,11 +139,12 @@ class Problem:
     def _substep_once(self, action: Float64[np.ndarray, "7"], is_first: bool) -> None:
         model, data = self.sim.model._model, self.sim.data._data
         mujoco.mj_step1(model, data)
-        if is_first:
+        if is_first:  # robosuite's own control: it sets the goal, and after a fixed initial state still uses the kinematics from before it
             self.sim.is_current = True
-            self._arm.set_goal(action)
+            self._pre_action(action, True)
             self.sim.is_current = False
-        self._arm.actuate(action)
+        else:
+            self._arm.actuate(action)
         mujoco.mj_step2(model, data)
 
 

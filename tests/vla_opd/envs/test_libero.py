@@ -99,6 +99,7 @@ def fast() -> Iterator[LiberoEnv]:
 
 @simulator
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # the stock environment renders every step
 @pytest.mark.parametrize("placement", [Placement(BOWL, "evaluation", 3), Placement(BOWL, "training", 5), Placement(DRAWER, "training", 1)])
 def test_exact_is_the_stock_environment_bit_for_bit(exact: LiberoEnv, placement: Placement) -> None:
     _disturb(exact)
@@ -158,7 +159,9 @@ def test_fast_stepping_follows_exact_stepping_over_a_chunk(fast: LiberoEnv) -> N
         for env in (fast, same_pictures):
             env.reset(placement)
             env.advance(_actions(CHUNK), 0)
-        assert np.abs(fast.data.qpos - same_pictures.data.qpos).max() < 1e-6
+        difference = np.abs(fast.data.qpos - same_pictures.data.qpos)
+        assert difference[:7].max() < 1e-9, "the arm"
+        assert difference.max() < 1e-5, "objects in contact"
     same_pictures.close()
 
 

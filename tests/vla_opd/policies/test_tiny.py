@@ -93,7 +93,8 @@ def test_what_is_outside_the_crop_is_not_seen(policy: TinyVLA) -> None:
 def test_proprioception_is_scaled_or_left_out() -> None:
     seen = small.observations(2)
     torch.manual_seed(0)
-    blind = build_policy(small.FACTS.model_copy(update={"policy": small.SHAPE.model_copy(update={"proprio": False}), "proprio_mean": (), "proprio_std": ()}))
+    shape = small.SHAPE.model_copy(update={"proprio": False})
+    blind = build_policy(small.FACTS.model_copy(update={"policy": shape, "proprio_mean": (), "proprio_std": ()}))
     assert torch.equal(logits(blind, seen), logits(blind, replace(seen, proprio=seen.proprio + 1)))
     torch.manual_seed(0)
     scaled = build_policy(small.FACTS.model_copy(update={"proprio_mean": (1.1, 1.2), "proprio_std": (1.0, 2.0)}))
@@ -187,7 +188,7 @@ def test_a_vocabulary_that_overflows_is_refused() -> None:
 
 
 def test_families_are_named_or_found_by_path() -> None:
-    assert POLICIES == {"tiny": TinyVLA}
+    assert POLICIES["tiny"] is TinyVLA
     elsewhere = small.FACTS.model_copy(update={"policy": small.SHAPE.model_copy(update={"family": "vla_opd.policies.tiny:TinyVLA"})})
     assert isinstance(build_policy(elsewhere), TinyVLA)
     with pytest.raises(ValueError, match=r"policy\.family is 'huge'; expected one of \['tiny'\]"):
