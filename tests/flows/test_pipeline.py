@@ -62,22 +62,15 @@ def test_a_clone_remakes_demonstrations_only_for_a_checkpoint_that_needs_them(cl
     assert "teacher" in steps
     assert not {"demonstrate@pre", "base"} & set(steps)
     assert "failed to reproduce 'teacher'" in clone.dvc("repro", "--allow-missing", check=False)  # DVC alone has to be told
-    assert ran(clone.dvc("repro", "teacher")) == ["demonstrate@pre", "demonstrate@main", "teacher"]
+    assert set(ran(clone.dvc("repro", "teacher"))) == {"demonstrate@pre", "demonstrate@main", "teacher"}
 
 
 def test_dvc_repro_teacher_student_rebuilds_the_reference(clone: Toy) -> None:
+    """With targets, DVC's own order varies from process to process (it walks a set); without, it is that of dvc.yaml."""
     before = clone.lock
-    assert ran(clone.dvc("repro", "teacher", "student")) == [
-        "demonstrate@pre",
-        "demonstrate@main",
-    ]  # the demonstrations are the same: so are the checkpoints
-    assert ran(clone.dvc("repro", "--force", "teacher", "student")) == [
-        "demonstrate@pre",
-        "base",
-        "demonstrate@main",
-        "teacher",
-        "student",
-    ]
+    demonstrations = {"demonstrate@pre", "demonstrate@main"}
+    assert set(ran(clone.dvc("repro", "teacher", "student"))) == demonstrations  # they are the same, and so the checkpoints
+    assert set(ran(clone.dvc("repro", "--force", "teacher", "student"))) == demonstrations | {"base", "teacher", "student"}
     assert clone.lock == before
 
 

@@ -25,5 +25,5 @@ def test_unknown_tracking_is_refused() -> None:
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="device is 'cuda:0'; expected 'cpu' or 'auto'"):
+    with pytest.raises(ValueError, match="device is 'cuda:0'; expected 'auto', 'cpu'"):
         this_host(1, "cuda:0", "none", Path("m"))
