@@ -51,7 +51,7 @@ Slot = tuple[str, int]
 
 def _fill(params: Params, name: str, environment: EnvironmentParams, work: Draft, slots: dict[str, list[Slot]], host: Host, tally: Tally) -> int:
     """Write the shards that are not there yet, trying the next placement where the expert fails. Returns the number of failed episodes."""
-    missing = {shard: members for shard, members in slots.items() if not work.has(shard)}
+    missing = {shard: slots[shard] for shard in work.missing(slots)}
     done: dict[Slot, Episode] = {}
     failures = 0
     total = sum(map(len, slots.values()))

@@ -1,6 +1,7 @@
 """evaluate: checkpoint -> evaluation. Greedy, from the benchmark's fixed initial states, every episode recorded."""
 
 import json
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -64,6 +65,8 @@ def _records(params: Params, policy: Policy, work: Draft, host: Host, tally: Tal
     wanted = [(task, how.first_state + i) for task in tasks for i in range(how.episodes)]
     jobs = [Job(Placement(task, "evaluation", state), 0, derive(task, state)) for task, state in wanted if (task, state) not in known]
     settings = RolloutSettings(how.horizon, None, None, how.inference_batch)
+    if known:
+        print(f"{work.target.name}: reusing {len(known)} of {len(wanted)} episodes", file=sys.stderr)
     episodes = rollout(policy, jobs, params.environment, settings, PoolSettings(host.workers, host.timeout_s), tally)
     with journal.open("a") as stream:
         for episode in tqdm(episodes, total=len(wanted), initial=len(known), desc="evaluate", unit="episode", mininterval=5):

@@ -30,13 +30,12 @@ def run(params: Params, teacher: Path, trajectories: Path, out: Path, host: Host
     parents = {"teacher": checkpoint.digest, "trajectories": source.digest}
     with draft(out, "logits", parents, settings) as work, track(host, params.run.name, "label", out.name, settings) as log:
         policy = load_policy(checkpoint, host.device)
-        queries = 0
-        for folder in tqdm(shards(trajectories), desc="label", unit="shard", mininterval=5):
-            observations = read_states([folder]).observations
-            queries += len(observations)
-            if not work.has(folder.name):
-                with work.part(folder.name) as path:
-                    write_shard(path, _label(policy, observations, params))
+        names = [folder.name for folder in shards(trajectories)]
+        missing = work.missing(names)
+        for name in tqdm(missing, initial=len(names) - len(missing), total=len(names), desc="label", unit="shard", mininterval=5):
+            with work.part(name) as path:
+                write_shard(path, _label(policy, read_states([trajectories / name]).observations, params))
+        queries = int(source.facts["states"])
         log({"teacher_queries": queries}, 0)
         return work.publish({"teacher_queries": queries, "action_space": space.model_dump()})
 

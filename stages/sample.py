@@ -56,7 +56,7 @@ def _groups(params: Params, iteration: str) -> dict[str, list[Job]]:
 
 def _fill(params: Params, facts: CheckpointFacts, policy: Policy, groups: dict[str, list[Job]], work: Draft, host: Host, tally: Tally) -> None:
     """Write the shards that are not there yet, each as soon as its group is complete."""
-    missing = {shard: jobs for shard, jobs in groups.items() if not work.has(shard)}
+    missing = {shard: groups[shard] for shard in work.missing(groups)}
     home = {(job.placement, job.member): shard for shard, jobs in missing.items() for job in jobs}
     arrived: dict[str, list[Episode]] = {shard: [] for shard in missing}
     total = params.sample.group * len(groups)

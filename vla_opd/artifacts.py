@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Generator, Mapping
+import sys
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -124,6 +125,14 @@ class Draft:
     def has(self, name: str) -> bool:
         """Whether the part is finished."""
         return (self.folder / name).exists()
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """The parts that are not finished; says on the terminal how many are reused, if any are."""
+        wanted = list(names)
+        missing = [name for name in wanted if not self.has(name)]
+        if len(missing) < len(wanted):
+            print(f"{self.target.name}: reusing {len(wanted) - len(missing)} of {len(wanted)} shards", file=sys.stderr)
+        return missing
 
     @contextmanager
     def part(self, name: str) -> Generator[Path]:

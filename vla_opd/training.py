@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,8 @@ def train(
     if moments:
         _set_moments(optimizer, moments)
     rows = _resume(policy, optimizer, scratch)
+    if rows:
+        print(f"{label}: going on from step {len(rows)}", file=sys.stderr)
     for step in tqdm(range(len(rows), budget.steps), initial=len(rows), total=budget.steps, desc=label, unit="step", mininterval=5):
         for group in optimizer.param_groups:
             group["lr"] = budget.schedule.at(budget.first + step)

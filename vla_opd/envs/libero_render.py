@@ -71,7 +71,7 @@ def _open_context(model: mujoco.MjModel, size: int, *, exact: bool) -> tuple[Any
     model.vis.global_.offheight = height
     window = _open_window(width, height)
     window.make_current()
-    context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
+    context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_50)  # no text is drawn; large letters take long to prepare
     mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, context)
 
     def free() -> None:
