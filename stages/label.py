@@ -29,6 +29,7 @@ def run(params: Params, teacher: Path, trajectories: Path, out: Path, host: Host
     settings = {"label": params.label.model_dump(), "device": host.device}
     parents = {"teacher": checkpoint.digest, "trajectories": source.digest}
     with draft(out, "logits", parents, settings) as work, track(host, params.run.name, "label", out.name, settings) as log:
+        torch.set_num_threads(params.label.threads)
         policy = load_policy(checkpoint, host.device)
         names = [folder.name for folder in shards(trajectories)]
         missing = work.missing(names)

@@ -153,6 +153,7 @@ class LabelParams(Section):
     teacher: Name = "teacher"
     batch_size: int = Field(default=64, ge=1)
     dtype: Literal["float16", "float32"] = "float16"
+    threads: int = Field(default=2, ge=1, description="CPU threads; the last bits of a logit depend on it")
 
 
 class OptimizeParams(Section):

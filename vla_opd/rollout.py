@@ -5,7 +5,8 @@ crash on the way: every forward pass has the same number of rows, every decision
 """
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -187,7 +188,7 @@ def _roll(
         return Reset(job.placement)
 
     capacity = policy.chunk // (settings.observe_every or policy.chunk)
-    with Pool(environment, jobs, begin, capacity=capacity, settings=pool_settings, tally=tally) as pool:
+    with _one_thread(), Pool(environment, jobs, begin, capacity=capacity, settings=pool_settings, tally=tally) as pool:
         while pool.unfinished:
             finished: list[Episode] = []
             for job, outcome in pool.collect():
@@ -203,6 +204,17 @@ def _roll(
                 batch, ready = ready[: settings.inference_batch], ready[settings.inference_batch :]
                 _decide(policy, batch, settings, pool, tally)
             yield from finished
+
+
+@contextmanager
+def _one_thread() -> Generator[None]:
+    """One torch thread: the simulators have the cores, and the last bits of a logit must not depend on how many cores there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _decide(policy: Policy, batch: Sequence[_Playing], settings: RolloutSettings, pool: Pool, tally: Tally) -> None:

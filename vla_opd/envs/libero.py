@@ -2,7 +2,7 @@
 
 Actions [7]: end-effector displacement in units of 5 cm (3) and 0.5 rad (3), gripper (-1 open, +1 close).
 Proprioception [8]: end-effector position in metres (3), orientation as axis-angle (3), gripper joints in metres (2).
-Cameras: `agentview`, `robot0_eye_in_hand`, and whatever else the scene has.
+Cameras: `CAMERAS`; the first two are those that LIBERO's own demonstrations record.
 
 Source of the conventions: the LIBERO evaluation of OpenVLA-OFT; the measurements behind `fast` are in benchmarks/libero_steps.py.
 """
@@ -33,7 +33,10 @@ from vla_opd.params import EnvironmentParams
 if TYPE_CHECKING:
     import mujoco
 
-__all__ = ["LiberoEnv", "make", "suites", "task_names"]
+__all__ = ["CAMERAS", "LiberoEnv", "make", "suites", "task_names"]
+
+CAMERAS = ("agentview", "robot0_eye_in_hand", "frontview", "birdview", "sideview", "galleryview", "robot0_robotview")
+"""The cameras that every scene has."""
 
 _NO_OP = np.array([0, 0, 0, 0, 0, 0, -1], dtype=np.float64)
 _DIVERGED = ("BADQPOS", "BADQVEL", "BADQACC")
@@ -43,6 +46,9 @@ def make(params: EnvironmentParams) -> "LiberoEnv":
     """The LIBERO environment, whose simulators are built when a placement asks for their task."""
     for name in params.tasks:
         find_task(name)
+    for camera in params.cameras:
+        if camera not in CAMERAS:
+            raise ValueError(f"environment.cameras has {camera!r}; expected some of {', '.join(CAMERAS)}")
     backend = use_backend()
     _prepare_robosuite()
     return LiberoEnv(params, backend)
@@ -62,6 +68,7 @@ class LiberoEnv:
         self._params = params
         self._backend = backend
         self._task: Task | None = None
+        self._window: Any = None
         self._renderer: Any = None
         self._step = 0
         self.problem = None
@@ -114,6 +121,13 @@ class LiberoEnv:
 
     def close(self) -> None:
         """Release the simulator and its OpenGL context."""
+        self._drop()
+        if self._window is not None:
+            self._window.close()
+        self._window = None
+
+    def _drop(self) -> None:
+        """Release the present task's simulator, of which only one is kept: each takes much memory."""
         if self._renderer is not None:
             self._renderer.close()
         self._renderer = self._task = self.problem = None
@@ -131,21 +145,16 @@ class LiberoEnv:
             return
         from vla_opd.envs.libero_models import compile_slim, compile_stock
         from vla_opd.envs.libero_problem import build_problem
-        from vla_opd.envs.libero_render import Renderer
+        from vla_opd.envs.libero_render import Renderer, Window
 
         task = find_task(name)
-        self.close()
+        self._drop()
         is_exact = self._params.render == "exact"
         self.problem = build_problem(task.bddl, compile_stock if is_exact else compile_slim)
-        self._renderer = Renderer(self.model, self._params.image_size, exact=is_exact)
-        self._cameras = tuple(self._camera_id(camera) for camera in self._params.cameras)
+        self._window = self._window or Window()
+        self._renderer = Renderer(self._window, self.model, self._params.image_size, exact=is_exact)
+        self._cameras = tuple(self.model.camera(camera).id for camera in self._params.cameras)
         self._task = task
-
-    def _camera_id(self, camera: str) -> int:
-        known = [self.model.camera(number).name for number in range(self.model.ncam)]
-        if camera not in known:
-            raise ValueError(f"environment.cameras has {camera!r}; expected some of {known}")
-        return known.index(camera)
 
     def _execute(self, action: Float64[np.ndarray, "7"], *, is_viewed: bool) -> tuple[Observation | None, bool]:
         seen: list[Observation] = []

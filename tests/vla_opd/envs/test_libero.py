@@ -230,10 +230,8 @@ def test_mistakes_are_named(fast: LiberoEnv) -> None:
 
 @simulator
 def test_an_unknown_camera_is_named() -> None:
-    env = make(_params(cameras=("sideview2",)))
-    with pytest.raises(ValueError, match=r"environment.cameras has 'sideview2'; expected some of .*agentview"):
-        env.reset(Placement(BOWL, "training", 0))
-    env.close()
+    with pytest.raises(ValueError, match=r"environment.cameras has 'sideview2'; expected some of agentview"):
+        make(_params(cameras=("sideview2",)))
 
 
 @simulator
