@@ -10,13 +10,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from vla_opd.artifacts import Draft, Manifest, draft
+from vla_opd.demonstration import demonstrate
 from vla_opd.envs.protocol import Placement
 from vla_opd.host import Host
 from vla_opd.params import EnvironmentParams, Params
-from vla_opd.rollout import Job, PoolSettings, Tally, demonstrate
 from vla_opd.seeds import derive
 from vla_opd.tracking import track
 from vla_opd.trajectory import Episode, write_shard
+from vla_opd.workers import Job, PoolSettings, Tally
 
 SLOTS_PER_SHARD = 10
 

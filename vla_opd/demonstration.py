@@ -1,17 +1,22 @@
-"""A scripted expert's episode, disturbed on purpose: the command that a simulator process runs for `rollout.demonstrate`.
+"""Expert x environment -> demonstrations: whole episodes of a scripted expert, disturbed on purpose, each run inside a simulator process.
 
-Its own module because workers import it, and they import no torch.
+Workers import this module, so it imports no torch, and the episodes that it makes in the parent no sooner than there.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Bool, Float32
 
 from vla_opd.envs.protocol import Env, Observation
 from vla_opd.experts import Expert, make_expert
-from vla_opd.params import DemonstrateParams
-from vla_opd.workers import Job, Outcome, outcome
+from vla_opd.params import DemonstrateParams, EnvironmentParams
+from vla_opd.workers import Job, Outcome, Pool, PoolSettings, Tally, outcome
+
+if TYPE_CHECKING:
+    from vla_opd.trajectory import Episode
 
 BURSTS = (1, 2)  # in an episode that has any
 BURST_LENGTH = (4, 8)  # control steps
@@ -86,3 +91,44 @@ class Demonstrate:
         steps = len(labels)
         observed = np.arange(0, steps + 1, self.params.observe_every, dtype=np.int32)
         return outcome(steps, seen, observed, success=success, actions=np.stack(labels), clean=~disturbance.burst[:steps])
+
+
+def demonstrate(
+    jobs: Iterable[Job],
+    environment: EnvironmentParams,
+    params: DemonstrateParams,
+    pool_settings: PoolSettings | None = None,
+    tally: Tally | None = None,
+) -> Iterator["Episode"]:
+    """Episodes of the scripted expert `params.expert`, successful or not, in the order in which they finish.
+
+    Executed is clip(expert + N(0, noise^2)) on xyz, and random xyz in bursts (`clean` False); `actions` holds the expert's own action at every
+    step. Errors as in `rollout.rollout`.
+    """
+    capacity = params.horizon // params.observe_every + 1
+    settings, tally = pool_settings or PoolSettings(), tally or Tally()
+    with Pool(environment, jobs, lambda job: Demonstrate(job, params), capacity=capacity, settings=settings, tally=tally) as pool:
+        while pool.unfinished:
+            for job, outcome in pool.collect():
+                pool.finish(job)
+                yield _demonstration(job, outcome)
+
+
+def _demonstration(job: Job, outcome: Outcome) -> "Episode":
+    from vla_opd.trajectory import Episode  # brings Zarr, which the workers have no use for
+
+    keep = outcome.observed < outcome.steps
+    return Episode(
+        placement=job.placement,
+        member=job.member,
+        instruction=outcome.instruction,
+        success=outcome.success,
+        steps=outcome.steps,
+        frames=outcome.frames[keep],
+        proprio=outcome.proprio[keep],
+        step=outcome.observed[keep],
+        actions=outcome.actions,
+        clean=outcome.clean,
+        tokens=np.zeros((0, 0), np.int16),
+        log_probs=np.zeros((0, 0), np.float32),
+    )

@@ -1,4 +1,4 @@
-"""Policy x environment -> episodes; expert x environment -> demonstrations.
+"""Policy x environment -> episodes.
 
 An episode's bytes depend on the policy, its job (placement, seed) and the settings, and never on the number of workers, the order of the jobs, or a
 crash on the way: every forward pass has the same number of rows, every decision draws its own noise, and a crashed episode is begun again.
@@ -13,13 +13,12 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Float64, Int, Int16, Int32, UInt8
 
-from vla_opd.demonstration import Demonstrate
-from vla_opd.params import DemonstrateParams, EnvironmentParams
+from vla_opd.params import EnvironmentParams
 from vla_opd.policies.protocol import Observations, Policy
 from vla_opd.trajectory import Episode
 from vla_opd.workers import Command, Forward, Job, Outcome, Pool, PoolSettings, Reset, Tally
 
-__all__ = ["Job", "PoolSettings", "RolloutSettings", "Tally", "choose", "demonstrate", "rollout", "sample_tokens"]
+__all__ = ["Job", "PoolSettings", "RolloutSettings", "Tally", "choose", "rollout", "sample_tokens"]
 
 
 @dataclass(frozen=True)
@@ -65,49 +64,10 @@ def rollout(
     return _roll(policy, list(jobs), environment, settings, pool_settings=pool_settings or PoolSettings(), tally=tally or Tally())
 
 
-def demonstrate(
-    jobs: Iterable[Job],
-    environment: EnvironmentParams,
-    params: DemonstrateParams,
-    pool_settings: PoolSettings | None = None,
-    tally: Tally | None = None,
-) -> Iterator[Episode]:
-    """Episodes of the scripted expert `params.expert`, successful or not, in the order in which they finish.
-
-    Executed is clip(expert + N(0, noise^2)) on xyz, and random xyz in bursts (`clean` False); `actions` holds the expert's own action at every
-    step. Errors as in `rollout`.
-    """
-    capacity = params.horizon // params.observe_every + 1
-    settings, tally = pool_settings or PoolSettings(), tally or Tally()
-    with Pool(environment, jobs, lambda job: Demonstrate(job, params), capacity=capacity, settings=settings, tally=tally) as pool:
-        while pool.unfinished:
-            for job, outcome in pool.collect():
-                pool.finish(job)
-                yield _demonstration(job, outcome)
-
-
 def _check_observe_every(observe_every: int | None, chunk: int) -> None:
     if observe_every is not None and chunk % observe_every:
         divisors = [n for n in range(1, chunk + 1) if chunk % n == 0]
         raise ValueError(f"sample.observe_every is {observe_every}; expected a divisor of the policy's chunk of {chunk}: one of {divisors}")
-
-
-def _demonstration(job: Job, outcome: Outcome) -> Episode:
-    keep = outcome.observed < outcome.steps
-    return Episode(
-        placement=job.placement,
-        member=job.member,
-        instruction=outcome.instruction,
-        success=outcome.success,
-        steps=outcome.steps,
-        frames=outcome.frames[keep],
-        proprio=outcome.proprio[keep],
-        step=outcome.observed[keep],
-        actions=outcome.actions,
-        clean=outcome.clean,
-        tokens=np.zeros((0, 0), np.int16),
-        log_probs=np.zeros((0, 0), np.float32),
-    )
 
 
 @dataclass

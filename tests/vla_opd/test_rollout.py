@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from tests.vla_opd.fake_env import EXPERT, FAMILY, SPEED
-from vla_opd.demonstration import BURST_LENGTH, BURST_START, draw_disturbance
+from vla_opd.demonstration import BURST_LENGTH, BURST_START, demonstrate, draw_disturbance
 from vla_opd.envs.protocol import Placement
 from vla_opd.params import DemonstrateParams, EnvironmentParams
 from vla_opd.policies.protocol import Observations
-from vla_opd.rollout import Job, PoolSettings, RolloutSettings, Tally, choose, demonstrate, rollout, sample_tokens
+from vla_opd.rollout import Job, PoolSettings, RolloutSettings, Tally, choose, rollout, sample_tokens
 from vla_opd.trajectory import Episode
 
 ENVIRONMENT = EnvironmentParams(family=FAMILY, tasks=("reach", "push"), image_size=16, cameras=("front", "side"))
