@@ -93,12 +93,14 @@ def test_a_failure_ends_the_flow_and_the_next_run_goes_on_from_there(toy: Toy, m
     with pytest.raises(StageFailed, match="base") as failure:
         opd(targets=["student"])
     assert "finetune base: no luck" in failure.value.said
+    assert toy.has("demonstrations/pre")
+    before = toy.has("demonstrations/main")  # on the way to a target DVC visits the parents of a stage in no fixed order
     monkeypatch.delenv("TOY_FAILS")
     states = opd(targets=["student"])
     assert {name: state.name for name, state in states.items()} == {
         "demonstrate@pre": "Unchanged",
         "base": "Completed",
-        "demonstrate@main": "Completed",
+        "demonstrate@main": "Unchanged" if before else "Completed",
         "student": "Completed",
     }
 
