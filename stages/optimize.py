@@ -20,7 +20,7 @@ from vla_opd.seeds import derive
 from vla_opd.tokens import ActionSpace
 from vla_opd.tracking import track
 from vla_opd.training import Budget, Loss, Row, Schedule, batches, train, write_rows
-from vla_opd.trajectory import Observations, read_states, shards
+from vla_opd.trajectory import Observations, joined, read_states, shards
 
 MOMENTS = "optimizer.safetensors"
 PROBE = 256  # states on which KL and entropy are measured before and after
@@ -79,9 +79,10 @@ def _require_alignment(student: Checkpoint, trajectories: Path, logits: Path) ->
 def _read(trajectories: Path, logits: Path) -> Labelled:
     folders = shards(trajectories)
     states = [read_states([folder]) for folder in folders]
+    whole = joined(states)
     return Labelled(
-        observations=read_states(folders).observations,
-        mask=np.concatenate([s.mask for s in states]),
+        observations=whole.observations,
+        mask=whole.mask,
         teacher=np.concatenate([read_shard(logits / folder.name, len(s)) for folder, s in zip(folders, states, strict=True)]),
     )
 

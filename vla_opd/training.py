@@ -56,7 +56,8 @@ def train(
 ) -> tuple[list[Row], dict[str, Tensor]]:
     """Make `budget.steps` AdamW steps on `loss(step)`, going on from the last save in `scratch` if there is one.
 
-    moments: the optimiser's state to begin with (`Optimiser.state`'s form), or none. Returns one row of metrics a step, and the moments at the end.
+    moments: the optimiser's state to begin with, in the form that this function returns, or none.
+    Returns one row of metrics a step, and the moments at the end.
     RuntimeError at the first loss that is not finite.
     """
     optimizer = torch.optim.AdamW(policy.parameters(), lr=budget.schedule.peak, weight_decay=budget.weight_decay)

@@ -167,7 +167,7 @@ def read_states(folders: Sequence[Path], per_task: int | None = None) -> States:
             parts.append(_states(columns, attributes, wanted))
     if not parts:
         raise ValueError(f"no episodes in {[str(f) for f in folders]}; expected at least one shard with one episode")
-    return _joined(parts)
+    return joined(parts)
 
 
 def _states(columns: Mapping[str, np.ndarray], attributes: Mapping[str, Any], episodes: int) -> States:
@@ -186,7 +186,8 @@ def _states(columns: Mapping[str, np.ndarray], attributes: Mapping[str, Any], ep
     )
 
 
-def _joined(parts: Sequence[States]) -> States:
+def joined(parts: Sequence[States]) -> States:
+    """The states of several shards as one, in the order given."""
     offsets = np.cumsum([0] + [int(p.episode[-1]) + 1 for p in parts])
     return States(
         observations=Observations(
