@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vla_opd.artifacts import Manifest, draft, open_artifact
-from vla_opd.checkpoint import WEIGHTS, CheckpointFacts, open_checkpoint, require_environment, save_weights
+from vla_opd.checkpoint import WEIGHTS, Checkpoint, CheckpointFacts, open_checkpoint, require_environment, save_weights
 from vla_opd.host import Host
 from vla_opd.objectives import masked_mean
 from vla_opd.params import CheckpointParams, Params
@@ -28,22 +28,22 @@ from vla_opd.trajectory import States, read_states, shards
 def run(params: Params, name: str, demonstrations: Path, parent: Path | None, out: Path, host: Host) -> Manifest:
     """Train the checkpoint `name` on (some of) a set of demonstrations, from its parent's weights if it has one."""
     made, sft = params.finetuned[name], params.finetune
-    source = open_artifact(demonstrations, "demonstrations")
-    parents = {"demonstrations": source.digest} | ({"parent": open_checkpoint(parent).digest} if parent else {})
+    source, origin = open_artifact(demonstrations, "demonstrations"), open_checkpoint(parent) if parent else None
+    parents = {"demonstrations": source.digest} | ({"parent": origin.digest} if origin else {})
     settings = {
         "seed": params.run.seed,
         "name": name,
         "checkpoint": made.model_dump(),
         "finetune": sft.model_dump(),
-        "policy": None if parent else params.policy.model_dump(),
+        "policy": None if origin else params.policy.model_dump(),
         "environment": params.environment.model_dump(exclude={"tasks"}),
         "device": host.device,
     }
     torch.set_num_threads(sft.threads)
     states = read_states(shards(demonstrations), made.per_task)
-    facts = _facts(params, states, parent)
+    facts = _facts(params, states, origin)
     with draft(out, "checkpoint", parents, settings) as work, track(host, params.run.name, "finetune", name, settings) as log:
-        policy = _policy(facts, parent, derive(params.run.seed, "finetune", name), host.device)
+        policy = _policy(facts, origin, derive(params.run.seed, "finetune", name), host.device)
         loss = _loss(policy, facts, states, params, name)
         rows, _ = train(policy, loss, _budget(made, params), work.scratch, None, f"finetune {name}")
         for step, row in enumerate(rows):
@@ -55,13 +55,13 @@ def run(params: Params, name: str, demonstrations: Path, parent: Path | None, ou
         return work.publish({"checkpoint": facts.model_dump(), "states": len(states), "episodes": int(states.episode[-1]) + 1})
 
 
-def _facts(params: Params, states: States, parent: Path | None) -> CheckpointFacts:
+def _facts(params: Params, states: States, parent: Checkpoint | None) -> CheckpointFacts:
     """The parent's description with the new words added; without a parent, one whose statistics are those of the demonstrations."""
     instructions = states.observations.instructions
     if parent is not None:
-        facts = open_checkpoint(parent).facts
-        require_environment(facts, params.environment, str(parent))
-        return facts.model_copy(update={"vocabulary": extend_vocabulary(facts.vocabulary, instructions), "environment": params.environment})
+        require_environment(parent.facts, params.environment, str(parent.folder))
+        vocabulary = extend_vocabulary(parent.facts.vocabulary, instructions)
+        return parent.facts.model_copy(update={"vocabulary": vocabulary, "environment": params.environment})
     shape, proprio = params.policy, states.observations.proprio
     return CheckpointFacts(
         policy=shape,
@@ -73,11 +73,11 @@ def _facts(params: Params, states: States, parent: Path | None) -> CheckpointFac
     )
 
 
-def _policy(facts: CheckpointFacts, parent: Path | None, seed: int, device: str) -> Any:
+def _policy(facts: CheckpointFacts, parent: Checkpoint | None, seed: int, device: str) -> Any:
     torch.manual_seed(seed)
     policy = build_policy(facts)
     if parent is not None:
-        policy.load_state_dict(open_checkpoint(parent).weights())
+        policy.load_state_dict(parent.weights())
     return policy.to(device).train()
 
 

@@ -9,6 +9,7 @@ import torch
 from stages.finetune import _facts, _loss, smoothed_targets
 from tests.vla_opd import small
 from tests.vla_opd.test_checkpoint import publish
+from vla_opd.checkpoint import open_checkpoint
 from vla_opd.params import CheckpointParams, DemonstrationSet, EnvironmentParams, FinetuneParams, Params, RunParams
 from vla_opd.policies import build_policy
 from vla_opd.trajectory import States
@@ -77,10 +78,11 @@ def test_a_checkpoint_without_a_parent_is_described_by_its_demonstrations() -> N
 
 def test_a_checkpoint_with_a_parent_keeps_what_a_token_means(tmp_path: Path) -> None:
     publish(tmp_path / "base", build_policy(small.FACTS).state_dict(), {"checkpoint": small.FACTS.model_dump()})
-    facts = _facts(PARAMS, states(), tmp_path / "base")
+    base = open_checkpoint(tmp_path / "base")
+    facts = _facts(PARAMS, states(), base)
     assert facts.action_space == small.SPACE  # not the statistics of the new demonstrations
     assert facts.vocabulary == (*small.FACTS.vocabulary, "the")
     assert facts.proprio_mean == small.FACTS.proprio_mean
     other = PARAMS.model_copy(update={"environment": EnvironmentParams(**small.ENVIRONMENT.model_dump() | {"render": "exact"})})
     with pytest.raises(ValueError, match=r"environment\.render is 'exact'; expected 'fast', which .*base was trained with"):
-        _facts(other, states(), tmp_path / "base")
+        _facts(other, states(), base)
