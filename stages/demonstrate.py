@@ -51,29 +51,37 @@ Slot = tuple[str, int]
 
 
 def _fill(params: Params, name: str, environment: EnvironmentParams, work: Draft, slots: dict[str, list[Slot]], host: Host, tally: Tally) -> int:
-    """Write the shards that are not there yet, trying the next placement where the expert fails. Returns the number of failed episodes."""
+    """Write the shards that are not there yet, each as soon as all its slots have a success. Returns the number of failed episodes."""
     missing = {shard: slots[shard] for shard in work.missing(slots)}
     done: dict[Slot, Episode] = {}
-    failures = 0
-    total = sum(map(len, slots.values()))
-    with tqdm(total=total, initial=total - sum(map(len, missing.values())), desc=f"demonstrate {name}", unit="episode", mininterval=5) as bar:
-        for attempt in range(params.demonstrate.attempts):
-            open_slots = [slot for members in missing.values() for slot in members if slot not in done]
-            for slot, episode in _attempt(params, name, environment, open_slots, attempt, host, tally):
-                if not episode.success:
-                    failures += 1
-                    continue
-                done[slot] = episode
-                work.remember(tally.environment)
-                bar.update()
-                for shard in [s for s, members in missing.items() if all(m in done for m in members)]:
-                    with work.part(shard) as path:
-                        write_shard(path, [done.pop(m) for m in missing.pop(shard)], params.policy.chunk)
-            if not missing:
-                return failures
-    failed = sorted({slot for members in missing.values() for slot in members if slot not in done})
+    total, left = (sum(map(len, shards.values())) for shards in (slots, missing))
+    with tqdm(total=total, initial=total - left, desc=f"demonstrate {name}", unit="episode", mininterval=5) as bar:
+        failures = 0
+        for slot, episode in _tries(params, name, environment, [slot for members in missing.values() for slot in members], host, tally):
+            work.remember(tally.environment)
+            if not episode.success:
+                failures += 1
+                continue
+            done[slot] = episode
+            bar.update()
+            for shard in [s for s, members in missing.items() if all(m in done for m in members)]:
+                with work.part(shard) as path:
+                    write_shard(path, [done.pop(m) for m in missing.pop(shard)], params.policy.chunk)
+    return failures
+
+
+def _tries(params: Params, name: str, environment: EnvironmentParams, slots: list[Slot], host: Host, tally: Tally) -> Iterator[tuple[Slot, Episode]]:
+    """Episodes until every slot has a success; where the expert fails, the slot's next placement. RuntimeError if it fails too often in one."""
+    for attempt in range(params.demonstrate.attempts):
+        failed: list[Slot] = []
+        for slot, episode in _attempt(params, name, environment, slots, attempt, host, tally):
+            failed += [] if episode.success else [slot]
+            yield slot, episode
+        slots = sorted(failed)
+        if not slots:
+            return
     raise RuntimeError(
-        f"demonstrations.{name}: the expert failed {params.demonstrate.attempts} times at {failed[0]}; expected a success within that many"
+        f"demonstrations.{name}: the expert failed {params.demonstrate.attempts} times at {slots[0]}; expected a success within that many"
     )
 
 
