@@ -13,6 +13,7 @@ from jaxtyping import Float64
 Points = Float64[np.ndarray, "N 3"]
 
 YAWS = 12
+FINER = 3  # how many times as many directions, and half the cells' size, where the first search finds nothing
 _FACES = tuple((side, axis) for side in (-1, 1) for axis in range(3))
 CELL = 0.004
 SPACING = 0.0025
@@ -67,11 +68,15 @@ class Boxes:
 
 @dataclass(frozen=True)
 class Grasp:
-    """A pose of the grip site for closing the fingers: `yaw` is the direction of the closing axis, modulo pi. The lower `cost`, the better."""
+    """A pose of the grip site for closing the fingers: `yaw` is the direction of the closing axis, modulo pi. The lower `cost`, the better.
+
+    `overlap` is how much of the object's height lies between the pads' edges, `width` how far apart the pads are once they touch it.
+    """
 
     position: Float64[np.ndarray, "3"]
     yaw: float
     width: float
+    overlap: float
     cost: float
 
 
@@ -129,11 +134,16 @@ def height_map(points: Points, low: Float64[np.ndarray, "2"], high: Float64[np.n
 def best(task: Task) -> Grasp | None:
     """The cheapest grasp whose contacts hold, or None. Deterministic: ties go to the candidate that comes first.
 
-    Contacts are looked at in the order of the cost without them, until no candidate left can be cheaper than the best found.
+    Cells widen every obstacle by up to their own size: where that leaves no room beside a neighbour, a finer search may find some.
     """
-    frames = [_Frame.of(task, task.yaw + k * np.pi / YAWS) for k in range(YAWS)]
+    return _search(task, YAWS, CELL) or _search(task, FINER * YAWS, CELL / 2)
+
+
+def _search(task: Task, yaws: int, cell: float) -> Grasp | None:
+    """Contacts are looked at in the order of the cost without them, until no candidate left can be cheaper than the best found."""
+    frames = [_Frame.of(task, task.yaw + k * np.pi / yaws, cell) for k in range(yaws)]
     proposals = [frame.proposals(task) for frame in frames]
-    owner = np.repeat(np.arange(YAWS), [len(p) for p in proposals])
+    owner = np.repeat(np.arange(yaws), [len(p) for p in proposals])
     table = np.concatenate(proposals)
     found: Grasp | None = None
     for row in np.argsort(table[:, 3], kind="stable"):
@@ -174,6 +184,7 @@ def skyline(points: Points, cell: float) -> Points:
 class _Contact:
     width: float
     shift: float
+    overlap: float
 
 
 @dataclass(frozen=True)
@@ -181,12 +192,13 @@ class _Frame:
     """The task turned so that the fingers close along the first axis."""
 
     yaw: float
+    cell: float
     target: Points
     obstacles: Points
 
     @classmethod
-    def of(cls, task: Task, yaw: float) -> "_Frame":
-        return cls(yaw, _turned(task.target, yaw), _turned(task.obstacles, yaw))
+    def of(cls, task: Task, yaw: float, cell: float) -> "_Frame":
+        return cls(yaw, cell, _turned(task.target, yaw), _turned(task.obstacles, yaw))
 
     def closed(self, u: float, v: float, tip: float, cost: float) -> Grasp | None:
         """The grasp that closing there makes, centred on what the pads meet; a wide object, which leaves little room for error, costs more."""
@@ -195,7 +207,7 @@ class _Frame:
             return None
         x, y = _turned(np.array([[u + contact.shift, v, 0.0]]), -self.yaw)[0, :2]
         tight = max(0.0, contact.width - ROOMY) / 0.005
-        return Grasp(np.array([x, y, tip + SITE_ABOVE_TIP]), self.yaw, contact.width, cost + tight)
+        return Grasp(np.array([x, y, tip + SITE_ABOVE_TIP]), self.yaw, contact.width, contact.overlap, cost + tight)
 
     def proposals(self, task: Task) -> Float64[np.ndarray, "M 4"]:
         """(u, v, height of the tips, cost) of every cell where the open hand fits around the object."""
@@ -204,24 +216,24 @@ class _Frame:
         cells = np.argwhere(tops - tips > PAD_FROM + OVERLAP)
         tip = tips[tuple(cells.T)]
         size = np.array(tips.shape) // 2
-        places = centre + (cells - size) * CELL
+        places = centre + (cells - size) * self.cell
         shallow = np.maximum(FIRM + PAD_FROM - (tops - tips)[tuple(cells.T)], 0.0) / 0.001
         return np.column_stack([places, tip, self._costs(task, places, centre) + shallow])
 
     def _rooms(self, task: Task, centre: Float64[np.ndarray, "2"]) -> tuple[Float64[np.ndarray, "U V"], Float64[np.ndarray, "U V"]]:
         """For every cell: how low the tips can go, and how high the object reaches between the fingers there. The centre is the middle cell."""
         extent = np.abs(self.target[:, :2] - centre).max(axis=0) + PALM_HALF_LENGTH
-        half = (np.ceil(extent / CELL) + 0.5) * CELL
-        both = height_map(np.concatenate([self.target, self.obstacles]), centre - half, centre + half, CELL)
-        near = height_map(self.obstacles, centre - half, centre + half, CELL)
-        own = height_map(self.target, centre - half, centre + half, CELL)
+        half = (np.ceil(extent / self.cell) + 0.5) * self.cell
+        both = height_map(np.concatenate([self.target, self.obstacles]), centre - half, centre + half, self.cell)
+        near = height_map(self.obstacles, centre - half, centre + half, self.cell)
+        own = height_map(self.target, centre - half, centre + half, self.cell)
         middle, thick = (FINGER_INNER + FINGER_OUTER) / 2, (FINGER_OUTER - FINGER_INNER) / 2
         finger = both.widened(thick + CLEARANCE, FINGER_HALF_WIDTH + CLEARANCE / 2)
-        fingers = np.maximum(_moved(finger, middle), _moved(finger, -middle))
+        fingers = np.maximum(_moved(finger, middle, self.cell), _moved(finger, -middle, self.cell))
         palm = both.widened(PALM_HALF_LENGTH, PALM_HALF_WIDTH) - PALM_ABOVE_TIP
         strip = near.widened(FINGER_OUTER, FINGER_HALF_WIDTH)
         tips = np.maximum(np.maximum(fingers, palm), np.maximum(strip, task.floor)) + CLEARANCE
-        return tips, own.widened(FINGER_INNER - CELL, PAD_HALF_WIDTH - CELL)
+        return tips, own.widened(FINGER_INNER - self.cell, PAD_HALF_WIDTH - self.cell)
 
     def _costs(self, task: Task, places: Float64[np.ndarray, "M 2"], centre: Float64[np.ndarray, "2"]) -> Float64[np.ndarray, "M"]:
         """Two centimetres off the centre of mass, two beyond the reach and a right angle of yaw cost 1, 1 and 2."""
@@ -238,8 +250,8 @@ class _Frame:
         return cost
 
 
-def _moved(heights: Float64[np.ndarray, "U V"], offset: float) -> Float64[np.ndarray, "U V"]:
-    return HeightMap(np.zeros(2), CELL, heights).widened(0.0, 0.0, offset)
+def _moved(heights: Float64[np.ndarray, "U V"], offset: float, cell: float) -> Float64[np.ndarray, "U V"]:
+    return HeightMap(np.zeros(2), cell, heights).widened(0.0, 0.0, offset)
 
 
 def _contact(target: Points, u: float, v: float, tip: float) -> _Contact | None:
@@ -257,7 +269,7 @@ def _contact(target: Points, u: float, v: float, tip: float) -> _Contact | None:
         return None
     left, right = low[touched].min(), high[touched].max()
     shift = (left + right) / 2
-    return _Contact(float(right - left), float(shift)) if abs(shift) < OFF_CENTRE else None
+    return _Contact(float(right - left), float(shift), float(dz.max() - PAD_FROM)) if abs(shift) < OFF_CENTRE else None
 
 
 def _is_wedge(du: Float64[np.ndarray, "M"], dz: Float64[np.ndarray, "M"]) -> bool:

@@ -163,8 +163,11 @@ class LiberoExpert:
     def act(self) -> Action:
         """The next action: three translations, three rotations, gripper; all in [-1, 1]."""
         hand = self._scene.hand()
+        if self._plan is None and self._memory.steps >= PATIENCE:
+            self._enter(self._again(None))
         for _ in range(8):
             if self._plan is None:
+                self._memory.steps += 1  # what fell may have no grasp in the air: look again once it lies
                 return _action(np.zeros(3), np.zeros(3), OPEN)
             outcome = self._phases[self._phase](self._plan, hand)
             if not isinstance(outcome, str):
@@ -195,7 +198,7 @@ class LiberoExpert:
         for goal in self._goals:
             if not self._scene.holds(goal) and self._attempts < ATTEMPTS:
                 self._attempts += 1
-                return make_plan(self._scene, goal, self._failed) or make_plan(self._scene, goal, ())
+                return make_plan(self._scene, goal, self._failed)
         return None
 
     def _refuse_unreachable(self) -> None:
@@ -259,7 +262,9 @@ class LiberoExpert:
                 return self._again(plan.grasp)
             self._held = self._scene.origin(plan.goal.item) - hand.position
             return "carry"
-        return self._toward(hand, plan.grasp.position, plan.grasp.yaw, CLOSE)
+        # A thin edge between the pads slips or swings: press down by what the search kept clear of what is below.
+        press = grasps.CLEARANCE if plan.grasp.overlap < grasps.FIRM else 0.0
+        return self._toward(hand, plan.grasp.position - np.array([0.0, 0.0, press]), plan.grasp.yaw, CLOSE)
 
     def _carry(self, plan: Plan, hand: Hand) -> Action | str:
         """Lift and move, steering by where the object is in the hand now."""

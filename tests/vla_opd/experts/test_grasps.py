@@ -54,6 +54,20 @@ def test_tips_stay_above_the_floor_and_the_palm_above_the_object() -> None:
         assert tip + grasps.PAD_FROM < height / 1000
 
 
+def test_narrow_gap_beside_a_taller_neighbour_is_found() -> None:
+    neighbour = ring(0.0515, 0.05).surface(0.002) + np.array([-0.034, -0.109, 0.0])
+    found = grasp(box((81, 43, 18)), neighbour)
+    assert found is not None
+    assert grasps.lowest_tip(neighbour, found.position[:2], found.yaw) <= found.position[2] - grasps.SITE_ABOVE_TIP + 1e-9
+
+
+@pytest.mark.parametrize(("height", "overlap"), [(0.012, 0.0045), (0.016, 0.0085), (0.08, 0.016)])
+def test_overlap_is_the_height_between_the_pads(height: float, overlap: float) -> None:
+    found = grasp(box((40, 60, 1000 * height)))
+    assert found is not None
+    assert found.overlap == pytest.approx(overlap, abs=0.0025)
+
+
 def test_box_wider_than_the_opening_has_no_grasp() -> None:
     assert grasp(box((85, 85, 40))) is None
 

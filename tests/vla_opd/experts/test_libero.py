@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from vla_opd.envs import Env, Placement, make_env
-from vla_opd.experts import make_expert
+from vla_opd.experts import libero, make_expert
 from vla_opd.params import EnvironmentParams
 
 pytestmark = pytest.mark.simulator
 
-TASKS = ("libero_object/3", "libero_spatial/0", "libero_goal/3", "libero_goal/7")
+TASKS = ("libero_object/3", "libero_spatial/0", "libero_goal/5", "libero_goal/6", "libero_goal/3", "libero_goal/7")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,22 @@ def test_expert_corrects_what_was_executed_instead(env: Env) -> None:
     assert success
 
 
-@pytest.mark.parametrize("task", TASKS[2:])
+@pytest.mark.parametrize("placement", [Placement("libero_goal/5", "evaluation", 4), Placement("libero_goal/6", "evaluation", 3)])
+def test_thin_rims_and_narrow_gaps_are_grasped(env: Env, placement: Placement) -> None:
+    success, actions = solve(env, placement)
+    assert success
+    assert len(actions) < 130
+
+
+def test_expert_looks_again_where_it_found_no_grasp(env: Env, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_plan, refused = libero.make_plan, [True, True]
+    monkeypatch.setattr(libero, "make_plan", lambda *scene: None if refused and refused.pop() else make_plan(*scene))
+    success, actions = solve(env, Placement(TASKS[0], "evaluation", 0))
+    assert success
+    assert not actions[: 2 * libero.PATIENCE, :6].any()
+
+
+@pytest.mark.parametrize("task", TASKS[4:])
 def test_tasks_beyond_pick_and_place_are_refused(env: Env, task: str) -> None:
     env.reset(Placement(task, "evaluation", 0))
     with pytest.raises(ValueError, match="the scripted expert for LIBERO only"):
