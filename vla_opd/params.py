@@ -4,23 +4,44 @@ Overrides are `section.key=value` on the same schema (`load("params.yaml", ["opt
 """
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
+
+EVALUATION_STATES = 50
+"""Fixed initial states of a task, numbered from 0: both families have so many, and others are to have them too."""
+
+
+def _once_each(names: tuple[str, ...]) -> tuple[str, ...]:
+    again = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if again:
+        raise PydanticCustomError("duplicate", "expected each name once; {again} come again", {"again": str(again)})
+    return names
+
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+Names = Annotated[tuple[str, ...], AfterValidator(_once_each)]
 
 
 class Section(BaseModel):
-    """A section of `params.yaml`: immutable, and an unknown key is an error."""
+    """A section of `params.yaml`: immutable; an unknown key is an error, and so is a number that is infinite, NaN, or really a boolean."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and {int, float} & {kind, *get_args(kind)}:  # to Python, and so to pydantic, true is 1
+            raise PydanticCustomError("boolean", "expected a number, not true or false")
+        return value
 
 
 class RunParams(Section):
@@ -43,8 +64,8 @@ class EnvironmentParams(Section):
     """
 
     family: str = "libero"
-    tasks: tuple[str, ...] = Field(min_length=1)
-    cameras: tuple[str, ...] = Field(default=("agentview",), min_length=1)
+    tasks: Names = Field(min_length=1)
+    cameras: Names = Field(default=("agentview",), min_length=1)
     image_size: int = Field(default=128, ge=16, le=1024)
     settle: int = Field(default=10, ge=0)
     stepping: Literal["exact", "fast"] = "fast"
@@ -70,7 +91,7 @@ class DemonstrateParams(Section):
 class DemonstrationSet(Section):
     """One set of demonstrations: `episodes` successful ones for each of `tasks` (the run's own tasks if none are named)."""
 
-    tasks: tuple[str, ...] | None = None
+    tasks: Names | None = None
     episodes: int = Field(ge=1)
 
 
@@ -188,6 +209,15 @@ class EvaluateParams(Section):
     confidence: float = Field(default=0.95, gt=0, lt=1)
     allow_mismatch: bool = Field(default=False, description="evaluate under another stepping, render or camera setting than trained with")
 
+    @model_validator(mode="after")
+    def _states_exist(self) -> "EvaluateParams":
+        if self.first_state + self.episodes > EVALUATION_STATES:
+            raise ValueError(
+                f"first_state is {self.first_state} and episodes is {self.episodes}; expected first_state + episodes to be at most "
+                f"{EVALUATION_STATES}: a task has the initial states 0 ... {EVALUATION_STATES - 1}"
+            )
+        return self
+
 
 class ReportParams(Section):
     """The HTML page. `start`, `final` and `teacher` name the evaluations that the summary compares."""
@@ -252,9 +282,26 @@ def load(path: Path | str = "params.yaml", overrides: Iterable[str] = ()) -> Par
     for override in overrides:
         _override(tree, override, yaml)
     try:
-        return Params.model_validate(tree)
+        params = Params.model_validate(tree)
     except ValidationError as error:
         raise ValueError(_explain(error, source)) from None
+    if mistakes := [f"  {mistake}" for mistake in _at_odds(params)]:
+        raise ValueError("\n".join([f"{source}: {len(mistakes)} mistake(s)", *mistakes]))
+    return params
+
+
+def _at_odds(params: Params) -> Iterator[str]:
+    """What one section asks of another, and doesn't get. Not asked of a `Params` made in code, of which not every section need be in use."""
+    crop, size = params.policy.crop, params.environment.image_size
+    if crop > size:
+        yield f"policy.crop is {crop}; expected at most environment.image_size, which is {size}"
+    every, chunk = params.sample.observe_every, params.policy.chunk
+    if chunk % every:
+        divisors = [n for n in range(1, chunk + 1) if chunk % n == 0]
+        yield f"sample.observe_every is {every}; expected a divisor of policy.chunk, which is {chunk}: one of {divisors}"
+    for field, name in params.report.model_dump().items():
+        if params.evaluations and name not in params.evaluations:  # without any, there is nothing to report
+            yield f"report.{field} is {name!r}; expected one of the evaluations {sorted(params.evaluations)}"
 
 
 def _override(tree: dict[str, Any], override: str, yaml: YAML) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from vla_opd.params import Params, load, named_function
+from vla_opd.params import EvaluateParams, Params, load, named_function
 
 MINIMAL = """
 run: {name: test}
@@ -16,6 +16,7 @@ teacher: {demonstrations: main, steps: 3, learning_rate: 1.0e-3}
 student: {demonstrations: main, per_task: 1, steps: 3, learning_rate: 1.0e-3}
 iterations: {it001: student, it002: it001}
 evaluations: {start: student, final: it002}
+report: {teacher: start}
 """
 CHECKPOINTS = re.escape("expected one of ['it001', 'it002', 'student', 'teacher']")
 
@@ -84,6 +85,23 @@ def test_later_overrides_win_and_deeper_ones_reach_in(minimal: Path) -> None:
         ("evaluations.final=it003", rf"evaluations\.final is 'it003': no such checkpoint; {CHECKPOINTS}"),
         ("label.teacher=expert", rf"label\.teacher is 'expert': no such checkpoint; {CHECKPOINTS}"),
         ("iterations.student=teacher", r"iterations has \['student'\]: these names belong to checkpoints made by finetune"),
+        ("policy.crop=129", r"policy\.crop is 129; expected at most environment\.image_size, which is 128"),
+        ("environment.image_size=64", r"policy\.crop is 96; expected at most environment\.image_size, which is 64"),
+        ("report.final=it003", r"report\.final is 'it003'; expected one of the evaluations \['final', 'start'\]"),
+        ("report.teacher=teacher", r"report\.teacher is 'teacher'; expected one of the evaluations \['final', 'start'\]"),
+        ("sample.observe_every=3", r"sample\.observe_every is 3; expected a divisor of policy\.chunk, which is 8: one of \[1, 2, 4, 8\]"),
+        ("sample.observe_every=16", r"sample\.observe_every is 16; expected a divisor of policy\.chunk"),
+        ("environment.tasks=[a, b, a]", r"environment\.tasks is \['a', 'b', 'a'\]: expected each name once; \['a'\] come again"),
+        ("environment.cameras=[a, a]", r"environment\.cameras is \['a', 'a'\]: expected each name once; \['a'\] come again"),
+        ("demonstrations.main.tasks=[a, a]", r"demonstrations\.main\.tasks is \['a', 'a'\]: expected each name once; \['a'\] come again"),
+        ("evaluate.first_state=41", r"first_state is 41 and episodes is 10; expected first_state \+ episodes to be at most 50"),
+        ("evaluate.episodes=51", r"first_state is 0 and episodes is 51; expected first_state \+ episodes to be at most 50"),
+        ("optimize.steps=true", r"optimize\.steps is True: expected a number, not true or false"),
+        ("student.per_task=false", r"student\.per_task is False: expected a number, not true or false"),
+        ("finetune.warmup_fraction=true", r"finetune\.warmup_fraction is True: expected a number, not true or false"),
+        ("optimize.learning_rate=.inf", r"optimize\.learning_rate is inf: .*finite number"),
+        ("teacher.learning_rate=.nan", r"teacher\.learning_rate is nan: .*finite number"),
+        ("finetune.final_fraction=.nan", r"finetune\.final_fraction is nan: .*finite number"),
     ],
 )
 def test_mistakes_name_field_value_and_expectation(minimal: Path, override: str, message: str) -> None:
@@ -110,6 +128,37 @@ def test_all_mistakes_are_told_at_once(minimal: Path) -> None:
         load(minimal, ["optimize.steps=0", "sample.group=none"])
     assert "optimize.steps is 0" in str(caught.value)
     assert "sample.group is 'none'" in str(caught.value)
+
+
+def test_what_sections_ask_of_each_other_is_told_at_once_too(minimal: Path) -> None:
+    with pytest.raises(ValueError, match=r"params\.yaml: 2 mistake\(s\)\n  policy\.crop is 200; .*\n  sample\.observe_every is 5; "):
+        load(minimal, ["policy.crop=200", "sample.observe_every=5"])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["policy.crop=128"],
+        ["policy.chunk=9", "sample.observe_every=3"],
+        ["evaluate.first_state=40"],
+        ["policy.proprio=true"],
+        ["optimize.learning_rate=1"],
+    ],
+)
+def test_what_only_just_fits_is_accepted(minimal: Path, overrides: list[str]) -> None:
+    load(minimal, overrides)
+
+
+def test_a_run_without_evaluations_has_nothing_to_report(minimal: Path) -> None:
+    minimal.write_text(MINIMAL.replace("{start: student, final: it002}", "{}").replace("report: {teacher: start}", ""))
+    assert load(minimal).evaluations == {}
+
+
+def test_numbers_are_checked_in_every_section_however_it_is_made() -> None:
+    with pytest.raises(ValidationError, match="expected a number, not true or false"):
+        EvaluateParams(episodes=True)
+    with pytest.raises(ValidationError, match="finite number"):
+        EvaluateParams(confidence=float("nan"))
 
 
 def test_a_missing_section_is_named(minimal: Path) -> None:

@@ -18,7 +18,7 @@ from jaxtyping import Float32, Float64, UInt8
 
 from vla_opd.envs import graphics
 from vla_opd.envs.protocol import Advance, Observation, Placement
-from vla_opd.params import EnvironmentParams
+from vla_opd.params import EVALUATION_STATES, EnvironmentParams
 
 if TYPE_CHECKING:
     from metaworld.sawyer_xyz_env import SawyerXYZEnv
@@ -62,9 +62,6 @@ noise on its actions too.
 
 TASKS: dict[str, str] = {task: instruction for scene in SCENES for task, instruction in scene.items()}
 """Task: its instruction."""
-
-EVALUATION_STATES = 50
-"""Fixed initial states of every task. Meta-World ships none: ours are the resets seeded by `Placement.seed`."""
 
 _NO_OP = np.array([0, 0, 0, -1], np.float32)  # stay, gripper open: what Meta-World's own reset does with the hand
 
@@ -257,6 +254,7 @@ def _gl_context(backend: str, size: int) -> Any:
 def _check(placement: Placement) -> None:
     if placement.task not in TASKS:
         raise ValueError(f"placement.task is {placement.task!r}; expected one of {sorted(TASKS)}")
+    # Meta-World ships no fixed initial states: ours are the first so many resets seeded by `Placement.seed`.
     if placement.index < 0 or (placement.split == "evaluation" and placement.index >= EVALUATION_STATES):
         wanted = f"0 ... {EVALUATION_STATES - 1}" if placement.split == "evaluation" else "a seed of 0 or more"
         raise ValueError(f"placement.index is {placement.index}; expected {wanted} ({placement.split} of {placement.task})")

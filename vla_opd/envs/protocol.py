@@ -17,7 +17,7 @@ class Placement:
 
     task:  the family's name of the task, e.g. `libero_object/3` or `window-open-v3`.
     split: `evaluation` are the benchmark's fixed initial states, `training` are seeded resets that never coincide with them.
-    index: the number of the fixed initial state, or the seed of the reset.
+    index: the number of the fixed initial state, below `vla_opd.params.EVALUATION_STATES`; or the seed of the reset.
     """
 
     task: str
