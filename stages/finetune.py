@@ -45,9 +45,7 @@ def run(params: Params, name: str, demonstrations: Path, parent: Path | None, ou
     with draft(out, "checkpoint", parents, settings) as work, track(host, params.run.name, "finetune", name, settings) as log:
         policy = _policy(facts, origin, derive(params.run.seed, "finetune", name), host.device)
         loss = _loss(policy, facts, states, params, name)
-        rows, _ = train(policy, loss, _budget(made, params), work.scratch, None, f"finetune {name}")
-        for step, row in enumerate(rows):
-            log(row, step)
+        rows, _ = train(policy, loss, _budget(made, params), work.scratch, None, f"finetune {name}", log)
         with work.part(WEIGHTS) as path:
             save_weights(path, policy.state_dict())
         with work.part("metrics.jsonl") as path:

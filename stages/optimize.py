@@ -13,7 +13,7 @@ from vla_opd.artifacts import Manifest, draft, open_artifact
 from vla_opd.checkpoint import WEIGHTS, Checkpoint, open_checkpoint, require_same_actions, save_weights
 from vla_opd.host import Host
 from vla_opd.logits import read_shard
-from vla_opd.objectives import OBJECTIVES, TokenBatch, entropy, masked_mean, reverse_kl, tempered
+from vla_opd.objectives import OBJECTIVES, TokenBatch, drawn, entropy, masked_mean, reverse_kl, tempered
 from vla_opd.params import Params, named_function
 from vla_opd.policies import Policy, load_policy
 from vla_opd.seeds import derive
@@ -48,9 +48,7 @@ def run(params: Params, iteration: str, student: Path, trajectories: Path, logit
         before = _probe(policy, data, opt.temperature)
         loss = _loss(policy, data, params, derive(params.run.seed, "optimize", iteration))
         moments = safetensors.torch.load_file(student / MOMENTS) if (student / MOMENTS).is_file() else None
-        rows, moments = train(policy, loss, _budget(params, depth), work.scratch, moments, f"optimize {iteration}")
-        for step, row in enumerate(rows):
-            log(row, depth * opt.steps + step)
+        rows, moments = train(policy, loss, _budget(params, depth), work.scratch, moments, f"optimize {iteration}", log)
         with work.part(WEIGHTS) as path:
             save_weights(path, policy.state_dict())
         with work.part(MOMENTS) as path:
@@ -122,13 +120,10 @@ def _loss(policy: Policy, data: Labelled, params: Params, seed: int) -> Loss:
 
 
 def _token_batch(policy: Policy, data: Labelled, rows: np.ndarray, temperature: float, seed: int) -> tuple[TokenBatch, Bool[Tensor, "N K"]]:
-    """Both distributions at some states, at one temperature, and a fresh draw from the student."""
+    """Both distributions at some states, at one temperature."""
     student = tempered(policy.logits(data.observations.at(rows)), temperature)
     teacher = tempered(torch.from_numpy(data.teacher[rows]).to(student.device).float(), temperature)
-    generator = torch.Generator().manual_seed(seed)
-    probabilities = student.detach().exp().flatten(0, 1).cpu()
-    tokens = torch.multinomial(probabilities, 1, generator=generator).view(student.shape[:2]).to(student.device)
-    return TokenBatch(student, teacher, tokens), torch.from_numpy(data.mask[rows]).to(student.device)
+    return TokenBatch(student, teacher, lambda: drawn(student, seed)), torch.from_numpy(data.mask[rows]).to(student.device)
 
 
 def _probe(policy: Policy, data: Labelled, temperature: float) -> dict[str, float]:

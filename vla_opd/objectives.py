@@ -15,14 +15,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """What an objective sees of N states: normalised log-probabilities over V bins of K tokens, and one sampled bin each.
+    """What an objective sees of N states: normalised log-probabilities over V bins of K tokens.
 
-    student: log p_S, with gradients. teacher: log p_T, without. tokens: one draw from the student as it is now.
+    student: log p_S, with gradients. teacher: log p_T, without.
+    draw: one bin a token, sampled from the student as it is now; only the objectives that need a sample pay for it.
     """
 
     student: Float[Tensor, "N K V"]
     teacher: Float[Tensor, "N K V"]
-    tokens: Int[Tensor, "N K"]
+    draw: Callable[[], Int[Tensor, "N K"]]
 
 
 def reverse_kl(batch: TokenBatch) -> Float[Tensor, "N K"]:
@@ -36,8 +37,8 @@ def reverse_kl_sampled(batch: TokenBatch) -> Float[Tensor, "N K"]:
     Its gradient is that of `reverse_kl` in expectation over a, with a far higher variance; its value means nothing. `a` must come from the
     student being updated: on the draws of an older student the expectation is another one, and a few steps on them collapse the policy.
     """
-    student = batch.student.gather(-1, batch.tokens.unsqueeze(-1)).squeeze(-1)
-    teacher = batch.teacher.gather(-1, batch.tokens.unsqueeze(-1)).squeeze(-1)
+    drawn = batch.draw().unsqueeze(-1)
+    student, teacher = batch.student.gather(-1, drawn).squeeze(-1), batch.teacher.gather(-1, drawn).squeeze(-1)
     return -student * (teacher - student).detach()
 
 
@@ -49,6 +50,13 @@ def forward_kl(batch: TokenBatch) -> Float[Tensor, "N K"]:
 def hard_ce(batch: TokenBatch) -> Float[Tensor, "N K"]:
     """-log p_S(argmax_v p_T(v)): the teacher's greedy label, as in classic DAgger, in nats."""
     return -batch.student.gather(-1, batch.teacher.argmax(-1, keepdim=True)).squeeze(-1)
+
+
+def drawn(log_probs: Float[Tensor, "N K V"], seed: int) -> Int[Tensor, "N K"]:
+    """One bin a token from normalised log-probabilities; on the CPU, so that a seed gives the same draw wherever they are."""
+    probabilities = log_probs.detach().exp().flatten(0, 1).cpu()
+    tokens = torch.multinomial(probabilities, 1, generator=torch.Generator().manual_seed(seed))
+    return tokens.view(log_probs.shape[:2]).to(log_probs.device)
 
 
 Objective = Callable[[TokenBatch], Float[Tensor, "N K"]]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vla_opd.artifacts import canonical
+from vla_opd.tracking import Log
 
 Row = dict[str, float]
 Loss = Callable[[int], tuple[Float[Tensor, ""], Row]]
@@ -52,11 +53,18 @@ class Budget:
 
 
 def train(
-    policy: nn.Module, loss: Loss, budget: Budget, scratch: Path, moments: Mapping[str, Tensor] | None, label: str
+    policy: nn.Module,
+    loss: Loss,
+    budget: Budget,
+    scratch: Path,
+    moments: Mapping[str, Tensor] | None,
+    label: str,
+    log: Log = lambda _row, _step: None,
 ) -> tuple[list[Row], dict[str, Tensor]]:
     """Make `budget.steps` AdamW steps on `loss(step)`, going on from the last save in `scratch` if there is one.
 
     moments: the optimiser's state to begin with, in the form that this function returns, or none.
+    log:     gets every row as it is made, with the number of its step on the schedule.
     Returns one row of metrics a step, and the moments at the end.
     RuntimeError at the first loss that is not finite.
     """
@@ -77,6 +85,7 @@ def train(
         norm = nn.utils.clip_grad_norm_(policy.parameters(), budget.gradient_clip)
         optimizer.step()
         rows.append({**row, "loss": value.item(), "gradient_norm": norm.item(), "learning_rate": budget.schedule.at(budget.first + step)})
+        log(rows[-1], budget.first + step)
         if (step + 1) % budget.save_every == 0 and step + 1 < budget.steps:
             _save(policy, optimizer, rows, scratch)
     return rows, _moments(optimizer)

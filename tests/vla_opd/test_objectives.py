@@ -21,7 +21,7 @@ def random_logits(seed: int, *shape: int) -> Tensor:
 def batch(student: Tensor, teacher: Tensor, tokens: Tensor | None = None) -> TokenBatch:
     """From logits. Without tokens: token 0 everywhere."""
     drawn = torch.zeros(student.shape[:2], dtype=torch.long) if tokens is None else tokens
-    return TokenBatch(student.log_softmax(-1), teacher.log_softmax(-1), drawn)
+    return TokenBatch(student.log_softmax(-1), teacher.log_softmax(-1), lambda: drawn)
 
 
 def gradient(objective: Objective, student: Tensor, teacher: Tensor, tokens: Tensor | None = None) -> Tensor:

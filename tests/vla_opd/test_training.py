@@ -52,6 +52,23 @@ def uninterrupted(tmp_path: Path) -> Trained:
     return rows, moments, policy.state_dict()
 
 
+def test_every_row_is_logged_as_it_is_made(tmp_path: Path) -> None:
+    policy, loss = regression(fail_at=6)
+    seen: list[tuple[int, float]] = []
+    with pytest.raises(InterruptionError):
+        train(
+            policy,
+            loss,
+            Budget(9, BUDGET.schedule, 1.0, 0.1, 100, first=20),
+            tmp_path,
+            None,
+            "one",
+            lambda row, step: seen.append((step, row["loss"])),
+        )
+    assert [step for step, _ in seen] == list(range(20, 26))
+    assert len({value for _, value in seen}) == 6
+
+
 @pytest.mark.parametrize("fail_at", range(STEPS))
 def test_an_interruption_leaves_no_trace(tmp_path: Path, uninterrupted: Trained, fail_at: int) -> None:
     policy, loss = regression(fail_at)
