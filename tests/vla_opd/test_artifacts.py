@@ -60,6 +60,26 @@ def test_an_artifact_says_what_it_is(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == [".it001.lock", "it001"]
 
 
+def test_a_file_that_was_not_published_is_refused(tmp_path: Path) -> None:
+    make(tmp_path / "a")
+    (tmp_path / "a" / "shard-999").write_bytes(b"stray")
+    with pytest.raises(ValueError, match=r"shard-999: not in manifest\.json; expected only the 3 files"):
+        open_artifact(tmp_path / "a", "logits")
+
+
+def test_a_draft_of_other_code_is_thrown_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "code_of_this_test"
+    (package / "inner").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "inner" / "training.py").write_text("# an optimiser\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(artifacts, "OURS", (package.name,))
+    interrupt(tmp_path / "a", done=2)
+    assert finished(tmp_path / "a") == ["one", "two"]
+    (package / "inner" / "training.py").write_text("# another optimiser\n")
+    assert finished(tmp_path / "a") == []
+
+
 def test_an_interrupted_draft_leaves_no_target_and_keeps_its_finished_parts(tmp_path: Path) -> None:
     interrupt(tmp_path / "a", done=2)
     assert not (tmp_path / "a").exists()
