@@ -9,18 +9,18 @@ there already are kept.
 """
 
 import argparse
-import json
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import t
 
 from stages.__main__ import main as stage
-from stages.evaluate import Record, success
-from vla_opd.params import Params, load
-
-STATES = 50  # fixed initial states of a task, in both families
+from vla_opd.artifacts import canonical, read_manifest
+from vla_opd.evaluation import Record, read_records, score
+from vla_opd.params import EVALUATION_STATES, Params, load
 
 
 def main() -> None:
@@ -30,30 +30,36 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="override a setting of params.yaml")
     arguments = parser.parse_args()
     params = load("params.yaml", arguments.set)
-    firsts = np.linspace(0, max(0, STATES - params.evaluate.episodes), len(arguments.seeds)).astype(int)
+    firsts = np.linspace(0, max(0, EVALUATION_STATES - params.evaluate.episodes), len(arguments.seeds)).astype(int)
     runs = [_run(params, int(first), seed, arguments.set) for first, seed in zip(firsts, arguments.seeds, strict=True)]
     print("\n".join(table(params, runs)))
 
 
 def table(params: Params, runs: Sequence[Path]) -> Iterator[str]:
-    """Lines of Markdown: per evaluation the success of every seed, their mean, the Wilson interval of all episodes together, and success per task."""
-    yield "| | per seed | mean | interval of all episodes | episodes | per task |"
+    """Lines of Markdown: per evaluation the success of every seed, their mean, all episodes together, and success per task."""
+    yield "| | per seed | mean over seeds (t interval) | Wilson interval of all episodes | episodes | per task |"
     yield "|---|---|---|---|---|---|"
     for name in _scored(params):
-        seeds = [_records(run / "evaluations" / name) for run in runs]
-        each = [success(records, params.evaluate.confidence)["success"] for records in seeds]
+        seeds = [read_records(run / "evaluations" / name) for run in runs]
         everything = [record for records in seeds for record in records]
-        whole = success(everything, params.evaluate.confidence)
-        tasks = {task: [r.success for r in everything if r.task == task] for task in params.environment.tasks}
+        if name == params.report.teacher:  # one policy, greedy: where windows overlap it has repeated itself
+            everything = list({(record.task, record.state): record for record in everything}.values())
+        whole = score((record.success for record in everything), params.evaluate.confidence)
+        tasks = [[r.success for r in everything if r.task == task] for task in params.environment.tasks]
         yield (
-            f"| {name} | {' '.join(f'{100 * s:.1f}' for s in each)} | {100 * statistics.mean(each):.1f} % "
-            f"| {100 * whole['low']:.1f} - {100 * whole['high']:.1f} | {len(everything)} "
-            f"| {' '.join(f'{sum(outcomes)}/{len(outcomes)}' for outcomes in tasks.values())} |"
+            f"| {name} | {_each(params, seeds)} | {100 * whole.low:.1f} - {100 * whole.high:.1f} | {len(everything)} "
+            f"| {' '.join(f'{sum(outcomes)}/{len(outcomes)}' for outcomes in tasks)} |"
         )
 
 
-def _records(evaluation: Path) -> list[Record]:
-    return [Record(**json.loads(line)) for line in (evaluation / "episodes.jsonl").read_text().splitlines()]
+def _each(params: Params, seeds: Sequence[Sequence[Record]]) -> str:
+    """Every seed's success, their mean, and its interval by Student's t: what another seed may change."""
+    each = [100 * score((record.success for record in records), params.evaluate.confidence).success for records in seeds]
+    spread = ""
+    if len(each) > 1:
+        factor = t.ppf((1 + params.evaluate.confidence) / 2, len(each) - 1)
+        spread = f" +- {factor * statistics.stdev(each) / math.sqrt(len(each)):.1f}"
+    return f"{' '.join(f'{one:.1f}' for one in each)} | {statistics.mean(each):.1f} %{spread}"
 
 
 def _scored(params: Params) -> tuple[str, ...]:
@@ -61,11 +67,19 @@ def _scored(params: Params) -> tuple[str, ...]:
 
 
 def _run(params: Params, first: int, seed: int, overrides: list[str]) -> Path:
+    """Make the artifacts of one seed that are missing. SystemExit if those that are there come from other settings or another teacher."""
     source, run = Path("artifacts") / params.run.name, Path("artifacts") / f"{params.run.name}-seed{seed}"
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
     for shared in ("demonstrations", "checkpoints/base", "checkpoints/teacher"):
         if not (run / shared).is_symlink():
             (run / shared).symlink_to((source / shared).resolve(), target_is_directory=True)
+    made_from = canonical(
+        [params.model_dump(mode="json"), [read_manifest(source / "checkpoints" / n, "checkpoint").digest for n in ("base", "teacher")]]
+    )
+    note = run / "made_from.json"
+    if note.is_file() and note.read_text() != made_from:
+        raise SystemExit(f"{run} was made with other settings, or from another base or teacher: remove it")
+    note.write_text(made_from)
     common = [f"--set={s}" for s in (*overrides, f"run.name={run.name}", f"run.seed={seed}", f"evaluate.first_state={first}")]
     for folder, *command in _stages(params):
         if not (run / folder / "manifest.json").is_file() and stage([*command, "--tracking=none", *common]):

@@ -2,16 +2,14 @@
 
 import json
 import sys
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from scipy.stats import binomtest
 from tqdm import tqdm
 
 from vla_opd.artifacts import Draft, Manifest, draft
 from vla_opd.checkpoint import open_checkpoint, require_environment
 from vla_opd.envs.protocol import Placement
+from vla_opd.evaluation import EPISODES, Record, score
 from vla_opd.host import Host
 from vla_opd.params import Params
 from vla_opd.policies import Policy, load_policy
@@ -20,41 +18,29 @@ from vla_opd.seeds import derive
 from vla_opd.tracking import track
 
 
-@dataclass(frozen=True)
-class Record:
-    """One evaluation episode: `steps` is the step of the first success, or the horizon: so one run can be scored at every shorter horizon."""
-
-    task: str
-    state: int
-    success: bool
-    steps: int
-
-
 def run(params: Params, checkpoint: Path, out: Path, host: Host) -> Manifest:
     """Score a checkpoint: `episodes.jsonl` holds a record an episode, the manifest the success per task and overall with Wilson intervals."""
     policy, how = open_checkpoint(checkpoint), params.evaluate
     if not how.allow_mismatch:
         require_environment(policy.facts, params.environment, str(checkpoint))
-    settings = {"seed": params.run.seed, "evaluate": how.model_dump(), "environment": params.environment.model_dump()}
+    settings = {
+        "seed": params.run.seed,
+        "evaluate": how.model_dump(),
+        "environment": params.environment.model_dump(),
+        "device": host.device,
+    }
     tally = Tally()
     with (
         draft(out, "evaluation", {"checkpoint": policy.digest}, settings) as work,
         track(host, params.run.name, "evaluate", out.name, settings) as log,
     ):
         records = _records(params, load_policy(policy, host.device), work, host, tally)
-        with work.part("episodes.jsonl") as path:
-            path.write_text("".join(json.dumps(asdict(r), sort_keys=True) + "\n" for r in records))
-        tasks = {task: success([r for r in records if r.task == task], how.confidence) for task in params.environment.tasks}
-        overall = success(records, how.confidence)
+        with work.part(EPISODES) as path:
+            path.write_text("".join(_line(record) for record in records))
+        tasks = {task: score((r.success for r in records if r.task == task), how.confidence).model_dump() for task in params.environment.tasks}
+        overall = score((r.success for r in records), how.confidence).model_dump()
         log({**overall, **tally.as_metrics()}, 0)
         return work.publish({"overall": overall, "tasks": tasks, "env_steps": sum(r.steps for r in records), "horizon": how.horizon})
-
-
-def success(records: Iterable[Record], confidence: float) -> dict[str, float]:
-    """Fraction of successes with its Wilson score interval: `{success, low, high, episodes}`."""
-    outcomes = [record.success for record in records]
-    interval = binomtest(sum(outcomes), len(outcomes)).proportion_ci(confidence, method="wilson")
-    return {"success": sum(outcomes) / len(outcomes), "low": float(interval.low), "high": float(interval.high), "episodes": len(outcomes)}
 
 
 def _records(params: Params, policy: Policy, work: Draft, host: Host, tally: Tally) -> list[Record]:
@@ -71,11 +57,21 @@ def _records(params: Params, policy: Policy, work: Draft, host: Host, tally: Tal
     with journal.open("a") as stream:
         for episode in tqdm(episodes, total=len(wanted), initial=len(known), desc="evaluate", unit="episode", mininterval=5):
             work.remember(tally.environment)
-            record = Record(episode.placement.task, episode.placement.index, episode.success, episode.steps)
+            record = Record(
+                task=episode.placement.task,
+                instruction=episode.instruction,
+                state=episode.placement.index,
+                success=episode.success,
+                steps=episode.steps,
+            )
             known[record.task, record.state] = record
-            stream.write(json.dumps(asdict(record)) + "\n")
+            stream.write(_line(record))
             stream.flush()
     return [known[key] for key in wanted]
+
+
+def _line(record: Record) -> str:
+    return json.dumps(record.model_dump(), sort_keys=True) + "\n"
 
 
 def _read_journal(path: Path) -> list[Record]:
@@ -86,4 +82,4 @@ def _read_journal(path: Path) -> list[Record]:
     whole, _, cut = text.rpartition("\n")
     if cut:
         path.write_text(whole + "\n" if whole else "")
-    return [Record(**json.loads(line)) for line in whole.splitlines()]
+    return [Record.model_validate_json(line) for line in whole.splitlines()]

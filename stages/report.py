@@ -13,11 +13,9 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 from pydantic import BaseModel, ConfigDict
 from ruamel.yaml import YAML
-from scipy.stats import binomtest
 
 from vla_opd.artifacts import Manifest, draft, open_artifact, read_manifest
-from vla_opd.envs.libero_tasks import find_task
-from vla_opd.envs.metaworld import TASKS
+from vla_opd.evaluation import Record, Score, read_records, score
 from vla_opd.host import Host
 from vla_opd.params import Params
 from vla_opd.tracking import track
@@ -61,29 +59,12 @@ class Read(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
-class Score(Read):
-    """A fraction of successes with its Wilson score interval."""
-
-    success: float
-    low: float
-    high: float
-    episodes: int
-
-
 class Evaluated(Read):
     """The facts of an evaluation."""
 
     overall: Score
     tasks: dict[str, Score]
     horizon: int
-
-
-class Record(Read):
-    """A line of `episodes.jsonl`: `steps` is the control step of the first success."""
-
-    task: str
-    success: bool
-    steps: int
 
 
 class Probe(Read):
@@ -150,9 +131,7 @@ class Evaluation:
         """The score if episodes had ended after `horizon` control steps; None beyond the horizon that was run."""
         if horizon > self.facts.horizon:
             return None
-        successes, episodes = sum(r.success and r.steps <= horizon for r in self.records), len(self.records)
-        interval = binomtest(successes, episodes).proportion_ci(self.confidence, method="wilson")
-        return Score(success=successes / episodes, low=float(interval.low), high=float(interval.high), episodes=episodes)
+        return score((r.success and r.steps <= horizon for r in self.records), self.confidence)
 
 
 @dataclass(frozen=True)
@@ -261,8 +240,7 @@ def _evaluation(name: str, params: Params, root: Path, checkpoints: Mapping[str,
     folder, checkpoint = root / "evaluations" / name, params.evaluations[name]
     manifest = open_artifact(folder, "evaluation")
     _require_parent(folder, manifest, "checkpoint", checkpoints[checkpoint])
-    records = tuple(Record.model_validate_json(line) for line in (folder / "episodes.jsonl").read_text().splitlines())
-    return Evaluation(name, checkpoint, positions.get(checkpoint), manifest, Evaluated.model_validate(manifest.facts), records)
+    return Evaluation(name, checkpoint, positions.get(checkpoint), manifest, Evaluated.model_validate(manifest.facts), read_records(folder))
 
 
 def _require_parent(folder: Path, child: Manifest, role: str, parent: Manifest) -> None:
@@ -287,19 +265,12 @@ def render(run: Run) -> str:
         share=lambda score: _share(score, run.results.teacher),
         confidence=" / ".join(f"{value:.0%}" for value in sorted({one.confidence for one in seen.values()})),
         tasks=_tasks(run),
-        instruction=INSTRUCTIONS.get(run.params.environment.family),
+        instructions={record.task: record.instruction for one in seen.values() for record in one.records},
         horizons=_horizons(list(seen.values())),
         figures=_figures(run),
         parameters=_yaml(run.params.model_dump(mode="json")),
         settings={name: _yaml(manifest.params) for name, manifest in run.checkpoints.items()},
     )
-
-
-INSTRUCTIONS: dict[str, Callable[[str], str]] = {
-    "libero": lambda task: find_task(task).instruction,
-    "metaworld": lambda task: TASKS.get(task, ""),
-}
-"""What a family's tasks say to the policy. A family of one's own has no such column."""
 
 
 def _tasks(run: Run) -> list[str]:

@@ -42,7 +42,13 @@ def score(outcomes: list[bool]) -> dict[str, float]:
 
 def publish_evaluation(folder: Path, checkpoint: Manifest, successes: tuple[int, ...], horizon: int = 280) -> None:
     records = [
-        {"task": task, "state": state, "success": state < count, "steps": 70 + 20 * state if state < count else horizon}
+        {
+            "task": task,
+            "instruction": f"solve {task}",
+            "state": state,
+            "success": state < count,
+            "steps": 70 + 20 * state if state < count else horizon,
+        }
         for task, count in zip(TASKS, successes, strict=True)
         for state in range(EPISODES)
     ]
@@ -201,7 +207,7 @@ def rendered(root: Path, how: Params | None = None) -> str:
 def test_tasks_with_their_instructions(page: str) -> None:
     head, *rows = [row for row in Elements(page).rows if len(row) == 5][:4]
     assert [cell.replace("student", "").replace("it003", "") for cell in head] == ["Task", "start", "it002", "final", "teacher"]
-    assert rows[0][0] == "libero_object/0pick the alphabet soup and place it in the basket"
+    assert rows[0][0] == "libero_object/0solve libero_object/0"
     assert [cell[:5] for cell in rows[0][1:]] == ["10.0%", "50.0%", "80.0%", "100.0"]
     assert rows[1][2].startswith("60.0%")
 
@@ -333,4 +339,3 @@ def test_other_evaluations_and_tasks_with_names_of_their_own(copy: Path) -> None
     assert "Trained on the evaluation's own initial states" in page
     assert "<b>task</b>" not in page
     assert "&lt;b&gt;task" in page
-    assert "alphabet soup" not in page  # what the tasks of another family say is not known here
