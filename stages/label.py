@@ -11,7 +11,7 @@ from vla_opd.artifacts import Manifest, draft, open_artifact
 from vla_opd.checkpoint import open_checkpoint, require_environment
 from vla_opd.host import Host
 from vla_opd.logits import normalised, write_shard
-from vla_opd.params import Params
+from vla_opd.params import EnvironmentParams, Params
 from vla_opd.policies import Policy, load_policy
 from vla_opd.tracking import track
 from vla_opd.trajectory import Observations, read_states, shards
@@ -20,7 +20,7 @@ from vla_opd.trajectory import Observations, read_states, shards
 def run(params: Params, teacher: Path, trajectories: Path, out: Path, host: Host) -> Manifest:
     """Store log p_T over all V bins, shard by shard. The store names the trajectories and the teacher's action space by digest."""
     source, checkpoint = open_artifact(trajectories, "trajectories"), open_checkpoint(teacher)
-    require_environment(checkpoint.facts, params.environment, str(teacher))
+    require_environment(checkpoint.facts, EnvironmentParams.model_validate(source.params["environment"]), str(teacher))
     space = checkpoint.facts.action_space
     if source.facts["action_space"] != space.digest:
         raise ValueError(

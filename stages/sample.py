@@ -2,20 +2,20 @@
 
 from pathlib import Path
 
+import numpy as np
+from jaxtyping import Int
 from tqdm import tqdm
 
 from vla_opd.artifacts import Draft, Manifest, draft
 from vla_opd.checkpoint import CheckpointFacts, open_checkpoint, require_environment
 from vla_opd.envs.protocol import Placement
 from vla_opd.host import Host
-from vla_opd.params import Params
+from vla_opd.params import EVALUATION_STATES, Params
 from vla_opd.policies import Policy, load_policy
 from vla_opd.rollout import Job, PoolSettings, RolloutSettings, Tally, rollout
 from vla_opd.seeds import derive
 from vla_opd.tracking import track
 from vla_opd.trajectory import Episode, read_shard, shards, write_shard
-
-BENCHMARK_STATES = 50
 
 
 def run(params: Params, iteration: str, student: Path, out: Path, host: Host) -> Manifest:
@@ -27,6 +27,7 @@ def run(params: Params, iteration: str, student: Path, out: Path, host: Host) ->
         "iteration": iteration,
         "sample": params.sample.model_dump(),
         "environment": params.environment.model_dump(),
+        "device": host.device,
     }
     groups = _groups(params, iteration)
     tally = Tally()
@@ -45,13 +46,18 @@ def _groups(params: Params, iteration: str) -> dict[str, list[Job]]:
     """The jobs of every shard."""
     groups: dict[str, list[Job]] = {}
     for number, task in enumerate(params.environment.tasks):
+        states = _benchmark_states(params, iteration, task) if params.sample.protocol == "benchmark" else None
         for prompt in range(params.sample.prompts):
             index = derive(params.run.seed, "sample", iteration, task, prompt)
-            leaky = params.sample.protocol == "benchmark"
-            placement = Placement(task, "evaluation", index % BENCHMARK_STATES) if leaky else Placement(task, "training", index)
+            placement = Placement(task, "training", index) if states is None else Placement(task, "evaluation", int(states[prompt]))
             jobs = [Job(placement, member, derive(index, "member", member)) for member in range(params.sample.group)]
             groups[f"shard-{number:03d}-{prompt:05d}"] = jobs
     return groups
+
+
+def _benchmark_states(params: Params, iteration: str, task: str) -> Int[np.ndarray, " S"]:
+    """The evaluation's own initial states in random order: no two prompts of an iteration share one."""
+    return np.random.default_rng(derive(params.run.seed, "sample", iteration, task, "states")).permutation(EVALUATION_STATES)
 
 
 def _fill(params: Params, facts: CheckpointFacts, policy: Policy, groups: dict[str, list[Job]], work: Draft, host: Host, tally: Tally) -> None:

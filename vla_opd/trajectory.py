@@ -155,7 +155,10 @@ def shards(folder: Path) -> list[Path]:
 
 
 def read_states(folders: Sequence[Path], per_task: int | None = None) -> States:
-    """All kept states of some shards, with the masks that were stored; of the first `per_task` episodes of each task only, if given."""
+    """All kept states of some shards, with the masks that were stored; of the first `per_task` episodes of each task only, if given.
+
+    ValueError if there is no episode, or a task has fewer.
+    """
     parts: list[States] = []
     taken: Counter[str] = Counter()
     for folder in folders:
@@ -165,6 +168,8 @@ def read_states(folders: Sequence[Path], per_task: int | None = None) -> States:
         taken[task] += wanted
         if wanted > 0:
             parts.append(_states(columns, attributes, wanted))
+    if per_task is not None and (few := {task: found for task, found in taken.items() if found < per_task}):
+        raise ValueError(f"per_task is {per_task}; expected at most as many as there are of each task, but of {few}")
     if not parts:
         raise ValueError(f"no episodes in {[str(f) for f in folders]}; expected at least one shard with one episode")
     return joined(parts)
