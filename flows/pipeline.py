@@ -3,7 +3,6 @@
 DVC decides; nothing here keeps a second opinion. The plan is read through DVC's internal API (pinned below 4, and by a test).
 """
 
-import ctypes
 import os
 import re
 import signal
@@ -11,17 +10,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
+
+from vla_opd.lifeline import die_with_parent
 
 PER_ITERATION = ("sample", "label", "optimize")  # the stages that dvc.yaml repeats for each of `iterations`
 LOCKED = re.compile(r"is busy, it is being blocked|Unable to acquire lock")
 DVC_CHATTER = re.compile(
     r"Running stage |> |Stage '|Updating lock file|Generating lock file|To track the changes|\tgit add|To enable auto|\tdvc config|Use `dvc push`"
 )
-PR_SET_PDEATHSIG = 1
 Tell = Callable[["Line"], object]
 
 
@@ -172,14 +172,8 @@ def _started(command: list[str]) -> "subprocess.Popen[bytes]":
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         env=environment,
-        preexec_fn=_die_with_parent,  # noqa: PLW1509 - one system call, no locks taken
+        preexec_fn=partial(die_with_parent, signal.SIGTERM, os.getpid()),  # noqa: PLW1509 - one system call, no locks taken
     )
-
-
-def _die_with_parent() -> None:
-    """Ask Linux to end this process when its parent dies; elsewhere it lives on."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def lines(stream: IO[bytes]) -> Iterator[Line]:

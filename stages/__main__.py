@@ -15,8 +15,9 @@ from pathlib import Path
 from vla_opd.artifacts import Manifest
 from vla_opd.envs import ENVS
 from vla_opd.envs.graphics import use_backend
-from vla_opd.host import Host, this_host
-from vla_opd.params import Params, load
+from vla_opd.host import METRICS, Host, this_host
+from vla_opd.lifeline import die_with_parent
+from vla_opd.params import Params, load, named_function
 
 VERBS = {
     "demonstrate": "--name",
@@ -33,10 +34,12 @@ SIMULATED = ("demonstrate", "sample", "evaluate")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a stage; a user's mistake is one message on stderr and exit code 2."""
     options = _parser().parse_args(arguments)
+    if "DVC_STAGE" in os.environ:  # by hand, a stage may outlive its terminal; DVC's, whose lock dies with DVC, must not be met by the next one
+        die_with_parent()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         params = load("params.yaml", options.set)
-        host = this_host(options.workers, options.device, options.tracking, Path("artifacts/.metrics"))
+        host = this_host(options.workers, options.device, options.tracking, METRICS)
         manifest = _run(options.verb, getattr(options, "key", None), params, host)
     except ValueError as mistake:
         print(f"{options.verb}: {mistake}", file=sys.stderr)
@@ -91,11 +94,24 @@ def _run_iteration(verb: str, iteration: str, params: Params, root: Path, host: 
     student = checkpoints / params.iterations[iteration]
     match verb:
         case "sample":
+            _check_what_follows(params, student, checkpoints / params.label.teacher)
             return stage.run(params, iteration, student, trajectories, host)
         case "label":
             return stage.run(params, checkpoints / params.label.teacher, trajectories, logits, host)
         case _:
             return stage.run(params, iteration, student, trajectories, logits, checkpoints / iteration, host)
+
+
+def _check_what_follows(params: Params, student: Path, teacher: Path) -> None:
+    """ValueError, before any rollout, for what `label` and `optimize` would refuse after it. A teacher that isn't there yet is DVC's to make."""
+    from vla_opd.checkpoint import open_checkpoint, require_environment, require_same_actions  # these bring torch, and --help can do without
+    from vla_opd.objectives import OBJECTIVES
+
+    named_function(params.optimize.objective, OBJECTIVES, "optimize.objective")
+    if teacher.is_dir():
+        facts = open_checkpoint(teacher).facts
+        require_environment(facts, params.environment, str(teacher))
+        require_same_actions(open_checkpoint(student).facts, facts.action_space, str(teacher))
 
 
 def _known(key: str | None, choices: object, field: str) -> str:

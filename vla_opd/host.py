@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 TrackingMode = Literal["wandb", "jsonl", "none"]
+METRICS = Path("artifacts/.metrics")  # a folder a run: curves, and how long stages took
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class Host:
     workers: int = 1
     device: str = "cpu"
     tracking: TrackingMode = "none"
-    metrics: Path = Path("artifacts/.metrics")
+    metrics: Path = METRICS
     timeout_s: float = 300.0
 
 

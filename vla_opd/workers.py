@@ -5,7 +5,6 @@ not the caller's `__main__`. Commands and replies travel pickled over a private 
 (a memfd: it has no name, so nothing can be left behind, whoever is killed). Linux only.
 """
 
-import ctypes
 import functools
 import json
 import mmap
@@ -27,6 +26,7 @@ from jaxtyping import Bool, Float32, Int32, UInt8
 
 from vla_opd.envs import make_env
 from vla_opd.envs.protocol import Env, Observation, Placement
+from vla_opd.lifeline import die_with_parent
 from vla_opd.params import EnvironmentParams
 
 Frames = UInt8[np.ndarray, "N C H W 3"]
@@ -34,7 +34,6 @@ Frames = UInt8[np.ndarray, "N C H W 3"]
 # One thread a worker: W of them share the machine, and the last bits of a sum must not depend on how many cores it has.
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1")
 _BOOT = "import json, sys; start = json.loads(sys.argv[1]); sys.path[:] = start['path']; from vla_opd.workers import serve; serve(*start['serve'])"
-_PR_SET_PDEATHSIG = 1
 _GRACE_S = 5.0
 
 
@@ -175,7 +174,7 @@ class _Crash:
 
 def serve(pipe: int, shared: int, parent: int) -> None:
     """The worker's life: make the environment at the first command, run commands until the parent is gone. `pipe`, `shared`: file descriptors."""
-    _die_with(parent)
+    die_with_parent(parent=parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes the pool
     for descriptor in (pipe, shared):
         os.set_inheritable(descriptor, False)  # a simulator's own child would keep the pipe open beyond our death
@@ -187,13 +186,6 @@ def serve(pipe: int, shared: int, parent: int) -> None:
         connection.send(_reply(command, simulator, block))
     if simulator.cache_info().currsize:
         simulator().close()
-
-
-def _die_with(parent: int) -> None:
-    """Have the kernel kill this process with the thread that started it, unless that is dead already."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        raise SystemExit("the parent has died")
 
 
 def _commands(connection: mpc.Connection) -> Iterator[Command]:

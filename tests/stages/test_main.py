@@ -1,5 +1,6 @@
 """`python -m stages`: a user's mistake is one message on stderr and exit code 2; the rest is handed to the stage."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,10 @@ from typing import Any
 import pytest
 
 import stages.__main__ as command
+from tests.vla_opd import small
+from tests.vla_opd.test_checkpoint import publish
 from tests.vla_opd.test_params import MINIMAL
+from vla_opd.policies import build_policy
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -34,11 +38,29 @@ def called(project: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ..
         calls.append(arguments)
         return SimpleNamespace(digest="0123456789abcdef")
 
-    monkeypatch.setattr(command.importlib, "import_module", lambda name: SimpleNamespace(run=run))
+    real = importlib.import_module
+    monkeypatch.setattr(importlib, "import_module", lambda name: SimpleNamespace(run=run) if name.startswith("stages.") else real(name))
     return calls
 
 
 ROOT = Path("artifacts/test")
+
+
+def test_what_label_and_optimize_would_refuse_stops_before_any_rollout(
+    called: list[tuple[Any, ...]], project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["sample", "--iteration", "it001", "--set"]
+    assert command.main([*arguments, "optimize.objective=mse"]) == 2
+    assert "optimize.objective is 'mse'; expected one of" in capsys.readouterr().err
+
+    weights = build_policy(small.FACTS).state_dict()
+    other = small.FACTS.model_copy(update={"action_space": small.SPACE.model_copy(update={"q99": tuple(q + 1 for q in small.SPACE.q99)})})
+    publish(project / ROOT / "checkpoints/student", weights, {"checkpoint": small.FACTS.model_dump()})
+    publish(project / ROOT / "checkpoints/teacher", weights, {"checkpoint": other.model_dump()})
+    same = ["environment.cameras=[front, side]", "--set", "environment.image_size=20", "--set", "policy.crop=16"]
+    assert command.main([*arguments, *same]) == 2
+    assert "action_space.q99" in capsys.readouterr().err
+    assert called == []
 
 
 @pytest.mark.parametrize(

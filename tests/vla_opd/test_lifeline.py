@@ -1,0 +1,34 @@
+"""A child that dies with its parent, however that died."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vla_opd.lifeline import die_with_parent
+
+CHILD = "import time; from vla_opd.lifeline import die_with_parent; die_with_parent(); print('tied', flush=True); time.sleep(60)"
+PARENT = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {CHILD!r}]); print(p.pid, flush=True); p.wait()"
+
+
+def test_a_child_dies_with_its_parent() -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        assert parent.stdout.readline() == "tied\n"
+        parent.send_signal(signal.SIGKILL)
+    status = Path(f"/proc/{child}/status")
+    deadline = time.monotonic() + 5
+    while status.exists() and "zombie" not in status.read_text():
+        assert time.monotonic() < deadline, "the child lives on"
+        time.sleep(0.02)
+
+
+def test_a_parent_that_is_dead_already() -> None:
+    with pytest.raises(SystemExit, match="has died"):
+        die_with_parent(signal.SIGCONT, parent=2**30)
