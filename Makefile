@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help run repro stop test setup system check format lock clean
+.PHONY: help run repro serve stop test setup system check format lock clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP_ARGS ?=   # for example an extra index that has CPU builds of torch
@@ -19,6 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help:
 	@echo "make run      set up, then the main job: sample, label, optimise and evaluate, every iteration; ends with a table and a report"
+	echo "make serve    the Prefect server and the deployment opd/train; then, in another terminal: prefect deployment run opd/train --watch"
 	echo "make repro    the same stages by 'dvc repro' alone, without Prefect"
 	echo "make stop     stop the Prefect server that 'make run' started"
 	echo "make test     set up, then the whole test suite"
@@ -31,12 +32,21 @@ help:
 run: $(READY)
 	@$(BIN)/python -m flows run $(ARGS)
 
+serve: $(READY)
+	@$(BIN)/python -m flows.serve
+
 # The same stages without Prefect. --allow-missing: the demonstrations behind the reference checkpoints need not be here.
 repro: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro --allow-missing $(ARGS)
 
 stop:
-	@[ -f .prefect/server.pid ] && kill "$$(cat .prefect/server.pid)" 2>/dev/null && echo "the Prefect server is stopped" || echo "no Prefect server of ours is running"
+	@pid="$$(cat .prefect/server.pid 2>/dev/null || true)"
+	# After a restart of the machine the number may be another process's.
+	if [ -n "$$pid" ] && grep -aqs prefect "/proc/$$pid/cmdline" && kill "$$pid"; then
+	  echo "the Prefect server is stopped"
+	else
+	  echo "no Prefect server of ours is running"
+	fi
 	rm -f .prefect/server.pid
 
 test: $(READY)

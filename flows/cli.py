@@ -3,12 +3,13 @@
 import argparse
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from flows import pipeline, server, summary, terminal
+from flows import pipeline, server, settings, summary, terminal
 from flows.pipeline import Busy, StageFailed
+from vla_opd import params
+from vla_opd.host import METRICS
 
 QUIET = {  # the terminal is for the stages; Prefect's own log is in its interface
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
@@ -52,23 +53,16 @@ def _run(parsed: argparse.Namespace) -> int:
         os.environ.setdefault(name, value)  # before Prefect reads it
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
+    settings.write(_changes(parsed.set))
     url = server.ensure(PREFECT_API_URL.value() or "http://127.0.0.1:4200/api")
-    began = time.monotonic()
     with temporary_settings({PREFECT_API_URL: url}):
         from flows.train import opd
 
-        opd(targets=parsed.targets, changes=_changes(parsed.set))
-    folder = Path("artifacts") / run_name()
-    if (folder / "report" / "page").is_dir():
-        print(terminal.closing(folder, summary.write(folder, time.monotonic() - began), url.removesuffix("/api")))
+        states = opd(targets=parsed.targets)
+    run = params.load().run.name
+    if "report" in states:
+        print(terminal.closing(Path("artifacts") / run, summary.write(Path("artifacts") / run, METRICS / run, states), url.removesuffix("/api")))
     return 0
-
-
-def run_name() -> str:
-    """The name of the run that params.yaml describes."""
-    from vla_opd import params
-
-    return params.load().run.name
 
 
 def _changes(pairs: Sequence[str]) -> dict[str, str]:

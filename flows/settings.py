@@ -1,12 +1,37 @@
 """`params.yaml`, changed by command: validated first, then written in place with its comments kept."""
 
-from collections.abc import Mapping
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from tempfile import NamedTemporaryFile
+from typing import IO, Annotated, Any, get_args
 
+from pydantic import AfterValidator, Field, WithJsonSchema, create_model
 from ruamel.yaml import YAML
 
 from vla_opd import params
+
+
+def _fields() -> Iterator[tuple[str, Any]]:
+    """`section.key` for every key of every section of the schema that has fixed keys, with the key's own type and constraints."""
+    for section, field in params.Params.model_fields.items():
+        kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type) and issubclass(kind, params.Section)]
+        for key, info in kinds[0].model_fields.items() if kinds else ():
+            kind = Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
+            yield f"{section}__{key}", (kind, Field(default=None, alias=f"{section}.{key}", title=f"{section}.{key}", description=info.description))
+
+
+_MODEL = create_model("Settings", __base__=params.Section, **dict(_fields()))
+
+
+def _checked(changes: dict[str, Any]) -> dict[str, Any]:
+    return _MODEL.model_validate(changes).model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+
+Settings = Annotated[dict[str, Any], WithJsonSchema(_MODEL.model_json_schema()), AfterValidator(_checked)]
+"""`{"section.key": value}`, as a type: its JSON schema is made from that of params.yaml, so a wrong one is refused before there is a run."""
 
 
 def write(changes: Mapping[str, Any], path: Path | str = "params.yaml") -> None:
@@ -28,10 +53,42 @@ def write(changes: Mapping[str, Any], path: Path | str = "params.yaml") -> None:
         for section in sections:
             node = node.setdefault(section, {})
         node[key] = yaml.load(_text(value))
-    with source.open("w") as file:
-        yaml.dump(tree, file)
+    _replace(source.resolve(), lambda file: yaml.dump(tree, file))
+
+
+def _replace(path: Path, write_to: Callable[[IO[str]], None]) -> None:
+    """Give the file a new text at once: whoever is killed meanwhile leaves the old one whole."""
+    with NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            write_to(file)
+            file.flush()
+            os.fsync(file.fileno())
+            shutil.copymode(path, file.name)
+            Path(file.name).replace(path)
+        except BaseException:
+            Path(file.name).unlink()
+            raise
+
+
+def extension(iterations: int, path: Path | str = "params.yaml") -> dict[str, str]:
+    """The changes that give the run of `path` so many iterations: each goes on from the one before, the first from the checkpoint scored as final.
+
+    What is there stays, so nothing is repeated. ValueError if the run has more already, or a name is taken.
+    """
+    run = params.load(path)
+    there = len(run.iterations)
+    if iterations < there:
+        raise ValueError(f"iterations is {iterations}; expected at least the {there} that {path} has (take some out there)")
+    tip, changes = run.evaluations[run.report.final], dict[str, str]()
+    for number in range(there + 1, iterations + 1):
+        name = f"it{number:03d}"
+        if name in run.iterations:
+            raise ValueError(f"iterations: {name} is taken in {path}; expected iterations numbered it001 ... it{there:03d}")
+        changes[f"iterations.{name}"] = tip
+        tip = name
+    return changes | {f"evaluations.{run.report.final}": tip} if changes else {}
 
 
 def _text(value: Any) -> str:
     """A value as YAML reads it; text is taken as it was typed."""
-    return value if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else str(value)
+    return value if isinstance(value, str) else json.dumps(value)

@@ -4,19 +4,24 @@ Prefect says when, who and how it went; what is up to date is DVC's to say. So t
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from itertools import groupby
-from typing import Any
+from typing import Annotated, Any
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
 from prefect.states import Completed
+from pydantic import Field
 
-from flows import pipeline, settings
+from flows import pipeline, presence, summary
 from flows.pipeline import Busy, Line, StageFailed, Step
+from flows.settings import Settings, extension, write
 from flows.terminal import StageLine, heading
+from vla_opd.host import METRICS
+from vla_opd.params import load
 
 BUSY_RETRIES, BUSY_DELAY = 720, 5  # an hour: as long as a stage that someone runs by hand may take
 PASSING_EVERY = 15.0  # seconds between a progress bar's lines that the run's log keeps
@@ -35,13 +40,14 @@ def bring(step: Step) -> State[Any]:
         why = "not needed" if step.missing else "up to date"
         screen.unchanged(why)
         return Completed(name="Unchanged", message=f"{step.name}: {why}")
-    kept = Kept(get_run_logger())
+    kept, began = Kept(get_run_logger()), time.monotonic()
     try:
         ran = pipeline.bring(step.name, lambda line: (screen.tell(line), kept.tell(line)))
     except StageFailed:
         screen.failed()
         raise
     if ran:
+        summary.note(METRICS / load().run.name, step.name, time.monotonic() - began)
         screen.ran()
         return Completed(message=f"{step.name}: ran")
     screen.unchanged("its inputs came out the same")
@@ -56,9 +62,9 @@ class Kept:
         self._last_passing = float("-inf")
 
     def tell(self, line: Line) -> None:
-        """Log one line, if it is to be kept."""
+        """Log one line, if it is to be kept; what DVC itself says of every stage isn't."""
         now = time.monotonic()
-        if not line.text.strip() or (line.passing and now - self._last_passing < PASSING_EVERY):
+        if line.chatter or (line.passing and now - self._last_passing < PASSING_EVERY):
             return
         self._last_passing = now if line.passing else self._last_passing
         self._logger.info("%s", line.text.strip())
@@ -71,16 +77,31 @@ def iteration(name: str, steps: list[Step]) -> States:
     return _bring_all(steps, {})
 
 
-@flow(name="opd", validate_parameters=False)
-def opd(targets: list[str] | None = None, changes: Mapping[str, Any] | None = None) -> States:
-    """Bring the run that params.yaml describes up to date, or of it the stages that lead to `targets`.
+@flow(name="opd")
+def opd(settings: Settings | None = None, iterations: Annotated[int, Field(ge=1)] | None = None, targets: list[str] | None = None) -> States:
+    """Bring the run that params.yaml describes up to date.
 
-    `changes` are settings (`{"optimize.steps": 80}`), validated and then written into params.yaml, where DVC sees them.
-    Returns the final state of each stage. Raises StageFailed with the stage's last lines.
+    Args:
+        settings: `{"optimize.learning_rate": 1e-4}`, of which params.yaml is told first; DVC sees them there.
+        iterations: how many the run is to have; those that it has stay as they are.
+        targets: stages, e.g. `evaluate@it004`: only what leads to them. All if none are named.
+
+    Returns:
+        The final state of each stage.
+
+    Raises:
+        StageFailed: with the stage's last lines.
+        ValueError: if the settings make no valid run; nothing is written then.
     """
-    settings.write(changes or {})
+    with presence.held(str(flow_run.get_id())):
+        write(settings or {})
+        write(extension(iterations) if iterations else {})
+        return _bring_run(pipeline.plan(targets or ()))
+
+
+def _bring_run(plan: Iterable[Step]) -> States:
     states: States = {}
-    for name, steps in in_groups(pipeline.plan(targets or ())):
+    for name, steps in in_groups(plan):
         if name is None:
             heading("")
             states |= _bring_all(steps, states)

@@ -2,6 +2,8 @@
 
 import http.server
 import io
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +12,8 @@ import pytest
 
 from flows import cli, pipeline, server, settings, terminal
 from flows.pipeline import Line, StageFailed, Step
-from tests.flows.toy import PARAMS
+from tests.flows.toy import PARAMS, ROOT
+from vla_opd import params
 
 SUMMARY = {
     "start": {"success": 0.45, "low": 0.38, "high": 0.52, "episodes": 200},
@@ -102,6 +105,9 @@ def test_a_change_without_a_value_is_refused(capsys: pytest.CaptureFixture[str])
         ("optimize.steps", "80", "optimize: {steps: 80}"),
         ("policy.proprio", True, "policy: {chunk: 8, proprio: true}"),
         ("optimize.learning_rate", 1e-4, "optimize: {steps: 4, learning_rate: 0.0001}"),
+        ("student.per_task", None, "student: {parent: base, demonstrations: main, steps: 2, learning_rate: 0.1, per_task: null}"),
+        ("student.per_task", "null", "student: {parent: base, demonstrations: main, steps: 2, learning_rate: 0.1, per_task: null}"),
+        ("environment.tasks", ["reach", "push"], 'environment: {tasks: ["reach", "push"]}'),
     ],
 )
 def test_a_setting_is_written_where_it_belongs(tmp_path: Path, dotted: str, value: object, line: str) -> None:
@@ -119,6 +125,60 @@ def test_a_wrong_setting_changes_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"optimize\.steps is 'many'"):
         settings.write({"optimize.steps": "many"}, path)
     assert path.read_text() == PARAMS
+
+
+def test_nothing_is_null_wherever_it_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(PARAMS.replace("student: {", "student:\n  {"))
+    settings.write({"student.per_task": None, "demonstrations.main.tasks": None}, path)
+    run = params.load(path)
+    assert run.student.per_task is None
+    assert run.demonstrations["main"].tasks is None
+
+
+def test_a_kill_while_writing_leaves_the_old_settings_whole(tmp_path: Path) -> None:
+    """The process dies halfway through the text, as by SIGKILL: no handler, no flush, no cleaning up."""
+    path = tmp_path / "params.yaml"
+    path.write_text(PARAMS)
+    program = f"""
+import os
+from ruamel.yaml import YAML
+from flows import settings
+def die(self, tree, stream):
+    stream.write("run: {{na")
+    stream.flush()
+    os._exit(9)
+YAML.dump = die
+settings.write({{"optimize.steps": 80}}, {str(path)!r})
+"""
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 9
+    assert path.read_text() == PARAMS
+    settings.write({"optimize.steps": 80}, path)
+    assert params.load(path).optimize.steps == 80
+
+
+def test_a_failure_while_writing_leaves_nothing_beside_the_old_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    path = tmp_path / "params.yaml"
+    path.write_text(PARAMS)
+    monkeypatch.setattr(settings.YAML, "dump", full)
+    with pytest.raises(OSError, match="no space left"):
+        settings.write({"optimize.steps": 80}, path)
+    assert path.read_text() == PARAMS
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_settings_behind_a_link_stay_behind_it_with_their_permissions(tmp_path: Path) -> None:
+    real, link = tmp_path / "real.yaml", tmp_path / "params.yaml"
+    real.write_text(PARAMS)
+    real.chmod(0o640)
+    link.symlink_to(real)
+    settings.write({"optimize.steps": 80}, link)
+    assert link.is_symlink()
+    assert "steps: 80" in real.read_text()
+    assert real.stat().st_mode & 0o777 == 0o640
 
 
 @pytest.fixture

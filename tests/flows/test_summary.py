@@ -18,15 +18,19 @@ def _report(run: Path, env_steps: int) -> None:
 
 def test_the_summary_is_the_results_and_the_seconds(tmp_path: Path) -> None:
     _report(tmp_path, 7)
-    summary.write(tmp_path, 12.34)
+    summary.write(tmp_path, tmp_path / "metrics", ["report"])
     written = json.loads((tmp_path / "report/summary.json").read_text())
     assert written["final"] == SCORE
-    assert (written["env_steps"], written["teacher_queries"], written["seconds"]) == (7, 3, 12.3)
+    assert (written["env_steps"], written["teacher_queries"], written["seconds"]) == (7, 3, 0)
 
 
-def test_a_run_that_reused_the_report_keeps_what_it_cost(tmp_path: Path) -> None:
+def test_the_cost_is_of_all_stages_of_the_run_however_often_it_was_interrupted(tmp_path: Path) -> None:
     _report(tmp_path, 7)
-    summary.write(tmp_path, 12.3)
-    assert summary.write(tmp_path, 0.5)["seconds"] == 12.3
-    _report(tmp_path, 8)
-    assert summary.write(tmp_path, 0.5)["seconds"] == 0.5
+    metrics = tmp_path / "metrics"
+    for stage, seconds in [("sample@it001", 30.0), ("label@it001", 8.25), ("sample@it009", 99.0)]:
+        summary.note(metrics, stage, seconds)
+    stages = ["sample@it001", "label@it001", "report"]
+    assert summary.write(tmp_path, metrics, stages)["seconds"] == 38.2
+    summary.note(metrics, "sample@it001", 20.0)  # once more, with another setting
+    summary.note(metrics, "report", 1.0)
+    assert summary.write(tmp_path, metrics, stages)["seconds"] == 29.2

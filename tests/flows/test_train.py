@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from prefect.client.orchestration import get_client
+from prefect.exceptions import ParameterTypeError
 from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS, temporary_settings
 from prefect.testing.utilities import prefect_test_harness
 
@@ -137,12 +138,16 @@ def test_a_task_waits_while_another_dvc_is_at_work(toy: Toy, monkeypatch: pytest
 
 
 def test_settings_are_validated_then_written_with_comments_kept(toy: Toy) -> None:
-    opd(targets=["demonstrate@pre"], changes={"optimize.steps": 7})
+    opd(targets=["demonstrate@pre"], settings={"optimize.steps": 7}, iterations=3)
     text = (toy.folder / "params.yaml").read_text()
     assert "# a comment that must survive" in text
     assert "optimize: {steps: 7}" in text
-    with pytest.raises(ValueError, match=r"optimize\.stepz"):
-        opd(changes={"optimize.stepz": 7})
+    assert "it003: it002" in text
+    assert "final: it003" in text
+    with pytest.raises(ParameterTypeError, match=r"optimize\.stepz"):
+        opd(settings={"optimize.stepz": 7})
+    with pytest.raises(ValueError, match=r"iterations is 1; expected at least the 3"):
+        opd(iterations=1)
     assert (toy.folder / "params.yaml").read_text() == text
 
 

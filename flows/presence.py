@@ -1,0 +1,51 @@
+"""Which flow runs have a living process: each holds a lock on a file named after it, and the kernel lets go of the lock when the process dies.
+
+Prefect alone can't tell: a run whose process and runner were both killed stays RUNNING on its server for good (its issue 16746).
+"""
+
+import fcntl
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+RUNS = Path(".prefect/runs")
+
+
+@contextmanager
+def held(run: str) -> Generator[None]:
+    """Be the living process of a flow run for as long as the context lasts. RuntimeError if another process is."""
+    RUNS.mkdir(parents=True, exist_ok=True)
+    path = RUNS / run
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f"flow run {run} has a process already, which holds {path}; wait for it, or end it") from None
+        try:
+            yield
+        finally:  # a kill skips this: what is left behind is what `abandoned` finds
+            path.unlink(missing_ok=True)
+
+
+def abandoned() -> tuple[str, ...]:
+    """The flow runs of this folder that were begun, and whose processes died."""
+    return tuple(sorted(path.name for path in RUNS.glob("*") if not _alive(path)))
+
+
+def alive(run: str) -> bool:
+    """Whether the flow run has a process."""
+    return (RUNS / run).is_file() and _alive(RUNS / run)
+
+
+def forget(run: str) -> None:
+    """Its end has been reported: it is no longer abandoned."""
+    (RUNS / run).unlink(missing_ok=True)
+
+
+def _alive(path: Path) -> bool:
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False

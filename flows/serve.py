@@ -1,0 +1,93 @@
+"""`python -m flows.serve`: the Prefect server, the deployment `opd/train` and its runner, in one command.
+
+A run that nobody runs any more is first declared crashed, so that `prefect flow-run retry` can take it up again.
+"""
+
+import fcntl
+import sys
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from flows import presence, server
+
+DEPLOYMENT = "train"
+LOCK = Path(".prefect/serve.lock")
+
+
+def main() -> int:
+    """Serve until interrupted. Returns the exit code: 1 if another process serves this folder already."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    try:
+        with _alone():
+            url = server.ensure(PREFECT_API_URL.value() or "http://127.0.0.1:4200/api")
+            with temporary_settings({PREFECT_API_URL: url}):
+                for run in crash_orphans():
+                    print(f"  {run}: its process is gone, so it is now Crashed; go on with  prefect flow-run retry {run}")
+                _serve(url)
+    except RuntimeError as error:
+        print(f"\n{error}\n", file=sys.stderr)
+        return 1
+    return 0
+
+
+@contextmanager
+def _alone() -> Generator[None]:
+    """One runner a folder: two would each take runs of the same artifacts."""
+    LOCK.parent.mkdir(exist_ok=True)
+    with LOCK.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f"{LOCK} is held: opd/{DEPLOYMENT} is being served from this folder already") from None
+        yield
+
+
+def crash_orphans() -> list[str]:
+    """Declare crashed what the server holds for under way although no process is: runs that died, their iterations, and runs that never began.
+
+    Runs that this folder knows nothing of are left alone: they may be another machine's. Returns the ids of the runs, without their iterations.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import DeploymentFilter, FlowRunFilter
+    from prefect.states import Crashed
+
+    under_way = {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}}
+    with get_client(sync_client=True) as client:
+
+        def found(**which: Any) -> list[UUID]:
+            runs = client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(under_way | which))
+            return [run.id for run in runs]
+
+        died = presence.abandoned()
+        orphans = found(id={"any_": [UUID(run) for run in died]}) if died else []
+        never_began = client.read_flow_runs(
+            flow_run_filter=FlowRunFilter.model_validate({"state": {"type": {"any_": ["PENDING"]}}}),
+            deployment_filter=DeploymentFilter.model_validate({"name": {"any_": [DEPLOYMENT]}}),
+        )
+        orphans += [run.id for run in never_began if not presence.alive(str(run.id)) and run.id not in orphans]
+        iterations = found(parent_flow_run_id={"any_": orphans}) if orphans else []
+        for run in [*iterations, *orphans]:
+            client.set_flow_run_state(run, Crashed(message="its process is gone"), force=True)
+        _forget(died)
+    return [str(run) for run in orphans]
+
+
+def _forget(runs: Iterable[str]) -> None:
+    for run in runs:
+        presence.forget(run)
+
+
+def _serve(url: str) -> None:
+    from flows.train import opd
+
+    print(f"  serving opd/{DEPLOYMENT}; runs are shown at {url.removesuffix('/api')}")
+    print(f"  start one with  prefect deployment run opd/{DEPLOYMENT} --watch")
+    opd.serve(name=DEPLOYMENT, limit=1, description=opd.__doc__, print_starting_message=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

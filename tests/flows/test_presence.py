@@ -1,0 +1,43 @@
+"""Which flow runs have a living process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flows import presence
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_run_is_alive_while_it_is_held_and_forgotten_after_it() -> None:
+    with presence.held("one"):
+        assert presence.alive("one")
+        assert presence.abandoned() == ()
+    assert not presence.alive("one")
+    assert presence.abandoned() == ()
+
+
+def test_a_run_has_one_process() -> None:
+    with presence.held("one"), pytest.raises(RuntimeError, match="flow run one has a process already"), presence.held("one"):
+        pass
+
+
+def test_a_failed_run_has_ended_too() -> None:
+    with pytest.raises(KeyError), presence.held("one"):
+        raise KeyError
+    assert presence.abandoned() == ()
+
+
+def test_what_a_killed_process_leaves_is_found(tmp_path: Path) -> None:
+    program = "import os\nfrom flows import presence\nwith presence.held('two'):\n    os.kill(os.getpid(), 9)"
+    environment = os.environ | {"PYTHONPATH": str(Path(presence.__file__).parents[1])}
+    assert subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=False).returncode == -9
+    assert presence.abandoned() == ("two",)
+    presence.forget("two")
+    assert presence.abandoned() == ()

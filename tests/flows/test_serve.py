@@ -1,0 +1,151 @@
+"""The deployment on a real Prefect server: started by command, killed whole in the middle of a stage, served again, retried, finished."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests.flows.toy import Toy, make_toy
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass
+class Served:
+    """A toy project, and a terminal in which it is served: every process of it carries a mark by which it can be found and killed."""
+
+    toy: Toy
+    port: int
+    runner: "subprocess.Popen[bytes] | None" = None
+    mark: str = field(default_factory=lambda: f"served-{os.urandom(4).hex()}")
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return os.environ | {
+            "PREFECT_HOME": str(self.toy.folder / ".prefect"),
+            "PREFECT_API_URL": f"http://127.0.0.1:{self.port}/api",
+            "PYTHONPATH": str(ROOT),
+            "DO_NOT_TRACK": "1",
+            "TOY_SLEEP": "3",
+            "OPD_TEST_MARK": self.mark,
+        }
+
+    @property
+    def log(self) -> str:
+        path = self.toy.folder / "serve.log"
+        return path.read_text(errors="replace") if path.is_file() else ""
+
+    def serve(self) -> None:
+        """`python -m flows.serve`, until it says that it serves."""
+        with (self.toy.folder / "serve.log").open("w") as log:
+            self.runner = subprocess.Popen([sys.executable, "-m", "flows.serve"], cwd=self.toy.folder, env=self.environment, stdout=log, stderr=log)
+        wait_for(lambda: "serving opd/train" in self.log, 120, lambda: self.log)
+
+    def prefect(self, *words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "prefect", *words], cwd=self.toy.folder, env=self.environment, text=True, capture_output=True, check=False
+        )
+
+    def state(self, run: str) -> str:
+        found = re.search(
+            r"type=StateType\.(\w+)|'type': StateType\.(\w+)|state_type=StateType\.(\w+)", self.prefect("flow-run", "inspect", run).stdout
+        )
+        return next(filter(None, found.groups())) if found else ""
+
+    def processes(self) -> list[int]:
+        """All of them: the server, the runner, the flow, dvc, the stage."""
+        return [int(folder.name) for folder in Path("/proc").glob("[0-9]*") if self.mark.encode() in _environ(folder)]
+
+    def kill_everything(self) -> int:
+        killed = 0
+        while found := self.processes():
+            for pid in found:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+                killed += 1
+            if self.runner is not None:
+                self.runner.wait()
+        return killed
+
+
+def _environ(folder: Path) -> bytes:
+    try:
+        if (folder / "stat").read_text().rpartition(")")[2].split()[0] == "Z":
+            return b""
+        return (folder / "environ").read_bytes()
+    except OSError:
+        return b""
+
+
+def wait_for(what: Callable[[], bool], seconds: float, why: Callable[[], str]) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, why()
+        time.sleep(0.3)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("served")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    project = Served(make_toy(folder), port)
+    project.serve()
+    yield project
+    project.kill_everything()
+
+
+@pytest.mark.parametrize(
+    ("parameter", "said"),
+    [
+        ('settings={"optimize.lr": 0.1}', "'optimize.lr' was unexpected"),
+        ('settings={"optimize.steps": "many"}', "'many' is not of type 'integer'"),
+        ("iterations=0", "0 is less than the minimum"),
+        ('targets="report"', "field 'targets'. Failure reason: 'report' is not valid"),
+    ],
+)
+def test_wrong_parameters_are_refused_before_there_is_a_run(served: Served, parameter: str, said: str) -> None:
+    refused = served.prefect("deployment", "run", "opd/train", "-p", parameter)
+    assert refused.returncode == 1
+    assert said in " ".join((refused.stdout + refused.stderr).split())
+    assert "No flow runs found" in (listed := served.prefect("flow-run", "ls")).stdout or "opd" not in listed.stdout
+
+
+def test_a_folder_is_served_once(served: Served) -> None:
+    again = subprocess.run(
+        [sys.executable, "-m", "flows.serve"], cwd=served.toy.folder, env=served.environment, text=True, capture_output=True, check=False
+    )
+    assert again.returncode == 1
+    assert "is being served from this folder already" in again.stderr
+
+
+def test_after_a_kill_of_everything_a_retry_finishes_with_the_undisturbed_result(served: Served, tmp_path: Path) -> None:
+    created = served.prefect("deployment", "run", "opd/train", "-p", "iterations=3", "-p", 'settings={"optimize.steps": 5}')
+    run = next(word for word in created.stdout.split() if re.fullmatch(r"[0-9a-f-]{36}", word))
+    wait_for(lambda: "optimize it001: from 3 inputs" in served.log, 240, lambda: served.log)
+    assert served.kill_everything() >= 4  # server, runner, flow, dvc, stage
+    assert not served.toy.has("checkpoints/it001")
+
+    served.serve()
+    assert f"{run}: its process is gone" in served.log
+    assert served.state(run) == "CRASHED"
+    assert served.prefect("flow-run", "retry", run).returncode == 0
+    wait_for(lambda: served.state(run) == "COMPLETED", 300, lambda: served.log)
+    assert "sample it001: from" not in served.log  # finished stages aren't repeated
+
+    other = make_toy(tmp_path)
+    (tmp_path / "params.yaml").write_bytes((served.toy.folder / "params.yaml").read_bytes())
+    other.dvc("repro")
+    assert served.toy.lock == other.lock
