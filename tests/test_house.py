@@ -13,7 +13,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from stages.__main__ import VERBS
-from vla_opd.params import Params
+from vla_opd.params import Params, load
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("flows", "stages", "vla_opd")
@@ -86,6 +86,13 @@ def test_the_commands_of_dvc_yaml_are_the_stages_own() -> None:
         option = VERBS[verb(name)]
         item = {"--name": name if name in REFERENCE else "${key}", "--iteration": "${key}", None: ""}[option]
         assert stage["cmd"] == " ".join(filter(None, ["python -m stages", verb(name), option, item]))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
+def test_examples_are_whole_runs_that_dvc_yaml_can_read(path: Path) -> None:
+    params = load(path)
+    assert params.base is not None
+    assert {params.report.start, params.report.final, params.report.teacher} <= set(params.evaluations)
 
 
 def test_the_parents_of_the_reference_are_those_that_dvc_yaml_knows() -> None:

@@ -186,7 +186,7 @@ class OptimizeParams(Section):
     """
 
     objective: str = "reverse_kl"
-    steps: int = Field(default=40, ge=1)
+    steps: int = Field(default=80, ge=1)
     batch_size: int = Field(default=64, ge=1)
     learning_rate: float = Field(default=1.5e-3, gt=0)
     schedule_iterations: int = Field(default=10, ge=1)
