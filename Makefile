@@ -7,7 +7,7 @@ SHELL := bash
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP_ARGS ?=   # for example an extra index that has CPU builds of torch
-ARGS ?=       # handed to the command: make run ARGS="--set optimize.steps=80", make test ARGS="-k flow"
+ARGS ?=       # handed to the command: make run ARGS="--set optimize.steps=120", make test ARGS="-k flow"
 BIN := .venv/bin
 READY := .venv/.ready
 

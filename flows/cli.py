@@ -68,7 +68,7 @@ def _run(parsed: argparse.Namespace) -> int:
 def _changes(pairs: Sequence[str]) -> dict[str, str]:
     for pair in pairs:
         if "=" not in pair:
-            raise ValueError(f"--set {pair}: expected SECTION.KEY=VALUE, as in optimize.steps=80")
+            raise ValueError(f"--set {pair}: expected SECTION.KEY=VALUE, as in optimize.steps=120")
     return dict(pair.split("=", 1) for pair in pairs)
 
 

@@ -97,7 +97,7 @@ def closing(folder: Path, summary: dict[str, Any], interface: str) -> str:
             f"  report     {folder / 'report' / 'page' / 'index.html'}",
             f"  runs       {interface}",
             "\n  next       make run                                      again: reuses all of it",
-            '             make run ARGS="--set optimize.steps=80"       with another setting: only what depends on it',
+            '             make run ARGS="--set optimize.steps=120"       with another setting: only what depends on it',
             "             .venv/bin/python -m flows plan                what is up to date and what is not",
             "             make stop                                     stop the server that shows the runs",
         ]

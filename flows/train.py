@@ -84,7 +84,7 @@ def opd(settings: Settings | None = None, iterations: Annotated[int, Field(ge=1)
     Args:
         settings: `{"optimize.learning_rate": 1e-4}`, of which params.yaml is told first; DVC sees them there.
         iterations: how many the run is to have; those that it has stay as they are.
-        targets: stages, e.g. `evaluate@it004`: only what leads to them. All if none are named.
+        targets: stages, e.g. `optimize@it004`: only what leads to them. All if none are named.
 
     Returns:
         The final state of each stage.
