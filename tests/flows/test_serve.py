@@ -35,7 +35,7 @@ class Served:
             "PREFECT_API_URL": f"http://127.0.0.1:{self.port}/api",
             "PYTHONPATH": str(ROOT),
             "DO_NOT_TRACK": "1",
-            "TOY_SLEEP": "3",
+            "TOY_SLEEPS": "optimize it001",
             "OPD_TEST_MARK": self.mark,
         }
 

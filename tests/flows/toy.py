@@ -59,7 +59,8 @@ for step in (1, 2):
     print(f"{verb}: {step}/2", end="\\r", file=sys.stderr, flush=True)
 if os.environ.get("TOY_FAILS") == f"{verb} {key}":
     sys.exit(f"{verb} {key}: no luck")
-time.sleep(float(os.environ.get("TOY_SLEEP", "0")))
+if os.environ.get("TOY_SLEEPS") == f"{verb} {key}":
+    time.sleep(5)
 out.mkdir(parents=True)
 (out / "digest").write_text(hashlib.sha256(said.encode()).hexdigest())
 '''
