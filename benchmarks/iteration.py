@@ -66,7 +66,7 @@ def _parts(params: Params, iteration: str, scratch: Path) -> Iterator[tuple[str,
     episodes = [episode for folder in shards(trajectories) for episode in read_shard(folder)]
     env = _environment(params)
     physics = _timed(lambda: _replay(env, episodes, params, 0))
-    yield "physics", physics
+    yield "physics and resets", physics
     yield "rendering", _timed(lambda: _replay(env, episodes, params, params.sample.observe_every)) - physics
     yield "inference", _timed(lambda: _decide_again(params, student, episodes))
     host = Host(workers=1)
