@@ -64,7 +64,8 @@ def _parts(params: Params, iteration: str, scratch: Path) -> Iterator[tuple[str,
     trajectories, logits = (_run(params) / kind / iteration for kind in ("trajectories", "logits"))
     student, teacher = (_run(params) / "checkpoints" / name for name in (params.iterations[iteration], params.label.teacher))
     episodes = [episode for folder in shards(trajectories) for episode in read_shard(folder)]
-    env = _environment(params)
+    use_backend()
+    env = make_env(params.environment)
     physics = _timed(lambda: _replay(env, episodes, params, 0))
     yield "physics and resets", physics
     yield "rendering", _timed(lambda: _replay(env, episodes, params, params.sample.observe_every)) - physics
@@ -72,12 +73,6 @@ def _parts(params: Params, iteration: str, scratch: Path) -> Iterator[tuple[str,
     host = Host(workers=1)
     yield "labelling", _timed(lambda: label.run(params, teacher, trajectories, scratch / "logits", host))
     yield "optimisation", _timed(lambda: optimize.run(params, iteration, student, trajectories, logits, scratch / "checkpoint", host))
-
-
-def _environment(params: Params) -> Env:
-    """The environment, with every task's model compiled or read: that belongs to start-up."""
-    use_backend()
-    return make_env(params.environment)
 
 
 def _replay(env: Env, episodes: list[Episode], params: Params, observe_every: int) -> None:

@@ -51,17 +51,15 @@ def _parser() -> argparse.ArgumentParser:
 def _run(parsed: argparse.Namespace) -> int:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)  # before Prefect reads it
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-
     settings.write(_changes(parsed.set))
-    url = server.ensure(PREFECT_API_URL.value() or "http://127.0.0.1:4200/api")
-    with temporary_settings({PREFECT_API_URL: url}):
+    with server.in_use() as url:
         from flows.train import opd
 
         states = opd(targets=parsed.targets)
-    run = params.load().run.name
     if "report" in states:
-        print(terminal.closing(Path("artifacts") / run, summary.write(Path("artifacts") / run, METRICS / run, states), url.removesuffix("/api")))
+        name = params.load().run.name
+        run = Path("artifacts") / name
+        print(terminal.closing(run, summary.write(run, METRICS / name, states), url.removesuffix("/api")))
     return 0
 
 

@@ -12,15 +12,22 @@ RUNS = Path(".prefect/runs")
 
 
 @contextmanager
-def held(run: str) -> Generator[None]:
-    """Be the living process of a flow run for as long as the context lasts. RuntimeError if another process is."""
-    RUNS.mkdir(parents=True, exist_ok=True)
-    path = RUNS / run
+def locked(path: Path, otherwise: str) -> Generator[None]:
+    """Hold the lock on a file, which is made if need be, for as long as the context lasts. RuntimeError(otherwise) if another process has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RuntimeError(f"flow run {run} has a process already, which holds {path}; wait for it, or end it") from None
+            raise RuntimeError(otherwise) from None
+        yield
+
+
+@contextmanager
+def held(run: str) -> Generator[None]:
+    """Be the living process of a flow run for as long as the context lasts. RuntimeError if another process is."""
+    path = RUNS / run
+    with locked(path, f"flow run {run} has a process already, which holds {path}; wait for it, or end it"):
         try:
             yield
         finally:  # a kill skips this: what is left behind is what `abandoned` finds

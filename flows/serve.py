@@ -3,10 +3,7 @@
 A run that nobody runs any more is first declared crashed, so that `prefect flow-run retry` can take it up again.
 """
 
-import fcntl
 import sys
-from collections.abc import Generator, Iterable
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -19,31 +16,16 @@ LOCK = Path(".prefect/serve.lock")
 
 def main() -> int:
     """Serve until interrupted. Returns the exit code: 1 if another process serves this folder already."""
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-
     try:
-        with _alone():
-            url = server.ensure(PREFECT_API_URL.value() or "http://127.0.0.1:4200/api")
-            with temporary_settings({PREFECT_API_URL: url}):
-                for run in crash_orphans():
-                    print(f"  {run}: its process is gone, so it is now Crashed; go on with  prefect flow-run retry {run}")
-                _serve(url)
+        # Two runners of one folder would each take runs of the same artifacts.
+        with presence.locked(LOCK, f"{LOCK} is held: opd/{DEPLOYMENT} is being served from this folder already"), server.in_use() as url:
+            for run in crash_orphans():
+                print(f"  {run}: its process is gone, so it is now Crashed; go on with  prefect flow-run retry {run}")
+            _serve(url)
     except RuntimeError as error:
         print(f"\n{error}\n", file=sys.stderr)
         return 1
     return 0
-
-
-@contextmanager
-def _alone() -> Generator[None]:
-    """One runner a folder: two would each take runs of the same artifacts."""
-    LOCK.parent.mkdir(exist_ok=True)
-    with LOCK.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RuntimeError(f"{LOCK} is held: opd/{DEPLOYMENT} is being served from this folder already") from None
-        yield
 
 
 def crash_orphans() -> list[str]:
@@ -72,13 +54,9 @@ def crash_orphans() -> list[str]:
         iterations = found(parent_flow_run_id={"any_": orphans}) if orphans else []
         for run in [*iterations, *orphans]:
             client.set_flow_run_state(run, Crashed(message="its process is gone"), force=True)
-        _forget(died)
-    return [str(run) for run in orphans]
-
-
-def _forget(runs: Iterable[str]) -> None:
-    for run in runs:
+    for run in died:
         presence.forget(run)
+    return [str(run) for run in orphans]
 
 
 def _serve(url: str) -> None:

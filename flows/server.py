@@ -7,11 +7,24 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
 HOME = Path(".prefect")
+LOCAL = "http://127.0.0.1:4200/api"
 PATIENCE = 120.0  # seconds for a first start, which makes a database
+
+
+@contextmanager
+def in_use() -> Generator[str]:
+    """The address of a Prefect API that answers, as Prefect's own setting for as long as the context lasts. Errors as of `ensure`."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    url = ensure(PREFECT_API_URL.value() or LOCAL)
+    with temporary_settings({PREFECT_API_URL: url}):
+        yield url
 
 
 def ensure(url: str) -> str:

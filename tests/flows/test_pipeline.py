@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import pytest
 from flows import pipeline
 from flows.pipeline import Busy, Line, StageFailed, Step, mark_due
 from tests.flows.toy import Toy, ran
+from tests.processes import dies
 
 MADE = ["demonstrate@pre", "base", "demonstrate@main", "student", "evaluate@start", "teacher"]
 EACH = ["sample", "label", "optimize"]
@@ -148,11 +148,7 @@ def test_dvc_dies_with_the_process_that_started_it(toy: Toy) -> None:
         assert parent.stdout is not None
         child = int(parent.stdout.readline())
         parent.send_signal(signal.SIGKILL)
-    status = Path(f"/proc/{child}/status")
-    deadline = time.monotonic() + 5
-    while status.exists() and "zombie" not in status.read_text():
-        assert time.monotonic() < deadline, "the child lives on"
-        time.sleep(0.05)
+    assert dies(child), "the child lives on"
 
 
 def test_carriage_returns_end_passing_lines() -> None:

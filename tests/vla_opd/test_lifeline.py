@@ -4,11 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from tests.processes import dies
 from vla_opd.lifeline import die_with_parent
 
 CHILD = "import time; from vla_opd.lifeline import die_with_parent; die_with_parent(); print('tied', flush=True); time.sleep(60)"
@@ -22,11 +22,7 @@ def test_a_child_dies_with_its_parent() -> None:
         child = int(parent.stdout.readline())
         assert parent.stdout.readline() == "tied\n"
         parent.send_signal(signal.SIGKILL)
-    status = Path(f"/proc/{child}/status")
-    deadline = time.monotonic() + 5
-    while status.exists() and "zombie" not in status.read_text():
-        assert time.monotonic() < deadline, "the child lives on"
-        time.sleep(0.02)
+    assert dies(child), "the child lives on"
 
 
 def test_a_parent_that_is_dead_already() -> None:

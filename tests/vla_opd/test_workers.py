@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.processes import alive, dies
 from tests.vla_opd.fake_env import FAMILY, Inspect, PointMass
 from vla_opd.envs.protocol import Placement
 from vla_opd.params import EnvironmentParams
@@ -64,13 +65,6 @@ def undisturbed(job: Job) -> list[Outcome]:
     """The same commands in this process; the marker exists by now, so nothing strikes."""
     env = PointMass(ENVIRONMENT)
     return [command(env) for command in (Reset(job.placement), Forward(0, ACTIONS, 1), Forward(4, ACTIONS, 1))]
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def children() -> set[str]:
@@ -141,10 +135,7 @@ def test_workers_die_with_their_parent() -> None:
         worker = int(parent.stdout.readline())
         assert alive(worker)
         parent.send_signal(signal.SIGKILL)
-    deadline = time.monotonic() + 5
-    while alive(worker) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not alive(worker)
+    assert dies(worker)
 
 
 def test_leaving_the_pool_early_ends_busy_workers() -> None:
