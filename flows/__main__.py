@@ -1,4 +1,4 @@
-"""`python -m flows run | plan | accept`."""
+"""`python -m flows`, which is `opd` where the package's commands aren't on the path."""
 
 import sys
 

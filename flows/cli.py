@@ -1,66 +1,98 @@
-"""The commands of `python -m flows`: run, plan, accept."""
+"""The command `opd`: bring a run up to date, and ask where things came from. Also `python -m flows`."""
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
+from typing import Annotated
 
-from flows import pipeline, server, settings, summary, terminal
+import typer
+
+from flows import audit, collect, exports, lineage, pipeline, replay, serve, server, settings, store, summary, terminal, verify
 from flows.pipeline import Busy, StageFailed
 from vla_opd import params
-from vla_opd.host import METRICS
+from vla_opd.host import METRICS, this_host
 
 QUIET = {  # the terminal is for the stages; Prefect's own log is in its interface
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "DO_NOT_TRACK": "1",
 }
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+Stages = Annotated[list[str] | None, typer.Argument(metavar="[STAGE]...", help="only what leads to these stages, e.g. evaluate@final")]
+Changes = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="write a setting into params.yaml first")]
+Wanted = Annotated[str, typer.Argument(metavar="ARTIFACT", help="a path, the end of a name (checkpoints/it003) or the beginning of a digest")]
+Out = Annotated[Path | None, typer.Option("--out", help="write to this file, not to the terminal")]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse a command line and run it. Returns the exit code: 0, or 1 for what the user is told."""
-    parsed = _parser().parse_args(arguments)
+    """Parse a command line and run it. Returns the exit code: 0; 1 for what the user is told; 2 for a command line that can't be read."""
     try:
-        return parsed.command(parsed)
+        app(args=list(arguments) if arguments is not None else None, prog_name="opd")
+    except SystemExit as done:
+        return done.code if isinstance(done.code, int) else 0
     except StageFailed as failure:
         print(f"\n{failure.name} failed; its last lines were\n{terminal.last_lines(failure.said)}\n\n  go on with  make run", file=sys.stderr)
     except (ValueError, RuntimeError, Busy) as error:
         print(f"\n{error}\n", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("\n\n  interrupted; go on with  make run", file=sys.stderr)
-        return 130
+    except BrokenPipeError:  # the reader of a pipe, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m flows", description="When the stages run.")
-    commands = parser.add_subparsers(required=True)
-    run = commands.add_parser("run", help="bring the run that params.yaml describes up to date")
-    run.add_argument("targets", nargs="*", metavar="STAGE", help="only what leads to these stages, e.g. evaluate@final")
-    run.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="write a setting into params.yaml first")
-    run.set_defaults(command=_run)
-    plan = commands.add_parser("plan", help="say what is up to date and what is not")
-    plan.add_argument("targets", nargs="*", metavar="STAGE")
-    plan.set_defaults(command=_plan)
-    accept = commands.add_parser("accept", help="declare that edits of code didn't change what these stages made")
-    accept.add_argument("stages", nargs="+", metavar="STAGE")
-    accept.set_defaults(command=_accept)
-    return parser
+# Runs
 
 
-def _run(parsed: argparse.Namespace) -> int:
+@app.command()
+def run(targets: Stages = None, changes: Changes = None) -> None:
+    """Bring the run that params.yaml describes up to date, as a Prefect flow."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)  # before Prefect reads it
-    settings.write(_changes(parsed.set))
+    settings.write(_changes(changes or ()))
     with server.in_use() as url:
         from flows.train import opd
 
-        states = opd(targets=parsed.targets)
+        try:
+            states = opd(targets=targets or [])
+        except KeyboardInterrupt:
+            print("\n\n  interrupted; go on with  make run", file=sys.stderr)
+            raise typer.Exit(130) from None
     if "report" in states:
         name = params.load().run.name
-        run = Path("artifacts") / name
-        print(terminal.closing(run, summary.write(run, METRICS / name, states), url.removesuffix("/api")))
-    return 0
+        folder = store.ROOT / name
+        print(terminal.closing(folder, summary.write(folder, METRICS / name, states), url.removesuffix("/api")))
+
+
+@app.command()
+def plan(targets: Stages = None) -> None:
+    """Say what is up to date and what is not."""
+    for step in pipeline.plan(targets or ()):
+        state = "to do" if step.stale else "may be to do" if step.due else "not needed" if step.missing else "up to date"
+        print(f"  {step.name:<20} {state}")
+
+
+@app.command("serve")
+def serve_() -> None:
+    """Serve the deployment opd/train, and start a Prefect server if none answers."""
+    raise typer.Exit(serve.main())
+
+
+@app.command()
+def extend(iterations: Annotated[int, typer.Option(min=1, help="how many more")]) -> None:
+    """Add iterations to the end of the run; `opd run` then makes them, and repeats nothing."""
+    there = len(params.load().iterations)
+    changes = settings.extension(there + iterations)
+    settings.write(changes)
+    for field, value in changes.items():
+        print(f"  {field}: {value}")
+
+
+@app.command()
+def accept(stages: Annotated[list[str], typer.Argument(metavar="STAGE...")]) -> None:
+    """Declare that edits of code didn't change what these stages made."""
+    for name in pipeline.accept(stages):
+        print(f"  {name}: dvc.lock now holds its code as it is; what it made stays as it was")
 
 
 def _changes(pairs: Sequence[str]) -> dict[str, str]:
@@ -70,14 +102,113 @@ def _changes(pairs: Sequence[str]) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in pairs)
 
 
-def _plan(parsed: argparse.Namespace) -> int:
-    for step in pipeline.plan(parsed.targets):
-        state = "to do" if step.stale else "may be to do" if step.due else "not needed" if step.missing else "up to date"
-        print(f"  {step.name:<20} {state}")
-    return 0
+# Lineage
 
 
-def _accept(parsed: argparse.Namespace) -> int:
-    for name in pipeline.accept(parsed.stages):
-        print(f"  {name}: dvc.lock now holds its code as it is; what it made stays as it was")
-    return 0
+class Form(StrEnum):
+    """How a history is written."""
+
+    tree = "tree"
+    mermaid = "mermaid"
+    html = "html"
+    prov = "prov"
+    openlineage = "openlineage"
+    in_toto = "in-toto"
+
+
+@app.command("lineage")
+def lineage_(artifact: Wanted, form: Annotated[Form, typer.Option("--as")] = Form.tree, out: Out = None) -> None:
+    """Everything that an artifact came from: parents, settings, seeds, code and its commit, versions, and who ran it when."""
+    told = _history(artifact)
+    match form:
+        case Form.tree:
+            text = terminal.history(told)
+        case Form.mermaid:
+            text = lineage.mermaid(told)
+        case Form.html:
+            text = lineage.page(told)
+        case _:
+            text = exports.EXPORTS[form.value](told)
+    _write(text, out)
+
+
+@app.command("diff")
+def diff_(first: Wanted, second: Wanted) -> None:
+    """What differs between the histories of two artifacts."""
+    print(terminal.differences(list(lineage.diff(_history(first), _history(second)))))
+
+
+@app.command("verify")
+def verify_(
+    artifacts: Annotated[list[str] | None, typer.Argument(metavar="[ARTIFACT]...", help="all that are here if none are named")] = None,
+    deep: Annotated[bool, typer.Option("--deep", help="also read the arrays and compare every artifact with its parents")] = False,
+    shard: Annotated[
+        str | None, typer.Option("--replay", metavar="SHARD", help="make this shard of the one artifact again, and compare bytes")
+    ] = None,
+    signature: Annotated[Path | None, typer.Option(help="check this signature over the one artifact's history, which `opd sign` wrote")] = None,
+    key: Annotated[Path | None, typer.Option(help="the public key (PEM) of whoever signed")] = None,
+) -> None:
+    """Hash every file again. Exit code 1 if anything is not what was published; says what was made from it and is void."""
+    there = store.read_store()
+    wanted = [there.find(name) for name in artifacts] if artifacts else None
+    one = wanted[0] if wanted and len(wanted) == 1 else None
+    if ((shard or signature or key) and one is None) or bool(signature) != bool(key):
+        raise ValueError("--replay, and --signature with --key, are for one artifact; expected its name")
+    findings = list(verify.verify(there, wanted, deep=deep))
+    print(terminal.findings(findings, len(wanted if wanted is not None else there.artifacts)))
+    if findings:
+        raise typer.Exit(1)
+    if one and signature and key:
+        exports.check(lineage.history(there, one), signature, key)
+        print(f"  {signature}: signed by the owner of {key}")
+    if one and shard:
+        _replay(there, one, shard)
+
+
+def _replay(there: store.Store, one: store.Artifact, shard: str) -> None:
+    again = replay.replay(there, one, shard, params.load(), this_host(None, one.manifest.params.get("device", "cpu"), "none", METRICS))
+    if again.differing:
+        raise ValueError(
+            f"{again.name}/{again.shard}: {len(again.differing)} of {again.files} files came out differently: {', '.join(again.differing)}"
+        )
+    print(f"  {again.name}/{again.shard}: made again, {again.files} files, the same bytes")
+
+
+@app.command("audit")
+def audit_(question: Annotated[str, typer.Argument(help="in SQL; a wrong one is answered with the tables")]) -> None:
+    """Ask anything of all manifests, evaluations and executions, in SQL."""
+    print(terminal.rows(*audit.ask(store.read_store(), question)))
+
+
+@app.command()
+def sign(artifact: Wanted, key: Annotated[Path, typer.Option(help="an Ed25519 private key (PEM)")], out: Out = None) -> None:
+    """Sign an artifact's whole history."""
+    _write(exports.sign(_history(artifact), key), out)
+
+
+@app.command()
+def gc(
+    keep: Annotated[list[str] | None, typer.Option(metavar="ARTIFACT", help="keep this too, and all that it came from")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would go")] = False,
+) -> None:
+    """Remove the artifacts that neither the run of params.yaml nor what is named needs."""
+    there = store.read_store()
+    found = collect.garbage(there, params.load(), [there.find(name) for name in keep or ()])
+    for artifact in found.artifacts:
+        print(f"  {artifact.name}")
+    print(f"  {len(found.artifacts)} artifacts, {found.bytes / 1e6:.1f} MB {'would be' if dry_run else 'were'} removed")
+    if not dry_run:
+        collect.remove(found)
+
+
+def _history(name: str) -> lineage.History:
+    there = store.read_store()
+    return lineage.history(there, there.find(name))
+
+
+def _write(text: str, out: Path | None) -> None:
+    if out is None:
+        print(text, end="" if text.endswith("\n") else "\n")
+    else:
+        out.write_text(text, encoding="utf-8")
+        print(f"  {out}")

@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+from vla_opd.host import TASK_RUN
 from vla_opd.lifeline import die_with_parent
 
 PER_ITERATION = ("sample", "label", "optimize")  # the stages that dvc.yaml repeats for each of `iterations`
@@ -60,6 +61,7 @@ class Step:
     stale:   DVC holds it changed whatever is missing, i.e. its command, a parameter or a dependency differs from dvc.lock.
     missing: one of its outs isn't there.
     due:     it may have to run. A step that isn't due needs no DVC call at all.
+    outs:    the folders that it makes.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Step:
     stale: bool = True
     missing: bool = True
     due: bool = True
+    outs: tuple[str, ...] = ()
 
     @property
     def verb(self) -> str:
@@ -119,6 +122,7 @@ def _step(stage: Any, upstream: list[Any]) -> Step:
         parents=tuple(parent.addressing for parent in upstream),
         stale=stage.changed(allow_missing=True, upstream=upstream),
         missing=not all(out.exists for out in stage.outs),
+        outs=tuple(out.def_path for out in stage.outs),
     )
 
 
@@ -141,15 +145,16 @@ def mark_due(steps: tuple[Step, ...]) -> tuple[Step, ...]:
             return tuple(replace(step, due=step.name in due) for step in steps)
 
 
-def bring(name: str, tell: Tell) -> bool:
+def bring(name: str, tell: Tell, task_run: str = "") -> bool:
     """Bring stage `name` up to date by `dvc repro --single-item`, and hand on each line as it is said. True if it ran, False if nothing had changed.
 
+    task_run: of Prefect, for the record of who ran the stage.
     Raises Busy if another DVC process is in the way, StageFailed with the last lines if the command fails.
     """
     command = [sys.executable, "-m", "dvc", "repro", "--single-item", name]
     said: list[str] = []
     ran = False
-    with _started(command) as process:
+    with _started(command, {TASK_RUN: task_run}) as process:
         assert process.stdout is not None
         for line in lines(process.stdout):
             tell(line)
@@ -162,10 +167,10 @@ def bring(name: str, tell: Tell) -> bool:
     raise StageFailed(name, said)
 
 
-def _started(command: list[str]) -> "subprocess.Popen[bytes]":
+def _started(command: list[str], more: Mapping[str, str]) -> "subprocess.Popen[bytes]":
     """The command, with this interpreter's folder first on PATH (dvc.yaml says `python`), unbuffered, and killed if this process dies."""
     folder = str(Path(sys.executable).parent)
-    environment = os.environ | {"PATH": folder + os.pathsep + os.environ.get("PATH", ""), "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PATH": folder + os.pathsep + os.environ.get("PATH", ""), "PYTHONUNBUFFERED": "1", **more}
     return subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from flows import presence, server
+from flows import gpu, presence, server
 
 DEPLOYMENT = "train"
 LOCK = Path(".prefect/serve.lock")
@@ -21,6 +21,7 @@ def main() -> int:
         with presence.locked(LOCK, f"{LOCK} is held: opd/{DEPLOYMENT} is being served from this folder already"), server.in_use() as url:
             for run in crash_orphans():
                 print(f"  {run}: its process is gone, so it is now Crashed; go on with  prefect flow-run retry {run}")
+            gpu.ensure_limit()
             _serve(url)
     except RuntimeError as error:
         print(f"\n{error}\n", file=sys.stderr)
@@ -60,11 +61,14 @@ def crash_orphans() -> list[str]:
 
 
 def _serve(url: str) -> None:
+    from prefect.schedules import Cron
+
     from flows.train import opd
 
     print(f"  serving opd/{DEPLOYMENT}; runs are shown at {url.removesuffix('/api')}")
     print(f"  start one with  prefect deployment run opd/{DEPLOYMENT} --watch")
-    opd.serve(name=DEPLOYMENT, limit=1, description=opd.__doc__, print_starting_message=False)
+    nightly = Cron("0 2 * * *", slug="nightly", active=False)  # off until someone turns it on, in the interface or by `prefect deployment schedule`
+    opd.serve(name=DEPLOYMENT, limit=1, schedules=[nightly], description=opd.__doc__, print_starting_message=False)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
-from prefect.runtime import flow_run
+from prefect.runtime import flow_run, task_run
 from prefect.states import Completed
 from pydantic import Field
 
-from flows import pipeline, presence, summary
+from flows import gpu, pipeline, posted, presence, summary
 from flows.pipeline import Busy, Line, StageFailed, Step
 from flows.settings import Settings, extension, write
 from flows.terminal import StageLine, heading
@@ -42,13 +42,15 @@ def bring(step: Step) -> State[Any]:
         return Completed(name="Unchanged", message=f"{step.name}: {why}")
     kept, began = Kept(get_run_logger()), time.monotonic()
     try:
-        ran = pipeline.bring(step.name, lambda line: (screen.tell(line), kept.tell(line)))
+        with gpu.held(step.verb):
+            ran = pipeline.bring(step.name, lambda line: (screen.tell(line), kept.tell(line)), str(task_run.get_id()))
     except StageFailed:
         screen.failed()
         raise
     if ran:
         summary.note(METRICS / load().run.name, step.name, time.monotonic() - began)
         screen.ran()
+        posted.post(step)
         return Completed(message=f"{step.name}: ran")
     screen.unchanged("its inputs came out the same")
     return Completed(name="Unchanged", message=f"{step.name}: nothing it depends on had changed")

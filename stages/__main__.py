@@ -18,6 +18,7 @@ from vla_opd.envs.graphics import use_backend
 from vla_opd.host import METRICS, Host, this_host
 from vla_opd.lifeline import die_with_parent
 from vla_opd.params import Params, load, named_function
+from vla_opd.tracking import execution
 
 VERBS = {
     "demonstrate": "--name",
@@ -40,11 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         params = load("params.yaml", options.set)
         host = this_host(options.workers, options.device, options.tracking, METRICS)
-        manifest = _run(options.verb, getattr(options, "key", None), params, host)
+        key = getattr(options, "key", None)
+        finished = execution(host, params.run.name, options.verb, key or options.verb)
+        digest = _run(options.verb, key, params, host)
+        finished(digest)
     except ValueError as mistake:
         print(f"{options.verb}: {mistake}", file=sys.stderr)
         return 2
-    print(f"{options.verb}: digest {manifest[:12]}")
+    print(f"{options.verb}: digest {digest[:12]}")
     return 0
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from flows import cli
 from stages.__main__ import VERBS
 from vla_opd.params import Params, load
 
@@ -219,8 +220,8 @@ def test_readme_commands_exist(command: str) -> None:
     words = command.split()
     if words[0] == "make":
         assert words[1] in make_targets(), command
-    if match := re.search(r"python -m (flows|stages)(?: (\w+))?", command):
-        known = set(VERBS) if match[1] == "stages" else {"run", "plan", "accept"}
+    if match := re.search(r"(?:python -m )?(opd|stages) (\w+)", command):
+        known = set(VERBS) if match[1] == "stages" else {one.name or one.callback.__name__ for one in cli.app.registered_commands}
         assert match[2] in known, command
     if match := re.search(r"dvc repro\s+(.*)", command):
         named = {word.partition("@")[0] for word in match[1].split() if not word.startswith("-")}

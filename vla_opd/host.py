@@ -1,23 +1,31 @@
 """The machine that a stage happens to run on. None of it is part of a result, so none of it is in `params.yaml`."""
 
 import os
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 TrackingMode = Literal["wandb", "jsonl", "none"]
-METRICS = Path("artifacts/.metrics")  # a folder a run: curves, and how long stages took
+METRICS = Path("artifacts/.metrics")  # a folder a run: curves, how long stages took, who ran them
+TASK_RUN = "OPD_TASK_RUN"  # the environment variable by which a flow tells a stage which of its task runs it is
 
 
 @dataclass(frozen=True)
 class Host:
-    """workers: simulator processes. device: torch device. metrics: where curves go. timeout_s: a simulator silent for longer is hung."""
+    """workers: simulator processes. device: torch device. metrics: where curves go. timeout_s: a simulator silent for longer is hung.
+
+    execution: names this run of a stage, in the record of executions and as its id in W&B.
+    task_run:  the Prefect task run that it is, if it is one.
+    """
 
     workers: int = 1
     device: str = "cpu"
     tracking: TrackingMode = "none"
     metrics: Path = METRICS
     timeout_s: float = 300.0
+    execution: str = ""
+    task_run: str = ""
 
 
 def this_host(workers: int | None, device: str, tracking: TrackingMode, metrics: Path) -> Host:
@@ -30,4 +38,5 @@ def this_host(workers: int | None, device: str, tracking: TrackingMode, metrics:
         raise ValueError(f"device is {device!r}; expected 'auto', 'cpu' or, where torch sees one, 'cuda'")
     if tracking not in get_args(TrackingMode):  # argparse checks the option, but not its default from the environment
         raise ValueError(f"tracking is {tracking!r}; expected one of {list(get_args(TrackingMode))}")
-    return Host(workers or len(os.sched_getaffinity(0)), device, tracking, metrics)
+    workers = workers or len(os.sched_getaffinity(0))
+    return Host(workers, device, tracking, metrics, execution=secrets.token_hex(4), task_run=os.environ.get(TASK_RUN, ""))

@@ -1,22 +1,116 @@
 """Curves, host and wall time: to W&B, or to JSON lines. Never a prompt, never a failure, and never part of an artifact.
 
+Beside the curves stands a record of executions: which artifact which stage made, who ran it, where, when and from which commit.
+
 With an account (a key in the environment or in ~/.netrc) W&B is online, without one offline; `WANDB_MODE` decides where it is set. One W&B run per
 execution of a stage, grouped by the name of the run: resuming an offline run is not supported by W&B, and runs that share an id overwrite each other.
 """
 
+import getpass
 import json
 import os
 import platform
+import subprocess
 import time
 import warnings
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vla_opd.host import Host
 
 Log = Callable[[Mapping[str, float], int], None]
+EXECUTIONS = "executions.jsonl"
+CODE = ("flows", "stages", "vla_opd")
+
+
+class Execution(BaseModel):
+    """One run of a stage to its end.
+
+    id:       its name here and in W&B. task_run: the Prefect task run that it was, if any.
+    digest:   of the artifact `name` that it published.
+    began, ended: UTC.
+    commit:   git's HEAD at its start; `edited` if the code in the working tree differed from it then. Empty outside a repository.
+    """
+
+    model_config = ConfigDict(frozen=True)
+    id: str
+    stage: str
+    name: str
+    digest: str
+    began: datetime
+    ended: datetime
+    host: str
+    user: str
+    commit: str
+    edited: bool
+    device: str
+    task_run: str = ""
+
+
+def execution(host: Host, run: str, stage: str, name: str) -> Callable[[str], None]:
+    """Begin one run of a stage: `finished(digest)` adds it to the record of executions. Without tracking nothing is; no failure fails a stage."""
+    began, (commit, edited) = datetime.now(UTC), _head()
+
+    def finished(digest: str) -> None:
+        if host.tracking == "none":
+            return
+        one = Execution(
+            id=host.execution,
+            stage=stage,
+            name=name,
+            digest=digest,
+            began=began,
+            ended=datetime.now(UTC),
+            host=platform.node(),
+            user=_user(),
+            commit=commit,
+            edited=edited,
+            device=host.device,
+            task_run=host.task_run,
+        )
+        path = host.metrics / run / EXECUTIONS
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as stream:
+                stream.write(one.model_dump_json() + "\n")
+        except OSError as error:
+            warnings.warn(f"{path}: {error}; who made {name} and when is not recorded", stacklevel=2)
+
+    return finished
+
+
+def executions(folder: Path) -> tuple[Execution, ...]:
+    """The executions recorded in a run's folder of metrics, the oldest first; a line that a kill cut short is passed over."""
+    path = folder / EXECUTIONS
+    found: list[Execution] = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            found.append(Execution.model_validate_json(line))
+        except ValidationError:
+            continue
+    return tuple(found)
+
+
+def _head() -> tuple[str, bool]:
+    """The commit that is checked out, and whether its code was edited since."""
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)  # noqa: S607 - the user's own git
+        state = subprocess.run(["git", "status", "--porcelain", "--", *CODE], capture_output=True, text=True, check=False)  # noqa: S603, S607
+    except OSError:  # no git
+        return "", False
+    return (head.stdout.strip(), bool(state.stdout.strip())) if head.returncode == 0 else ("", False)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        return str(os.getuid())
 
 
 @contextmanager
@@ -64,8 +158,9 @@ def _wandb(host: Host, run: str, stage: str, name: str, config: Mapping[str, Any
             group=run,
             job_type=stage,
             name=f"{stage}-{name}",
+            id=host.execution or None,
             dir=host.metrics,
-            config=dict(config),
+            config={**config, **({"prefect_task_run": host.task_run} if host.task_run else {})},
             mode=mode,  # pyright: ignore[reportArgumentType] - WANDB_MODE is free text; wandb.init checks it
             settings=wandb.Settings(silent=True, init_timeout=20, console="off"),
         )

@@ -2,6 +2,9 @@
 
 import http.server
 import io
+import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -72,7 +75,7 @@ def test_a_failed_stage_is_told_with_its_last_lines_and_the_way_on(monkeypatch: 
     def fail(_: object) -> None:
         raise StageFailed("label@it001", ["", "shard 3 is corrupt"])
 
-    monkeypatch.setattr(cli, "_plan", fail)
+    monkeypatch.setattr(pipeline, "plan", fail)
     assert cli.main(["plan"]) == 1
     said = capsys.readouterr().err
     assert "label@it001 failed" in said
@@ -91,6 +94,90 @@ def test_the_plan_is_told_step_by_step(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert cli.main(["plan"]) == 0
     said = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
     assert said == [["demonstrate@main", "not needed"], ["base", "up to date"], ["teacher", "to do"], ["label@it001", "may be to do"]]
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(undisturbed: Path) -> None:
+    """`opd audit ... | head`: the pipe is closed before everything is written."""
+    command = f"{sys.executable} -m flows audit 'SELECT * FROM range(100000)' | head -n 1"  # noqa: S608 - no injection, a long answer
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["bash", "-c", command], cwd=undisturbed, env=environment, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("arguments", [["undo"], ["lineage"], ["lineage", "it001", "--as", "poem"], ["extend", "--iterations", "0"]])
+def test_a_command_line_that_cannot_be_read_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments) == 2
+    assert "Usage: opd" in capsys.readouterr().err
+
+
+def test_every_command_says_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    said = capsys.readouterr().out
+    for command in ("run", "plan", "serve", "extend", "accept", "lineage", "diff", "verify", "audit", "sign", "gc"):
+        assert re.search(rf"\b{command}\b +\w", said), command
+
+
+def test_a_run_is_extended_from_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text(PARAMS)
+    assert cli.main(["extend", "--iterations", "2"]) == 0
+    run = params.load()
+    assert run.iterations == {"it001": "student", "it002": "it001", "it003": "it002", "it004": "it003"}
+    assert run.evaluations["final"] == "it004"
+
+
+@pytest.fixture
+def run(undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of a small run, in which the test stands."""
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "artifacts/small"
+
+
+@pytest.mark.usefixtures("run")
+def test_lineage_in_every_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for form in cli.Form:
+        assert cli.main(["lineage", "checkpoints/it001", "--as", form.value, "--out", str(tmp_path / form.value)]) == 0
+        assert "trajectories/it001" in (tmp_path / form.value).read_text(), form
+    assert cli.main(["lineage", "checkpoints/it001"]) == 0
+    assert "small/trajectories/it001" in capsys.readouterr().out
+
+
+def test_verify_ends_with_an_error_where_something_is_damaged(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["verify", "--deep"]) == 0
+    assert "10 artifacts checked, 0 damaged" in capsys.readouterr().out
+    assert cli.main(["verify", "trajectories/it001", "--replay", "shard-000-00000"]) == 0
+    assert "the same bytes" in capsys.readouterr().out
+    (run / "checkpoints/teacher/metrics.jsonl").write_text("")
+    assert cli.main(["verify"]) == 1
+    said = capsys.readouterr().out
+    assert "metrics.jsonl: 0 bytes" in said
+    assert "small/checkpoints/it001" in said.split("void with it:")[1]
+    assert cli.main(["verify", "logits/it001"]) == 0
+
+
+@pytest.mark.usefixtures("run")
+def test_a_signature_made_by_one_command_is_checked_by_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", "key.pem"], check=True)
+    subprocess.run(["openssl", "pkey", "-in", "key.pem", "-pubout", "-out", "key.pub"], check=True)
+    assert cli.main(["sign", "checkpoints/it001", "--key", "key.pem", "--out", "signature.json"]) == 0
+    assert cli.main(["verify", "checkpoints/it001", "--signature", "signature.json", "--key", "key.pub"]) == 0
+    assert cli.main(["verify", "checkpoints/teacher", "--signature", "signature.json", "--key", "key.pub"]) == 1
+    assert "signed was another history" in capsys.readouterr().err
+    assert cli.main(["verify", "--signature", "signature.json", "--key", "key.pub"]) == 1
+    assert "are for one artifact" in capsys.readouterr().err
+
+
+def test_gc_removes_only_when_it_is_not_dry(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changed = (run.parents[1] / "params.yaml").read_text().replace("final: it001", "final: student").replace("{it001: student}", "{it009: student}")
+    (run.parents[1] / "params.yaml").write_text(changed)
+    (run / "report").rename(run.parents[1] / "aside")  # a page keeps what it was made from
+    (run / "evaluations/final").rename(run.parents[1] / "final")
+    for dry, there in (["--dry-run"], True), ([], False):
+        assert cli.main(["gc", *dry]) == 0
+        assert (run / "checkpoints/it001").is_dir() is there
+        assert "small/logits/it001" in capsys.readouterr().out
+    assert (run / "checkpoints/student").is_dir()
 
 
 def test_a_change_without_a_value_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

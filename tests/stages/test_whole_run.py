@@ -15,35 +15,9 @@ import pytest
 import safetensors
 
 import stages.__main__ as command
+from tests.small_run import HOST, PARAMS, STAGES, run_stage
 
 REPOSITORY = Path(__file__).parents[2]
-PARAMS = """
-run: {name: small, seed: 3}
-environment: {family: "tests.out_of_tree:make", tasks: [red, blue], image_size: 32, settle: 0}
-policy: {chunk: 4, bins: 32, crop: 32, width: 32, layers: 1, heads: 2, channels: 8}
-demonstrations: {main: {episodes: 12}}
-demonstrate: {expert: "tests.out_of_tree:expert", horizon: 60}
-teacher: {demonstrations: main, steps: 30, learning_rate: 2.0e-3}
-student: {parent: teacher, demonstrations: main, per_task: 1, steps: 24, learning_rate: 2.5e-4}
-finetune: {save_every: 3, batch_size: 16, threads: 1}
-sample: {group: 3, horizon: 40, prompts: 4}
-optimize: {steps: 24, save_every: 3, schedule_iterations: 1, batch_size: 16, threads: 1}
-iterations: {it001: student}
-evaluate: {episodes: 10, horizon: 40}
-evaluations: {start: student, final: it001, teacher: teacher}
-"""
-STAGES = {
-    "demonstrations/main": ["demonstrate", "--name", "main"],
-    "checkpoints/teacher": ["finetune", "--name", "teacher"],
-    "checkpoints/student": ["finetune", "--name", "student"],
-    "trajectories/it001": ["sample", "--iteration", "it001"],
-    "logits/it001": ["label", "--iteration", "it001"],
-    "checkpoints/it001": ["optimize", "--iteration", "it001"],
-    "evaluations/start": ["evaluate", "--name", "start"],
-    "evaluations/final": ["evaluate", "--name", "final"],
-    "evaluations/teacher": ["evaluate", "--name", "teacher"],
-    "report/page": ["report"],
-}
 # A stage of each kind, and how much it has finished when it is killed: shards, lines of the journal, or saved optimiser steps. A good part is left.
 KILLED_AT = {
     "demonstrations/main": 1,
@@ -53,33 +27,17 @@ KILLED_AT = {
     "checkpoints/it001": 6,
     "evaluations/final": 3,
 }
-HOST = ["--device", "cpu", "--tracking", "none"]
 SEED = "KILL_SEED"  # repeats the random kill of an earlier test run
-
-
-def _run(folder: Path, arguments: list[str], workers: int) -> None:
-    with chdir(folder):
-        assert command.main([*arguments, "--workers", str(workers), *HOST]) == 0
 
 
 def _bytes(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole run by one worker."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    (folder / "params.yaml").write_text(PARAMS)
-    for arguments in STAGES.values():
-        _run(folder, arguments, workers=1)
-    return folder
-
-
 def test_two_workers_write_the_same_bytes(undisturbed: Path, tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text(PARAMS)
     for artifact, arguments in STAGES.items():
-        _run(tmp_path, arguments, workers=2)
+        run_stage(tmp_path, arguments, workers=2)
         assert _bytes(tmp_path / "artifacts/small" / artifact) == _bytes(undisturbed / "artifacts/small" / artifact), artifact
 
 
@@ -112,7 +70,7 @@ def _goes_on(undisturbed: Path, folder: Path, artifact: str, finished: int, capt
     out, expected = (place / "artifacts/small" / artifact for place in (folder, undisturbed))
     before = _shard_times(_draft(out)) if finished else {}
     said_before = captured.readouterr()
-    _run(folder, STAGES[artifact], workers=2)
+    run_stage(folder, STAGES[artifact], workers=2)
     said = captured.readouterr().err
     print(said_before.out, said_before.err, said, sep="\n")
     reused = re.search(r"reusing (\d+) of \d+ |going on from step (\d+)", said)

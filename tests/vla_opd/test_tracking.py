@@ -2,14 +2,17 @@
 
 import json
 import os
+import platform
+import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from vla_opd.host import Host, TrackingMode
-from vla_opd.tracking import track
+from vla_opd.tracking import execution, executions, track
 
 ROWS = [{"loss": 2.0, "accuracy": 0.25}, {"loss": 1.5}]
 
@@ -169,3 +172,36 @@ def test_wandb_offline_needs_no_network_and_no_account(tmp_path: Path) -> None:
         assert time.monotonic() < end, "W&B wrote nothing"
         time.sleep(0.1)
     assert [row["loss"] for row in lines(tmp_path)] == [2.0, 1.5]
+
+
+def test_an_execution_is_recorded_with_who_where_when_and_from_which_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*words: str) -> str:
+        command = ["git", "-c", "user.name=t", "-c", "user.email=t@t", *words]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LOGNAME", "ada")
+    execution(host(tmp_path, "jsonl"), "run", "label", "it001")("d" * 64)
+    git("init", "-q")
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages/label.py").write_text("one")
+    git("add", "stages")
+    git("commit", "-q", "-m", "one")
+    execution(replace(host(tmp_path, "jsonl"), execution="abc", task_run="t-1"), "run", "label", "it001")("e" * 64)
+    (tmp_path / "stages/label.py").write_text("two")
+    (tmp_path / "params.yaml").write_text("not code")
+    execution(host(tmp_path, "jsonl"), "run", "optimize", "it001")("f" * 64)
+    outside, committed, edited = executions(tmp_path / "metrics/run")
+    assert (outside.commit, outside.edited, outside.user, outside.host) == ("", False, "ada", platform.node())
+    assert (committed.commit, committed.edited, committed.id, committed.task_run) == (git("rev-parse", "HEAD"), False, "abc", "t-1")
+    assert (edited.commit, edited.edited, edited.stage, edited.digest) == (committed.commit, True, "optimize", "f" * 64)
+    assert outside.began <= outside.ended <= committed.began
+
+
+def test_an_execution_that_cannot_be_recorded_fails_nothing(tmp_path: Path) -> None:
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics/run").write_text("in the way")
+    with pytest.warns(UserWarning, match="who made it001 and when is not recorded"):
+        execution(host(tmp_path, "jsonl"), "run", "label", "it001")("d" * 64)
+    execution(host(tmp_path, "none"), "run", "label", "it001")("d" * 64)
+    assert executions(tmp_path / "other") == ()

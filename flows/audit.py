@@ -1,0 +1,67 @@
+"""Questions in SQL over everything that the manifests, the evaluations and the record of executions say."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import duckdb
+
+from flows.lineage import flat
+from flows.store import Artifact, Store
+from vla_opd.evaluation import read_records
+from vla_opd.host import METRICS
+from vla_opd.tracking import executions
+
+SCHEMA = """
+CREATE TABLE artifacts (digest TEXT, name TEXT, run TEXT, kind TEXT, bytes BIGINT);
+CREATE TABLE parents (child TEXT, role TEXT, parent TEXT);
+CREATE TABLE ancestors (descendant TEXT, ancestor TEXT);
+CREATE TABLE files (digest TEXT, path TEXT, size BIGINT, sha256 TEXT);
+CREATE TABLE settings (digest TEXT, key TEXT, value TEXT);
+CREATE TABLE facts (digest TEXT, key TEXT, value TEXT);
+CREATE TABLE versions (digest TEXT, package TEXT, version TEXT);
+CREATE TABLE episodes (evaluation TEXT, task TEXT, state INTEGER, success BOOLEAN, steps INTEGER, instruction TEXT);
+CREATE TABLE executions (id TEXT, stage TEXT, name TEXT, digest TEXT, began TIMESTAMP, ended TIMESTAMP, host TEXT, "user" TEXT, "commit" TEXT,
+                         edited BOOLEAN, device TEXT, task_run TEXT);
+"""
+"""The tables. `digest`, `child`, `parent`, `descendant`, `ancestor` and `evaluation` are digests; an artifact is among its own ancestors."""
+
+
+def ask(store: Store, question: str, metrics: Path = METRICS) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """The names of the columns, and the rows. ValueError with DuckDB's message and the tables for a question that it doesn't understand.
+
+    The database is in memory and closed to everything outside: a question reads the tables, and neither reads nor writes a file.
+    """
+    with duckdb.connect(":memory:") as base:
+        base.execute(SCHEMA)
+        for table, rows in _rows(store, metrics):
+            if rows:
+                base.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' * len(rows[0]))})", rows)  # noqa: S608 - names of our own
+        base.execute("SET enable_external_access = false; SET lock_configuration = true")
+        try:
+            answer = base.execute(question)
+            return [column[0] for column in answer.description or ()], answer.fetchall()
+        except duckdb.Error as error:
+            raise ValueError(f"{question!r}: {error}\nThe tables are:{SCHEMA}") from error
+
+
+def _rows(store: Store, metrics: Path) -> Iterator[tuple[str, list[tuple[Any, ...]]]]:
+    artifacts = list(store.by_digest.values())
+    yield "artifacts", [(a.digest, a.name, a.run, a.manifest.kind, sum(f.size for f in a.manifest.files.values())) for a in artifacts]
+    yield "parents", [(a.digest, role, parent) for a in artifacts for role, parent in a.manifest.parents.items()]
+    yield "ancestors", [(a.digest, one.digest) for a in artifacts for one in store.ancestors(a)]
+    yield "files", [(a.digest, path, entry.size, entry.sha256) for a in artifacts for path, entry in a.manifest.files.items()]
+    yield "settings", [(a.digest, key, _text(value)) for a in artifacts for key, value in flat(a.manifest.params).items()]
+    yield "facts", [(a.digest, key, _text(value)) for a in artifacts for key, value in flat(a.manifest.facts).items()]
+    yield "versions", [(a.digest, *pair) for a in artifacts for pair in a.manifest.made_with.items()]
+    yield "episodes", [row for a in artifacts if a.manifest.kind == "evaluation" for row in _episodes(a)]
+    yield "executions", [tuple(e.model_dump().values()) for run in sorted({a.run for a in store.artifacts}) for e in executions(metrics / run)]
+
+
+def _episodes(evaluation: Artifact) -> list[tuple[Any, ...]]:
+    return [(evaluation.digest, r.task, r.state, r.success, r.steps, r.instruction) for r in read_records(evaluation.folder)]
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

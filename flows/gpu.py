@@ -1,0 +1,40 @@
+"""One stage at a time on this machine's GPU, whichever flow run it belongs to: a concurrency limit of Prefect's."""
+
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+LIMIT = "opd-gpu"
+STAGES = ("finetune", "sample", "label", "optimize", "evaluate", "base", "teacher", "student")  # those that run a policy
+DRIVER = Path("/proc/driver/nvidia/version")
+
+
+def needed(verb: str) -> bool:
+    """Whether a stage will use a GPU: `--device auto` takes one where there is one. Found out without importing torch."""
+    device = os.environ.get("OPD_DEVICE", "auto")
+    return verb in STAGES and (device.startswith("cuda") or (device == "auto" and DRIVER.is_file()))
+
+
+@contextmanager
+def held(verb: str) -> Generator[None]:
+    """Wait for the GPU if the stage needs it, and keep it for as long as the context lasts. The lease of a holder that dies runs out by itself."""
+    if not needed(verb):
+        yield
+        return
+    from prefect.concurrency.sync import concurrency
+
+    with concurrency(LIMIT, occupy=1):
+        yield
+
+
+def ensure_limit() -> None:
+    """Make the limit, of one stage, unless there is one: whoever has two GPUs sets it to 2 (`prefect gcl update opd-gpu --limit 2`)."""
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectNotFound
+
+    with get_client(sync_client=True) as client:
+        try:
+            client.read_global_concurrency_limit_by_name(LIMIT)
+        except ObjectNotFound:
+            client.upsert_global_concurrency_limit_by_name(LIMIT, 1)

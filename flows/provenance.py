@@ -1,0 +1,82 @@
+"""Where an artifact's bytes came from beyond its parents: the stage and its code by dvc.lock, the commit that has this code, who ran it and when."""
+
+import hashlib
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from flows.store import ROOT, Artifact
+from vla_opd.host import METRICS
+from vla_opd.tracking import Execution, executions
+
+LOCK = Path("dvc.lock")
+COMMITS = 2000  # of the history, the newest so many are searched for an artifact's code
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How an artifact was made, as far as anyone knows.
+
+    stage:      as DVC addresses it, e.g. `label@it003`; empty if dvc.lock doesn't hold the artifact.
+    code:       file: md5, as dvc.lock has it.
+    commit:     the newest commit whose files are exactly those; empty if no commit in the history has them.
+    executions: who ran it, where and when, the last one last; those that gave this very digest.
+    """
+
+    stage: str = ""
+    code: Mapping[str, str] | None = None
+    commit: str = ""
+    executions: tuple[Execution, ...] = ()
+
+
+@cache
+def locked_stages(lock: Path = LOCK) -> dict[str, dict[str, Any]]:
+    """The stages of dvc.lock by the folder that they make: each its lock entry, with its `name`."""
+    if not lock.is_file():
+        return {}
+    stages = YAML(typ="safe").load(lock.read_text())["stages"]
+    return {out["path"]: entry | {"name": name} for name, entry in stages.items() for out in entry["outs"]}
+
+
+def origin(artifact: Artifact, metrics: Path = METRICS) -> Origin:
+    """What dvc.lock, git and the record of executions say of an artifact."""
+    ran = tuple(e for e in executions(metrics / artifact.run) if e.digest == artifact.digest)
+    entry = locked_stages().get((ROOT / artifact.name).as_posix())
+    if entry is None:
+        return Origin(executions=ran)
+    code = {dep["path"]: dep["md5"] for dep in entry["deps"] if not dep["path"].startswith(f"{ROOT}/")}
+    return Origin(entry["name"], code, commit_with(tuple(sorted(code.items()))), ran)
+
+
+@cache
+def commit_with(code: tuple[tuple[str, str], ...]) -> str:
+    """The newest commit behind HEAD whose files have these md5s. Empty if there is none: the code was never committed."""
+    for commit in _git("rev-list", f"--max-count={COMMITS}", "HEAD").split():
+        files = _tree(commit)
+        if all(path in files and _md5(files[path]) == md5 for path, md5 in code):
+            return commit
+    return ""
+
+
+@cache
+def _tree(commit: str) -> dict[str, str]:
+    """File: blob."""
+    lines = _git("ls-tree", "-r", "-z", commit, "--", "flows", "stages", "vla_opd").split("\0")
+    return {path: entry.split()[2] for entry, _, path in (line.partition("\t") for line in lines) if path}
+
+
+@cache
+def _md5(blob: str) -> str:
+    done = subprocess.run(["git", "cat-file", "blob", blob], capture_output=True, check=True)
+    return hashlib.md5(done.stdout, usedforsecurity=False).hexdigest()  # as DVC hashes files
+
+
+def _git(*words: str) -> str:
+    """What git says; nothing outside a repository."""
+    done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
+    return done.stdout if done.returncode == 0 else ""

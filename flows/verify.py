@@ -1,0 +1,88 @@
+"""Whether what is on disk is what was published, and whether it belongs together: every file hashed again, every parent compared."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from flows.store import Artifact, Store
+from vla_opd.artifacts import open_artifact
+from vla_opd.checkpoint import open_checkpoint, require_environment, require_same_actions
+from vla_opd.logits import read_shard
+from vla_opd.params import EnvironmentParams
+from vla_opd.tokens import ActionSpace
+from vla_opd.trajectory import read_states, shards
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is wrong: with which artifact, what, and what was made from it and is void with it."""
+
+    name: str
+    what: str
+    void: tuple[str, ...]
+
+
+def verify(
+    store: Store, wanted: Iterable[Artifact] | None = None, *, deep: bool = False, tell: Callable[[str], object] = lambda _: None
+) -> Iterator[Finding]:
+    """Hash every file of the wanted artifacts again (all of the store's if none are named).
+
+    deep: also open the arrays, and prove that labels lie on the states that they label, that students and teachers mean the same actions, and that
+    every trajectory is that of its student. `tell` hears of every artifact before it is checked.
+    """
+    chosen = list(store.artifacts if wanted is None else wanted)
+    if wanted is None:
+        yield from (Finding(name, what, ()) for name, what in store.broken.items())
+    for artifact in chosen:
+        tell(artifact.name)
+        for check in (_files, *((_aligned,) if deep else ())):
+            try:
+                check(store, artifact)
+            except ValueError as error:
+                yield Finding(artifact.name, str(error), tuple(one.name for one in store.descendants(artifact.digest)))
+                break
+
+
+def _files(_: Store, artifact: Artifact) -> None:
+    open_artifact(artifact.folder, artifact.manifest.kind)
+
+
+def _aligned(store: Store, artifact: Artifact) -> None:
+    """ValueError where an artifact contradicts a parent that is here."""
+    parents = {role: found for role, _, found in store.parents(artifact) if found is not None}
+    match artifact.manifest.kind:
+        case "trajectories":
+            read_states(shards(artifact.folder))
+            _same_environment(artifact, parents.get("student"))
+        case "demonstrations":
+            read_states(shards(artifact.folder))
+        case "logits":
+            _same_rows(artifact, parents.get("trajectories"))
+            _same_actions(artifact, parents.get("teacher"))
+        case "checkpoint":
+            open_checkpoint(artifact.folder).weights()
+            _same_actions(parents["logits"], artifact) if "logits" in parents else None
+        case _:
+            pass
+
+
+def _same_environment(artifact: Artifact, student: Artifact | None) -> None:
+    if student is not None:
+        environment = EnvironmentParams.model_validate(artifact.manifest.params["environment"])
+        require_environment(open_checkpoint(student.folder).facts, environment, student.name)
+
+
+def _same_actions(labels: Artifact, policy: Artifact | None) -> None:
+    if policy is not None:
+        space = ActionSpace.model_validate(labels.manifest.facts["action_space"])
+        require_same_actions(open_checkpoint(policy.folder).facts, space, labels.name)
+
+
+def _same_rows(labels: Artifact, trajectories: Artifact | None) -> None:
+    """Shard by shard, a label for every state; all of them are read, so their checksums are checked too."""
+    if trajectories is None:
+        return
+    ours, theirs = ({folder.name: folder for folder in shards(one.folder)} for one in (labels, trajectories))
+    if set(ours) != set(theirs):
+        raise ValueError(f"{labels.name}: labels the shards {sorted(ours)}; expected those of {trajectories.name}, {sorted(theirs)}")
+    for name, folder in ours.items():
+        read_shard(folder, len(read_states([theirs[name]])))

@@ -1,0 +1,60 @@
+"""Questions in SQL, of a small run."""
+
+from pathlib import Path
+
+import pytest
+
+from flows.audit import ask
+from flows.store import Store, read_store
+from tests.flows.test_lineage import executed, record
+
+
+@pytest.fixture
+def store(undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    monkeypatch.chdir(undisturbed)
+    return read_store()
+
+
+def test_which_checkpoints_saw_this_shard(store: Store) -> None:
+    question = """
+        SELECT a.name FROM files f JOIN ancestors x ON x.ancestor = f.digest JOIN artifacts a ON a.digest = x.descendant
+        WHERE f.path LIKE 'shard-000-00001/%' AND a.kind = 'checkpoint' AND f.digest = (SELECT digest FROM artifacts WHERE kind = 'trajectories')
+        GROUP BY a.name
+    """
+    assert ask(store, question) == (["name"], [("small/checkpoints/it001",)])
+
+
+def test_which_episodes_changed_between_two_evaluations(store: Store) -> None:
+    question = """
+        SELECT o.task, o.state, o.success, n.success
+        FROM episodes o JOIN artifacts a ON a.digest = o.evaluation AND a.name LIKE '%/start'
+        JOIN episodes n USING (task, state) JOIN artifacts b ON b.digest = n.evaluation AND b.name LIKE '%/teacher'
+        ORDER BY ALL
+    """
+    _, rows = ask(store, question)
+    assert len(rows) == 20
+    assert {task for task, *_ in rows} == {"red", "blue"}
+    assert ask(store, "SELECT count(*) FROM episodes")[1] == [(60,)]
+
+
+def test_every_table_is_filled(store: Store, tmp_path: Path) -> None:
+    record(tmp_path / "small", executed(store.artifacts[0].digest))
+    for table in ("artifacts", "parents", "ancestors", "files", "settings", "facts", "versions", "episodes", "executions"):
+        assert ask(store, f"SELECT * FROM {table}", tmp_path)[1], table  # noqa: S608 - names of our own
+    assert ask(store, 'SELECT "user", host, epoch(ended - began) FROM executions', tmp_path)[1] == [("ada", "box", 90)]
+    assert ask(store, "SELECT DISTINCT value FROM settings WHERE key = 'sample.group'")[1] == [("3",)]
+
+
+def test_a_wrong_question_is_answered_with_the_tables(store: Store) -> None:
+    with pytest.raises(ValueError, match=r"(?s)nme.*CREATE TABLE artifacts \(digest TEXT, name TEXT"):
+        ask(store, "SELECT nme FROM artifacts")
+
+
+@pytest.mark.parametrize(
+    "question", ["COPY artifacts TO 'out.csv'", "SELECT * FROM read_text('params.yaml')", "SET enable_external_access = true", "INSTALL httpfs"]
+)
+def test_a_question_reaches_no_file(store: Store, question: str) -> None:
+    before = sorted(Path().iterdir())
+    with pytest.raises(ValueError, match=r"(?i)permission|configuration|disabled|cannot"):
+        ask(store, question)
+    assert sorted(Path().iterdir()) == before

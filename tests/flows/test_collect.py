@@ -1,0 +1,73 @@
+"""What may go: nothing that a kept checkpoint needs."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from flows.collect import garbage, kept, remove
+from flows.store import read_store
+from tests.flows.manifests import publish
+from vla_opd.params import Params, load
+
+
+@pytest.fixture
+def run(undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the small run with an iteration that params.yaml doesn't have, and a run from another time. The test stands in it."""
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    small = tmp_path / "artifacts/small"
+    start = read_store().find("checkpoints/it001").digest
+    visited = publish(small / "trajectories/it002", "trajectories", {"student": start})
+    publish(small / "checkpoints/it002", "checkpoint", {"student": start, "trajectories": visited})
+    publish(tmp_path / "artifacts/older/checkpoints/student", "checkpoint", {})
+    return small
+
+
+def unneeded(*more: str) -> list[str]:
+    store = read_store()
+    return [a.name for a in garbage(store, load(), [store.find(name) for name in more]).artifacts]
+
+
+def test_what_the_run_is_made_of_stays_and_the_rest_may_go(run: Path) -> None:
+    assert unneeded() == ["older/checkpoints/student", "small/checkpoints/it002", "small/trajectories/it002"]
+
+
+def test_what_is_named_stays_with_all_that_it_came_from(run: Path) -> None:
+    assert unneeded("checkpoints/it002") == ["older/checkpoints/student"]
+    assert unneeded("older/checkpoints/student") == ["small/checkpoints/it002", "small/trajectories/it002"]
+
+
+def test_the_ancestors_of_what_is_kept_are_never_garbage_whatever_params_yaml_has(run: Path) -> None:
+    """With no iteration left in params.yaml, an evaluation of it001 that stays still keeps the whole of its iteration."""
+    text = Path("params.yaml").read_text()
+    params = load().model_copy(update={"iterations": {}})
+    store = read_store()
+    needed = kept(store, params)
+    for artifact in store.artifacts:
+        if artifact.digest in needed:
+            assert {one.digest for one in store.ancestors(artifact)} <= needed
+    assert store.find("logits/it001").digest in needed
+    assert Path("params.yaml").read_text() == text
+
+
+def test_removing_takes_what_was_said_and_leaves_a_sound_rest(run: Path) -> None:
+    store = read_store()
+    found = garbage(store, load())
+    assert found.bytes == sum(entry.size for a in found.artifacts for entry in a.manifest.files.values()) > 0
+    remove(found)
+    assert unneeded() == []
+    assert {a.name for a in read_store().artifacts} == {a.name for a in store.artifacts} - {a.name for a in found.artifacts}
+    assert not list(Path("artifacts").rglob("*.removed"))
+
+
+def test_what_another_run_lent_is_left_to_it(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "artifacts/other").mkdir()
+    (tmp_path / "artifacts/other/checkpoints").symlink_to(run / "checkpoints", target_is_directory=True)
+    assert unneeded() == ["older/checkpoints/student", "small/checkpoints/it002", "small/trajectories/it002"]
+
+
+def test_what_cannot_be_read_is_left_alone(run: Path) -> None:
+    (run / "checkpoints/it002/manifest.json").write_text("{")
+    assert "small/checkpoints/it002" not in unneeded()
+    assert isinstance(load(), Params)

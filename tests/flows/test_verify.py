@@ -1,0 +1,125 @@
+"""Whether what is on disk is what was published: damage of every kind is found, named, and what it voids with it; a shard is made again."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from flows.replay import replay
+from flows.store import read_store
+from flows.verify import Finding, verify
+from vla_opd.artifacts import draft, read_manifest
+from vla_opd.host import Host
+from vla_opd.params import load
+
+LABELS, STUDENT, FINAL = "small/logits/it001", "small/checkpoints/student", "small/checkpoints/it001"
+AFTER_LABELS = ("small/checkpoints/it001", "small/evaluations/final", "small/report/page")
+
+
+@pytest.fixture
+def run(undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the small run; the test stands in it. Returns its artifacts."""
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "artifacts"
+
+
+def found(deep: bool = False) -> dict[str, Finding]:
+    return {finding.name: finding for finding in verify(read_store(), deep=deep)}
+
+
+def test_a_whole_run_is_sound(run: Path) -> None:
+    told: list[str] = []
+    assert list(verify(read_store(), deep=True, tell=told.append)) == []
+    assert len(told) == 10
+
+
+def test_a_flipped_bit_is_found_with_its_file_and_what_it_voids(run: Path) -> None:
+    path = next(path for path in (run / LABELS / "shard-000-00001").rglob("*") if path.is_file() and path.name != "zarr.json")
+    spoiled = bytearray(path.read_bytes())
+    spoiled[len(spoiled) // 3] ^= 4
+    path.write_bytes(spoiled)
+    (finding,) = found().values()
+    assert path.name in finding.what
+    assert "corrupt" in finding.what
+    assert sorted(finding.void) == sorted(AFTER_LABELS)
+
+
+@pytest.mark.parametrize("damage", ["lost", "more", "manifest"])
+def test_a_file_too_few_or_too_many_and_a_lost_manifest_are_found(run: Path, damage: str) -> None:
+    folder = run / STUDENT
+    match damage:
+        case "lost":
+            (folder / "model.safetensors").unlink()
+        case "more":
+            (folder / "notes.pkl").write_bytes(b"")
+        case _:
+            (folder / "manifest.json").write_text("{")
+    assert list(found()) == [STUDENT]
+
+
+def republished(folder: Path, kind: str, **changes: object) -> None:
+    """Publish an artifact again, intact in itself, with something of its description changed."""
+    old = read_manifest(folder, kind)  # pyright: ignore[reportArgumentType]
+    kept = folder.with_name("kept")
+    folder.rename(kept)
+    facts = {**old.facts, **changes}
+    with draft(folder, old.kind, old.parents, old.params) as work:
+        for name in {name.partition("/")[0] for name in old.files}:
+            (shutil.copytree if (kept / name).is_dir() else shutil.copyfile)(kept / name, work.folder / name)
+        work.publish(facts)
+    shutil.rmtree(kept)
+
+
+def test_labels_of_another_number_of_states_are_found_by_looking_deep(run: Path) -> None:
+    """Intact files, a sound manifest, and yet the wrong labels: those of another shard."""
+    folder = run / LABELS
+    shutil.rmtree(folder / "shard-000-00000")
+    shutil.copytree(folder / "shard-001-00003", folder / "shard-000-00000")
+    republished(folder, "logits")
+    assert found() == {}
+    assert "labels" in found(deep=True)[LABELS].what
+
+
+def test_a_teacher_whose_tokens_mean_other_actions_is_found_by_looking_deep(run: Path) -> None:
+    space = json.loads((run / LABELS / "manifest.json").read_text())["facts"]["action_space"]
+    republished(run / LABELS, "logits", action_space=space | {"q01": [value - 1 for value in space["q01"]]})
+    assert found() == {}
+    assert "action_space.q01" in found(deep=True)[LABELS].what
+
+
+@pytest.mark.parametrize(
+    ("name", "shard"), [("demonstrations/main", "shard-001-00010"), ("trajectories/it001", "shard-000-00002"), (LABELS, "shard-001-00001")]
+)
+def test_a_shard_made_again_has_the_same_bytes(run: Path, name: str, shard: str) -> None:
+    store = read_store()
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    again = replay(store, store.find(name), shard, load(), Host(workers=2))
+    assert again.differing == ()
+    assert again.files > 1
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and not path.name.startswith(".")}.items() <= before.items()
+
+
+def test_a_shard_that_its_student_did_not_make_is_told_by_its_files(run: Path) -> None:
+    """The trajectories' manifest and files agree with each other; only rolling out again shows that this isn't what the student does."""
+    folder = run / "small/trajectories/it001"
+    shutil.rmtree(folder / "shard-000-00000")
+    shutil.copytree(folder / "shard-000-00001", folder / "shard-000-00000")
+    republished(folder, "trajectories")
+    store = read_store()
+    assert found() == {}
+    again = replay(store, store.find("trajectories/it001"), "shard-000-00000", load(), Host())
+    assert any(name.startswith("shard-000-00000/tokens") for name in again.differing)
+
+
+def test_only_shards_can_be_made_again(run: Path) -> None:
+    store = read_store()
+    with pytest.raises(ValueError, match=r"small/logits/it001 has no shard 'shard-9'; expected one of \['shard-000-00000'"):
+        replay(store, store.find(LABELS), "shard-9", load(), Host())
+    with pytest.raises(ValueError, match="a checkpoint isn't made of shards"):
+        replay(store, store.find(FINAL), "model.safetensors", load(), Host())
+    shutil.rmtree(run / STUDENT)
+    without = read_store()
+    with pytest.raises(ValueError, match=r"its student [0-9a-f]{12} isn't here"):
+        replay(without, without.find("trajectories/it001"), "shard-000-00000", load(), Host())

@@ -1,0 +1,49 @@
+"""The smallest whole run, every stage for real, on an environment from outside the package."""
+
+from contextlib import chdir
+from pathlib import Path
+
+import stages.__main__ as command
+
+PARAMS = """
+run: {name: small, seed: 3}
+environment: {family: "tests.out_of_tree:make", tasks: [red, blue], image_size: 32, settle: 0}
+policy: {chunk: 4, bins: 32, crop: 32, width: 32, layers: 1, heads: 2, channels: 8}
+demonstrations: {main: {episodes: 12}}
+demonstrate: {expert: "tests.out_of_tree:expert", horizon: 60}
+teacher: {demonstrations: main, steps: 30, learning_rate: 2.0e-3}
+student: {parent: teacher, demonstrations: main, per_task: 1, steps: 24, learning_rate: 2.5e-4}
+finetune: {save_every: 3, batch_size: 16, threads: 1}
+sample: {group: 3, horizon: 40, prompts: 4}
+optimize: {steps: 24, save_every: 3, schedule_iterations: 1, batch_size: 16, threads: 1}
+iterations: {it001: student}
+evaluate: {episodes: 10, horizon: 40}
+evaluations: {start: student, final: it001, teacher: teacher}
+"""
+STAGES = {
+    "demonstrations/main": ["demonstrate", "--name", "main"],
+    "checkpoints/teacher": ["finetune", "--name", "teacher"],
+    "checkpoints/student": ["finetune", "--name", "student"],
+    "trajectories/it001": ["sample", "--iteration", "it001"],
+    "logits/it001": ["label", "--iteration", "it001"],
+    "checkpoints/it001": ["optimize", "--iteration", "it001"],
+    "evaluations/start": ["evaluate", "--name", "start"],
+    "evaluations/final": ["evaluate", "--name", "final"],
+    "evaluations/teacher": ["evaluate", "--name", "teacher"],
+    "report/page": ["report"],
+}
+HOST = ["--device", "cpu", "--tracking", "none"]
+
+
+def run_stage(folder: Path, arguments: list[str], workers: int) -> None:
+    """A stage by its command line, in this process."""
+    with chdir(folder):
+        assert command.main([*arguments, "--workers", str(workers), *HOST]) == 0
+
+
+def make_run(folder: Path) -> Path:
+    """The whole run, by one worker. Returns the folder."""
+    (folder / "params.yaml").write_text(PARAMS)
+    for arguments in STAGES.values():
+        run_stage(folder, arguments, workers=1)
+    return folder
