@@ -13,20 +13,22 @@ from prefect.artifacts import create_image_artifact, create_link_artifact, creat
 
 from flows.lineage import flat
 from flows.pipeline import Step
-from flows.store import SHORT, Artifact, read_store
+from flows.store import SHORT, Artifact, read_artifact
+from vla_opd.artifacts import MANIFEST
 
-XMLNS = ' xmlns="http://www.w3.org/2000/svg"'
+NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'  # which a drawing inside a page can do without
 PICTURE = re.compile(r"<figure.*?<svg(.*?</svg>).*?</figure>", re.DOTALL)
 COLOURS = re.compile(r":root \{.*?\}", re.DOTALL)  # the drawings name colours that the page decides
 
 
 def post(step: Step) -> None:
     """Post what the stage's outs hold. A folder without a manifest posts nothing."""
-    for artifact in (a for folder in step.outs for a in read_store(Path(folder)).artifacts):
-        key = _key(step.name)
-        create_table_artifact(rows(artifact), key=key, description=f"{artifact.folder}, made by {step.name}")
+    key = _key(step.name)
+    for folder in [Path(out) for out in step.outs if (Path(out) / MANIFEST).is_file()]:
+        artifact = read_artifact(folder, folder.as_posix())
+        create_table_artifact(rows(artifact), key=key, description=f"{folder}, made by {step.name}")
         if artifact.manifest.kind == "report":
-            page = artifact.folder / "index.html"
+            page = folder / "index.html"
             create_link_artifact(page.resolve().as_uri(), link_text=f"the report of {step.name}", key=f"{key}-page")
             for number, picture in enumerate(pictures(page.read_text(encoding="utf-8")), 1):
                 create_image_artifact(picture, key=f"{key}-picture-{number}")
@@ -50,7 +52,7 @@ def pictures(page: str) -> Iterator[str]:
     for drawing in PICTURE.findall(page):
         attributes, _, shapes = drawing.partition(">")
         style = f"<style>{colours[0] if colours else ''} svg {{ background: var(--paper); }}</style>"
-        svg = f'<svg xmlns="http://www.w3.org/2000/svg"{attributes.replace(XMLNS, "")}>{style}{shapes}'
+        svg = f"<svg {NAMESPACES}{attributes}>{style}{shapes}"
         yield f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
 
 

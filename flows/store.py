@@ -109,10 +109,15 @@ def read_store(root: Path = ROOT) -> Store:
         if any(part.startswith(".") for part in name.split("/")):
             continue
         try:
-            artifacts.append(Artifact(name, path.parent, read_manifest(path.parent, _kind(path))))
+            artifacts.append(read_artifact(path.parent, name))
         except ValueError as error:
             broken[name] = str(error)
     return Store(tuple(artifacts), broken)
+
+
+def read_artifact(folder: Path, name: str) -> Artifact:
+    """The artifact in a folder, whatever its kind. ValueError if its manifest can't be trusted, OSError if there is none."""
+    return Artifact(name, folder, read_manifest(folder, _kind(folder / MANIFEST)))
 
 
 def _kind(path: Path) -> Kind:

@@ -141,7 +141,7 @@ def test_another_dvc_at_work_is_busy(toy: Toy) -> None:
 
 def test_dvc_dies_with_the_process_that_started_it(toy: Toy) -> None:
     """SIGKILL leaves no chance to clean up: the kernel ends the child."""
-    program = "import sys; from flows.pipeline import _started; p = _started(['sleep', '60']); print(p.pid, flush=True); p.wait()"
+    program = "import sys; from flows.pipeline import _started; p = _started(['sleep', '60'], {}); print(p.pid, flush=True); p.wait()"
     with subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(Path(pipeline.__file__).parents[1])}
     ) as parent:

@@ -1,19 +1,23 @@
 """The flow on a toy project: same dvc.lock as `dvc repro`, each reuses what the other made, failures end it and it goes on from there."""
 
+import json
 import shutil
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterTaskRunId
 from prefect.exceptions import ParameterTypeError
 from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS, temporary_settings
 from prefect.testing.utilities import prefect_test_harness
 
-from flows import pipeline
+from flows import gpu, pipeline
 from flows.pipeline import Line, StageFailed, Step
 from flows.train import in_groups, opd
+from tests.flows.manifests import publish
 from tests.flows.toy import Toy, make_toy, ran
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -123,7 +127,7 @@ def test_the_early_cut_off_is_dvcs(clone: Toy) -> None:
 def test_a_task_waits_while_another_dvc_is_at_work(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter([pipeline.Busy("another DVC process is at work here"), True])
 
-    def bring(name: str, tell: pipeline.Tell) -> bool:
+    def bring(name: str, tell: pipeline.Tell, task_run: str) -> bool:
         answer = next(answers)
         if isinstance(answer, Exception):
             raise answer
@@ -135,6 +139,45 @@ def test_a_task_waits_while_another_dvc_is_at_work(toy: Toy, monkeypatch: pytest
     states = opd(targets=["demonstrate@pre"])
     assert names(states) == {"Completed"}
     assert next(answers, None) is None
+
+
+def test_a_stage_is_told_its_task_run_and_what_it_made_is_posted(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, str] = {}
+    made: list[str] = []
+
+    def bring(name: str, tell: pipeline.Tell, task_run: str) -> bool:
+        told[name] = task_run
+        made.append(publish(toy.folder / "artifacts/toy/demonstrations/pre", "demonstrations", {"parent": "0" * 64}))
+        return True
+
+    monkeypatch.setattr(pipeline, "bring", bring)
+    states = opd(targets=["demonstrate@pre"])
+    run = states["demonstrate@pre"].state_details.task_run_id
+    assert told == {"demonstrate@pre": str(run)}
+    with get_client(sync_client=True) as client:
+        (posted,) = client.read_artifacts(artifact_filter=ArtifactFilter(task_run_id=ArtifactFilterTaskRunId(any_=[run])))
+    assert posted.key == "demonstrate-pre"
+    assert {"what": "digest", "value": made[0][:12]} in json.loads(posted.data)
+
+
+def test_the_gpu_is_held_by_one_stage_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPD_DEVICE", "cuda")
+    gpu.ensure_limit()
+    gpu.ensure_limit()  # there already
+    entered, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with gpu.held("label"):
+            entered.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=other)
+    with gpu.held("optimize"):
+        thread.start()
+        assert not entered.wait(3)
+    assert entered.wait(60)
+    leave.set()
+    thread.join()
 
 
 def test_settings_are_validated_then_written_with_comments_kept(toy: Toy) -> None:
