@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+from flows import locks
 from vla_opd.host import TASK_RUN
 from vla_opd.lifeline import die_with_parent
 
@@ -93,6 +94,7 @@ def plan(targets: Iterable[str] = (), patience: float = 60.0) -> tuple[Step, ...
     from dvc.exceptions import DvcException
     from dvc.lock import LockError
 
+    locks.heal()
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -151,6 +153,7 @@ def bring(name: str, tell: Tell, task_run: str = "") -> bool:
     task_run: of Prefect, for the record of who ran the stage.
     Raises Busy if another DVC process is in the way, StageFailed with the last lines if the command fails.
     """
+    locks.heal()
     command = [sys.executable, "-m", "dvc", "repro", "--single-item", name]
     said: list[str] = []
     ran = False

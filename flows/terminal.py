@@ -105,7 +105,8 @@ def closing(folder: Path, summary: dict[str, Any], interface: str) -> str:
             f"  runs       {interface}",
             "\n  next       make run                                      again: reuses all of it",
             '             make run ARGS="--set optimize.steps=120"       with another setting: only what depends on it',
-            "             .venv/bin/python -m flows plan                what is up to date and what is not",
+            "             .venv/bin/opd plan                            what is up to date and what is not",
+            f"             .venv/bin/opd lineage {folder.name}/report/page",
             "             make stop                                     stop the server that shows the runs",
         ]
     )
