@@ -63,6 +63,9 @@ if os.environ.get("TOY_SLEEPS") == f"{verb} {key}":
     time.sleep(5)
 out.mkdir(parents=True)
 (out / "digest").write_text(hashlib.sha256(said.encode()).hexdigest())
+if verb == "report":
+    rows = [{"name": name, "depth": depth, "success": depth / 10} for depth, name in enumerate(params["iterations"])]
+    (out / "results.json").write_text(json.dumps({"final": {"success": params["optimize"]["steps"] / 10}, "iterations": rows}))
 '''
 
 REFERENCE = ["evaluate@start", "evaluate@teacher"]
@@ -91,6 +94,11 @@ class Toy:
 
     def git(self, *words: str) -> None:
         subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *words], cwd=self.folder, check=True, capture_output=True)
+
+    def tracked(self, path: Path) -> bool:
+        """Whether git has the file."""
+        done = subprocess.run(["git", "ls-files", "--error-unmatch", str(path)], cwd=self.folder, capture_output=True, check=False)
+        return done.returncode == 0
 
     def clone(self, folder: Path) -> "Toy":
         """What somebody else has after `git clone`: no cache, none of what isn't in git."""
