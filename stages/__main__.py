@@ -8,6 +8,7 @@ import argparse
 import importlib
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,10 @@ VERBS = {
     "evaluate": "--name",
     "report": None,
 }
+NO_ROOM = (
+    "{free:.0f} MB are free here. What was finished is kept: make room (`opd gc --dry-run` lists artifacts that nothing needs, `dvc gc --workspace` "
+    "frees their copies in the cache), and run the same command again"
+)
 SIMULATED = ("demonstrate", "sample", "evaluate")
 
 
@@ -48,6 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as mistake:
         print(f"{options.verb}: {mistake}", file=sys.stderr)
         return 2
+    except Exception as error:
+        if "No space left" not in str(error) and "quota" not in str(error):  # some writers are not Python's, and raise no OSError
+            raise
+        print(f"{options.verb}: {error}. {NO_ROOM.format(free=shutil.disk_usage(Path()).free / 1e6)}", file=sys.stderr)
+        return 1
     print(f"{options.verb}: digest {digest[:12]}")
     return 0
 

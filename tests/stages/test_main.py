@@ -1,6 +1,7 @@
 """`python -m stages`: a user's mistake is one message on stderr and exit code 2; the rest is handed to the stage."""
 
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -160,6 +161,20 @@ def test_a_crash_is_not_a_mistake(called: list[tuple[Any, ...]], monkeypatch: py
     monkeypatch.setattr(command.importlib, "import_module", lambda name: SimpleNamespace(run=crash))
     with pytest.raises(RuntimeError, match="too often"):
         command.main(["report"])
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device", "shard"), RuntimeError("I/O error: No space left on device (os error 28)")])
+def test_a_full_disk_is_told_with_what_may_go(
+    called: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    def full(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(command.importlib, "import_module", lambda name: SimpleNamespace(run=full))
+    assert command.main(["report"]) == 1
+    said = capsys.readouterr().err
+    assert "No space left on device" in said
+    assert re.search(r"\d+ MB are free here.*opd gc --dry-run", said)
 
 
 def test_the_command_itself_ends_with_2(project: Path) -> None:

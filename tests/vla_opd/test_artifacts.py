@@ -1,11 +1,16 @@
 """Artifacts: complete or not there, resumable, and refused when they are not what they say."""
 
+import errno
+import io
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,6 +18,7 @@ import pytest
 from vla_opd import artifacts
 from vla_opd.artifacts import MANIFEST, Manifest, draft, open_artifact, read_manifest
 
+ROOT = Path(__file__).parents[2]
 PARENTS = {"student": "abc"}
 PARAMS = {"steps": 3, "names": ("a", "b")}
 PARTS = {"one": b"first", "two": b"second", "inner/three": b"third"}
@@ -257,3 +263,66 @@ def _edit(folder: Path, **changes: object) -> None:
 def test_nan_is_no_setting(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"), draft(tmp_path / "a", "logits", {}, {"rate": float("nan")}):
         pass
+
+
+class Failing:
+    """Every call that makes or changes a file below a folder is counted; the one with number `at` fails."""
+
+    OPERATIONS = ((os, "fsync"), (os, "rename"), (os, "mkdir"), (os, "open"), (os, "unlink"), (os, "rmdir"), (io, "open"))
+
+    def __init__(self, at: int, code: int, monkeypatch: pytest.MonkeyPatch, below: Path) -> None:
+        self.count, self.at, self.code, self.below = 0, at, code, str(below)
+        for module, name in self.OPERATIONS:
+            monkeypatch.setattr(module, name, self._failing(getattr(module, name)))
+
+    def _failing(self, operation: Callable[..., object]) -> Callable[..., object]:
+        def call(what: object, *rest: object, **more: object) -> object:
+            mine = isinstance(what, int) or str(what).startswith(self.below)  # a number is an open file's
+            self.count += mine
+            if mine and self.count == self.at:
+                raise OSError(self.code, os.strerror(self.code), str(what))
+            return operation(what, *rest, **more)
+
+        return call
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+def test_whichever_file_operation_fails_nothing_half_is_published_and_the_next_attempt_succeeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """Each one in turn, over an artifact that is there already: afterwards the place holds the old one, the new one, or nothing."""
+    undisturbed = make(tmp_path / "undisturbed")
+    failures = 0
+    for at in itertools.count(1):
+        folder = tmp_path / f"{code}-{at}"
+        old = make(folder / "it001", facts={"rows": 2})
+        with monkeypatch.context() as patch:
+            failing = Failing(at, code, patch, folder)
+            with suppress(OSError):
+                make(folder / "it001")
+                failures -= 1
+            failures += 1
+        if failing.count < at:
+            break
+        if (folder / "it001").exists():
+            assert open_artifact(folder / "it001", "logits").digest in (old.digest, undisturbed.digest)
+        assert make(folder / "it001").digest == undisturbed.digest
+        assert sorted(path.name for path in folder.iterdir()) == [".it001.lock", "it001"]
+    assert failures > 30
+
+
+@pytest.mark.parametrize("limit", [0, 1, 4, 100, 600])
+def test_a_write_that_is_cut_short_publishes_nothing(tmp_path: Path, limit: int) -> None:
+    """The kernel itself cuts every write at `limit` bytes, in a process of its own."""
+    program = f"""
+        import resource, signal
+        from pathlib import Path
+        from tests.vla_opd.test_artifacts import make
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+        make(Path({str(tmp_path / "it001")!r}))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "File too large" in done.stderr
+    assert not (tmp_path / "it001").exists()
+    assert make(tmp_path / "it001").digest == make(tmp_path / "undisturbed").digest
