@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 HOME = Path(".prefect")
 LOCAL = "http://127.0.0.1:4200/api"
+SILENT = {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false"}
 PATIENCE = 120.0  # seconds for a first start, which makes a database
 
 
@@ -57,7 +58,7 @@ def _start(port: int) -> "subprocess.Popen[bytes]":
     """The server outlives this process: its own session, its output in a file."""
     HOME.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    environment = os.environ | {"PREFECT_API_URL": f"http://127.0.0.1:{port}/api", "DO_NOT_TRACK": "1"}
+    environment = os.environ | {"PREFECT_API_URL": f"http://127.0.0.1:{port}/api", **SILENT}
     with (HOME / "server.log").open("ab") as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True)
     (HOME / "server.pid").write_text(str(process.pid))

@@ -15,6 +15,17 @@ import pytest
 
 from tests.flows.toy import Toy, make_toy
 
+WATCH = """
+import os, sys
+def watch(event, arguments):
+    if event in ("socket.connect", "socket.sendto", "socket.getaddrinfo"):
+        address = arguments[0] if event == "socket.getaddrinfo" else arguments[1]
+        host = address[0] if isinstance(address, tuple) else address  # a string is a path of this machine's
+        if not (host is None or str(host).startswith(("/", "127.", "::1", "localhost")) or str(host) in ("", "0.0.0.0")):
+            with open(os.environ["OPD_TEST_WATCH"], "a") as log:
+                log.write(f"{event} {address} by {sys.argv}\\n")
+sys.addaudithook(watch)
+"""
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[2]
 
@@ -33,7 +44,8 @@ class Served:
         return os.environ | {
             "PREFECT_HOME": str(self.toy.folder / ".prefect"),
             "PREFECT_API_URL": f"http://127.0.0.1:{self.port}/api",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{self.toy.folder / 'watch'}",
+            "OPD_TEST_WATCH": str(self.toy.folder / "elsewhere.log"),
             "DO_NOT_TRACK": "1",
             "TOY_SLEEPS": "optimize it001",
             "OPD_TEST_MARK": self.mark,
@@ -102,6 +114,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
     project = Served(make_toy(folder), port)
+    (folder / "watch").mkdir()
+    (folder / "watch/sitecustomize.py").write_text(WATCH)  # every Python process of the project runs it first
     project.serve()
     yield project
     project.kill_everything()
@@ -149,3 +163,12 @@ def test_after_a_kill_of_everything_a_retry_finishes_with_the_undisturbed_result
     (tmp_path / "params.yaml").write_bytes((served.toy.folder / "params.yaml").read_bytes())
     other.dvc("repro")
     assert served.toy.lock == other.lock
+
+
+def test_nothing_left_the_machine(served: Served) -> None:
+    """Of all that the tests above had the server, the runner, the flow, DVC and the stages do; and the watch would have seen it."""
+    log = served.toy.folder / "elsewhere.log"
+    assert not log.exists(), log.read_text()
+    probe = "import socket; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.sendto(b'', ('192.0.2.1', 9))"  # an address that is nobody's
+    subprocess.run([sys.executable, "-c", probe], env=served.environment, check=False, capture_output=True)
+    assert "192.0.2.1" in log.read_text()
