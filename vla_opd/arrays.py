@@ -14,6 +14,8 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 ROWS_PER_CHUNK = 16  # consecutive frames compress together (9.1x against 2.6x one by one) and still read at random
 
+LARGEST = 32 * 10**9  # bytes of one array of one shard; a description that promises more is a mistake, or a trap
+
 
 def write(folder: Path, columns: Mapping[str, np.ndarray], attributes: Mapping[str, Any]) -> None:
     """Write arrays to a new Zarr group: one file an array. Deterministic bytes. Empty arrays are described, not stored."""
@@ -39,12 +41,15 @@ def read(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """All arrays of a group, and its attributes. ValueError names the group and the array where bytes are missing or corrupt."""
     try:
         group = zarr.open_group(folder, mode="r")
-    except (FileNotFoundError, ValueError) as error:
+        found = dict(group.arrays())
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}: not a Zarr group ({error}); expected one written by this package") from error
-    return {name: _read_array(folder, name, array) for name, array in group.arrays()}, dict(group.attrs)
+    return {name: _read_array(folder, name, array) for name, array in found.items()}, dict(group.attrs)
 
 
 def _read_array(folder: Path, name: str, array: "zarr.Array[Any]") -> np.ndarray:
+    if array.nbytes > LARGEST:
+        raise ValueError(f"{folder}: array {name!r} would take {array.nbytes // 10**9} GB; expected at most {LARGEST // 10**9}")
     if array.size and array.nchunks_initialized != array.nchunks:
         raise ValueError(f"{folder}: array {name!r} has {array.nchunks_initialized} of {array.nchunks} chunks; expected all (a file is lost)")
     try:

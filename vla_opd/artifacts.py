@@ -88,6 +88,8 @@ def open_artifact(folder: Path, kind: Kind) -> Manifest:
             raise ValueError(f"{path}: not in {MANIFEST}; expected only the {len(manifest.files)} files that were published (remove {name})")
     for name, entry in manifest.files.items():
         path = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{folder / MANIFEST}: files has {name!r}; expected a path inside the artifact")
         if not path.is_file():
             raise ValueError(f"{path}: missing; expected {entry.size} bytes with sha256 {entry.sha256[:12]} (see {MANIFEST})")
         found = _entry(path)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors
 import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -49,8 +50,11 @@ class Checkpoint:
         return self.manifest.digest
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The tensors by name, on the CPU."""
-        return safetensors.torch.load_file(self.folder / WEIGHTS)
+        """The tensors by name, on the CPU. ValueError for anything that isn't safetensors: no other kind of file is ever loaded."""
+        try:
+            return safetensors.torch.load_file(self.folder / WEIGHTS)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{self.folder / WEIGHTS}: not safetensors ({error}); expected what `save_weights` writes") from error
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

@@ -4,6 +4,7 @@ Overrides are `section.key=value` on the same schema (`load("params.yaml", ["opt
 """
 
 import importlib
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -15,6 +16,11 @@ from ruamel.yaml.error import YAMLError
 
 EVALUATION_STATES = 50
 """Fixed initial states of a task, numbered from 0: both families have so many, and others are to have them too."""
+
+
+SHORTER = reprlib.Repr()  # a few lines of YAML can name billions of values
+SHORTER.maxstring = SHORTER.maxother = 200
+SHORTER.maxlevel = 2
 
 
 def _once_each(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -328,7 +334,7 @@ def _explain(error: ValidationError, source: Path) -> str:
     lines = [f"{source}: {error.error_count()} mistake(s)"]
     for item in error.errors():
         where = ".".join(map(str, item["loc"]))
-        value = "" if item["type"] in ("missing", "value_error") else f" is {item['input']!r}"
+        value = "" if item["type"] in ("missing", "value_error") else f" is {SHORTER.repr(item['input'])}"
         hint = " (no such key)" if item["type"] == "extra_forbidden" else ""
         lines.append(f"  {where}{value}{hint}: {item['msg']}".replace("  : ", "  "))
     return "\n".join(lines)

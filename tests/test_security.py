@@ -1,0 +1,199 @@
+"""Foreign files: what tries to run code, to exhaust the machine or to reach elsewhere is refused with a message, and nothing of it happens.
+
+A manifest proves integrity, not good intentions: each artifact here is sound by its manifest, as its sender would make it.
+"""
+
+import json
+import os
+import pickle
+import re
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from ruamel.yaml import YAML
+
+from tests.vla_opd import small
+from vla_opd import artifacts
+from vla_opd.artifacts import Kind, draft, open_artifact
+from vla_opd.checkpoint import open_checkpoint
+from vla_opd.logits import read_shard
+from vla_opd.params import load
+from vla_opd.trajectory import read_states
+
+ROOT = Path(__file__).parents[1]
+
+
+class Bomb:
+    """Unpickled, it leaves a trace."""
+
+    def __init__(self, trace: Path) -> None:
+        self._trace = str(trace)
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return Path.touch, (Path(self._trace),)
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    """A file that is there once somebody's code has run."""
+    return tmp_path / "pwned"
+
+
+def publish(folder: Path, kind: Kind, files: dict[str, bytes], facts: dict[str, object] | None = None) -> Path:
+    """An artifact with these files, sound in itself."""
+    with draft(folder, kind, {}, {}) as work:
+        for name, content in files.items():
+            with work.part(name) as path:
+                path.write_bytes(content)
+        work.publish(facts or {})
+    return folder
+
+
+def checkpoint(folder: Path, weights: bytes, **facts: object) -> Path:
+    return publish(folder, "checkpoint", {"model.safetensors": weights}, {"checkpoint": small.FACTS.model_dump(mode="json") | facts})
+
+
+def test_a_pickle_in_the_place_of_weights_is_refused(tmp_path: Path, trace: Path) -> None:
+    found = open_checkpoint(checkpoint(tmp_path / "it", pickle.dumps(Bomb(trace))))
+    with pytest.raises(ValueError, match=r"model\.safetensors: not safetensors"):
+        found.weights()
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["weights.pt", "weights.bin", "weights.ckpt", "model.pkl", "data.npy", "data.npz", "notes.txt", "shard-000", "zarr.json"]
+)
+def test_a_pickle_under_any_name_is_never_opened(tmp_path: Path, trace: Path, name: str) -> None:
+    folder = publish(tmp_path / "logits", "logits", {name: pickle.dumps(Bomb(trace))})
+    open_artifact(folder, "logits")
+    for read in (
+        lambda: read_shard(folder, 1),
+        lambda: read_shard(folder / name, 1),
+        lambda: read_states([folder]),
+        lambda: read_states([folder / name]),
+    ):
+        with pytest.raises(ValueError, match=re.escape(str(folder))):
+            read()
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("header", [2**63, 2**40, 200_000_000])
+def test_a_header_that_is_larger_than_the_file_is_refused(tmp_path: Path, header: int) -> None:
+    with pytest.raises(ValueError, match="not safetensors"):
+        open_checkpoint(checkpoint(tmp_path / "it", struct.pack("<Q", header) + b"{}")).weights()
+
+
+def test_a_checkpoint_that_names_code_of_its_own_is_refused(tmp_path: Path) -> None:
+    """The custom of `auto_map` and `trust_remote_code`: a description may name nothing that this version doesn't know."""
+    with pytest.raises(ValueError, match="auto_map"):
+        open_checkpoint(checkpoint(tmp_path / "it", b"", auto_map={"AutoModel": "modeling_evil.Evil"}))
+
+
+def zarr_array(folder: Path, **described: object) -> Path:
+    """A group with one array, whose description is then changed by hand."""
+    zarr.create_group(folder, zarr_format=3).create_array("log_probs", data=np.zeros((1, 2, 3), np.float16))
+    path = folder / "log_probs/zarr.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | described))
+    return folder
+
+
+def test_an_array_that_would_fill_the_memory_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    grid = {"name": "regular", "configuration": {"chunk_shape": [10**12, 256, 256]}}
+    folder = zarr_array(tmp_path / "shard-000", shape=[10**12, 256, 256], chunk_grid=grid)
+    with pytest.raises(ValueError, match=r"array 'log_probs' would take \d+ GB; expected at most"):
+        read_shard(folder, 1)
+
+
+@pytest.mark.parametrize("kind", ["object", "|O", {"name": "numpy.object", "configuration": {}}])
+def test_an_array_of_objects_is_refused(tmp_path: Path, kind: object) -> None:
+    with pytest.raises(ValueError, match="shard-000"):
+        read_shard(zarr_array(tmp_path / "shard-000", data_type=kind), 1)
+
+
+def test_an_array_with_a_codec_that_nobody_knows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="shard-000"):
+        read_shard(zarr_array(tmp_path / "shard-000", codecs=[{"name": "pickle", "configuration": {}}]), 1)
+
+
+@pytest.mark.parametrize("name", ["../outside", "a/../../outside", os.devnull])
+def test_a_manifest_that_names_files_elsewhere_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "outside").write_bytes(b"secret")
+    folder = publish(tmp_path / "it", "logits", {"file": b"secret"})
+    sound = open_artifact(folder, "logits")
+    moved = sound.model_copy(update={"files": {name: sound.files["file"]}, "digest": ""})
+    text = moved.model_copy(update={"digest": artifacts._digest(moved)}).model_dump_json()
+    (folder / "file").unlink()
+    (folder / "manifest.json").write_text(text)
+    with pytest.raises(ValueError, match="expected a path inside the artifact"):
+        open_artifact(folder, "logits")
+
+
+# params.yaml
+
+WHOLE = (ROOT / "params.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'seed: !!python/object/apply:os.system ["touch TRACE"]',
+        'seed: !!python/object/new:subprocess.Popen [["touch", "TRACE"]]',
+        "seed: !!python/name:os.system",
+        "seed: !!python/module:os",
+    ],
+)
+def test_params_that_name_code_are_refused(tmp_path: Path, trace: Path, text: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(WHOLE.replace("seed: 0", text.replace("TRACE", str(trace))))
+    with pytest.raises(ValueError, match="not YAML"):
+        load(path)
+    assert not trace.exists()
+
+
+def test_a_few_lines_of_anchors_do_not_fill_the_memory_nor_the_screen(tmp_path: Path) -> None:
+    lines = ["x0: &x0 [lol, lol, lol, lol, lol, lol, lol, lol, lol, lol]"]
+    lines += [f"x{n}: &x{n} [{', '.join([f'*x{n - 1}'] * 10)}]" for n in range(1, 12)]
+    path = tmp_path / "params.yaml"
+    path.write_text("\n".join([*lines, WHOLE]))
+    with pytest.raises(ValueError, match="no such key") as refused:
+        load(path)
+    assert len(str(refused.value)) < 10_000
+
+
+@pytest.mark.parametrize("name", ["../../etc", "/etc", "a/b", "..", ".hidden", "a b", "$(touch x)", "a;b", "`x`", "-rf", "a\nb", ""])
+@pytest.mark.parametrize("field", ["run.name", "label.teacher", "iterations"])
+def test_a_name_that_is_a_path_or_a_command_is_refused(tmp_path: Path, field: str, name: str) -> None:
+    """Names end up in paths and, by dvc.yaml, in command lines."""
+    tree = YAML(typ="safe").load(WHOLE)
+    section, _, key = field.partition(".")
+    tree[section] = {**tree[section], key: name} if key else {**tree[section], name: "student"}
+    path = tmp_path / "params.yaml"
+    with path.open("w") as file:
+        YAML(typ="safe").dump(tree, file)
+    with pytest.raises(ValueError, match=section):
+        load(path)
+
+
+# Secrets
+
+
+def test_secrets_in_the_environment_reach_nothing_that_a_stage_writes(undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import stages.__main__ as command
+
+    secret = "hunter2-" + os.urandom(8).hex()
+    for name in ("WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "PREFECT_API_KEY"):
+        monkeypatch.setenv(name, secret)
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "artifacts/small/evaluations/final")
+    shutil.rmtree(tmp_path / "artifacts/small/report")
+    monkeypatch.chdir(tmp_path)
+    for stage in (["evaluate", "--name", "final"], ["report"]):
+        assert command.main([*stage, "--workers", "1", "--device", "cpu", "--tracking", "jsonl"]) == 0
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.name == "executions.jsonl" for path in written)
+    assert [path for path in written if secret.encode() in path.read_bytes()] == []
