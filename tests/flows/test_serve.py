@@ -77,6 +77,12 @@ class Served:
         """All of them: the server, the runner, the flow, dvc, the stage."""
         return [int(folder.name) for folder in Path("/proc").glob("[0-9]*") if self.mark.encode() in _environ(folder)]
 
+    def kill(self, words: str) -> None:
+        """SIGKILL the one process of ours whose command line has these words."""
+        found = {pid: line for pid in self.processes() if words in (line := _command(pid))}
+        assert len(found) == 1, [_command(pid) for pid in self.processes()]
+        os.kill(next(iter(found)), signal.SIGKILL)
+
     def kill_everything(self) -> int:
         killed = 0
         while found := self.processes():
@@ -98,6 +104,13 @@ def _environ(folder: Path) -> bytes:
         return (folder / "environ").read_bytes()
     except OSError:
         return b""
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return ""
 
 
 def wait_for(what: Callable[[], bool], seconds: float, why: Callable[[], str]) -> None:
@@ -145,10 +158,20 @@ def test_a_folder_is_served_once(served: Served) -> None:
     assert "is being served from this folder already" in again.stderr
 
 
-def test_after_a_kill_of_everything_a_retry_finishes_with_the_undisturbed_result(served: Served, tmp_path: Path) -> None:
+IN_ITS_STAGE = "Task run 'optimize@it001' - optimize it001: from 3 inputs"
+VICTIMS = {"stages optimize": "FAILED", "dvc repro": "FAILED", "spawn_main": "CRASHED"}
+
+
+def test_whoever_is_killed_a_retry_finishes_with_the_undisturbed_result(served: Served, tmp_path: Path) -> None:
+    """One run; in the middle of the same stage first the stage is killed, then DVC, then the flow's process, then everything at once."""
     created = served.prefect("deployment", "run", "opd/train", "-p", "iterations=3", "-p", 'settings={"optimize.steps": 5}')
     run = next(word for word in created.stdout.split() if re.fullmatch(r"[0-9a-f-]{36}", word))
-    wait_for(lambda: "optimize it001: from 3 inputs" in served.log, 240, lambda: served.log)
+    wait_for(lambda: served.log.count(IN_ITS_STAGE) == 1, 240, lambda: served.log)
+    for kills, (victim, state) in enumerate(VICTIMS.items(), 1):
+        served.kill(victim)
+        wait_for(lambda state=state: served.state(run) == state, 60, lambda: served.log)
+        assert served.prefect("flow-run", "retry", run).returncode == 0
+        wait_for(lambda kills=kills: served.log.count(IN_ITS_STAGE) == kills + 1, 120, lambda: served.log)
     assert served.kill_everything() >= 4  # server, runner, flow, dvc, stage
     assert not served.toy.has("checkpoints/it001")
 
