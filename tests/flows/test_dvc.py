@@ -2,6 +2,13 @@
 
 import json
 import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -61,6 +68,39 @@ def test_pushed_data_is_pulled_by_a_clone_which_then_has_nothing_to_do(toy: Toy,
     assert not clone.has("trajectories/it001")
     clone.dvc("pull")
     assert clone.has("trajectories/it001", "logits/it002", "checkpoints/it002", "demonstrations/main")
+    assert "Data and pipelines are up to date" in clone.dvc("status")
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a service that speaks S3, with one bucket."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for name, value in {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "nothing", "AWS_DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(name, value)
+    address = f"http://127.0.0.1:{port}"
+    with subprocess.Popen(
+        [Path(sys.executable).parent / "moto_server", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as server:
+        try:
+            for _ in range(100):
+                with suppress(OSError):
+                    urllib.request.urlopen(urllib.request.Request(f"{address}/bucket", method="PUT")).close()  # noqa: S310 - our own server
+                    break
+                time.sleep(0.2)
+            yield address
+        finally:
+            server.kill()
+
+
+def test_pushed_to_s3_it_is_pulled_as_well(toy: Toy, tmp_path: Path, s3: str) -> None:
+    toy.dvc("remote", "add", "--default", "store", "s3://bucket/run")
+    toy.dvc("remote", "modify", "store", "endpointurl", s3)
+    toy.dvc("push")
+    clone = toy.clone(tmp_path / "clone")
+    clone.dvc("pull")
+    assert clone.has("trajectories/it001", "logits/it002", "checkpoints/it002")
     assert "Data and pipelines are up to date" in clone.dvc("status")
 
 
