@@ -1,6 +1,7 @@
 """Questions in SQL over everything that the manifests, the evaluations and the record of executions say."""
 
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ def ask(store: Store, question: str, metrics: Path = METRICS) -> tuple[list[str]
     The database is in memory and closed to everything outside: a question reads the tables, and neither reads nor writes a file.
     """
     with duckdb.connect(":memory:") as base:
+        base.execute("SET TimeZone = 'UTC'")
         base.execute(SCHEMA)
         for table, rows in _rows(store, metrics):
             if rows:
@@ -47,8 +49,8 @@ def ask(store: Store, question: str, metrics: Path = METRICS) -> tuple[list[str]
 
 
 def _rows(store: Store, metrics: Path) -> Iterator[tuple[str, list[tuple[Any, ...]]]]:
-    artifacts = list(store.by_digest.values())
-    yield "artifacts", [(a.digest, a.name, a.run, a.manifest.kind, sum(f.size for f in a.manifest.files.values())) for a in artifacts]
+    artifacts = list(store.by_digest.values())  # copies of one artifact in several places say the same, but for where they are
+    yield "artifacts", [(a.digest, a.name, a.run, a.manifest.kind, sum(f.size for f in a.manifest.files.values())) for a in store.artifacts]
     yield "parents", [(a.digest, role, parent) for a in artifacts for role, parent in a.manifest.parents.items()]
     yield "ancestors", [(a.digest, one.digest) for a in artifacts for one in store.ancestors(a)]
     yield "files", [(a.digest, path, entry.size, entry.sha256) for a in artifacts for path, entry in a.manifest.files.items()]
@@ -60,7 +62,12 @@ def _rows(store: Store, metrics: Path) -> Iterator[tuple[str, list[tuple[Any, ..
 
 
 def _episodes(evaluation: Artifact) -> list[tuple[Any, ...]]:
-    return [(evaluation.digest, r.task, r.state, r.success, r.steps, r.instruction) for r in read_records(evaluation.folder)]
+    try:
+        records = read_records(evaluation.folder)
+    except (OSError, ValueError) as error:
+        warnings.warn(f"{evaluation.name}: its episodes can't be read ({error}); see opd verify", stacklevel=2)
+        return []
+    return [(evaluation.digest, r.task, r.state, r.success, r.steps, r.instruction) for r in records]
 
 
 def _text(value: object) -> str:

@@ -34,10 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return done.code if isinstance(done.code, int) else 0
     except StageFailed as failure:
         print(f"\n{failure.name} failed; its last lines were\n{terminal.last_lines(failure.said)}\n\n  go on with  make run", file=sys.stderr)
-    except (ValueError, RuntimeError, Busy) as error:
-        print(f"\n{error}\n", file=sys.stderr)
     except BrokenPipeError:  # the reader of a pipe, `head` for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, RuntimeError, OSError, Busy) as error:
+        print(f"\n{error}\n", file=sys.stderr)
     return 1
 
 
@@ -150,7 +150,7 @@ def verify_(
 ) -> None:
     """Hash every file again. Exit code 1 if anything is not what was published; says what was made from it and is void."""
     there = store.read_store()
-    wanted = [there.find(name) for name in artifacts] if artifacts else None
+    wanted = [_find(there, name) for name in artifacts] if artifacts else None
     one = wanted[0] if wanted and len(wanted) == 1 else None
     if ((shard or signature or key) and one is None) or bool(signature) != bool(key):
         raise ValueError("--replay, and --signature with --key, are for one artifact; expected its name")
@@ -193,17 +193,22 @@ def gc(
 ) -> None:
     """Remove the artifacts that neither the run of params.yaml nor what is named needs."""
     there = store.read_store()
-    found = collect.garbage(there, params.load(), [there.find(name) for name in keep or ()])
+    found = collect.garbage(there, params.load(), [_find(there, name) for name in keep or ()])
+    if not dry_run:
+        collect.remove(found)
     for artifact in found.artifacts:
         print(f"  {artifact.name}")
     print(f"  {len(found.artifacts)} artifacts, {found.bytes / 1e6:.1f} MB {'would be' if dry_run else 'were'} removed")
-    if not dry_run:
-        collect.remove(found)
 
 
 def _history(name: str) -> lineage.History:
     there = store.read_store()
-    return lineage.history(there, there.find(name))
+    return lineage.history(there, _find(there, name))
+
+
+def _find(there: store.Store, name: str) -> store.Artifact:
+    """The artifact of that name: the present run's, where others have one too."""
+    return there.find(name, params.load().run.name if Path("params.yaml").is_file() else "")
 
 
 def _write(text: str, out: Path | None) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from flows.store import Artifact, Store
+from flows.store import ROOT, Artifact, Store
 from vla_opd.params import Params
 
 
@@ -18,20 +18,40 @@ class Garbage:
 
 
 def kept(store: Store, params: Params, more: Iterable[Artifact] = ()) -> set[str]:
-    """The digests of what must stay: all that params.yaml's run is made of, what is named besides, and all that any of these came from."""
-    run = [a for a in store.artifacts if a.run == params.run.name and _planned(a, params)]
-    return {one.digest for artifact in [*run, *more] for one in store.ancestors(artifact)}
+    """The digests of what must stay: params.yaml's run, what is named besides, what another run links to, and all that any of these came from.
+
+    ValueError where that can't be known, so that nothing is ever removed on a guess: nothing is kept at all, a manifest is broken, or something
+    that a kept artifact came from, and that itself came from something, isn't here.
+    """
+    if store.broken:
+        raise ValueError(
+            f"gc: {len(store.broken)} artifacts have no manifest that can be trusted, and what they came from isn't known; expected none: "
+            f"{', '.join(store.broken)} (remove them, or make them again)"
+        )
+    linked = _linked(store)
+    stay = [a for a in store.artifacts if (a.run == params.run.name and _planned(a, params)) or a.folder.resolve() in linked]
+    stay += more
+    if not stay:
+        raise ValueError(f"gc: run.name is {params.run.name!r}, and nothing of that run is here; expected a run that was made, or --keep")
+    for artifact in stay:
+        if gone := [f"{role} {digest[:12]}" for digest, role in store.missing(artifact).items() if role != "demonstrations"]:
+            raise ValueError(
+                f"gc: {artifact.name} came from {', '.join(gone)}, which isn't here, so what that came from isn't known; expected it (dvc pull)"
+            )
+    return {one.digest for artifact in stay for one in store.ancestors(artifact)}
 
 
 def garbage(store: Store, params: Params, more: Iterable[Artifact] = ()) -> Garbage:
-    """What isn't kept. Artifacts whose manifest can't be read are left alone: what they were made for isn't known."""
+    """What isn't kept. Errors as of `kept`."""
     needed = kept(store, params, more)
-    unneeded = tuple(a for a in store.artifacts if a.digest not in needed and not _linked(a.folder))
+    unneeded = tuple(a for a in store.artifacts if a.digest not in needed)
     return Garbage(unneeded, sum(entry.size for a in unneeded for entry in a.manifest.files.values()))
 
 
-def remove(found: Garbage) -> None:
-    """Delete the folders; each is renamed out of sight first, so that what a kill leaves behind is no half artifact."""
+def remove(found: Garbage, root: Path = ROOT) -> None:
+    """Delete the folders; each is renamed out of sight first, so that what a kill leaves behind is no half artifact. The next call sweeps it up."""
+    for leftover in root.rglob(".*.removed"):
+        shutil.rmtree(leftover)
     for artifact in found.artifacts:
         hidden = artifact.folder.with_name(f".{artifact.folder.name}.removed")
         artifact.folder.rename(hidden)
@@ -52,6 +72,13 @@ def _planned(artifact: Artifact, params: Params) -> bool:
     return name in planned.get(folder, ())
 
 
-def _linked(folder: Path) -> bool:
-    """Whether it is part of another run, and only linked into this one."""
-    return any(parent.is_symlink() for parent in (folder, *folder.parents))
+def _linked(store: Store) -> set[Path]:
+    """The folders of artifacts that a link beside or above an artifact's place leads to: another run lives on them."""
+    if not store.artifacts:
+        return set()
+    first = store.artifacts[0]
+    root = first.folder.parents[len(Path(first.name).parts) - 1]
+    targets = [path.resolve() for path in root.glob("*/*") if path.is_symlink()] + [
+        path.resolve() for path in root.glob("*/*/*") if path.is_symlink()
+    ]
+    return {a.folder.resolve() for a in store.artifacts if any(a.folder.resolve().is_relative_to(target) for target in targets)}

@@ -1,11 +1,12 @@
-"""One stage at a time on this machine's GPU, whichever flow run it belongs to: a concurrency limit of Prefect's."""
+"""One stage at a time on this machine's GPU, whichever flow run it belongs to: a concurrency limit of Prefect's, named after the machine."""
 
 import os
+import platform
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-LIMIT = "opd-gpu"
+LIMIT = f"opd-gpu-{platform.node()}"
 STAGES = ("finetune", "sample", "label", "optimize", "evaluate", "base", "teacher", "student")  # those that run a policy
 DRIVER = Path("/proc/driver/nvidia/version")
 
@@ -24,12 +25,13 @@ def held(verb: str) -> Generator[None]:
         return
     from prefect.concurrency.sync import concurrency
 
+    ensure_limit()
     with concurrency(LIMIT, occupy=1):
         yield
 
 
 def ensure_limit() -> None:
-    """Make the limit, of one stage, unless there is one: whoever has two GPUs sets it to 2 (`prefect gcl update opd-gpu --limit 2`)."""
+    """Make the limit, of one stage, unless there is one: whoever has two GPUs sets it to 2 (`prefect gcl update NAME --limit 2`)."""
     from prefect.client.orchestration import get_client
     from prefect.exceptions import ObjectNotFound
 

@@ -181,7 +181,9 @@ def diff(first: History, second: History) -> Iterator[Difference]:
 
     Parts that play the same role are compared: those of the same name, whatever their run. Equal digests are the same part, and say nothing.
     """
-    ours, theirs = ({_role(told, one): one for one in told.artifacts} for told in (first, second))
+    ours, theirs = (_parts(told) for told in (first, second))
+    if _part(first.artifact) != _part(second.artifact):
+        ours["itself"], theirs["itself"] = first.artifact, second.artifact
     absent = "not in its history"
     for role in dict.fromkeys([*ours, *theirs]):
         one, other = ours.get(role), theirs.get(role)
@@ -196,9 +198,16 @@ def diff(first: History, second: History) -> Iterator[Difference]:
     )
 
 
-def _role(told: History, artifact: Artifact) -> str:
-    """`checkpoints/it003`; of the two artifacts themselves, that they are what is compared."""
-    return "itself" if artifact.digest == told.artifact.digest else artifact.name.partition("/")[2]
+def _parts(told: History) -> dict[str, Artifact]:
+    """The artifacts by name, without that of their run; with it where two runs have one of the same name."""
+    parts: dict[str, Artifact] = {}
+    for one in told.artifacts:
+        parts[one.name if _part(one) in parts else _part(one)] = one
+    return parts
+
+
+def _part(artifact: Artifact) -> str:
+    return artifact.name.partition("/")[2]
 
 
 def _described(told: History, artifact: Artifact) -> Settings:

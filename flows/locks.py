@@ -15,6 +15,7 @@ TEMPORARY = Path(".dvc/tmp")
 def heal(folder: Path = TEMPORARY) -> tuple[str, ...]:
     """Drop what nobody alive holds. Returns the commands whose locks were dropped."""
     from dvc.fs import localfs
+    from dvc.lock import LockError
     from dvc.rwlock import RWLOCK_FILE, RWLockFileCorruptedError, RWLockFileFormatError, _edit_rwlock
 
     path = folder / RWLOCK_FILE
@@ -27,6 +28,8 @@ def heal(folder: Path = TEMPORARY) -> tuple[str, ...]:
             lock["write"] = {name: info for name, info in lock["write"].items() if info not in dead}
             left = {name: [info for info in infos if info not in dead] for name, infos in lock["read"].items()}
             lock["read"] = {name: infos for name, infos in left.items() if infos}
+    except LockError:  # somebody is writing the file at this moment, and sees to it
+        return ()
     except (RWLockFileCorruptedError, RWLockFileFormatError):
         path.unlink(missing_ok=True)
         return (f"{path}, which was cut short",)

@@ -1,10 +1,11 @@
 """Where an artifact's bytes came from beyond its parents: the stage and its code by dvc.lock, the commit that has this code, who ran it and when."""
 
 import hashlib
+import json
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ COMMITS = 2000  # of the history, the newest so many are searched for an artifac
 class Origin:
     """How an artifact was made, as far as anyone knows.
 
-    stage:      as DVC addresses it, e.g. `label@it003`; empty if dvc.lock doesn't hold the artifact.
+    stage:      as DVC addresses it, e.g. `label@it003`; empty unless dvc.lock holds these very bytes at this place.
     code:       file: md5, as dvc.lock has it.
-    commit:     the newest commit whose files are exactly those; empty if no commit in the history has them.
+    commit:     the commit that brought the files to exactly that; empty if no commit in the history has them.
     executions: who ran it, where and when, the last one last; those that gave this very digest.
     """
 
@@ -46,8 +47,9 @@ def locked_stages(lock: Path = LOCK) -> dict[str, dict[str, Any]]:
 def origin(artifact: Artifact, metrics: Path = METRICS) -> Origin:
     """What dvc.lock, git and the record of executions say of an artifact."""
     ran = tuple(e for e in executions(metrics / artifact.run) if e.digest == artifact.digest)
-    entry = locked_stages().get((ROOT / artifact.name).as_posix())
-    if entry is None:
+    place = (ROOT / artifact.name).as_posix()
+    entry = locked_stages().get(place)
+    if entry is None or folder_md5(artifact.folder) not in [out["md5"] for out in entry["outs"] if out["path"] == place]:
         return Origin(executions=ran)
     code = {dep["path"]: dep["md5"] for dep in entry["deps"] if not dep["path"].startswith(f"{ROOT}/")}
     return Origin(entry["name"], code, commit_with(tuple(sorted(code.items()))), ran)
@@ -55,12 +57,28 @@ def origin(artifact: Artifact, metrics: Path = METRICS) -> Origin:
 
 @cache
 def commit_with(code: tuple[tuple[str, str], ...]) -> str:
-    """The newest commit behind HEAD whose files have these md5s. Empty if there is none: the code was never committed."""
-    for commit in _git("rev-list", f"--max-count={COMMITS}", "HEAD").split():
+    """The commit since which the files had these md5s, in the newest stretch of history where they did. Empty if the code was never committed."""
+    since = ""
+    for commit in _git("rev-list", "--first-parent", f"--max-count={COMMITS}", "HEAD").split():
         files = _tree(commit)
         if all(path in files and _md5(files[path]) == md5 for path, md5 in code):
-            return commit
-    return ""
+            since = commit
+        elif since:
+            break
+    return since
+
+
+def folder_md5(folder: Path) -> str:
+    """What DVC calls a folder of these bytes: the md5 of the JSON list of its files' paths and md5s."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    rows = [{"md5": _file_md5(path), "relpath": path.relative_to(folder).as_posix()} for path in files]
+    listed = json.dumps(sorted(rows, key=lambda row: row["relpath"]), sort_keys=True)
+    return f"{hashlib.md5(listed.encode(), usedforsecurity=False).hexdigest()}.dir"
+
+
+def _file_md5(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, partial(hashlib.md5, usedforsecurity=False)).hexdigest()
 
 
 @cache
@@ -78,5 +96,8 @@ def _md5(blob: str) -> str:
 
 def _git(*words: str) -> str:
     """What git says; nothing outside a repository."""
-    done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
+    except OSError:  # no git
+        return ""
     return done.stdout if done.returncode == 0 else ""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from flows import gpu, presence, server
+from flows import presence, server
 
 DEPLOYMENT = "train"
 LOCK = Path(".prefect/serve.lock")
@@ -21,7 +21,6 @@ def main() -> int:
         with presence.locked(LOCK, f"{LOCK} is held: opd/{DEPLOYMENT} is being served from this folder already"), server.in_use() as url:
             for run in crash_orphans():
                 print(f"  {run}: its process is gone, so it is now Crashed; go on with  prefect flow-run retry {run}")
-            gpu.ensure_limit()
             _serve(url)
     except RuntimeError as error:
         print(f"\n{error}\n", file=sys.stderr)
@@ -60,6 +59,18 @@ def crash_orphans() -> list[str]:
     return [str(run) for run in orphans]
 
 
+def _nightly() -> bool:
+    """Whether someone has turned the schedule on: serving again must leave it so."""
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectNotFound
+
+    with get_client(sync_client=True) as client:
+        try:
+            return any(schedule.active for schedule in client.read_deployment_by_name(f"opd/{DEPLOYMENT}").schedules)
+        except ObjectNotFound:
+            return False
+
+
 def _serve(url: str) -> None:
     from prefect.schedules import Cron
 
@@ -67,7 +78,9 @@ def _serve(url: str) -> None:
 
     print(f"  serving opd/{DEPLOYMENT}; runs are shown at {url.removesuffix('/api')}")
     print(f"  start one with  prefect deployment run opd/{DEPLOYMENT} --watch")
-    nightly = Cron("0 2 * * *", slug="nightly", active=False)  # off until someone turns it on, in the interface or by `prefect deployment schedule`
+    nightly = Cron(
+        "0 2 * * *", slug="nightly", active=_nightly()
+    )  # off until someone turns it on, in the interface or by `prefect deployment schedule`
     opd.serve(name=DEPLOYMENT, limit=1, schedules=[nightly], description=opd.__doc__, print_starting_message=False)
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import get_args
@@ -38,10 +38,12 @@ class Store:
     """All artifacts under a folder. Where two have one digest they are the same, and the first by name stands for both.
 
     broken: what lies in an artifact's place and has no manifest that can be trusted: the folder's name, and what is wrong.
+    claimed: the digests that broken manifests say they have, as far as they can be read.
     """
 
     artifacts: tuple[Artifact, ...]
-    broken: dict[str, str]
+    broken: dict[str, str] = field(default_factory=dict)
+    claimed: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def by_digest(self) -> dict[str, Artifact]:
@@ -75,11 +77,16 @@ class Store:
         edges = [(role, digest) for one in self.ancestors(artifact) for role, digest, found in self.parents(one) if found is None]
         return {digest: role for role, digest in edges}
 
-    def find(self, text: str) -> Artifact:
-        """The artifact that a path, the end of a name (`checkpoints/it003`) or the beginning of a digest means. ValueError if not exactly one."""
+    def find(self, text: str, run: str = "") -> Artifact:
+        """The artifact that a path, the end of a name (`checkpoints/it003`) or the beginning of a digest means. ValueError if not exactly one.
+
+        run: whose artifact is meant where several runs have one of that name.
+        """
         parts = Path(text).parts
         wanted = parts[1:] if parts[:1] == ROOT.parts else parts
-        named = [a for a in self.artifacts if _ends(a.name, wanted)]
+        there = Path(text).resolve()
+        named = [a for a in self.artifacts if a.folder.resolve() == there] or [a for a in self.artifacts if _ends(a.name, wanted)]
+        named = [a for a in named if a.run == run] or named
         numbered = [a for a in self.by_digest.values() if len(text) >= SHORTEST and a.digest.startswith(text)]
         found = named or numbered
         if len(found) == 1:
@@ -88,8 +95,8 @@ class Store:
             raise ValueError(f"{text} means {len(found)} artifacts; expected one of them: {', '.join(a.name for a in found)}")
         if spoiled := [what for name, what in self.broken.items() if _ends(name, wanted)]:
             raise ValueError(f"{text}: {spoiled[0]}")
-        there = ", ".join(a.name for a in self.artifacts[:20]) or "none yet: make run"
-        raise ValueError(f"{text}: no such artifact; expected a name, the end of one, or {SHORTEST} or more digits of a digest. There are: {there}")
+        known = ", ".join(a.name for a in self.artifacts[:20]) or "none yet: make run"
+        raise ValueError(f"{text}: no such artifact; expected a name, the end of one, or {SHORTEST} or more digits of a digest. There are: {known}")
 
     def _in_order(self, digests: Iterable[str]) -> tuple[Artifact, ...]:
         wanted = set(digests)
@@ -104,20 +111,30 @@ def read_store(root: Path = ROOT) -> Store:
     """Read every manifest under `root`; the files that they list are not read (see `verify`). Links are not followed, drafts not seen."""
     artifacts: list[Artifact] = []
     broken: dict[str, str] = {}
-    for path in sorted(root.rglob(MANIFEST)):
-        name = path.parent.relative_to(root).as_posix()
-        if any(part.startswith(".") for part in name.split("/")):
+    claimed: dict[str, str] = {}
+    for folder in sorted({path.parent for path in root.rglob(MANIFEST)} | {path for path in root.glob("*/*/*") if path.is_dir()}):
+        name = folder.relative_to(root).as_posix()
+        if any(part.startswith(".") for part in name.split("/")) or folder.is_symlink():
             continue
         try:
-            artifacts.append(read_artifact(path.parent, name))
-        except ValueError as error:
+            artifacts.append(read_artifact(folder, name))
+        except (OSError, ValueError) as error:
             broken[name] = str(error)
-    return Store(tuple(artifacts), broken)
+            claimed |= {name: digest} if (digest := _claimed(folder / MANIFEST)) else {}
+    return Store(tuple(artifacts), broken, claimed)
 
 
 def read_artifact(folder: Path, name: str) -> Artifact:
-    """The artifact in a folder, whatever its kind. ValueError if its manifest can't be trusted, OSError if there is none."""
+    """The artifact in a folder, whatever its kind. ValueError if its manifest can't be trusted, OSError if it can't be read."""
     return Artifact(name, folder, read_manifest(folder, _kind(folder / MANIFEST)))
+
+
+def _claimed(path: Path) -> str:
+    """The digest that an untrustworthy manifest says it has; empty if it can't be read."""
+    try:
+        return str(json.loads(path.read_text())["digest"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _kind(path: Path) -> Kind:

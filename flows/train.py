@@ -50,7 +50,10 @@ def bring(step: Step) -> State[Any]:
     if ran:
         summary.note(METRICS / load().run.name, step.name, time.monotonic() - began)
         screen.ran()
-        posted.post(step)
+        try:
+            posted.post(step)
+        except Exception as error:  # noqa: BLE001 - a view; the stage has succeeded, whatever becomes of it
+            get_run_logger().warning("what %s made is not shown on this page: %s", step.name, error)
         return Completed(message=f"{step.name}: ran")
     screen.unchanged("its inputs came out the same")
     return Completed(name="Unchanged", message=f"{step.name}: nothing it depends on had changed")

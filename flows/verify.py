@@ -1,15 +1,18 @@
 """Whether what is on disk is what was published, and whether it belongs together: every file hashed again, every parent compared."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from flows.store import Artifact, Store
+from vla_opd import arrays
 from vla_opd.artifacts import open_artifact
 from vla_opd.checkpoint import open_checkpoint, require_environment, require_same_actions
 from vla_opd.logits import read_shard
 from vla_opd.params import EnvironmentParams
 from vla_opd.tokens import ActionSpace
 from vla_opd.trajectory import read_states, shards
+
+UNKNOWN = "unknown: its digest can't be read"
 
 
 @dataclass(frozen=True)
@@ -21,24 +24,28 @@ class Finding:
     void: tuple[str, ...]
 
 
-def verify(
-    store: Store, wanted: Iterable[Artifact] | None = None, *, deep: bool = False, tell: Callable[[str], object] = lambda _: None
-) -> Iterator[Finding]:
+def verify(store: Store, wanted: Iterable[Artifact] | None = None, *, deep: bool = False) -> Iterator[Finding]:
     """Hash every file of the wanted artifacts again (all of the store's if none are named).
 
-    deep: also open the arrays, and prove that labels lie on the states that they label, that students and teachers mean the same actions, and that
-    every trajectory is that of its student. `tell` hears of every artifact before it is checked.
+    deep: also read all arrays and weights, and compare every artifact with its parents: as many labels as states, shard by shard, tokens that mean
+    the same actions for student and teacher, rollouts in the environment that the student was made for. (That a shard is what its parents and seed
+    make, only `replay` proves.)
     """
     chosen = list(store.artifacts if wanted is None else wanted)
     if wanted is None:
-        yield from (Finding(name, what, ()) for name, what in store.broken.items())
+        for name, what in store.broken.items():
+            void = store.descendants(store.claimed[name]) if name in store.claimed else None
+            yield Finding(name, what, tuple(one.name for one in void) if void is not None else (UNKNOWN,))
     for artifact in chosen:
-        tell(artifact.name)
         for check in (_files, *((_aligned,) if deep else ())):
             try:
                 check(store, artifact)
-            except ValueError as error:
-                yield Finding(artifact.name, str(error), tuple(one.name for one in store.descendants(artifact.digest)))
+            except (OSError, ValueError, KeyError) as error:
+                yield Finding(
+                    artifact.name,
+                    f"{artifact.name}: {error!r}" if isinstance(error, KeyError) else str(error),
+                    tuple(one.name for one in store.descendants(artifact.digest)),
+                )
                 break
 
 
@@ -80,6 +87,8 @@ def _same_actions(labels: Artifact, policy: Artifact | None) -> None:
 def _same_rows(labels: Artifact, trajectories: Artifact | None) -> None:
     """Shard by shard, a label for every state; all of them are read, so their checksums are checked too."""
     if trajectories is None:
+        for folder in shards(labels.folder):
+            arrays.read(folder)
         return
     ours, theirs = ({folder.name: folder for folder in shards(one.folder)} for one in (labels, trajectories))
     if set(ours) != set(theirs):

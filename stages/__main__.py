@@ -31,8 +31,8 @@ VERBS = {
     "report": None,
 }
 NO_ROOM = (
-    "{free:.0f} MB are free here. What was finished is kept: make room (`opd gc --dry-run` lists artifacts that nothing needs, `dvc gc --workspace` "
-    "frees their copies in the cache), and run the same command again"
+    "{free:.0f} MB are free here. What was finished is kept: make room (`opd gc --dry-run` lists artifacts that nothing needs), "
+    "and run the same command again"
 )
 SIMULATED = ("demonstrate", "sample", "evaluate")
 
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{options.verb}: {mistake}", file=sys.stderr)
         return 2
     except Exception as error:
-        if "No space left" not in str(error) and "quota" not in str(error):  # some writers are not Python's, and raise no OSError
+        if "No space left" not in str(error) and "Disk quota exceeded" not in str(error):  # some writers are not Python's, and raise no OSError
             raise
         print(f"{options.verb}: {error}. {NO_ROOM.format(free=shutil.disk_usage(Path()).free / 1e6)}", file=sys.stderr)
         return 1

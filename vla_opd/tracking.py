@@ -76,8 +76,9 @@ def execution(host: Host, run: str, stage: str, name: str) -> Callable[[str], No
         path = host.metrics / run / EXECUTIONS
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            cut = path.is_file() and not f"\n{path.read_text()}".endswith("\n")  # a kill's half line must not take this one with it
             with path.open("a") as stream:
-                stream.write(one.model_dump_json() + "\n")
+                stream.write("\n" * cut + one.model_dump_json() + "\n")
         except OSError as error:
             warnings.warn(f"{path}: {error}; who made {name} and when is not recorded", stacklevel=2)
 

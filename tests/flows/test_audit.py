@@ -1,5 +1,6 @@
 """Questions in SQL, of a small run."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -37,11 +38,16 @@ def test_which_episodes_changed_between_two_evaluations(store: Store) -> None:
     assert ask(store, "SELECT count(*) FROM episodes")[1] == [(60,)]
 
 
-def test_every_table_is_filled(store: Store, tmp_path: Path) -> None:
+def test_every_table_is_filled(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record(tmp_path / "small", executed(store.artifacts[0].digest))
     for table in ("artifacts", "parents", "ancestors", "files", "settings", "facts", "versions", "episodes", "executions"):
         assert ask(store, f"SELECT * FROM {table}", tmp_path)[1], table  # noqa: S608 - names of our own
     assert ask(store, 'SELECT "user", host, epoch(ended - began) FROM executions', tmp_path)[1] == [("ada", "box", 90)]
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("TZ", "America/New_York")
+        time.tzset()
+        assert ask(store, "SELECT hour(began) FROM executions", tmp_path)[1] == [(12,)]  # UTC, wherever one asks
+    time.tzset()
     assert ask(store, "SELECT DISTINCT value FROM settings WHERE key = 'sample.group'")[1] == [("3",)]
 
 

@@ -61,13 +61,42 @@ def test_removing_takes_what_was_said_and_leaves_a_sound_rest(run: Path) -> None
     assert not list(Path("artifacts").rglob("*.removed"))
 
 
-def test_what_another_run_lent_is_left_to_it(run: Path, tmp_path: Path) -> None:
-    (tmp_path / "artifacts/other").mkdir()
-    (tmp_path / "artifacts/other/checkpoints").symlink_to(run / "checkpoints", target_is_directory=True)
+def named(run_name: str) -> Params:
+    """The settings of the small run, for a run of another name."""
+    params = load()
+    return params.model_copy(update={"run": params.run.model_copy(update={"name": run_name})})
+
+
+def test_what_another_run_links_to_stays_with_all_that_it_came_from(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "artifacts/other/checkpoints").mkdir(parents=True)
+    (tmp_path / "artifacts/other/checkpoints/student").symlink_to(run / "checkpoints/it002", target_is_directory=True)
+    assert unneeded() == ["older/checkpoints/student"]
+
+
+def test_a_run_of_which_nothing_is_here_keeps_nothing_and_is_refused(run: Path) -> None:
+    with pytest.raises(ValueError, match=r"run\.name is 'brandnew', and nothing of that run is here"):
+        garbage(read_store(), named("brandnew"))
+    assert garbage(read_store(), named("brandnew"), [read_store().find("older/checkpoints/student")]).artifacts
+
+
+def test_a_broken_manifest_hides_what_is_needed_so_nothing_is_removed(run: Path) -> None:
+    (run / "checkpoints/it002/manifest.json").write_text("{")
+    with pytest.raises(ValueError, match="small/checkpoints/it002"):
+        unneeded()
+
+
+def test_a_missing_parent_hides_what_is_needed_so_nothing_is_removed(run: Path) -> None:
+    shutil.rmtree(run / "logits/it001")
+    with pytest.raises(ValueError, match=r"came from logits [0-9a-f]{12}, which isn't here"):
+        unneeded()
+
+
+def test_demonstrations_that_are_not_here_are_in_nobodys_way(run: Path) -> None:
+    shutil.rmtree(run / "demonstrations")
     assert unneeded() == ["older/checkpoints/student", "small/checkpoints/it002", "small/trajectories/it002"]
 
 
-def test_what_cannot_be_read_is_left_alone(run: Path) -> None:
-    (run / "checkpoints/it002/manifest.json").write_text("{")
-    assert "small/checkpoints/it002" not in unneeded()
-    assert isinstance(load(), Params)
+def test_what_a_kill_left_behind_is_swept_up(run: Path) -> None:
+    (run / "checkpoints/.it002.removed/shard").mkdir(parents=True)
+    remove(garbage(read_store(), load()))
+    assert not [path for path in run.rglob("*it002*") if path.is_dir()]

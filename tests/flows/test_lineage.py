@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 from prov.model import ProvDocument
 
-from flows import exports, lineage, provenance, terminal
+from flows import exports, provenance, terminal
 from flows.lineage import Difference, History, diff, flat, history, layout, mermaid, page
 from flows.store import read_store
 from tests.flows.manifests import publish
-from vla_opd.tracking import EXECUTIONS, Execution
+from vla_opd.host import Host
+from vla_opd.tracking import EXECUTIONS, Execution, execution
+
+ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.usefixtures("_nowhere")
 
@@ -70,7 +73,9 @@ def test_a_record_cut_short_by_a_kill_hides_no_other(root: Path) -> None:
     record(root / ".metrics/one", executed(labels))
     with (root / ".metrics/one" / EXECUTIONS).open("a") as stream:
         stream.write(executed(labels, user="cut").model_dump_json()[:40])
-    assert [e.user for e in told(root).origins[labels].executions] == ["ada"]
+    finished = execution(Host(metrics=root / ".metrics", tracking="jsonl"), "one", "label", "it001")
+    finished(labels)
+    assert len(told(root).origins[labels].executions) == 2
 
 
 def test_the_code_of_dvc_lock_is_found_in_the_history_of_git(tmp_path: Path, root: Path) -> None:
@@ -86,6 +91,7 @@ def test_the_code_of_dvc_lock_is_found_in_the_history_of_git(tmp_path: Path, roo
         git("add", "stages")
         git("commit", "-q", "-m", text)
         commits.append(git("rev-parse", "HEAD"))
+        git("commit", "-q", "--allow-empty", "-m", "something else")
     lock = """
 schema: '2.0'
 stages:
@@ -95,15 +101,31 @@ stages:
     - {path: artifacts/one/trajectories/it001, hash: md5, md5: 0.dir}
     - {path: stages/label.py, hash: md5, md5: MD5}
     outs:
-    - {path: artifacts/one/logits/it001, hash: md5, md5: 1.dir}
+    - {path: artifacts/one/logits/it001, hash: md5, md5: OUT}
 """
+    labels = read_store(root).find("logits/it001")
     for text, commit in (("second", commits[1]), ("never committed", "")):
-        (tmp_path / "dvc.lock").write_text(lock.replace("MD5", _md5(text)))
+        (tmp_path / "dvc.lock").write_text(lock.replace("MD5", _md5(text)).replace("OUT", provenance.folder_md5(labels.folder)))
         provenance.locked_stages.cache_clear()
-        made = told(root).origins[read_store(root).find("logits/it001").digest]
+        made = told(root).origins[labels.digest]
         assert (made.stage, made.commit) == ("label@it001", commit)
     line = next(line for line in terminal.history(told(root)).splitlines() if "logits: one/logits/it001" in line)
     assert "label@it001; its code is in no commit" in line
+
+
+def test_a_lock_of_other_bytes_says_nothing_of_an_artifact(tmp_path: Path, root: Path) -> None:
+    """A stage was run by hand with another setting, or another dvc.lock was checked out: whose code that was isn't known."""
+    lock = "{stages: {label@it001: {deps: [], outs: [{path: artifacts/one/logits/it001, md5: 0123.dir}]}}}"
+    (tmp_path / "dvc.lock").write_text(lock)
+    provenance.locked_stages.cache_clear()
+    made = told(root).origins[read_store(root).find("logits/it001").digest]
+    assert (made.stage, made.code, made.commit) == ("", None, "")
+
+
+def test_dvc_names_a_folder_as_it_does_in_the_lock_of_this_repository() -> None:
+    place = "artifacts/libero-object/checkpoints/student"
+    locked = {out["path"]: out["md5"] for out in provenance.locked_stages(ROOT / "dvc.lock")[place]["outs"]}
+    assert provenance.folder_md5(ROOT / place) == locked[place]
 
 
 def _md5(text: str) -> str:
@@ -161,7 +183,13 @@ def test_the_difference_of_two_histories_names_the_setting_that_differs(root: Pa
     assert [d for d in found if d.part == "checkpoints/teacher"] == [
         Difference("checkpoints/teacher", "artifact", read_store(root).find("checkpoints/teacher").digest[:12], "not in its history")
     ]
-    assert ("itself", "parent logits") in {(d.part, d.what) for d in found}
+    assert ("checkpoints/it001", "parent logits") in {(d.part, d.what) for d in found}
+
+
+def test_an_artifact_is_compared_with_one_of_its_own_history(root: Path) -> None:
+    found = list(diff(told(root, "checkpoints/student"), told(root)))
+    assert ("itself", "params name") in {(d.part, d.what) for d in found}
+    assert not [d for d in found if d.part == "checkpoints/student"]
 
 
 def test_equal_parts_are_not_mentioned(root: Path) -> None:
@@ -242,8 +270,3 @@ def test_a_file_that_holds_no_such_key_is_refused(root: Path, tmp_path: Path, ke
     for path, said in [(keys[1], "expected a PEM file"), (rsa, "expected Ed25519PrivateKey"), (tmp_path / "none", "No such file")]:
         with pytest.raises(ValueError, match=said):
             exports.sign(told(root), path)
-
-
-def test_every_form_of_a_history_has_a_name() -> None:
-    assert set(exports.EXPORTS) == {"prov", "openlineage", "in-toto"}
-    assert lineage.TEMPLATE == "lineage.html.jinja"

@@ -132,11 +132,15 @@ def test_a_failing_stage_hands_back_its_last_words(toy: Toy, monkeypatch: pytest
 def test_another_dvc_at_work_is_busy(toy: Toy) -> None:
     out = str(toy.folder / "artifacts/toy/demonstrations/main")
     (toy.folder / ".dvc/tmp").mkdir()
-    (toy.folder / ".dvc/tmp/rwlock").write_text(json.dumps({"write": {out: {"pid": os.getppid(), "cmd": "dvc repro"}}}))
-    with pytest.raises(Busy):
-        pipeline.bring("demonstrate@main", lambda _: None)
-    with pytest.raises(Busy):
-        pipeline.plan(patience=0)
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "repro"]) as other:
+        try:
+            (toy.folder / ".dvc/tmp/rwlock").write_text(json.dumps({"write": {out: {"pid": other.pid, "cmd": "dvc repro"}}}))
+            with pytest.raises(Busy):
+                pipeline.bring("demonstrate@main", lambda _: None)
+            with pytest.raises(Busy):
+                pipeline.plan(patience=0)
+        finally:
+            other.kill()
 
 
 def test_dvc_dies_with_the_process_that_started_it(toy: Toy) -> None:

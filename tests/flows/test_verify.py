@@ -30,9 +30,8 @@ def found(deep: bool = False) -> dict[str, Finding]:
 
 
 def test_a_whole_run_is_sound(run: Path) -> None:
-    told: list[str] = []
-    assert list(verify(read_store(), deep=True, tell=told.append)) == []
-    assert len(told) == 10
+    assert len(read_store().artifacts) == 10
+    assert list(verify(read_store(), deep=True)) == []
 
 
 def test_a_flipped_bit_is_found_with_its_file_and_what_it_voids(run: Path) -> None:
@@ -46,7 +45,7 @@ def test_a_flipped_bit_is_found_with_its_file_and_what_it_voids(run: Path) -> No
     assert sorted(finding.void) == sorted(AFTER_LABELS)
 
 
-@pytest.mark.parametrize("damage", ["lost", "more", "manifest"])
+@pytest.mark.parametrize("damage", ["lost", "more", "unreadable manifest", "lost manifest", "a folder for a manifest"])
 def test_a_file_too_few_or_too_many_and_a_lost_manifest_are_found(run: Path, damage: str) -> None:
     folder = run / STUDENT
     match damage:
@@ -54,9 +53,20 @@ def test_a_file_too_few_or_too_many_and_a_lost_manifest_are_found(run: Path, dam
             (folder / "model.safetensors").unlink()
         case "more":
             (folder / "notes.pkl").write_bytes(b"")
-        case _:
+        case "unreadable manifest":
             (folder / "manifest.json").write_text("{")
+        case _:
+            (folder / "manifest.json").unlink()
+            if "folder" in damage:
+                (folder / "manifest.json").mkdir()
     assert list(found()) == [STUDENT]
+    assert STUDENT in next(iter(found().values())).what
+
+
+def test_an_edited_manifest_voids_what_was_made_from_it(run: Path) -> None:
+    path = run / "small/checkpoints/teacher/manifest.json"
+    path.write_text(path.read_text().replace('"seed": 3', '"seed": 2'))
+    assert {"small/checkpoints/student", LABELS, *AFTER_LABELS} <= set(found()["small/checkpoints/teacher"].void)
 
 
 def republished(folder: Path, kind: str, **changes: object) -> None:
