@@ -1,6 +1,5 @@
 """Questions in SQL over everything that the manifests, the evaluations and the record of executions say."""
 
-import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,8 +7,8 @@ from typing import Any
 
 import duckdb
 
-from flows.lineage import flat
-from flows.store import Artifact, Store
+from flows.settings import text
+from flows.store import Artifact, Store, flat
 from vla_opd.evaluation import read_records
 from vla_opd.host import METRICS
 from vla_opd.tracking import executions
@@ -50,12 +49,12 @@ def ask(store: Store, question: str, metrics: Path = METRICS) -> tuple[list[str]
 
 def _rows(store: Store, metrics: Path) -> Iterator[tuple[str, list[tuple[Any, ...]]]]:
     artifacts = list(store.by_digest.values())  # copies of one artifact in several places say the same, but for where they are
-    yield "artifacts", [(a.digest, a.name, a.run, a.manifest.kind, sum(f.size for f in a.manifest.files.values())) for a in store.artifacts]
+    yield "artifacts", [(a.digest, a.name, a.run, a.manifest.kind, a.size) for a in store.artifacts]
     yield "parents", [(a.digest, role, parent) for a in artifacts for role, parent in a.manifest.parents.items()]
     yield "ancestors", [(a.digest, one.digest) for a in artifacts for one in store.ancestors(a)]
     yield "files", [(a.digest, path, entry.size, entry.sha256) for a in artifacts for path, entry in a.manifest.files.items()]
-    yield "settings", [(a.digest, key, _text(value)) for a in artifacts for key, value in flat(a.manifest.params).items()]
-    yield "facts", [(a.digest, key, _text(value)) for a in artifacts for key, value in flat(a.manifest.facts).items()]
+    yield "settings", [(a.digest, key, text(value)) for a in artifacts for key, value in flat(a.manifest.params).items()]
+    yield "facts", [(a.digest, key, text(value)) for a in artifacts for key, value in flat(a.manifest.facts).items()]
     yield "versions", [(a.digest, *pair) for a in artifacts for pair in a.manifest.made_with.items()]
     yield "episodes", [row for a in artifacts if a.manifest.kind == "evaluation" for row in _episodes(a)]
     yield "executions", [tuple(e.model_dump().values()) for run in sorted({a.run for a in store.artifacts}) for e in executions(metrics / run)]
@@ -68,7 +67,3 @@ def _episodes(evaluation: Artifact) -> list[tuple[Any, ...]]:
         warnings.warn(f"{evaluation.name}: its episodes can't be read ({error}); see opd verify", stacklevel=2)
         return []
     return [(evaluation.digest, r.task, r.state, r.success, r.steps, r.instruction) for r in records]
-
-
-def _text(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value)

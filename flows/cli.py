@@ -5,14 +5,18 @@ import sys
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows import audit, collect, exports, lineage, pipeline, replay, serve, server, settings, store, summary, terminal, verify
+from flows import pipeline, serve, server, settings, summary, terminal
 from flows.pipeline import Busy, StageFailed
 from vla_opd import params
 from vla_opd.host import METRICS, this_host
+
+if TYPE_CHECKING:  # what answers questions is imported by the question: torch, DuckDB and the exports' libraries take seconds
+    from flows.lineage import History
+    from flows.store import Artifact, Store
 
 QUIET = {  # the terminal is for the stages; Prefect's own log is in its interface
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
@@ -60,7 +64,7 @@ def run(targets: Stages = None, changes: Changes = None) -> None:
             raise typer.Exit(130) from None
     if "report" in states:
         name = params.load().run.name
-        folder = store.ROOT / name
+        folder = Path("artifacts") / name
         print(terminal.closing(folder, summary.write(folder, METRICS / name, states), url.removesuffix("/api")))
 
 
@@ -119,10 +123,12 @@ class Form(StrEnum):
 @app.command("lineage")
 def lineage_(artifact: Wanted, form: Annotated[Form, typer.Option("--as")] = Form.tree, out: Out = None) -> None:
     """Everything that an artifact came from: parents, settings, seeds, code and its commit, versions, and who ran it when."""
+    from flows import answers, exports, lineage
+
     told = _history(artifact)
     match form:
         case Form.tree:
-            text = terminal.history(told)
+            text = answers.history(told)
         case Form.mermaid:
             text = lineage.mermaid(told)
         case Form.html:
@@ -135,7 +141,9 @@ def lineage_(artifact: Wanted, form: Annotated[Form, typer.Option("--as")] = For
 @app.command("diff")
 def diff_(first: Wanted, second: Wanted) -> None:
     """What differs between the histories of two artifacts."""
-    print(terminal.differences(list(lineage.diff(_history(first), _history(second)))))
+    from flows import answers, lineage
+
+    print(answers.differences(list(lineage.diff(_history(first), _history(second)))))
 
 
 @app.command("verify")
@@ -149,23 +157,27 @@ def verify_(
     key: Annotated[Path | None, typer.Option(help="the public key (PEM) of whoever signed")] = None,
 ) -> None:
     """Hash every file again. Exit code 1 if anything is not what was published; says what was made from it and is void."""
+    from flows import answers, exports, lineage, store, verify
+
     there = store.read_store()
     wanted = [_find(there, name) for name in artifacts] if artifacts else None
     one = wanted[0] if wanted and len(wanted) == 1 else None
     if ((shard or signature or key) and one is None) or bool(signature) != bool(key):
         raise ValueError("--replay, and --signature with --key, are for one artifact; expected its name")
     findings = list(verify.verify(there, wanted, deep=deep))
-    print(terminal.findings(findings, len(wanted if wanted is not None else there.artifacts)))
+    print(answers.findings(findings, len(wanted if wanted is not None else there.artifacts)))
     if findings:
         raise typer.Exit(1)
     if one and signature and key:
-        exports.check(lineage.history(there, one), signature, key)
+        exports.check(lineage.History(one, there), signature, key)
         print(f"  {signature}: signed by the owner of {key}")
     if one and shard:
         _replay(there, one, shard)
 
 
-def _replay(there: store.Store, one: store.Artifact, shard: str) -> None:
+def _replay(there: "Store", one: "Artifact", shard: str) -> None:
+    from flows import replay
+
     again = replay.replay(there, one, shard, params.load(), this_host(None, one.manifest.params.get("device", "cpu"), "none", METRICS))
     if again.differing:
         raise ValueError(
@@ -177,12 +189,16 @@ def _replay(there: store.Store, one: store.Artifact, shard: str) -> None:
 @app.command("audit")
 def audit_(question: Annotated[str, typer.Argument(help="in SQL; a wrong one is answered with the tables")]) -> None:
     """Ask anything of all manifests, evaluations and executions, in SQL."""
-    print(terminal.rows(*audit.ask(store.read_store(), question)))
+    from flows import answers, audit, store
+
+    print(answers.rows(*audit.ask(store.read_store(), question)))
 
 
 @app.command()
 def sign(artifact: Wanted, key: Annotated[Path, typer.Option(help="an Ed25519 private key (PEM)")], out: Out = None) -> None:
     """Sign an artifact's whole history."""
+    from flows import exports
+
     _write(exports.sign(_history(artifact), key), out)
 
 
@@ -192,6 +208,8 @@ def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would go")] = False,
 ) -> None:
     """Remove the artifacts that neither the run of params.yaml nor what is named needs."""
+    from flows import collect, store
+
     there = store.read_store()
     found = collect.garbage(there, params.load(), [_find(there, name) for name in keep or ()])
     if not dry_run:
@@ -201,12 +219,14 @@ def gc(
     print(f"  {len(found.artifacts)} artifacts, {found.bytes / 1e6:.1f} MB {'would be' if dry_run else 'were'} removed")
 
 
-def _history(name: str) -> lineage.History:
+def _history(name: str) -> "History":
+    from flows import lineage, store
+
     there = store.read_store()
-    return lineage.history(there, _find(there, name))
+    return lineage.History(_find(there, name), there)
 
 
-def _find(there: store.Store, name: str) -> store.Artifact:
+def _find(there: "Store", name: str) -> "Artifact":
     """The artifact of that name: the present run's, where others have one too."""
     return there.find(name, params.load().run.name if Path("params.yaml").is_file() else "")
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from flows.store import ROOT, Artifact, Store
+from flows.store import ROOT, SHORT, Artifact, Store
 from vla_opd.params import Params
 
 
@@ -34,7 +34,7 @@ def kept(store: Store, params: Params, more: Iterable[Artifact] = ()) -> set[str
     if not stay:
         raise ValueError(f"gc: run.name is {params.run.name!r}, and nothing of that run is here; expected a run that was made, or --keep")
     for artifact in stay:
-        if gone := [f"{role} {digest[:12]}" for digest, role in store.missing(artifact).items() if role != "demonstrations"]:
+        if gone := [f"{role} {digest[:SHORT]}" for digest, role in store.missing(artifact).items() if role != "demonstrations"]:
             raise ValueError(
                 f"gc: {artifact.name} came from {', '.join(gone)}, which isn't here, so what that came from isn't known; expected it (dvc pull)"
             )
@@ -45,7 +45,7 @@ def garbage(store: Store, params: Params, more: Iterable[Artifact] = ()) -> Garb
     """What isn't kept. Errors as of `kept`."""
     needed = kept(store, params, more)
     unneeded = tuple(a for a in store.artifacts if a.digest not in needed)
-    return Garbage(unneeded, sum(entry.size for a in unneeded for entry in a.manifest.files.values()))
+    return Garbage(unneeded, sum(a.size for a in unneeded))
 
 
 def remove(found: Garbage, root: Path = ROOT) -> None:
@@ -72,13 +72,7 @@ def _planned(artifact: Artifact, params: Params) -> bool:
     return name in planned.get(folder, ())
 
 
-def _linked(store: Store) -> set[Path]:
-    """The folders of artifacts that a link beside or above an artifact's place leads to: another run lives on them."""
-    if not store.artifacts:
-        return set()
-    first = store.artifacts[0]
-    root = first.folder.parents[len(Path(first.name).parts) - 1]
-    targets = [path.resolve() for path in root.glob("*/*") if path.is_symlink()] + [
-        path.resolve() for path in root.glob("*/*/*") if path.is_symlink()
-    ]
+def _linked(store: Store, root: Path = ROOT) -> set[Path]:
+    """The folders of artifacts that a link in or above an artifact's place leads to: another run lives on them."""
+    targets = [path.resolve() for depth in ("*/*", "*/*/*") for path in root.glob(depth) if path.is_symlink()]
     return {a.folder.resolve() for a in store.artifacts if any(a.folder.resolve().is_relative_to(target) for target in targets)}

@@ -20,9 +20,10 @@ from openlineage.client.facet_v2 import DatasetFacet, dataset_version_dataset, s
 from openlineage.client.serde import Serde
 from prov.model import ProvDocument
 
-from flows.lineage import History, flat
-from flows.store import SHORT, Artifact
-from vla_opd.artifacts import canonical
+from flows.lineage import History
+from flows.settings import text
+from flows.store import SHORT, Artifact, flat
+from vla_opd.artifacts import MANIFEST, canonical
 from vla_opd.tracking import Execution
 
 URI = "https://arxiv.org/abs/2603.26666#vla-opd/"  # a name, not an address: nothing of ours is served there
@@ -38,8 +39,7 @@ def prov(told: History) -> str:
     for one in told.artifacts:
         manifest = one.manifest
         document.entity(f"opd:{one.digest}", {"opd:name": one.name, "opd:kind": manifest.kind, "opd:settings": canonical(manifest.params)})
-        ran = told.origins[one.digest].executions
-        last = ran[-1] if ran else None
+        last = told.origins[one.digest].last
         made = document.activity(f"opd:{_activity(one, last)}", last and last.began, last and last.ended, {"opd:stage": _stage(one)})
         document.wasGeneratedBy(f"opd:{one.digest}", made)
         if last:
@@ -59,10 +59,10 @@ def openlineage(told: History) -> str:
 
 def _event(told: History, one: Artifact) -> RunEvent:
     made = told.origins[one.digest]
-    last = made.executions[-1] if made.executions else None
+    last = made.last
     code = {"sourceCodeLocation": source_code_location_job.SourceCodeLocationJobFacet("git", URI, version=made.commit)} if made.commit else {}
     return RunEvent(
-        eventTime=(last.ended if last else datetime.fromtimestamp((one.folder / "manifest.json").stat().st_mtime, UTC)).isoformat(),
+        eventTime=(last.ended if last else datetime.fromtimestamp((one.folder / MANIFEST).stat().st_mtime, UTC)).isoformat(),
         producer=f"{URI}{version('vla-opd')}",
         eventType=RunState.COMPLETE,
         run=Run(str(uuid5(NAMESPACE_URL, URI + _activity(one, last)))),
@@ -79,7 +79,7 @@ def _version(digest: str) -> dict[str, DatasetFacet]:
 def intoto(told: History) -> str:
     """An in-toto statement with SLSA provenance v1: its subjects are the artifact's files, its dependencies all artifacts that it came from."""
     one, made = told.artifact, told.origins[told.artifact.digest]
-    last = made.executions[-1] if made.executions else None
+    last = made.last
     subjects = [ResourceDescriptor(name=f"{one.name}/{path}", digest={"sha256": entry.sha256}).pb for path, entry in one.manifest.files.items()]
     dependencies = [{"name": a.name, "digest": {"opdManifest": a.digest}} for a in told.artifacts[:-1]]
     dependencies += [{"name": role, "digest": {"opdManifest": digest}} for digest, role in told.missing.items()]
@@ -88,7 +88,7 @@ def intoto(told: History) -> str:
     predicate = {
         "buildDefinition": {
             "buildType": f"{URI}stage/v1",
-            "externalParameters": {key: _plain(value) for key, value in flat(one.manifest.params).items()},
+            "externalParameters": {key: text(value) for key, value in flat(one.manifest.params).items()},
             "internalParameters": {"madeWith": dict(one.manifest.made_with)},
             "resolvedDependencies": dependencies,
         },
@@ -110,10 +110,6 @@ def _stage(one: Artifact) -> str:
 
 def _activity(one: Artifact, last: Execution | None) -> str:
     return f"execution/{last.id}" if last and last.id else f"making/{one.digest[:SHORT]}"
-
-
-def _plain(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 EXPORTS: dict[str, Callable[[History], str]] = {"prov": prov, "openlineage": openlineage, "in-toto": intoto}

@@ -12,9 +12,8 @@ from jinja2 import Environment, StrictUndefined
 from rich.tree import Tree
 
 from flows.provenance import Origin, origin
-from flows.store import SHORT, Artifact, Store
+from flows.store import SHORT, Artifact, Settings, Store, flat
 
-Settings = dict[str, Any]
 TEMPLATE = "lineage.html.jinja"
 
 
@@ -24,7 +23,6 @@ class History:
 
     artifact: Artifact
     store: Store
-    origins: Mapping[str, Origin]
 
     @cached_property
     def artifacts(self) -> tuple[Artifact, ...]:
@@ -33,6 +31,11 @@ class History:
     @cached_property
     def missing(self) -> dict[str, str]:
         return self.store.missing(self.artifact)
+
+    @cached_property
+    def origins(self) -> dict[str, Origin]:
+        """What dvc.lock, git and the record of executions say of each of its parts, by digest. All their files are read."""
+        return {one.digest: origin(one) for one in self.artifacts}
 
     @property
     def versions(self) -> dict[str, list[str]]:
@@ -44,19 +47,6 @@ class History:
         """For every kind of artifact its settings by dotted name; all the values where they differ."""
         kinds = dict.fromkeys(one.manifest.kind for one in self.artifacts)
         return {kind: _values(flat(one.manifest.params) for one in self.artifacts if one.manifest.kind == kind) for kind in kinds}
-
-
-def history(store: Store, artifact: Artifact) -> History:
-    """The history of an artifact, with what dvc.lock, git and the record of executions say of each of its parts."""
-    return History(artifact, store, {one.digest: origin(one) for one in store.ancestors(artifact)})
-
-
-def flat(settings: Mapping[str, Any], prefix: str = "") -> Settings:
-    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
-    result: Settings = {}
-    for key, value in settings.items():
-        result |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
-    return result
 
 
 def _values(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
@@ -96,8 +86,7 @@ def how(made: Origin) -> Iterator[str]:
     """The stage that made it, who ran it, where, when and for how long, and the commit that has its code."""
     if made.stage:
         yield made.stage
-    if made.executions:
-        last = made.executions[-1]
+    if last := made.last:
         times = f", {len(made.executions)} times" if len(made.executions) > 1 else ""
         yield f"{last.began:%Y-%m-%d %H:%M} UTC by {last.user} on {last.host} in {round((last.ended - last.began).total_seconds())} s{times}"
         yield f"at commit {last.commit[:7]}{' with edits' if last.edited else ''}" if last.commit else "outside git"

@@ -11,9 +11,8 @@ from typing import Any
 
 from prefect.artifacts import create_image_artifact, create_link_artifact, create_table_artifact
 
-from flows.lineage import flat
 from flows.pipeline import Step
-from flows.store import SHORT, Artifact, read_artifact
+from flows.store import SHORT, Artifact, flat, read_artifact
 from vla_opd.artifacts import MANIFEST
 
 NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'  # which a drawing inside a page can do without
@@ -42,7 +41,7 @@ def rows(artifact: Artifact) -> list[dict[str, Any]]:
     told += [
         (key, round(value, 4)) for key, value in flat(manifest.facts).items() if isinstance(value, int | float) and not key.startswith("checkpoint.")
     ]
-    told.append(("megabytes", round(sum(entry.size for entry in manifest.files.values()) / 1e6, 2)))
+    told.append(("megabytes", round(artifact.size / 1e6, 2)))
     return [{"what": what, "value": value} for what, value in told]
 
 

@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 
 from flows.store import ROOT, Artifact
 from vla_opd.host import METRICS
-from vla_opd.tracking import Execution, executions
+from vla_opd.tracking import CODE, Execution, executions, git
 
 LOCK = Path("dvc.lock")
 COMMITS = 2000  # of the history, the newest so many are searched for an artifact's code
@@ -34,22 +34,25 @@ class Origin:
     commit: str = ""
     executions: tuple[Execution, ...] = ()
 
+    @property
+    def last(self) -> Execution | None:
+        return self.executions[-1] if self.executions else None
+
 
 @cache
 def locked_stages(lock: Path = LOCK) -> dict[str, dict[str, Any]]:
-    """The stages of dvc.lock by the folder that they make: each its lock entry, with its `name`."""
+    """The stages of dvc.lock by the folder that they make: each its lock entry, with its `name` and the folder's `md5`."""
     if not lock.is_file():
         return {}
     stages = YAML(typ="safe").load(lock.read_text())["stages"]
-    return {out["path"]: entry | {"name": name} for name, entry in stages.items() for out in entry["outs"]}
+    return {out["path"]: entry | {"name": name, "md5": out["md5"]} for name, entry in stages.items() for out in entry["outs"]}
 
 
 def origin(artifact: Artifact, metrics: Path = METRICS) -> Origin:
     """What dvc.lock, git and the record of executions say of an artifact."""
     ran = tuple(e for e in executions(metrics / artifact.run) if e.digest == artifact.digest)
-    place = (ROOT / artifact.name).as_posix()
-    entry = locked_stages().get(place)
-    if entry is None or folder_md5(artifact.folder) not in [out["md5"] for out in entry["outs"] if out["path"] == place]:
+    entry = locked_stages().get((ROOT / artifact.name).as_posix())
+    if entry is None or folder_md5(artifact.folder) != entry["md5"]:
         return Origin(executions=ran)
     code = {dep["path"]: dep["md5"] for dep in entry["deps"] if not dep["path"].startswith(f"{ROOT}/")}
     return Origin(entry["name"], code, commit_with(tuple(sorted(code.items()))), ran)
@@ -59,7 +62,7 @@ def origin(artifact: Artifact, metrics: Path = METRICS) -> Origin:
 def commit_with(code: tuple[tuple[str, str], ...]) -> str:
     """The commit since which the files had these md5s, in the newest stretch of history where they did. Empty if the code was never committed."""
     since = ""
-    for commit in _git("rev-list", "--first-parent", f"--max-count={COMMITS}", "HEAD").split():
+    for commit in git("rev-list", "--first-parent", f"--max-count={COMMITS}", "HEAD").split():
         files = _tree(commit)
         if all(path in files and _md5(files[path]) == md5 for path, md5 in code):
             since = commit
@@ -84,7 +87,7 @@ def _file_md5(path: Path) -> str:
 @cache
 def _tree(commit: str) -> dict[str, str]:
     """File: blob."""
-    lines = _git("ls-tree", "-r", "-z", commit, "--", "flows", "stages", "vla_opd").split("\0")
+    lines = git("ls-tree", "-r", "-z", commit, "--", *CODE).split("\0")
     return {path: entry.split()[2] for entry, _, path in (line.partition("\t") for line in lines) if path}
 
 
@@ -92,12 +95,3 @@ def _tree(commit: str) -> dict[str, str]:
 def _md5(blob: str) -> str:
     done = subprocess.run(["git", "cat-file", "blob", blob], capture_output=True, check=True)
     return hashlib.md5(done.stdout, usedforsecurity=False).hexdigest()  # as DVC hashes files
-
-
-def _git(*words: str) -> str:
-    """What git says; nothing outside a repository."""
-    try:
-        done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
-    except OSError:  # no git
-        return ""
-    return done.stdout if done.returncode == 0 else ""

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flows.store import Artifact, Store
+from flows.store import SHORT, Artifact, Store
 from vla_opd.artifacts import Draft, Manifest
 from vla_opd.host import Host
 from vla_opd.params import DemonstrationSet, Params
@@ -95,5 +95,5 @@ def _with(params: Params, **sections: Mapping[str, Any]) -> Params:
 def _parent(store: Store, artifact: Artifact, role: str) -> Path:
     digest = artifact.manifest.parents[role]
     if (found := store.by_digest.get(digest)) is None:
-        raise ValueError(f"{artifact.name}: its {role} {digest[:12]} isn't here; expected it, to make a shard again (dvc pull, or make it)")
+        raise ValueError(f"{artifact.name}: its {role} {digest[:SHORT]} isn't here; expected it, to make a shard again (dvc pull, or make it)")
     return found.folder

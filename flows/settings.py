@@ -40,7 +40,7 @@ def write(changes: Mapping[str, Any], path: Path | str = "params.yaml") -> None:
     ValueError, and nothing is written, if the result isn't a valid run.
     """
     source = Path(path)
-    params.load(source, [f"{dotted}={_text(value)}" for dotted, value in changes.items()])
+    params.load(source, [f"{dotted}={text(value)}" for dotted, value in changes.items()])
     if not changes:
         return
     yaml = YAML()
@@ -52,7 +52,7 @@ def write(changes: Mapping[str, Any], path: Path | str = "params.yaml") -> None:
         node = tree
         for section in sections:
             node = node.setdefault(section, {})
-        node[key] = yaml.load(_text(value))
+        node[key] = yaml.load(text(value))
     _replace(source.resolve(), lambda file: yaml.dump(tree, file))
 
 
@@ -89,6 +89,6 @@ def extension(iterations: int, path: Path | str = "params.yaml") -> dict[str, st
     return changes | {f"evaluations.{run.report.final}": tip} if changes else {}
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
     """A value as YAML reads it; text is taken as it was typed."""
     return value if isinstance(value, str) else json.dumps(value)

@@ -1,17 +1,18 @@
 """The artifacts on disk as a graph: who was made from whom, by digest."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import networkx as nx
 
 from vla_opd.artifacts import MANIFEST, Kind, Manifest, read_manifest
 
 ROOT = Path("artifacts")
+Settings = dict[str, Any]
 SHORT = 12  # digits of a digest that a person is shown
 SHORTEST = 6  # digits of a digest that name an artifact
 
@@ -31,6 +32,11 @@ class Artifact:
     @property
     def run(self) -> str:
         return self.name.partition("/")[0]
+
+    @property
+    def size(self) -> int:
+        """The bytes of its files, the manifest left out."""
+        return sum(entry.size for entry in self.manifest.files.values())
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,14 @@ class Store:
 
 def _ends(name: str, parts: tuple[str, ...]) -> bool:
     return bool(parts) and Path(name).parts[-len(parts) :] == parts
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> Settings:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    result: Settings = {}
+    for key, value in settings.items():
+        result |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+    return result
 
 
 def read_store(root: Path = ROOT) -> Store:

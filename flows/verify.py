@@ -57,17 +57,15 @@ def _aligned(store: Store, artifact: Artifact) -> None:
     """ValueError where an artifact contradicts a parent that is here."""
     parents = {role: found for role, _, found in store.parents(artifact) if found is not None}
     match artifact.manifest.kind:
-        case "trajectories":
+        case "trajectories" | "demonstrations":
             read_states(shards(artifact.folder))
             _same_environment(artifact, parents.get("student"))
-        case "demonstrations":
-            read_states(shards(artifact.folder))
         case "logits":
             _same_rows(artifact, parents.get("trajectories"))
             _same_actions(artifact, parents.get("teacher"))
         case "checkpoint":
             open_checkpoint(artifact.folder).weights()
-            _same_actions(parents["logits"], artifact) if "logits" in parents else None
+            _same_actions(parents.get("logits"), artifact)
         case _:
             pass
 
@@ -78,8 +76,8 @@ def _same_environment(artifact: Artifact, student: Artifact | None) -> None:
         require_environment(open_checkpoint(student.folder).facts, environment, student.name)
 
 
-def _same_actions(labels: Artifact, policy: Artifact | None) -> None:
-    if policy is not None:
+def _same_actions(labels: Artifact | None, policy: Artifact | None) -> None:
+    if labels is not None and policy is not None:
         space = ActionSpace.model_validate(labels.manifest.facts["action_space"])
         require_same_actions(open_checkpoint(policy.folder).facts, space, labels.name)
 

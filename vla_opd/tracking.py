@@ -54,11 +54,11 @@ class Execution(BaseModel):
 
 def execution(host: Host, run: str, stage: str, name: str) -> Callable[[str], None]:
     """Begin one run of a stage: `finished(digest)` adds it to the record of executions. Without tracking nothing is; no failure fails a stage."""
+    if host.tracking == "none":
+        return lambda _digest: None
     began, (commit, edited) = datetime.now(UTC), _head()
 
     def finished(digest: str) -> None:
-        if host.tracking == "none":
-            return
         one = Execution(
             id=host.execution,
             stage=stage,
@@ -97,14 +97,19 @@ def executions(folder: Path) -> tuple[Execution, ...]:
     return tuple(found)
 
 
+def git(*words: str) -> str:
+    """What git says; nothing outside a repository, or without git."""
+    try:
+        done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)  # noqa: S603, S607 - the user's own git
+    except OSError:
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
 def _head() -> tuple[str, bool]:
     """The commit that is checked out, and whether its code was edited since."""
-    try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)  # noqa: S607 - the user's own git
-        state = subprocess.run(["git", "status", "--porcelain", "--", *CODE], capture_output=True, text=True, check=False)  # noqa: S603, S607
-    except OSError:  # no git
-        return "", False
-    return (head.stdout.strip(), bool(state.stdout.strip())) if head.returncode == 0 else ("", False)
+    commit = git("rev-parse", "HEAD").strip()
+    return commit, bool(commit and git("status", "--porcelain", "--", *CODE).strip())
 
 
 def _user() -> str:

@@ -4,7 +4,6 @@ import http.server
 import io
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -110,6 +109,14 @@ def test_a_command_line_that_cannot_be_read_is_refused(arguments: list[str], cap
     assert "Usage: opd" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("module", ["flows.cli", "flows.train"])
+def test_what_only_answers_need_is_not_loaded_to_run(module: str) -> None:
+    """Every command and every served run starts with these imports; torch alone took two seconds of them."""
+    program = f"import sys, {module}; print(*{{'torch', 'duckdb', 'prov', 'openlineage', 'in_toto_attestation'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
 def test_every_command_says_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     said = capsys.readouterr().out
@@ -126,15 +133,7 @@ def test_a_run_is_extended_from_its_end(tmp_path: Path, monkeypatch: pytest.Monk
     assert run.evaluations["final"] == "it004"
 
 
-@pytest.fixture
-def run(undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of a small run, in which the test stands."""
-    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "artifacts/small"
-
-
-@pytest.mark.usefixtures("run")
+@pytest.mark.usefixtures("small")
 def test_lineage_in_every_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for form in cli.Form:
         assert cli.main(["lineage", "checkpoints/it001", "--as", form.value, "--out", str(tmp_path / form.value)]) == 0
@@ -143,12 +142,12 @@ def test_lineage_in_every_form(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "small/trajectories/it001" in capsys.readouterr().out
 
 
-def test_verify_ends_with_an_error_where_something_is_damaged(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_ends_with_an_error_where_something_is_damaged(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["verify", "--deep"]) == 0
     assert "10 artifacts checked, 0 damaged" in capsys.readouterr().out
     assert cli.main(["verify", "trajectories/it001", "--replay", "shard-000-00000"]) == 0
     assert "the same bytes" in capsys.readouterr().out
-    (run / "checkpoints/teacher/metrics.jsonl").write_text("")
+    (small / "checkpoints/teacher/metrics.jsonl").write_text("")
     assert cli.main(["verify"]) == 1
     said = capsys.readouterr().out
     assert "metrics.jsonl: 0 bytes" in said
@@ -156,7 +155,7 @@ def test_verify_ends_with_an_error_where_something_is_damaged(run: Path, capsys:
     assert cli.main(["verify", "logits/it001"]) == 0
 
 
-@pytest.mark.usefixtures("run")
+@pytest.mark.usefixtures("small")
 def test_a_signature_made_by_one_command_is_checked_by_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", "key.pem"], check=True)
     subprocess.run(["openssl", "pkey", "-in", "key.pem", "-pubout", "-out", "key.pub"], check=True)
@@ -168,16 +167,16 @@ def test_a_signature_made_by_one_command_is_checked_by_another(tmp_path: Path, c
     assert "are for one artifact" in capsys.readouterr().err
 
 
-def test_gc_removes_only_when_it_is_not_dry(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    changed = (run.parents[1] / "params.yaml").read_text().replace("final: it001", "final: student").replace("{it001: student}", "{it009: student}")
-    (run.parents[1] / "params.yaml").write_text(changed)
-    (run / "report").rename(run.parents[1] / "aside")  # a page keeps what it was made from
-    (run / "evaluations/final").rename(run.parents[1] / "final")
+def test_gc_removes_only_when_it_is_not_dry(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changed = (small.parents[1] / "params.yaml").read_text().replace("final: it001", "final: student").replace("{it001: student}", "{it009: student}")
+    (small.parents[1] / "params.yaml").write_text(changed)
+    (small / "report").rename(small.parents[1] / "aside")  # a page keeps what it was made from
+    (small / "evaluations/final").rename(small.parents[1] / "final")
     for dry, there in (["--dry-run"], True), ([], False):
         assert cli.main(["gc", *dry]) == 0
-        assert (run / "checkpoints/it001").is_dir() is there
+        assert (small / "checkpoints/it001").is_dir() is there
         assert "small/logits/it001" in capsys.readouterr().out
-    assert (run / "checkpoints/student").is_dir()
+    assert (small / "checkpoints/student").is_dir()
 
 
 def test_a_change_without_a_value_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

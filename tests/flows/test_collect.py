@@ -12,15 +12,12 @@ from vla_opd.params import Params, load
 
 
 @pytest.fixture
-def run(undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the small run with an iteration that params.yaml doesn't have, and a run from another time. The test stands in it."""
-    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    small = tmp_path / "artifacts/small"
+def run(small: Path) -> Path:
+    """The small run with an iteration that params.yaml doesn't have; beside it a run from another time."""
     start = read_store().find("checkpoints/it001").digest
     visited = publish(small / "trajectories/it002", "trajectories", {"student": start})
     publish(small / "checkpoints/it002", "checkpoint", {"student": start, "trajectories": visited})
-    publish(tmp_path / "artifacts/older/checkpoints/student", "checkpoint", {})
+    publish(small.parent / "older/checkpoints/student", "checkpoint", {})
     return small
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from prov.model import ProvDocument
 
-from flows import exports, provenance, terminal
-from flows.lineage import Difference, History, diff, flat, history, layout, mermaid, page
-from flows.store import read_store
+from flows import answers, exports, provenance
+from flows.lineage import Difference, History, diff, layout, mermaid, page
+from flows.store import flat, read_store
 from tests.flows.manifests import publish
 from vla_opd.host import Host
 from vla_opd.tracking import EXECUTIONS, Execution, execution
@@ -31,7 +31,7 @@ def _nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def told(folder: Path, name: str = "one/checkpoints/it001") -> History:
     store = read_store(folder)
-    return history(store, store.find(name))
+    return History(store.find(name), store)
 
 
 def executed(digest: str, **changes: object) -> Execution:
@@ -50,7 +50,7 @@ def record(run: Path, *ran: Execution) -> None:
 
 
 def test_the_tree_tells_every_parent_once_and_what_is_not_here(root: Path) -> None:
-    text = terminal.history(told(root))
+    text = answers.history(told(root))
     lines = text.split("\n\n")[0].splitlines()
     assert lines[0].startswith("one/checkpoints/it001 ")
     assert sum("one/checkpoints/student" in line for line in lines) == 2
@@ -63,7 +63,7 @@ def test_the_tree_tells_every_parent_once_and_what_is_not_here(root: Path) -> No
 def test_who_ran_it_where_and_when_is_told_of_the_execution_that_gave_this_digest(root: Path) -> None:
     labels = read_store(root).find("logits/it001").digest
     record(root / ".metrics/one", executed("e" * 64, user="eve"), executed(labels, user="bob"), executed(labels, edited=True))
-    line = next(line for line in terminal.history(told(root)).splitlines() if "logits: one/logits/it001" in line)
+    line = next(line for line in answers.history(told(root)).splitlines() if "logits: one/logits/it001" in line)
     assert "2026-11-25 12:00 UTC by ada on box in 90 s, 2 times; at commit fffffff with edits" in line
     assert "eve" not in line
 
@@ -109,7 +109,7 @@ stages:
         provenance.locked_stages.cache_clear()
         made = told(root).origins[labels.digest]
         assert (made.stage, made.commit) == ("label@it001", commit)
-    line = next(line for line in terminal.history(told(root)).splitlines() if "logits: one/logits/it001" in line)
+    line = next(line for line in answers.history(told(root)).splitlines() if "logits: one/logits/it001" in line)
     assert "label@it001; its code is in no commit" in line
 
 
@@ -196,7 +196,7 @@ def test_equal_parts_are_not_mentioned(root: Path) -> None:
     other_run(root)
     assert not [d for d in diff(told(root), told(root, "two/checkpoints/it001")) if d.part == "checkpoints/student"]
     assert list(diff(told(root), told(root))) == []
-    assert terminal.differences([]) == "  nothing differs"
+    assert answers.differences([]) == "  nothing differs"
 
 
 # Exports

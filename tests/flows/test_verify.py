@@ -18,11 +18,9 @@ AFTER_LABELS = ("small/checkpoints/it001", "small/evaluations/final", "small/rep
 
 
 @pytest.fixture
-def run(undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the small run; the test stands in it. Returns its artifacts."""
-    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "artifacts"
+def run(small: Path) -> Path:
+    """The folder of all runs, of which there is one."""
+    return small.parent
 
 
 def found(deep: bool = False) -> dict[str, Finding]:
