@@ -86,7 +86,7 @@ def test_the_commands_of_dvc_yaml_are_the_stages_own() -> None:
     for name, stage in pipeline().items():
         option = VERBS[verb(name)]
         item = {"--name": name if name in REFERENCE else "${key}", "--iteration": "${key}", None: ""}[option]
-        assert stage["cmd"] == " ".join(filter(None, ["python -m stages", verb(name), option, item]))
+        assert stage["cmd"] == " ".join(filter(None, ["exec python -m stages", verb(name), option, item]))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)

@@ -49,6 +49,7 @@ class Served:
             "DO_NOT_TRACK": "1",
             "TOY_SLEEPS": "optimize it001",
             "OPD_TEST_MARK": self.mark,
+            "SHELL": "/bin/sh",  # DVC's choice where there is no login shell; dash keeps standing between DVC and the stage
         }
 
     @property
