@@ -38,7 +38,7 @@ SIMULATED = ("demonstrate", "sample", "evaluate")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a stage; a user's mistake is one message on stderr and exit code 2."""
+    """Run a stage; a user's mistake is one message on stderr and exit code 2, numbers that are not finite one message and 1."""
     options = _parser().parse_args(arguments)
     if "DVC_STAGE" in os.environ:  # by hand, a stage may outlive its terminal; DVC's, whose lock dies with DVC, must not be met by the next one
         die_with_parent()
@@ -53,6 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as mistake:
         print(f"{options.verb}: {mistake}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"{options.verb}: {error}", file=sys.stderr)
+        return 1
     except Exception as error:
         if "No space left" not in str(error) and "Disk quota exceeded" not in str(error):  # some writers are not Python's, and raise no OSError
             raise

@@ -3,12 +3,13 @@
 The base (a policy pre-trained on other tasks), the teacher (many demonstrations) and the student (one a task) differ in parameters and parent only.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from vla_opd.artifacts import Manifest, draft, open_artifact
@@ -21,7 +22,7 @@ from vla_opd.policies.tiny import extend_vocabulary
 from vla_opd.seeds import derive
 from vla_opd.tokens import action_space
 from vla_opd.tracking import track
-from vla_opd.training import Budget, Loss, Row, Schedule, batches, train, write_rows
+from vla_opd.training import Budget, Evidence, Loss, Row, Schedule, batches, train, write_rows
 from vla_opd.trajectory import States, read_states, shards
 
 
@@ -45,7 +46,8 @@ def run(params: Params, name: str, demonstrations: Path, parent: Path | None, ou
     with draft(out, "checkpoint", parents, settings) as work, track(host, params.run.name, "finetune", name, settings) as log:
         policy = _policy(facts, origin, derive(params.run.seed, "finetune", name), host.device)
         loss = _loss(policy, facts, states, params, name)
-        rows, _ = train(policy, loss, _budget(made, params), work.scratch, None, f"finetune {name}", log)
+        evidence = Evidence(host.not_finite(params.run.name), lambda step: _examples(states, facts, _order(states, params, name)(step)))
+        rows, _ = train(policy, loss, _budget(made, params), work.scratch, None, f"finetune {name}", log, evidence)
         with work.part(WEIGHTS) as path:
             save_weights(path, policy.state_dict())
         with work.part("metrics.jsonl") as path:
@@ -90,7 +92,7 @@ def _loss(policy: Policy, facts: CheckpointFacts, states: States, params: Params
     """-sum_v q(v) log p(v) over valid tokens, q the Gaussian-smoothed one-hot of the demonstrated bin."""
     bins = facts.action_space.encode(states.labels)
     soft = smoothed_targets(facts.action_space.bins, params.finetune.smoothing)
-    order = batches(len(states), params.finetune.batch_size, derive(params.run.seed, "finetune", name, "order"))
+    order = _order(states, params, name)
 
     def loss(step: int) -> tuple[Float[Tensor, ""], Row]:
         rows = order(step)
@@ -102,6 +104,18 @@ def _loss(policy: Policy, facts: CheckpointFacts, states: States, params: Params
         return masked_mean(-(target * log_probs).sum(-1), mask), {"accuracy": hit}
 
     return loss
+
+
+def _order(states: States, params: Params, name: str) -> Callable[[int], Int[np.ndarray, " B"]]:
+    """Step -> the states of its batch."""
+    return batches(len(states), params.finetune.batch_size, derive(params.run.seed, "finetune", name, "order"))
+
+
+def _examples(states: States, facts: CheckpointFacts, rows: Int[np.ndarray, " B"]) -> dict[str, np.ndarray]:
+    """Some states with their demonstrated bins, by name, and which they are."""
+    seen = states.observations.at(rows)
+    bins = facts.action_space.encode(states.labels[rows])
+    return {"states": rows, "frames": seen.frames, "proprio": seen.proprio, "mask": states.mask[rows], "bins": bins}
 
 
 def smoothed_targets(bins: int, sigma: float) -> Float[Tensor, "V V"]:

@@ -35,13 +35,21 @@ def run(params: Params, teacher: Path, trajectories: Path, out: Path, host: Host
         missing = work.missing(names)
         for name in tqdm(missing, initial=len(names) - len(missing), total=len(names), desc="label", unit="shard", mininterval=5):
             with work.part(name) as path:
-                write_shard(path, _label(policy, read_states([trajectories / name]).observations, params))
+                write_shard(path, _label(policy, read_states([trajectories / name]).observations, params, name))
         queries = int(source.facts["states"])
         log({"teacher_queries": queries}, 0)
         return work.publish({"teacher_queries": queries, "action_space": space.model_dump()})
 
 
-def _label(policy: Policy, observations: Observations, params: Params) -> Float[np.ndarray, "N K V"]:
+def _label(policy: Policy, observations: Observations, params: Params, name: str) -> Float[np.ndarray, "N K V"]:
+    """A shard's labels. FloatingPointError at the first state whose label is not finite."""
     batches = np.array_split(np.arange(len(observations)), max(1, -(-len(observations) // params.label.batch_size)))
     with torch.inference_mode():
-        return np.concatenate([normalised(policy.logits(observations.at(rows)), params.label.dtype) for rows in batches])
+        labels = np.concatenate([normalised(policy.logits(observations.at(rows)), params.label.dtype) for rows in batches])
+    spoilt = np.flatnonzero(~np.isfinite(labels).all((1, 2)))
+    if len(spoilt):
+        raise FloatingPointError(
+            f"the teacher's log-probabilities of {len(spoilt)} states of {name} are not finite in {params.label.dtype}, the first of them state "
+            f"{spoilt[0]}; expected finite numbers (nothing of this shard is kept)"
+        )
+    return labels

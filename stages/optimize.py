@@ -1,12 +1,13 @@
 """optimize: student, trajectories, logits -> checkpoint, eq. (5): a fixed budget of AdamW steps towards the teacher on the student's own states."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import safetensors.torch
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vla_opd.artifacts import Manifest, draft, open_artifact
@@ -14,12 +15,12 @@ from vla_opd.checkpoint import WEIGHTS, Checkpoint, open_checkpoint, require_sam
 from vla_opd.host import Host
 from vla_opd.logits import read_shard
 from vla_opd.objectives import OBJECTIVES, TokenBatch, drawn, entropy, masked_mean, reverse_kl, tempered
-from vla_opd.params import Params, named_function
+from vla_opd.params import OptimizeParams, Params, named_function
 from vla_opd.policies import Policy, load_policy
 from vla_opd.seeds import derive
 from vla_opd.tokens import ActionSpace
 from vla_opd.tracking import track
-from vla_opd.training import Budget, Loss, Row, Schedule, batches, train, write_rows
+from vla_opd.training import Budget, Evidence, Loss, Row, Schedule, batches, train, write_rows
 from vla_opd.trajectory import Observations, joined, read_states, shards
 
 MOMENTS = "optimizer.safetensors"
@@ -34,6 +35,11 @@ class Labelled:
     mask: Bool[np.ndarray, "N K"]
     teacher: Float[np.ndarray, "N K V"]
 
+    def at(self, rows: Int[np.ndarray, " B"]) -> dict[str, np.ndarray]:
+        """Some states, by name, and which they are."""
+        seen = self.observations.at(rows)
+        return {"states": rows, "frames": seen.frames, "proprio": seen.proprio, "mask": self.mask[rows], "teacher": self.teacher[rows]}
+
 
 def run(params: Params, iteration: str, student: Path, trajectories: Path, logits: Path, out: Path, host: Host) -> Manifest:
     """One iteration's update. ValueError unless the logits label these trajectories, the student made these, and tokens mean the same actions."""
@@ -46,9 +52,11 @@ def run(params: Params, iteration: str, student: Path, trajectories: Path, logit
     with draft(out, "checkpoint", parents, settings) as work, track(host, params.run.name, "optimize", iteration, settings) as log:
         policy = load_policy(checkpoint, host.device)
         before = _probe(policy, data, opt.temperature)
-        loss = _loss(policy, data, params, derive(params.run.seed, "optimize", iteration))
+        seed = derive(params.run.seed, "optimize", iteration)
+        loss = _loss(policy, data, params, seed)
+        evidence = Evidence(host.not_finite(params.run.name), lambda step: data.at(_order(data, opt, seed)(step)))
         moments = safetensors.torch.load_file(student / MOMENTS) if (student / MOMENTS).is_file() else None
-        rows, moments = train(policy, loss, _budget(params, depth), work.scratch, moments, f"optimize {iteration}", log)
+        rows, moments = train(policy, loss, _budget(params, depth), work.scratch, moments, f"optimize {iteration}", log, evidence)
         with work.part(WEIGHTS) as path:
             save_weights(path, policy.state_dict())
         with work.part(MOMENTS) as path:
@@ -105,18 +113,23 @@ def _budget(params: Params, depth: int) -> Budget:
 def _loss(policy: Policy, data: Labelled, params: Params, seed: int) -> Loss:
     opt = params.optimize
     objective = named_function(opt.objective, OBJECTIVES, "optimize.objective")
-    usable = np.flatnonzero(data.mask.any(1))
-    order = batches(len(usable), opt.batch_size, seed)
+    order = _order(data, opt, seed)
 
     def loss(step: int) -> tuple[Float[Tensor, ""], Row]:
-        rows = usable[order(step)]
-        batch, mask = _token_batch(policy, data, rows, opt.temperature, derive(seed, step))
+        batch, mask = _token_batch(policy, data, order(step), opt.temperature, derive(seed, step))
         row = {"student_entropy": masked_mean(entropy(batch.student.detach()), mask).item()}
         if objective is not reverse_kl:
             row["reverse_kl"] = masked_mean(reverse_kl(batch).detach(), mask).item()
         return masked_mean(objective(batch), mask), row
 
     return loss
+
+
+def _order(data: Labelled, opt: OptimizeParams, seed: int) -> Callable[[int], Int[np.ndarray, " B"]]:
+    """Step -> the states of its batch, among those with a valid token."""
+    usable = np.flatnonzero(data.mask.any(1))
+    order = batches(len(usable), opt.batch_size, seed)
+    return lambda step: usable[order(step)]
 
 
 def _token_batch(policy: Policy, data: Labelled, rows: np.ndarray, temperature: float, seed: int) -> tuple[TokenBatch, Bool[Tensor, "N K"]]:

@@ -1,5 +1,6 @@
 """Shapes and types are checked where tensors are: jaxtyping's annotations in these modules are enforced by beartype. Nowhere else."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,3 +17,11 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.small_run import make_run  # brings the stages, which must come after the hook
 
     return make_run(tmp_path_factory.mktemp("undisturbed"))
+
+
+@pytest.fixture
+def small(undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The artifacts of a copy of the smallest whole run; the test stands in it."""
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "artifacts/small"

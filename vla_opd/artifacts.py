@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 Kind = Literal["demonstrations", "checkpoint", "trajectories", "logits", "evaluation", "report"]
 MANIFEST = "manifest.json"
@@ -38,10 +38,11 @@ class FileEntry(BaseModel):
 class Manifest(BaseModel):
     """What an artifact is, to its reader.
 
-    digest:  sha256 of everything below but `made_with`: equal digests mean equal contents from equal inputs.
+    digest:  sha256 of everything below but `made_with` and `seal`: equal digests mean equal contents from equal inputs.
     parents: the digest of every artifact that it was made from, by role.
     params:  the settings that it was made under. facts: what a reader needs to know of its kind.
     made_with: package versions, graphics backend, device: provenance, not identity.
+    seal:    sha256 of all the above, `made_with` and the digest included: what was damaged or edited since is not believed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,6 +54,16 @@ class Manifest(BaseModel):
     facts: dict[str, Any]
     files: dict[str, FileEntry]
     made_with: dict[str, str]
+    seal: str
+
+    def sealed(self) -> "Manifest":
+        """The same with the digest and the seal that its contents have."""
+        named = self.model_copy(update={"digest": sha256(canonical(self.model_dump(exclude={"digest", "made_with", "seal"})))})
+        return named.model_copy(update={"seal": sha256(canonical(named.model_dump(exclude={"seal"})))})
+
+    def text(self) -> str:
+        """The contents of its file: a manifest has one spelling."""
+        return self.model_dump_json(indent=2) + "\n"
 
 
 def canonical(value: object) -> str:
@@ -66,17 +77,21 @@ def sha256(text: str) -> str:
 
 
 def read_manifest(folder: Path, kind: Kind) -> Manifest:
-    """The manifest alone, without checking the files. ValueError if there is none, or it is of another kind or format, or was edited."""
+    """The manifest alone, without checking the files. ValueError if there is none, or it is of another kind or format, or not as it was written."""
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(f"{folder}: no {MANIFEST}; expected a complete artifact of kind {kind!r} (run the stage that makes it)")
     try:
-        manifest = Manifest.model_validate_json(path.read_text())
-    except ValidationError as error:
+        text = path.read_text()
+        manifest = Manifest.model_validate_json(text)
+    except ValueError as error:  # pydantic's and the decoder's are ValueErrors
         raise ValueError(f"{path}: not a manifest of format {FORMAT}: {error}") from error
-    for field, expected in (("kind", kind), ("format", FORMAT), ("digest", _digest(manifest))):
+    written = manifest.sealed()
+    for field, expected in (("kind", kind), ("format", FORMAT), ("digest", written.digest), ("seal", written.seal)):
         if (found := getattr(manifest, field)) != expected:
             raise ValueError(f"{path}: {field} is {found!r}; expected {expected!r}")
+    if text != manifest.text():
+        raise ValueError(f"{path}: spelled otherwise than it was written; expected the same characters")
     return manifest
 
 
@@ -175,10 +190,10 @@ class Draft:
             facts=json.loads(canonical(dict(facts))),
             files=files,
             made_with=_versions() | (json.loads(note.read_text()) if note.is_file() else {}),
-        )
-        manifest = manifest.model_copy(update={"digest": _digest(manifest)})
+            seal="",
+        ).sealed()
         with self.part(MANIFEST) as path:
-            path.write_text(manifest.model_dump_json(indent=2) + "\n")
+            path.write_text(manifest.text())
         _remove(self.scratch)
         _sync(self.folder)
         self._into_place()
@@ -209,10 +224,6 @@ def draft(target: Path, kind: Kind, parents: Mapping[str, str], params: Mapping[
         work = Draft(target, kind, parents, params)
         work.prepare()
         yield work
-
-
-def _digest(manifest: Manifest) -> str:
-    return sha256(canonical(manifest.model_dump(exclude={"digest", "made_with"})))
 
 
 def _versions() -> dict[str, str]:

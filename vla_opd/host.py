@@ -27,6 +27,10 @@ class Host:
     execution: str = ""
     task_run: str = ""
 
+    def not_finite(self, run: str) -> Path:
+        """Where a run's optimiser steps that went wrong are kept."""
+        return self.metrics / run / "not_finite"
+
 
 def this_host(workers: int | None, device: str, tracking: TrackingMode, metrics: Path) -> Host:
     """The host with `auto` resolved: one worker a core, the GPU if there is one. ValueError names a device or tracking that is not there."""

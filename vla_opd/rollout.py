@@ -58,7 +58,7 @@ def rollout(
     A decision is made every S = `policy.chunk` control steps and executed open loop, cut off at success or at the horizon.
     `tally` counts crashes and seconds while the episodes come. Close the iterator (or exhaust it) to end the simulators.
     ValueError if `observe_every` does not divide the chunk, and for mistakes that the environment reports; RuntimeError when the simulator crashes
-    too often in one episode.
+    too often in one episode; FloatingPointError when a logit is not finite.
     """
     _check_observe_every(settings.observe_every, policy.chunk)
     return _roll(policy, list(jobs), environment, settings, pool_settings=pool_settings or PoolSettings(), tally=tally or Tally())
@@ -189,7 +189,7 @@ def _decide(policy: Policy, batch: Sequence[_Playing], settings: RolloutSettings
 
 
 def _forward(policy: Policy, batch: Sequence[_Playing], rows: int) -> Float32[torch.Tensor, "B K V"]:
-    """Logits of B <= `rows` observations, from a forward pass of exactly `rows`; in float32 on the CPU."""
+    """Logits of B <= `rows` observations, from a forward pass of exactly `rows`; in float32 on the CPU. FloatingPointError if any is not finite."""
     filled = [*batch, *[batch[0]] * (rows - len(batch))]
     observations = Observations(
         frames=np.stack([episode.frames[-1][-1] for episode in filled]),
@@ -197,7 +197,13 @@ def _forward(policy: Policy, batch: Sequence[_Playing], rows: int) -> Float32[to
         instructions=tuple(episode.instruction for episode in filled),
     )
     with torch.inference_mode():
-        return policy.logits(observations)[: len(batch)].float().cpu()
+        logits = policy.logits(observations)[: len(batch)].float().cpu()
+    for episode, row in zip(batch, logits, strict=True):
+        if not row.isfinite().all():
+            raise FloatingPointError(
+                f"{episode.job.placement}, member {episode.job.member}: the policy's logits after {episode.steps} control steps are not finite"
+            )
+    return logits
 
 
 def choose(

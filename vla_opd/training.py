@@ -52,6 +52,14 @@ class Budget:
     first: int = 0
 
 
+@dataclass(frozen=True)
+class Evidence:
+    """What is kept of a step whose loss or gradient is not finite: `batch(step)`, as a file in `folder`."""
+
+    folder: Path
+    batch: Callable[[int], Mapping[str, np.ndarray]]
+
+
 def train(
     policy: nn.Module,
     loss: Loss,
@@ -60,13 +68,14 @@ def train(
     moments: Mapping[str, Tensor] | None,
     label: str,
     log: Log = lambda _row, _step: None,
+    evidence: Evidence | None = None,
 ) -> tuple[list[Row], dict[str, Tensor]]:
     """Make `budget.steps` AdamW steps on `loss(step)`, going on from the last save in `scratch` if there is one.
 
     moments: the optimiser's state to begin with, in the form that this function returns, or none.
     log:     gets every row as it is made, with the number of its step on the schedule.
     Returns one row of metrics a step, and the moments at the end.
-    RuntimeError at the first loss that is not finite.
+    FloatingPointError at the first loss or gradient that is not finite, before it reaches the weights; `evidence` is kept then.
     """
     optimizer = torch.optim.AdamW(policy.parameters(), lr=budget.schedule.peak, weight_decay=budget.weight_decay)
     if moments:
@@ -78,17 +87,30 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = budget.schedule.at(budget.first + step)
         value, row = loss(step)
-        if not torch.isfinite(value):
-            raise RuntimeError(f"{label}: the loss is {value.item()} at step {step}; expected a finite number (lower the learning rate?)")
         optimizer.zero_grad()
         value.backward()
         norm = nn.utils.clip_grad_norm_(policy.parameters(), budget.gradient_clip)
+        if not (torch.isfinite(value) and torch.isfinite(norm)):
+            kept = "" if evidence is None else f". The batch, and the weights before it, are kept in {_keep(evidence, policy, step, label)}"
+            raise FloatingPointError(
+                f"{label}: the loss is {value.item()} and its gradient's norm {norm.item()} at step {step}; "
+                f"expected finite numbers (lower the learning rate?){kept}"
+            )
         optimizer.step()
         rows.append({**row, "loss": value.item(), "gradient_norm": norm.item(), "learning_rate": budget.schedule.at(budget.first + step)})
         log(rows[-1], budget.first + step)
         if (step + 1) % budget.save_every == 0 and step + 1 < budget.steps:
             _save(policy, optimizer, rows, scratch)
     return rows, _moments(optimizer)
+
+
+def _keep(evidence: Evidence, policy: nn.Module, step: int, label: str) -> Path:
+    path = evidence.folder / f"{label.replace(' ', '-')}-step{step:05d}.safetensors"
+    tensors = {f"batch/{name}": torch.from_numpy(np.ascontiguousarray(array)) for name, array in evidence.batch(step).items()}
+    tensors |= {f"weights/{name}": value.detach().cpu().contiguous() for name, value in policy.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file(tensors, path)
+    return path
 
 
 def batches(rows: int, batch_size: int, seed: int) -> Callable[[int], Int[np.ndarray, " B"]]:

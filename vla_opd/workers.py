@@ -146,9 +146,15 @@ def outcome(
     actions: Float32[np.ndarray, "M A"] | None = None,
     clean: Bool[np.ndarray, " M"] | None = None,
 ) -> Outcome:
-    """An `Outcome` of stacked observations. ValueError if the environment did not return the observations that it was asked for."""
+    """An `Outcome` of stacked observations. ValueError if the environment did not return the observations that it was asked for.
+
+    FloatingPointError, a crash, if the simulator has diverged: proprioception that is not finite.
+    """
     if len(observations) != len(observed):
         raise ValueError(f"environment.family: {len(observations)} observations in {steps} steps; expected one at each step of {observed.tolist()}")
+    for step, seen in zip(observed, observations, strict=True):
+        if not np.isfinite(seen.proprio).all():
+            raise FloatingPointError(f"the simulator diverged: proprioception at control step {step} is {seen.proprio.tolist()}")
     return Outcome(
         steps=steps,
         success=success,

@@ -39,14 +39,6 @@ def clone(reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> T
 
 
 @pytest.fixture
-def small(undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The artifacts of a copy of the smallest whole run; the test stands in it."""
-    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "artifacts/small"
-
-
-@pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A run of one iteration: teacher and student come from demonstrations that aren't here."""
     run = tmp_path / "artifacts" / "one"

@@ -4,18 +4,23 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from contextlib import chdir
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import safetensors
+import safetensors.torch
+import torch
 
 import stages.__main__ as command
 from tests.small_run import HOST, PARAMS, STAGES, run_stage
+from vla_opd.artifacts import Kind, draft, open_artifact
+from vla_opd.checkpoint import WEIGHTS, save_weights
 
 REPOSITORY = Path(__file__).parents[2]
 # A stage of each kind, and how much it has finished when it is killed: shards, lines of the journal, or saved optimiser steps. A good part is left.
@@ -27,7 +32,16 @@ KILLED_AT = {
     "checkpoints/it001": 6,
     "evaluations/final": 3,
 }
-SEED = "KILL_SEED"  # repeats the random kill of an earlier test run
+# The artifacts whose files each stage reads (the report reads only the manifests of trajectories and logits).
+CONSUMERS = {
+    "checkpoints/student": ["demonstrations/main", "checkpoints/teacher"],
+    "trajectories/it001": ["checkpoints/student"],
+    "logits/it001": ["trajectories/it001", "checkpoints/teacher"],
+    "checkpoints/it001": ["checkpoints/student", "trajectories/it001", "logits/it001"],
+    "evaluations/final": ["checkpoints/it001"],
+    "report/page": ["evaluations/start", "evaluations/final", "evaluations/teacher", "checkpoints/it001"],
+}
+SEED = "KILL_SEED"  # repeats the random kill or flips of an earlier test run
 
 
 def _bytes(folder: Path) -> dict[str, bytes]:
@@ -53,9 +67,10 @@ def test_a_killed_stage_goes_on_to_the_same_bytes(undisturbed: Path, tmp_path: P
     _goes_on(undisturbed, tmp_path, artifact, finished, capfd)
 
 
-def test_a_stage_killed_at_random_goes_on_to_the_same_bytes(undisturbed: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("nth", range(int(os.environ.get("KILLS") or 1)))
+def test_a_stage_killed_at_random_goes_on_to_the_same_bytes(undisturbed: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], nth: int) -> None:
     """Some stage, a random moment after its draft appeared: in the middle of anything, and perhaps too late."""
-    seed = int(os.environ.get(SEED) or random.SystemRandom().randrange(2**32))
+    seed = int(os.environ.get(SEED) or random.SystemRandom().randrange(2**32)) + nth
     generator = random.Random(seed)  # noqa: S311 - no secret
     artifact = generator.choice(sorted(KILLED_AT))
     out = _all_but(artifact, undisturbed, tmp_path)
@@ -142,15 +157,103 @@ def test_the_student_moves_towards_the_teacher(undisturbed: Path) -> None:
     assert facts["after"]["reverse_kl"] < 0.9 * facts["before"]["reverse_kl"]
 
 
-def test_a_corrupt_shard_stops_the_stage_before_it_does_anything(undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "params.yaml").write_text(PARAMS)
-    subprocess.run(["cp", "-r", str(undisturbed / "artifacts"), str(tmp_path)], check=True)
-    frames = next(path for path in (tmp_path / "artifacts/small/trajectories/it001").glob("shard-*/frames/c/**/*") if path.is_file())
-    spoiled = bytearray(frames.read_bytes())
-    spoiled[len(spoiled) // 2] ^= 1
-    frames.write_bytes(spoiled)
-    with chdir(tmp_path):
-        assert command.main(["label", "--iteration", "it001", *HOST]) == 2
+def test_every_flipped_bit_is_detected(small: Path) -> None:
+    """One random bit at a time, in stores, logits, checkpoints, evaluations, the report and (three times in ten) manifests."""
+    seed, flips = int(os.environ.get(SEED) or random.SystemRandom().randrange(2**32)), int(os.environ.get("FLIPS") or 300)
+    generator = random.Random(seed)  # noqa: S311 - no secret
+    kinds = {small / name: read_kind(small / name) for name in STAGES}
+    for _ in range(flips):
+        folder = generator.choice(sorted(kinds))
+        with flipped(folder, generator) as where, pytest.raises(ValueError, match=re.escape(str(folder))):
+            print(f"{SEED}={seed}: {where}")
+            open_artifact(folder, kinds[folder])
+    for folder, kind in kinds.items():
+        open_artifact(folder, kind)
+
+
+@pytest.mark.parametrize(("consumer", "inputs"), CONSUMERS.items())
+def test_nothing_is_made_from_a_corrupt_artifact(small: Path, capsys: pytest.CaptureFixture[str], consumer: str, inputs: list[str]) -> None:
+    """Whichever input has a flipped bit, the stage stops with its name, and neither replaces what is there nor leaves a draft."""
+    before = _bytes(small / consumer)
+    for name in inputs:
+        with flipped(small / name, random.Random(name)):  # noqa: S311
+            assert command.main([*STAGES[consumer], *HOST]) == 2
+        assert f"small/{name}" in capsys.readouterr().err
+    assert _bytes(small / consumer) == before
+    assert not _draft(small / consumer).exists()
+
+
+@pytest.mark.parametrize("artifact", ["trajectories/it001", "logits/it001"])
+def test_a_corrupt_shard_is_remade_with_the_same_bytes(undisturbed: Path, small: Path, artifact: str) -> None:
+    frames = next(path for path in sorted((small / artifact).glob("shard-*/*/c/**/*")) if path.is_file())
+    frames.write_bytes(_flip(frames.read_bytes(), len(frames.read_bytes()) * 4))
+    run_stage(small.parents[1], STAGES[artifact], workers=1)
+    assert _bytes(small / artifact) == _bytes(undisturbed / "artifacts/small" / artifact)
+
+
+@pytest.mark.parametrize(
+    ("artifact", "whose", "told"), [("logits/it001", "teacher", "log-probabilities of"), ("trajectories/it001", "student", "logits after")]
+)
+def test_a_policy_whose_numbers_are_not_finite_is_not_believed(
+    small: Path, capsys: pytest.CaptureFixture[str], artifact: str, whose: str, told: str
+) -> None:
+    """Its checkpoint is sound as a file. The stage stops with one message, and leaves what is there."""
+    _spoil_weights(small / "checkpoints" / whose)
+    if whose == "student":
+        shutil.rmtree(small / artifact)
+    before = _bytes(small / artifact)
+    assert command.main([*STAGES[artifact], *HOST]) == 1
     said = capsys.readouterr().err
-    assert frames.name in said
-    assert "corrupt" in said
+    assert told in said
+    assert "not finite" in said
+    assert "Traceback" not in said
+    assert _bytes(small / artifact) == before
+
+
+def test_a_run_that_diverges_keeps_the_batch_and_what_was_there(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = _bytes(small / "checkpoints/it001")
+    assert command.main([*STAGES["checkpoints/it001"], *HOST, "--set", "optimize.learning_rate=1e30"]) == 1
+    said = capsys.readouterr().err
+    (kept,) = (small.parent / ".metrics/small/not_finite").iterdir()
+    assert f"kept in artifacts/.metrics/small/not_finite/{kept.name}" in said
+    tensors = safetensors.torch.load_file(kept)
+    assert tensors["batch/frames"].shape == (16, 1, 32, 32, 3)
+    assert tensors["batch/teacher"].isfinite().all()
+    assert _bytes(small / "checkpoints/it001") == before
+    run_stage(small.parents[1], STAGES["checkpoints/it001"], workers=1)
+    assert _bytes(small / "checkpoints/it001") == before
+
+
+def _spoil_weights(folder: Path) -> None:
+    """Publish the checkpoint again with one weight that is not a number."""
+    sound = open_artifact(folder, "checkpoint")
+    weights = safetensors.torch.load_file(folder / WEIGHTS)
+    weights["placeholder"][0, 0] = torch.nan
+    with draft(folder, "checkpoint", sound.parents, sound.params) as work:
+        with work.part(WEIGHTS) as path:
+            save_weights(path, weights)
+        work.publish(sound.facts)
+
+
+@contextmanager
+def flipped(folder: Path, generator: random.Random) -> Iterator[str]:
+    """One bit of one of an artifact's files is wrong for a while. Yields which."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+    path = folder / "manifest.json" if generator.random() < 0.3 else generator.choice(files)
+    sound = path.read_bytes()
+    bit = generator.randrange(8 * len(sound))
+    path.write_bytes(_flip(sound, bit))
+    try:
+        yield f"bit {bit} of {path.relative_to(folder.parents[1])}"
+    finally:
+        path.write_bytes(sound)
+
+
+def _flip(content: bytes, bit: int) -> bytes:
+    spoiled = bytearray(content)
+    spoiled[bit // 8] ^= 1 << bit % 8
+    return bytes(spoiled)
+
+
+def read_kind(folder: Path) -> Kind:
+    return json.loads((folder / "manifest.json").read_text())["kind"]

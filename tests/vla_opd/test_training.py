@@ -3,16 +3,18 @@
 import json
 import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from vla_opd.training import Budget, Loss, Row, Schedule, batches, train, write_rows
+from vla_opd.training import Budget, Evidence, Loss, Row, Schedule, batches, train, write_rows
 
 Trained = tuple[list[Row], dict[str, Tensor], dict[str, Tensor]]  # rows, moments, weights
 STEPS = 9
@@ -120,11 +122,30 @@ def test_a_step_is_adamw_on_the_clipped_gradient(tmp_path: Path) -> None:
     assert policy.weight.item() == pytest.approx(2.0 * (1 - 0.1 * 0.3) - 0.1, rel=1e-5)  # decay, then the first step of Adam: -lr sign(g)
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_weights_are_spoilt(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("spoil", "found"), [(lambda x: x * math.nan, "loss is nan"), (lambda x: (x - x.detach()).sqrt(), "norm (inf|nan)")])
+def test_a_step_that_is_not_finite_is_not_made_and_its_batch_is_kept(tmp_path: Path, spoil: Callable[[Tensor], Tensor], found: str) -> None:
+    """The loss itself, or a loss that is finite (0) with a gradient that is not; after it, the run goes on from its last save."""
     policy, loss = regression()
-    with pytest.raises(RuntimeError, match="it007: the loss is nan at step 2; expected a finite number"):
-        train(policy, lambda step: (loss(step)[0] * (math.nan if step == 2 else 1), {}), BUDGET, tmp_path, None, "it007")
-    assert all(tensor.isfinite().all() for tensor in policy.state_dict().values())
+    before: list[dict[str, Tensor]] = []
+
+    def spoilt(step: int) -> tuple[Tensor, Row]:
+        before.append({name: tensor.clone() for name, tensor in policy.state_dict().items()})
+        value, row = loss(step)
+        return (spoil(value) if step == 5 else value), row
+
+    evidence = Evidence(tmp_path / "kept", lambda step: {"states": np.arange(step)})
+    with pytest.raises(FloatingPointError, match=rf"optimize it007: the .*{found}.* at step 5; expected finite") as caught:
+        train(policy, spoilt, BUDGET, tmp_path, None, "optimize it007", evidence=evidence)
+    kept = tmp_path / "kept/optimize-it007-step00005.safetensors"
+    assert str(kept) in str(caught.value)
+    tensors = safetensors.torch.load_file(kept)
+    assert tensors.pop("batch/states").tolist() == [0, 1, 2, 3, 4]
+    learned = [name for name, _ in policy.named_parameters()]  # batch norm's statistics are the forward pass's
+    assert all(torch.equal(tensors[f"weights/{name}"], before[-1][name]) for name in learned)
+    calls: list[int] = []
+    policy, loss = regression(calls=calls)
+    train(policy, loss, BUDGET, tmp_path, None, "again")
+    assert calls == list(range(3, STEPS))
 
 
 def test_the_schedule_at_points_computed_by_hand() -> None:

@@ -76,7 +76,7 @@ def belongings() -> tuple[set[str], int, int]:
     return children(), len(list(Path("/proc/self/fd").iterdir())), Path("/proc/self/maps").read_text().count("memfd:frames")
 
 
-@pytest.mark.parametrize("trouble", ["exit", "kill", "hang", "raise"])
+@pytest.mark.parametrize("trouble", ["exit", "kill", "hang", "stop", "raise", "nan"])
 def test_an_episode_whose_worker_is_lost_is_redone_from_the_start(trouble: str, tmp_path: Path) -> None:
     marker = tmp_path / "struck"
     todo = jobs(f"{trouble}:1:{marker}", 3)
@@ -98,7 +98,10 @@ def test_an_episode_whose_worker_is_lost_is_redone_from_the_start(trouble: str, 
             np.testing.assert_array_equal(ours.proprio, theirs.proprio)
 
 
-@pytest.mark.parametrize(("trouble", "told"), [("exit", "exited with code 3"), ("raise", "the solver diverged")])
+@pytest.mark.parametrize(
+    ("trouble", "told"),
+    [("exit", "exited with code 3"), ("raise", "the solver diverged"), ("nan", "diverged: proprioception at control step 3 is .nan")],
+)
 def test_too_many_crashes_of_one_episode_end_the_run(trouble: str, told: str) -> None:
     before, tally = belongings(), Tally()
     with pytest.raises(RuntimeError, match=told) as caught:
