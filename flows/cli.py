@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -18,10 +19,13 @@ if TYPE_CHECKING:  # what answers questions is imported by the question: torch, 
     from flows.lineage import History
     from flows.store import Artifact, Store
 
-QUIET = {  # the terminal is for the stages; Prefect's own log is in its interface
+PREFECT = {  # the terminal is for the stages; Prefect's own log is in its interface. A server that is silent for 15 seconds (2 + 4 + 8) is lost
+    "PREFECT_CLIENT_MAX_RETRIES": "3",
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+    "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",
     "DO_NOT_TRACK": "1",
 }
+LOST = threading.Event()  # Prefect's server, in the middle of a run
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 Stages = Annotated[list[str] | None, typer.Argument(metavar="[STAGE]...", help="only what leads to these stages, e.g. evaluate@final")]
@@ -32,6 +36,15 @@ Out = Annotated[Path | None, typer.Option("--out", help="write to this file, not
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse a command line and run it. Returns the exit code: 0; 1 for what the user is told; 2 for a command line that can't be read."""
+    code = _obey(arguments)
+    if LOST.is_set():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # Prefect's threads would go on for minutes to offer the lost server what they have for it
+    return code
+
+
+def _obey(arguments: Sequence[str] | None) -> int:
     try:
         app(args=list(arguments) if arguments is not None else None, prog_name="opd")
     except SystemExit as done:
@@ -51,21 +64,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 @app.command()
 def run(targets: Stages = None, changes: Changes = None) -> None:
     """Bring the run that params.yaml describes up to date, as a Prefect flow."""
-    for name, value in QUIET.items():
+    for name, value in PREFECT.items():
         os.environ.setdefault(name, value)  # before Prefect reads it
     settings.write(_changes(changes or ()))
     with server.in_use() as url:
-        from flows.train import opd
+        from httpx import HTTPError
+
+        from flows.train import bring_alone, opd
 
         try:
-            states = opd(targets=targets or [])
+            stages = tuple(opd(targets=targets or []))
         except KeyboardInterrupt:
             print("\n\n  interrupted; go on with  make run", file=sys.stderr)
             raise typer.Exit(130) from None
-    if "report" in states:
+        except HTTPError:  # the server was lost, and the end of the run could not be told to it
+            LOST.set()
+            stages = bring_alone(targets or [])
+    if "report" in stages:
         name = params.load().run.name
         folder = Path("artifacts") / name
-        print(terminal.closing(folder, summary.write(folder, METRICS / name, states), url.removesuffix("/api")))
+        print(terminal.closing(folder, summary.write(folder, METRICS / name, stages), url.removesuffix("/api")))
 
 
 @app.command()

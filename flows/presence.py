@@ -44,6 +44,11 @@ def alive(run: str) -> bool:
     return (RUNS / run).is_file() and _alive(RUNS / run)
 
 
+def orphan(run: str) -> None:
+    """The flow run is over, and its end could not be reported: whoever serves this folder next is to do so."""
+    (RUNS / run).touch()
+
+
 def forget(run: str) -> None:
     """Its end has been reported: it is no longer abandoned."""
     (RUNS / run).unlink(missing_ok=True)

@@ -3,11 +3,13 @@
 Prefect says when, who and how it went; what is up to date is DVC's to say. So tasks aren't cached here, and end `Completed` or `Unchanged`.
 """
 
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import Annotated, Any
 
+import httpx
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
@@ -40,23 +42,32 @@ def bring(step: Step) -> State[Any]:
         why = "not needed" if step.missing else "up to date"
         screen.unchanged(why)
         return Completed(name="Unchanged", message=f"{step.name}: {why}")
-    kept, began = Kept(get_run_logger()), time.monotonic()
+    kept = Kept(get_run_logger())
+    with gpu.held(step.verb):
+        ran = _ran(step, screen, kept.tell, str(task_run.get_id()))
+    if ran:
+        try:
+            posted.post(step)
+        except Exception as error:  # noqa: BLE001 - a view; the stage has succeeded, whatever becomes of it
+            get_run_logger().warning("what %s made is not shown on this page: %s", step.name, error)
+        return Completed(message=f"{step.name}: ran")
+    return Completed(name="Unchanged", message=f"{step.name}: nothing it depends on had changed")
+
+
+def _ran(step: Step, screen: StageLine, tell: pipeline.Tell, task_run: str = "") -> bool:
+    """Bring a due step up to date, on the terminal and in the record of times. Whether it had to run."""
+    began = time.monotonic()
     try:
-        with gpu.held(step.verb):
-            ran = pipeline.bring(step.name, lambda line: (screen.tell(line), kept.tell(line)), str(task_run.get_id()))
+        ran = pipeline.bring(step.name, lambda line: (screen.tell(line), tell(line)), task_run)
     except StageFailed:
         screen.failed()
         raise
     if ran:
         summary.note(METRICS / load().run.name, step.name, time.monotonic() - began)
         screen.ran()
-        try:
-            posted.post(step)
-        except Exception as error:  # noqa: BLE001 - a view; the stage has succeeded, whatever becomes of it
-            get_run_logger().warning("what %s made is not shown on this page: %s", step.name, error)
-        return Completed(message=f"{step.name}: ran")
-    screen.unchanged("its inputs came out the same")
-    return Completed(name="Unchanged", message=f"{step.name}: nothing it depends on had changed")
+    else:
+        screen.unchanged("its inputs came out the same")
+    return ran
 
 
 class Kept:
@@ -92,16 +103,33 @@ def opd(settings: Settings | None = None, iterations: Annotated[int, Field(ge=1)
         targets: stages, e.g. `optimize@it004`: only what leads to them. All if none are named.
 
     Returns:
-        The final state of each stage.
+        The final state of each stage; without those that came after Prefect's server was lost, if it was.
 
     Raises:
         StageFailed: with the stage's last lines.
         ValueError: if the settings make no valid run; nothing is written then.
     """
-    with presence.held(str(flow_run.get_id())):
+    run = str(flow_run.get_id())
+    with presence.held(run):
         write(settings or {})
         write(extension(iterations) if iterations else {})
-        return _bring_run(pipeline.plan(targets or ()))
+        try:
+            return _bring_run(pipeline.plan(targets or ()))
+        except httpx.HTTPError as error:
+            print(f"\n  Prefect's server does not answer any more ({error}): going on without it", file=sys.stderr, flush=True)
+            bring_alone(targets or ())
+    presence.orphan(run)  # on the server it is running still
+    return {}
+
+
+def bring_alone(targets: Iterable[str]) -> tuple[str, ...]:
+    """What is still due of what leads to some stages (of all, if none are named), without Prefect. Returns the names of all. Errors as of `opd`."""
+    plan = pipeline.plan(targets)
+    for name, steps in in_groups(step for step in plan if step.due):
+        heading(name or "")
+        for step in steps:
+            _ran(step, StageLine(step.name), lambda _line: None)
+    return tuple(step.name for step in plan)
 
 
 def _bring_run(plan: Iterable[Step]) -> States:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vla_opd.artifacts import Manifest
+from vla_opd.artifacts import BusyError, Manifest
 from vla_opd.envs import ENVS
 from vla_opd.envs.graphics import use_backend
 from vla_opd.host import METRICS, Host, this_host
@@ -38,7 +38,7 @@ SIMULATED = ("demonstrate", "sample", "evaluate")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a stage; a user's mistake is one message on stderr and exit code 2, numbers that are not finite one message and 1."""
+    """Run a stage. A user's mistake is one message on stderr and exit code 2; numbers that are not finite, or a second process, one message and 1."""
     options = _parser().parse_args(arguments)
     if "DVC_STAGE" in os.environ:  # by hand, a stage may outlive its terminal; DVC's, whose lock dies with DVC, must not be met by the next one
         die_with_parent()
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as mistake:
         print(f"{options.verb}: {mistake}", file=sys.stderr)
         return 2
-    except FloatingPointError as error:
+    except (FloatingPointError, BusyError) as error:
         print(f"{options.verb}: {error}", file=sys.stderr)
         return 1
     except Exception as error:

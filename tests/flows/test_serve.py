@@ -114,6 +114,12 @@ def _command(pid: int) -> str:
         return ""
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def wait_for(what: Callable[[], bool], seconds: float, why: Callable[[], str]) -> None:
     deadline = time.monotonic() + seconds
     while not what():
@@ -124,10 +130,7 @@ def wait_for(what: Callable[[], bool], seconds: float, why: Callable[[], str]) -
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("served")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    project = Served(make_toy(folder), port)
+    project = Served(make_toy(folder), free_port())
     (folder / "watch").mkdir()
     (folder / "watch/sitecustomize.py").write_text(WATCH)  # every Python process of the project runs it first
     project.serve()
@@ -187,6 +190,34 @@ def test_whoever_is_killed_a_retry_finishes_with_the_undisturbed_result(served: 
     (tmp_path / "params.yaml").write_bytes((served.toy.folder / "params.yaml").read_bytes())
     other.dvc("repro")
     assert served.toy.lock == other.lock
+
+
+def test_a_run_whose_server_is_lost_goes_on_and_says_so_once(tmp_path: Path) -> None:
+    """The server is killed in the middle of a stage; the rest of the run is made without it, and the next `serve` knows how the run stands."""
+    alone = Served(make_toy(tmp_path), free_port())
+    run = [sys.executable, "-m", "flows", "run", "evaluate@final"]
+    with (tmp_path / "serve.log").open("w") as log:
+        process = subprocess.Popen(run, cwd=tmp_path, env=alone.environment | {"PREFECT_CLIENT_MAX_RETRIES": "0"}, stdout=log, stderr=log)
+    try:
+        wait_for(lambda: "▸ optimize@it001" in alone.log, 120, lambda: alone.log)
+        os.killpg(int((tmp_path / ".prefect/server.pid").read_text()), signal.SIGKILL)
+        assert process.wait(120) == 0, alone.log
+    finally:
+        alone.kill_everything()
+    assert alone.log.count("Prefect's server does not answer any more") == 1
+    assert alone.log.count("✓ optimize@it001") == 1
+    assert alone.log.count("✓ evaluate@final") == 1
+    (orphan,) = (tmp_path / ".prefect/runs").iterdir()
+    try:
+        alone.serve()
+        assert f"{orphan.name}: its process is gone" in alone.log
+        assert alone.state(orphan.name) == "CRASHED"
+    finally:
+        alone.kill_everything()
+    (tmp_path / "other").mkdir()
+    other = make_toy(tmp_path / "other")
+    other.dvc("repro", "evaluate@final")
+    assert alone.toy.lock == other.lock
 
 
 def test_nothing_left_the_machine(served: Served) -> None:

@@ -32,6 +32,15 @@ KILLED_AT = {
     "checkpoints/it001": 6,
     "evaluations/final": 3,
 }
+# A setting that changes what each stage makes.
+OTHER = {
+    "demonstrations/main": "demonstrate.noise=0.3",
+    "checkpoints/student": "finetune.smoothing=2.5",
+    "trajectories/it001": "sample.temperature=0.3",
+    "logits/it001": "label.dtype=float32",
+    "checkpoints/it001": "optimize.steps=23",
+    "evaluations/final": "evaluate.horizon=33",
+}
 # The artifacts whose files each stage reads (the report reads only the manifests of trajectories and logits).
 CONSUMERS = {
     "checkpoints/student": ["demonstrations/main", "checkpoints/teacher"],
@@ -108,9 +117,7 @@ def _all_but(artifact: str, undisturbed: Path, folder: Path) -> Path:
 def _killed(folder: Path, artifact: str, point: int, delay: float = 0.0) -> int:
     """Start the stage in a process of its own and SIGKILL it `delay` seconds after its draft holds `point` finished parts. Returns its exit code."""
     draft = _draft(folder / "artifacts/small" / artifact)
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    arguments = [sys.executable, "-m", "stages", *STAGES[artifact], "--workers", "2", *HOST]
-    with subprocess.Popen(arguments, cwd=folder, env=environment) as process:
+    with _started(folder, artifact) as process:
         try:
             while process.poll() is None and not (draft.exists() and _finished(draft) >= point):
                 time.sleep(0.005)
@@ -118,6 +125,11 @@ def _killed(folder: Path, artifact: str, point: int, delay: float = 0.0) -> int:
         finally:
             process.kill()
     return process.returncode
+
+
+def _started(folder: Path, artifact: str, *more: str) -> "subprocess.Popen[bytes]":
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-m", "stages", *STAGES[artifact], "--workers", "2", *HOST, *more], cwd=folder, env=environment)
 
 
 def _draft(out: Path) -> Path:
@@ -150,6 +162,38 @@ def _shard_times(folder: Path) -> dict[str, int]:
 
 def _digest(folder: Path) -> str:
     return json.loads((folder / "manifest.json").read_text())["digest"]
+
+
+@pytest.mark.parametrize("settings", ["the same", "others"])
+@pytest.mark.parametrize("nth", range(int(os.environ.get("ROUNDS") or 1)))
+def test_two_runs_of_one_stage_at_once_publish_one_whole_artifact(
+    undisturbed: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], nth: int, settings: str
+) -> None:
+    """Started up to two seconds apart. Each publishes what it would have alone, or says that the other is at work."""
+    seed = int(os.environ.get(SEED) or random.SystemRandom().randrange(2**32)) + nth
+    generator = random.Random(seed)  # noqa: S311 - no secret
+    artifact = generator.choice(sorted(KILLED_AT))
+    other = ["--set", OTHER[artifact]] if settings == "others" else []
+    out = _all_but(artifact, undisturbed, tmp_path)
+    processes = [_started(tmp_path, artifact)]
+    time.sleep(generator.uniform(0, 2))
+    processes.append(_started(tmp_path, artifact, *other))
+    codes = [process.wait() for process in processes]
+    said = capfd.readouterr().err
+    print(f"{SEED}={seed}: {artifact} ended with {codes}\n{said}")
+    assert sorted(codes) in ([0, 0], [0, 1])
+    assert said.count("another process is writing it") == codes.count(1)
+    assert not _draft(out).exists()
+    open_artifact(out, read_kind(out))
+    found, first = _bytes(out), _bytes(undisturbed / "artifacts/small" / artifact)
+    if found != first:  # of two that published, either may have been the last
+        assert other
+        assert codes[1] == 0
+        shutil.rmtree(out)
+        run_stage(tmp_path, [*STAGES[artifact], *other], workers=1)
+        assert found == _bytes(out)
+    else:
+        assert codes[0] == 0 or not other
 
 
 def test_the_student_moves_towards_the_teacher(undisturbed: Path) -> None:

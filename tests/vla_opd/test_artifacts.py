@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from vla_opd import artifacts
-from vla_opd.artifacts import MANIFEST, Manifest, draft, open_artifact, read_manifest
+from vla_opd.artifacts import MANIFEST, BusyError, Manifest, draft, open_artifact, read_manifest
 
 ROOT = Path(__file__).parents[2]
 PARENTS = {"student": "abc"}
@@ -199,7 +199,7 @@ def test_a_new_artifact_replaces_the_old_one(tmp_path: Path) -> None:
 
 
 def test_a_second_writer_is_refused(tmp_path: Path) -> None:
-    with draft(tmp_path / "a", "logits", PARENTS, PARAMS), pytest.raises(RuntimeError, match="another process is writing it"):
+    with draft(tmp_path / "a", "logits", PARENTS, PARAMS), pytest.raises(BusyError, match="another process is writing it"):
         make(tmp_path / "a")
     make(tmp_path / "a")
 

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -172,6 +173,35 @@ def test_wandb_offline_needs_no_network_and_no_account(tmp_path: Path) -> None:
         assert time.monotonic() < end, "W&B wrote nothing"
         time.sleep(0.1)
     assert [row["loss"] for row in lines(tmp_path)] == [2.0, 1.5]
+
+
+LOST = """
+import os, signal, sys, time
+from pathlib import Path
+from vla_opd.host import Host
+from vla_opd.tracking import track
+
+with track(Host(tracking="wandb", metrics=Path("metrics")), "run", "optimize", "it001", {}) as log:
+    log({"loss": 0.0}, 0)
+    commands = {p.parent.name: p.read_text().split("\\0") for p in Path("/proc").glob("[0-9]*/cmdline")}
+    (core,) = [pid for pid, words in commands.items() if words[0].endswith("wandb-core") and str(os.getpid()) in words]
+    os.kill(int(core), signal.SIGKILL)
+    time.sleep(0.5)
+    for step in range(1, 20):
+        log({"loss": 1.0}, step)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_stranger")
+def test_wandb_that_is_lost_in_the_middle_is_one_warning(tmp_path: Path) -> None:
+    """Its own process is killed."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", LOST], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("W&B was lost") == 1
+    assert "Traceback" not in done.stderr
+    assert [row["step"] for row in lines(tmp_path)] == list(range(20))
 
 
 def test_an_execution_is_recorded_with_who_where_when_and_from_which_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
