@@ -83,12 +83,14 @@ def _line(told: History, artifact: Artifact) -> str:
 
 
 def how(made: Origin) -> Iterator[str]:
-    """The stage that made it, who ran it, where, when and for how long, and the commit that has its code."""
+    """The stage that made it, who ran it, where, when, for how long and as which run of Prefect and W&B, and the commit that has its code."""
     if made.stage:
         yield made.stage
     if last := made.last:
         times = f", {len(made.executions)} times" if len(made.executions) > 1 else ""
         yield f"{last.began:%Y-%m-%d %H:%M} UTC by {last.user} on {last.host} in {round((last.ended - last.began).total_seconds())} s{times}"
+        if last.task_run:
+            yield f"as Prefect task run {last.task_run} and W&B run {last.id}"
         yield f"at commit {last.commit[:7]}{' with edits' if last.edited else ''}" if last.commit else "outside git"
     if made.code:
         yield f"its code is that of {made.commit[:7]}" if made.commit else "its code is in no commit"

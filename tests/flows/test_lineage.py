@@ -62,9 +62,9 @@ def test_the_tree_tells_every_parent_once_and_what_is_not_here(root: Path) -> No
 
 def test_who_ran_it_where_and_when_is_told_of_the_execution_that_gave_this_digest(root: Path) -> None:
     labels = read_store(root).find("logits/it001").digest
-    record(root / ".metrics/one", executed("e" * 64, user="eve"), executed(labels, user="bob"), executed(labels, edited=True))
+    record(root / ".metrics/one", executed("e" * 64, user="eve"), executed(labels, user="bob"), executed(labels, edited=True, task_run="t-1"))
     line = next(line for line in answers.history(told(root)).splitlines() if "logits: one/logits/it001" in line)
-    assert "2026-11-25 12:00 UTC by ada on box in 90 s, 2 times; at commit fffffff with edits" in line
+    assert "2026-11-25 12:00 UTC by ada on box in 90 s, 2 times; as Prefect task run t-1 and W&B run abcd1234; at commit fffffff with edits" in line
     assert "eve" not in line
 
 

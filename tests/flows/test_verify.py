@@ -121,6 +121,18 @@ def test_a_shard_that_its_student_did_not_make_is_told_by_its_files(run: Path) -
     assert any(name.startswith("shard-000-00000/tokens") for name in again.differing)
 
 
+def test_an_artifact_with_settings_of_another_version_is_not_compared(run: Path) -> None:
+    folder = run / "small/trajectories/it001"
+    sound = read_manifest(folder, "trajectories")
+    with draft(folder, "trajectories", sound.parents, sound.params | {"tilt": 3}) as work:
+        for name in {name.partition("/")[0] for name in sound.files}:
+            shutil.copytree(folder / name, work.folder / name)
+        work.publish(sound.facts)
+    store = read_store()
+    with pytest.raises(ValueError, match=r"small/trajectories/it001: with the code that is here .*; tilt would differ"):
+        replay(store, store.find("trajectories/it001"), "shard-000-00000", load(), Host())
+
+
 def test_only_shards_can_be_made_again(run: Path) -> None:
     store = read_store()
     with pytest.raises(ValueError, match=r"small/logits/it001 has no shard 'shard-9'; expected one of \['shard-000-00000'"):
