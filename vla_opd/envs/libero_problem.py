@@ -28,6 +28,8 @@ from robosuite.utils.errors import RandomizationError
 from vla_opd.envs.libero_arm import Arm
 
 SUBSTEPS = 25
+JOINT_NOISE = 0.02
+"""Standard deviation of each arm joint about the rest posture, in rad: robosuite's default, and what the 50 fixed states of every task show."""
 _PLACEMENT_ATTEMPTS = 1000
 _NEVER_CHANGED = ("tex_", "mesh_", "bvh_", "oct_", "hfield_", "skin_", "names", "name_", "paths", "text_")
 
@@ -69,7 +71,7 @@ class Problem:
             str(bddl),
             robots=["Panda"],
             controller_configs=robosuite.load_controller_config(default_controller="OSC_POSE"),
-            initialization_noise=None,
+            initialization_noise=None,  # until `restart` knows
             use_camera_obs=False,
             has_offscreen_renderer=False,
             ignore_done=True,
@@ -98,7 +100,12 @@ class Problem:
             super()._reset_internal()
 
     def restart(self, seed: int, state: Float64[np.ndarray, "D"] | None) -> None:
-        """Reset to placements drawn from `seed`, then to the fixed initial `state` (time, qpos, qvel) if there is one."""
+        """Reset to placements drawn from `seed`, then to the fixed initial `state` (time, qpos, qvel) if there is one.
+
+        The arm starts from its rest posture with `JOINT_NOISE`, as the benchmark's fixed states do. Those carry their own, and are reset to without
+        more, so that the controller, which keeps the posture it was reset in, is that of the stock evaluation.
+        """
+        self.robots[0].initialization_noise["magnitude"] = JOINT_NOISE if state is None else 0.0
         with _seeded(seed):
             self._place_objects()
         if state is not None:

@@ -65,7 +65,8 @@ def _stock_episode(placement: Placement) -> tuple[list[Any], list[Float64[np.nda
     from libero.libero.envs import OffScreenRenderEnv
 
     task = find_task(placement.task)
-    env = OffScreenRenderEnv(bddl_file_name=str(task.bddl), camera_names=list(CAMERAS), camera_heights=128, camera_widths=128)
+    noise = {"initialization_noise": None if placement.split == "evaluation" else "default"}
+    env = OffScreenRenderEnv(bddl_file_name=str(task.bddl), camera_names=list(CAMERAS), camera_heights=128, camera_widths=128, **noise)
     env.seed(placement.seed)
     seen = env.env.reset()
     if placement.split == "evaluation":
@@ -202,6 +203,18 @@ def test_training_placements_are_never_the_fixed_states(fast: LiberoEnv) -> None
         placed.append(fast.data.qpos.copy())
     assert all(np.abs(fixed[:, : len(qpos)] - qpos).max(axis=1).min() > 1e-4 for qpos in placed)
     assert np.abs(placed[0] - placed[1]).max() > 1e-3
+
+
+@simulator
+def test_the_arm_starts_as_scattered_as_in_the_fixed_states(fast: LiberoEnv) -> None:
+    """A policy that has only seen the arm at rest is worse on the benchmark's states than where it was trained."""
+    fixed = find_task(BOWL).initial_states()[:, 1:8]
+    placed = []
+    for index in range(50):
+        fast.problem.restart(Placement(BOWL, "training", index).seed, None)
+        placed.append(fast.data.qpos[:7].copy())
+    assert np.std(placed, axis=0) == pytest.approx(fixed.std(axis=0), rel=0.5)
+    assert np.mean(placed, axis=0) == pytest.approx(fixed.mean(axis=0), abs=0.01)
 
 
 @simulator
