@@ -15,6 +15,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run, task_run
+from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 from prefect.states import Completed
 from pydantic import Field
 
@@ -114,7 +115,8 @@ def opd(settings: Settings | None = None, iterations: Annotated[int, Field(ge=1)
         write(settings or {})
         write(extension(iterations) if iterations else {})
         try:
-            return _bring_run(pipeline.plan(targets or ()))
+            with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):  # of iterations: the flow's own goes on; each takes up to 1 s to end
+                return _bring_run(pipeline.plan(targets or ()))
         except httpx.HTTPError as error:
             print(f"\n  Prefect's server does not answer any more ({error}): going on without it", file=sys.stderr, flush=True)
             bring_alone(targets or ())
