@@ -26,12 +26,19 @@ def locked(path: Path, otherwise: str) -> Generator[None]:
 @contextmanager
 def held(run: str) -> Generator[None]:
     """Be the living process of a flow run for as long as the context lasts. RuntimeError if another process is."""
-    path = RUNS / run
-    with locked(path, f"flow run {run} has a process already, which holds {path}; wait for it, or end it"):
+    with orphaned(run):
         try:
             yield
         finally:  # a kill skips this: what is left behind is what `abandoned` finds
-            path.unlink(missing_ok=True)
+            forget(run)
+
+
+@contextmanager
+def orphaned(run: str) -> Generator[None]:
+    """The same for a run whose end can't be reported any more: it is left behind, for whoever serves this folder next to do so."""
+    path = RUNS / run
+    with locked(path, f"flow run {run} has a process already, which holds {path}; wait for it, or end it"):
+        yield
 
 
 def abandoned() -> tuple[str, ...]:
@@ -42,11 +49,6 @@ def abandoned() -> tuple[str, ...]:
 def alive(run: str) -> bool:
     """Whether the flow run has a process."""
     return (RUNS / run).is_file() and _alive(RUNS / run)
-
-
-def orphan(run: str) -> None:
-    """The flow run is over, and its end could not be reported: whoever serves this folder next is to do so."""
-    (RUNS / run).touch()
 
 
 def forget(run: str) -> None:

@@ -111,16 +111,16 @@ def opd(settings: Settings | None = None, iterations: Annotated[int, Field(ge=1)
         ValueError: if the settings make no valid run; nothing is written then.
     """
     run = str(flow_run.get_id())
-    with presence.held(run):
-        write(settings or {})
-        write(extension(iterations) if iterations else {})
-        try:
+    try:
+        with presence.held(run):
+            write(settings or {})
+            write(extension(iterations) if iterations else {})
             with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):  # of iterations: the flow's own goes on; each takes up to 1 s to end
                 return _bring_run(pipeline.plan(targets or ()))
-        except httpx.HTTPError as error:
-            print(f"\n  Prefect's server does not answer any more ({error}): going on without it", file=sys.stderr, flush=True)
-            bring_alone(targets or ())
-    presence.orphan(run)  # on the server it is running still
+    except httpx.HTTPError as error:
+        print(f"\n  Prefect's server does not answer any more ({error}): going on without it", file=sys.stderr, flush=True)
+    with presence.orphaned(run):  # on the server it will be running still
+        bring_alone(targets or ())
     return {}
 
 
