@@ -12,7 +12,7 @@ from jinja2 import Environment, StrictUndefined
 from rich.tree import Tree
 
 from flows.provenance import Origin, origin
-from flows.store import SHORT, Artifact, Settings, Store, flat
+from flows.store import SHORT, Artifact, Settings, Store, differing, flat
 
 TEMPLATE = "lineage.html.jinja"
 
@@ -213,6 +213,5 @@ def _described(told: History, artifact: Artifact) -> Settings:
 
 
 def _rows(one: Settings, other: Settings) -> Iterator[tuple[str, str, str]]:
-    for key in dict.fromkeys([*one, *other]):
-        if one.get(key) != other.get(key):
-            yield key, str(one.get(key, "-")), str(other.get(key, "-"))
+    for key in differing(one, other):
+        yield key, str(one.get(key, "-")), str(other.get(key, "-"))

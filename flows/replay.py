@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flows.store import SHORT, Artifact, Store, flat
+from flows.store import SHORT, Artifact, Store, differing, flat
 from vla_opd.artifacts import Draft, Manifest
 from vla_opd.host import Host
 from vla_opd.params import DemonstrationSet, Params
@@ -47,7 +47,7 @@ def replay(store: Store, artifact: Artifact, shard: str, params: Params, host: H
             if name != shard:
                 shutil.copytree(artifact.folder / name, draft.folder / name, copy_function=_link)
         made = stage(out=out, host=host)
-        if unlike := _unlike(artifact.manifest.params, made.params):
+        if unlike := sorted(differing(flat(artifact.manifest.params), flat(made.params))):
             raise ValueError(
                 f"{artifact.name}: with the code that is here it can't be made under the settings that it has; {', '.join(unlike)} would differ"
             )
@@ -65,12 +65,6 @@ def _link(source: str, target: str) -> None:
 def _differing(old: Manifest, new: Manifest, shard: str) -> tuple[str, ...]:
     names = {name for manifest in (old, new) for name in manifest.files if name.startswith(f"{shard}/")}
     return tuple(sorted(name for name in names if old.files.get(name) != new.files.get(name)))
-
-
-def _unlike(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The dotted names of the settings that differ."""
-    ours, theirs = flat(old), flat(new)
-    return sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
 
 
 def _stage(store: Store, artifact: Artifact, params: Params) -> Callable[..., Manifest]:

@@ -121,6 +121,11 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> Settings:
     return result
 
 
+def differing(one: Settings, other: Settings) -> list[str]:
+    """The names of the settings that differ."""
+    return [name for name in dict.fromkeys([*one, *other]) if one.get(name) != other.get(name)]
+
+
 def read_store(root: Path = ROOT) -> Store:
     """Read every manifest under `root`; the files that they list are not read (see `verify`). Links are not followed, drafts not seen."""
     artifacts: list[Artifact] = []

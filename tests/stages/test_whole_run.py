@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -100,7 +101,7 @@ def _goes_on(undisturbed: Path, folder: Path, artifact: str, finished: int, capt
     reused = re.search(r"reusing (\d+) of \d+ |going on from step (\d+)", said)
     assert int(reused[1] or reused[2] if reused else 0) == finished
     assert before.items() <= _shard_times(out).items(), "a finished shard was written again"
-    assert _digest(out) == _digest(expected)
+    assert _manifest(out)["digest"] == _manifest(expected)["digest"]
     assert _bytes(out) == _bytes(expected)
 
 
@@ -160,8 +161,8 @@ def _shard_times(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.glob("shard-*/**/*") if path.is_file()}
 
 
-def _digest(folder: Path) -> str:
-    return json.loads((folder / "manifest.json").read_text())["digest"]
+def _manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "manifest.json").read_text())
 
 
 @pytest.mark.parametrize("settings", ["the same", "others"])
@@ -184,7 +185,7 @@ def test_two_runs_of_one_stage_at_once_publish_one_whole_artifact(
     assert sorted(codes) in ([0, 0], [0, 1])
     assert said.count("another process is writing it") == codes.count(1)
     assert not _draft(out).exists()
-    open_artifact(out, read_kind(out))
+    open_artifact(out, _manifest(out)["kind"])
     found, first = _bytes(out), _bytes(undisturbed / "artifacts/small" / artifact)
     if found != first:  # of two that published, either may have been the last
         assert other
@@ -197,7 +198,7 @@ def test_two_runs_of_one_stage_at_once_publish_one_whole_artifact(
 
 
 def test_the_student_moves_towards_the_teacher(undisturbed: Path) -> None:
-    facts = json.loads((undisturbed / "artifacts/small/checkpoints/it001/manifest.json").read_text())["facts"]
+    facts = _manifest(undisturbed / "artifacts/small/checkpoints/it001")["facts"]
     assert facts["after"]["reverse_kl"] < 0.9 * facts["before"]["reverse_kl"]
 
 
@@ -205,7 +206,7 @@ def test_every_flipped_bit_is_detected(small: Path) -> None:
     """One random bit at a time, in stores, logits, checkpoints, evaluations, the report and (three times in ten) manifests."""
     seed, flips = int(os.environ.get(SEED) or random.SystemRandom().randrange(2**32)), int(os.environ.get("FLIPS") or 300)
     generator = random.Random(seed)  # noqa: S311 - no secret
-    kinds = {small / name: read_kind(small / name) for name in STAGES}
+    kinds: dict[Path, Kind] = {small / name: _manifest(small / name)["kind"] for name in STAGES}
     for _ in range(flips):
         folder = generator.choice(sorted(kinds))
         with flipped(folder, generator) as where, pytest.raises(ValueError, match=re.escape(str(folder))):
@@ -229,8 +230,8 @@ def test_nothing_is_made_from_a_corrupt_artifact(small: Path, capsys: pytest.Cap
 
 @pytest.mark.parametrize("artifact", ["trajectories/it001", "logits/it001"])
 def test_a_corrupt_shard_is_remade_with_the_same_bytes(undisturbed: Path, small: Path, artifact: str) -> None:
-    frames = next(path for path in sorted((small / artifact).glob("shard-*/*/c/**/*")) if path.is_file())
-    frames.write_bytes(_flip(frames.read_bytes(), len(frames.read_bytes()) * 4))
+    array = next(path for path in sorted((small / artifact).glob("shard-*/*/c/**/*")) if path.is_file())
+    array.write_bytes(_flip(sound := array.read_bytes(), len(sound) * 4))
     run_stage(small.parents[1], STAGES[artifact], workers=1)
     assert _bytes(small / artifact) == _bytes(undisturbed / "artifacts/small" / artifact)
 
@@ -297,7 +298,3 @@ def _flip(content: bytes, bit: int) -> bytes:
     spoiled = bytearray(content)
     spoiled[bit // 8] ^= 1 << bit % 8
     return bytes(spoiled)
-
-
-def read_kind(folder: Path) -> Kind:
-    return json.loads((folder / "manifest.json").read_text())["kind"]
