@@ -1,5 +1,6 @@
 """The deployment on a real Prefect server: started by command, killed whole in the middle of a stage, served again, retried, finished."""
 
+import json
 import os
 import re
 import signal
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,6 +154,14 @@ def test_wrong_parameters_are_refused_before_there_is_a_run(served: Served, para
     assert refused.returncode == 1
     assert said in " ".join((refused.stdout + refused.stderr).split())
     assert "No flow runs found" in (listed := served.prefect("flow-run", "ls")).stdout or "opd" not in listed.stdout
+
+
+def test_the_server_writes_the_states_of_tasks_in_batches(served: Served) -> None:
+    """One by one, they keep its database so busy that it refuses every other start of an iteration, for two seconds each."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{served.port}/api/admin/settings") as answer:
+        recorder = json.load(answer)["server"]["services"]["task_run_recorder"]
+    assert recorder["batch_size"] == 100
+    assert recorder["flush_interval"] == 1
 
 
 def test_a_folder_is_served_once(served: Served) -> None:
