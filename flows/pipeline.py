@@ -3,28 +3,19 @@
 DVC decides; nothing here keeps a second opinion. The plan is read through DVC's internal API (pinned below 4, and by a test).
 """
 
-import os
 import re
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from flows import locks
+from flows import dvc, locks
+from flows.dvc import Line, Tell
 from vla_opd.host import TASK_RUN
-from vla_opd.lifeline import die_with_parent
 
 PER_ITERATION = ("sample", "label", "optimize")  # the stages that dvc.yaml repeats for each of `iterations`
 LOCKED = re.compile(r"is busy, it is being blocked|Unable to acquire lock")
-DVC_CHATTER = re.compile(
-    r"Running stage |> |Stage '|Updating lock file|Generating lock file|To track the changes|\tgit add|To enable auto|\tdvc config|Use `dvc push`"
-)
-Tell = Callable[["Line"], object]
 
 
 class Busy(RuntimeError):  # noqa: N818 - a state of affairs, not a mistake
@@ -38,19 +29,6 @@ class StageFailed(RuntimeError):  # noqa: N818 - reads as what happened
         super().__init__(f"stage {name} failed")
         self.name = name
         self.said = tuple(said)
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line of a stage's output; a `passing` one ended in a carriage return, as a progress bar's do."""
-
-    text: str
-    passing: bool = False
-
-    @property
-    def chatter(self) -> bool:
-        """Whether DVC said it, not the stage."""
-        return not self.text.strip() or DVC_CHATTER.match(self.text) is not None
 
 
 @dataclass(frozen=True)
@@ -150,53 +128,28 @@ def mark_due(steps: tuple[Step, ...]) -> tuple[Step, ...]:
 def bring(name: str, tell: Tell, task_run: str = "") -> bool:
     """Bring stage `name` up to date by `dvc repro --single-item`, and hand on each line as it is said. True if it ran, False if nothing had changed.
 
+    In the context's DVC process (`dvc.staying`), or in one for this stage only.
     task_run: of Prefect, for the record of who ran the stage.
     Raises Busy if another DVC process is in the way, StageFailed with the last lines if the command fails.
     """
     locks.heal()
-    command = [sys.executable, "-m", "dvc", "repro", "--single-item", name]
-    said: list[str] = []
+    said: deque[str] = deque(maxlen=30)
     ran = False
-    with _started(command, {TASK_RUN: task_run}) as process:
-        assert process.stdout is not None
-        for line in lines(process.stdout):
-            tell(line)
-            ran = ran or line.text.startswith("Running stage ")
-            said = [*said[-30:], line.text] if not line.passing else said
-    if process.returncode == 0:
+
+    def hear(line: Line) -> None:
+        nonlocal ran
+        tell(line)
+        ran = ran or line.text.startswith("Running stage ")
+        if not line.passing:
+            said.append(line.text)
+
+    with dvc.staying() as process:
+        code = process.repro(name, hear, {TASK_RUN: task_run})
+    if code == 0:
         return ran
     if LOCKED.search("\n".join(said)):
         raise Busy(f"{name}: another DVC process is at work here")
     raise StageFailed(name, said)
-
-
-def _started(command: list[str], more: Mapping[str, str]) -> "subprocess.Popen[bytes]":
-    """The command, with this interpreter's folder first on PATH (dvc.yaml says `python`), unbuffered, and killed if this process dies."""
-    folder = str(Path(sys.executable).parent)
-    environment = os.environ | {"PATH": folder + os.pathsep + os.environ.get("PATH", ""), "PYTHONUNBUFFERED": "1", **more}
-    return subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=environment,
-        preexec_fn=partial(die_with_parent, signal.SIGTERM, os.getpid()),  # noqa: PLW1509 - one system call, no locks taken
-    )
-
-
-def lines(stream: IO[bytes]) -> Iterator[Line]:
-    """Lines of a byte stream as they come; a carriage return ends a passing one."""
-    held = b""
-    while block := os.read(stream.fileno(), 65536):
-        *whole, held = re.split(rb"(?<=[\n\r])(?!\n)", held + block)
-        yield from (_line(piece) for piece in whole)
-    if held:
-        yield _line(held)
-
-
-def _line(piece: bytes) -> Line:
-    text = piece.decode(errors="replace")
-    return Line(text.rstrip("\r\n"), passing=text.endswith("\r"))
 
 
 def accept(names: Iterable[str]) -> tuple[str, ...]:

@@ -19,8 +19,9 @@ from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settin
 from prefect.states import Completed
 from pydantic import Field
 
-from flows import gpu, pipeline, posted, presence, summary
-from flows.pipeline import Busy, Line, StageFailed, Step
+from flows import dvc, gpu, pipeline, posted, presence, summary
+from flows.dvc import Line, Tell
+from flows.pipeline import Busy, StageFailed, Step
 from flows.settings import Settings, extension, write
 from flows.terminal import StageLine, heading
 from vla_opd.host import METRICS
@@ -55,7 +56,7 @@ def bring(step: Step) -> State[Any]:
     return Completed(name="Unchanged", message=f"{step.name}: nothing it depends on had changed")
 
 
-def _ran(step: Step, screen: StageLine, tell: pipeline.Tell, task_run: str = "") -> bool:
+def _ran(step: Step, screen: StageLine, tell: Tell, task_run: str = "") -> bool:
     """Bring a due step up to date, on the terminal and in the record of times. Whether it had to run."""
     began = time.monotonic()
     try:
@@ -127,22 +128,24 @@ def opd(settings: Settings | None = None, iterations: Annotated[int, Field(ge=1)
 def bring_alone(targets: Iterable[str]) -> tuple[str, ...]:
     """What is still due of what leads to some stages (of all, if none are named), without Prefect. Returns the names of all. Errors as of `opd`."""
     plan = pipeline.plan(targets)
-    for name, steps in in_groups(step for step in plan if step.due):
-        heading(name or "")
-        for step in steps:
-            _ran(step, StageLine(step.name), lambda _line: None)
+    with dvc.staying():
+        for name, steps in in_groups(step for step in plan if step.due):
+            heading(name or "")
+            for step in steps:
+                _ran(step, StageLine(step.name), lambda _line: None)
     return tuple(step.name for step in plan)
 
 
 def _bring_run(plan: Iterable[Step]) -> States:
     states: States = {}
-    for name, steps in in_groups(plan):
-        if name is None:
-            heading("")
-            states |= _bring_all(steps, states)
-        else:
-            subflow: Any = iteration.with_options(flow_run_name=name)  # Prefect's overloads leave wait_for out
-            states |= subflow(name, steps, wait_for=_parents(steps, states))
+    with dvc.staying():
+        for name, steps in in_groups(plan):
+            if name is None:
+                heading("")
+                states |= _bring_all(steps, states)
+            else:
+                subflow: Any = iteration.with_options(flow_run_name=name)  # Prefect's overloads leave wait_for out
+                states |= subflow(name, steps, wait_for=_parents(steps, states))
     return states
 
 

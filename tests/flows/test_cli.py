@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from flows import cli, pipeline, server, settings, terminal
-from flows.pipeline import Line, StageFailed, Step
+from flows.dvc import Line
+from flows.pipeline import StageFailed, Step
 from tests.flows.toy import PARAMS, ROOT
 from vla_opd import params
 

@@ -1,115 +1,108 @@
-"""DVC's own commands on the real dvc.yaml: commits compared, experiments, data pushed and pulled."""
+"""The DVC process that stays: its answers, its death in every way, and what it reads."""
 
-import json
-import shutil
-import socket
+import os
+import signal
 import subprocess
 import sys
-import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tests.flows.toy import Toy, make_toy
+from flows import dvc
+from flows.dvc import Dvc, Line
+from tests.flows.toy import Toy
+from tests.processes import dies
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Toy:
-    """A toy run that was made and committed."""
-    toy = make_toy(tmp_path_factory.mktemp("finished"))
-    toy.dvc("repro")
-    toy.git("add", "-A")
-    toy.git("commit", "-q", "-m", "run")
-    return toy
+STAGE = "demonstrate@main"
+Start = Callable[[], "subprocess.Popen[bytes]"]
 
 
 @pytest.fixture
-def toy(finished: Toy, tmp_path: Path) -> Toy:
-    """A copy of it."""
-    shutil.copytree(finished.folder, tmp_path / "toy", symlinks=True)
-    return Toy(tmp_path / "toy")
+def started(monkeypatch: pytest.MonkeyPatch) -> "list[subprocess.Popen[bytes]]":
+    """The processes that were started in the test."""
+    all_of_them: list[subprocess.Popen[bytes]] = []
+    start: Start = dvc._started
 
+    def noted() -> "subprocess.Popen[bytes]":
+        all_of_them.append(start())
+        return all_of_them[-1]
 
-def test_what_git_gets_is_small_and_the_rest_is_dvcs(toy: Toy) -> None:
-    run = toy.folder / "artifacts/toy"
-    committed = {path.relative_to(run).parts[:2] for path in run.rglob("*") if path.is_file() and toy.tracked(path)}
-    references = {("checkpoints", name) for name in ("base", "teacher", "student")}
-    assert committed == references | {("evaluations", name) for name in ("start", "final", "teacher")} | {("report", "page")}
-
-
-def test_parameters_results_and_curves_of_two_commits_are_compared(toy: Toy) -> None:
-    toy.edit("params.yaml", "optimize: {steps: 4}", "optimize: {steps: 7}")
-    toy.dvc("repro")
-    changed = json.loads(toy.dvc("params", "diff", "--json"))["params.yaml"]
-    assert changed == {"optimize.steps": {"old": 4, "new": 7, "diff": 3}}
-    success = json.loads(toy.dvc("metrics", "diff", "--json"))["artifacts/toy/report/page/results.json"]["final.success"]
-    assert (success["old"], success["new"]) == (0.4, 0.7)
-    (plot,) = json.loads(toy.dvc("plots", "diff", "--json"))["data"].values()
-    assert {(row["rev"], row["depth"]) for row in plot[0]["content"]["data"]["values"]} == {(rev, d) for rev in ("workspace", "HEAD") for d in (0, 1)}
-
-
-def test_an_experiment_runs_only_what_its_setting_changes(toy: Toy) -> None:
-    said = toy.dvc("exp", "run", "-S", "optimize.steps=9")
-    assert "Running stage 'optimize@it001'" in said
-    assert "Running stage 'teacher'" not in said
-    shown = json.loads(toy.dvc("exp", "show", "--json"))
-    assert shown[1]["experiments"][0]["revs"][0]["data"]["metrics"]["artifacts/toy/report/page/results.json"]["data"]["final"] == {"success": 0.9}
-
-
-def test_pushed_data_is_pulled_by_a_clone_which_then_has_nothing_to_do(toy: Toy, tmp_path: Path) -> None:
-    toy.dvc("remote", "add", "--default", "store", str(tmp_path / "store"))
-    toy.dvc("push")
-    clone = toy.clone(tmp_path / "clone")
-    assert not clone.has("trajectories/it001")
-    clone.dvc("pull")
-    assert clone.has("trajectories/it001", "logits/it002", "checkpoints/it002", "demonstrations/main")
-    assert "Data and pipelines are up to date" in clone.dvc("status")
+    monkeypatch.setattr(dvc, "_started", noted)
+    return all_of_them
 
 
 @pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of a service that speaks S3, with one bucket."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    for name, value in {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "nothing", "AWS_DEFAULT_REGION": "us-east-1"}.items():
-        monkeypatch.setenv(name, value)
-    address = f"http://127.0.0.1:{port}"
-    with subprocess.Popen(
-        [Path(sys.executable).parent / "moto_server", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as server:
-        try:
-            for _ in range(100):
-                with suppress(OSError):
-                    urllib.request.urlopen(urllib.request.Request(f"{address}/bucket", method="PUT")).close()  # noqa: S310 - our own server
-                    break
-                time.sleep(0.2)
-            yield address
-        finally:
-            server.kill()
+def process() -> Iterator[Dvc]:
+    made = Dvc()
+    yield made
+    made.close()
 
 
-def test_pushed_to_s3_it_is_pulled_as_well(toy: Toy, tmp_path: Path, s3: str) -> None:
-    toy.dvc("remote", "add", "--default", "store", "s3://bucket/run")
-    toy.dvc("remote", "modify", "store", "endpointurl", s3)
-    toy.dvc("push")
-    clone = toy.clone(tmp_path / "clone")
-    clone.dvc("pull")
-    assert clone.has("trajectories/it001", "logits/it002", "checkpoints/it002")
-    assert "Data and pipelines are up to date" in clone.dvc("status")
+def test_it_answers_with_dvcs_exit_code_after_all_that_the_stage_said(toy: Toy, process: Dvc) -> None:
+    heard: list[str] = []
+    assert process.repro(STAGE, lambda line: heard.append(line.text), {"TOY_FAILS": "demonstrate main"}) == 255, heard
+    assert "demonstrate main: no luck" in heard
+    heard.clear()
+    assert process.repro(STAGE, lambda line: heard.append(line.text), {"TOY_FAILS": ""}) == 0
+    assert "demonstrate: 2/2" in heard
+    assert not [text for text in heard if text.endswith(" 0")], "the answer was taken for something that the stage said"
 
 
-def test_iterations_can_branch(toy: Toy) -> None:
-    before = {name: (toy.folder / "artifacts/toy/checkpoints" / name / "digest").read_text() for name in ("it001", "it002")}
-    toy.edit("params.yaml", "iterations: {it001: student, it002: it001}", "iterations: {it001: student, it002: it001, it002b: it001}")
-    said = toy.dvc("repro")
-    assert [line.split("'")[1] for line in said.splitlines() if line.startswith("Running stage ")] == [
-        *(f"{verb}@it002b" for verb in ("sample", "label", "optimize")),
-        "report",
-    ]
-    assert {name: (toy.folder / "artifacts/toy/checkpoints" / name / "digest").read_text() for name in before} == before
+def test_one_process_serves_a_context_and_what_is_inside_it(toy: Toy, started: "list[subprocess.Popen[bytes]]") -> None:
+    with dvc.staying() as outer:
+        outer.repro(STAGE, lambda _: None, {})
+        with dvc.staying() as inner:
+            assert inner.repro(STAGE, lambda _: None, {}) == 0
+        assert started[0].poll() is None
+    assert [process.returncode for process in started] == [0]
+
+
+def test_one_that_was_killed_between_stages_is_started_again(toy: Toy, process: Dvc, started: "list[subprocess.Popen[bytes]]") -> None:
+    process.repro(STAGE, lambda _: None, {})
+    started[0].kill()
+    started[0].wait()
+    assert process.repro(STAGE, lambda _: None, {}) == 0
+    assert len(started) == 2
+
+
+def test_its_death_in_the_middle_of_a_stage_is_the_answer(toy: Toy, process: Dvc, started: "list[subprocess.Popen[bytes]]") -> None:
+    def kill(line: Line) -> None:
+        if line.text == "demonstrate main: from 0 inputs":
+            started[0].kill()
+
+    assert process.repro(STAGE, kill, {"TOY_SLEEPS": "demonstrate main"}) == -signal.SIGKILL
+
+
+def test_an_interrupted_reader_ends_it_and_with_it_the_stage(toy: Toy, process: Dvc, started: "list[subprocess.Popen[bytes]]") -> None:
+    """Of the stage: tests/test_lifeline.py."""
+
+    def interrupt(line: Line) -> None:
+        if line.text == "demonstrate main: from 0 inputs":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        process.repro(STAGE, interrupt, {"TOY_SLEEPS": "demonstrate main"})
+    assert started[0].wait(timeout=3) == -signal.SIGTERM
+
+
+def test_it_dies_with_the_process_that_started_it(toy: Toy) -> None:
+    """SIGKILL leaves no chance to clean up: the kernel ends the child, in the middle of a stage too."""
+    program = f"from flows.dvc import Dvc; Dvc().repro({STAGE!r}, lambda line: print(line.text, flush=True), {{'TOY_SLEEPS': 'demonstrate main'}})"
+    environment = os.environ | {"PYTHONPATH": str(Path(dvc.__file__).parents[1])}
+    with subprocess.Popen([sys.executable, "-P", "-c", program], stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        assert parent.stdout is not None
+        assert any(line == "demonstrate main: from 0 inputs\n" for line in parent.stdout)
+        (child,) = psutil.Process(parent.pid).children()
+        parent.kill()
+    assert dies(child.pid, within_s=3)
+
+
+def test_carriage_returns_end_passing_lines() -> None:
+    read, write = os.pipe()
+    os.write(write, b"one\r 50%\r100%\r\ntwo\nlast")
+    os.close(write)
+    with os.fdopen(read, "rb") as stream:
+        heard = list(dvc.lines(stream))
+    assert heard == [Line("one", passing=True), Line(" 50%", passing=True), Line("100%"), Line("two"), Line("last")]

@@ -1,18 +1,14 @@
 """What DVC's plan, locks and missing data do, on the real dvc.yaml over toy stages."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from flows import pipeline
-from flows.pipeline import Busy, Line, StageFailed, Step, mark_due
+from flows import dvc, pipeline
+from flows.pipeline import Busy, StageFailed, Step, mark_due
 from tests.flows.toy import Toy, ran
-from tests.processes import dies
 
 MADE = ["demonstrate@pre", "base", "demonstrate@main", "student", "evaluate@start", "teacher"]
 EACH = ["sample", "label", "optimize"]
@@ -114,7 +110,7 @@ def test_due_is_what_is_needed() -> None:
 
 
 def test_bring_streams_and_says_whether_it_ran(toy: Toy) -> None:
-    heard: list[Line] = []
+    heard: list[dvc.Line] = []
     assert pipeline.bring("demonstrate@main", heard.append)
     said = [line.text for line in heard if not line.chatter]
     assert said == ["demonstrate main: from 0 inputs", "demonstrate: 1/2", "demonstrate: 2/2"]
@@ -141,24 +137,3 @@ def test_another_dvc_at_work_is_busy(toy: Toy) -> None:
                 pipeline.plan(patience=0)
         finally:
             other.kill()
-
-
-def test_dvc_dies_with_the_process_that_started_it(toy: Toy) -> None:
-    """SIGKILL leaves no chance to clean up: the kernel ends the child."""
-    program = "import sys; from flows.pipeline import _started; p = _started(['sleep', '60'], {}); print(p.pid, flush=True); p.wait()"
-    with subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(Path(pipeline.__file__).parents[1])}
-    ) as parent:
-        assert parent.stdout is not None
-        child = int(parent.stdout.readline())
-        parent.send_signal(signal.SIGKILL)
-    assert dies(child), "the child lives on"
-
-
-def test_carriage_returns_end_passing_lines() -> None:
-    read, write = os.pipe()
-    os.write(write, b"one\r 50%\r100%\r\ntwo\nlast")
-    os.close(write)
-    with os.fdopen(read, "rb") as stream:
-        heard = list(pipeline.lines(stream))
-    assert heard == [Line("one", passing=True), Line(" 50%", passing=True), Line("100%"), Line("two"), Line("last")]

@@ -14,8 +14,9 @@ from prefect.exceptions import ParameterTypeError
 from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS, temporary_settings
 from prefect.testing.utilities import prefect_test_harness
 
-from flows import gpu, pipeline
-from flows.pipeline import Line, StageFailed, Step
+from flows import dvc, gpu, pipeline
+from flows.dvc import Line, Tell
+from flows.pipeline import StageFailed, Step
 from flows.train import in_groups, opd
 from tests.flows.manifests import publish
 from tests.flows.toy import Toy, make_toy, ran
@@ -30,6 +31,7 @@ class Pair:
     flow: Toy
     repro: Toy
     states: dict[str, Any]
+    processes: int  # of DVC that the flow started
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,10 +49,13 @@ def pair(tmp_path_factory: pytest.TempPathFactory, server: None) -> Iterator[Pai
     shutil.copytree(first, folder / "repro")
     by_repro = Toy(folder / "repro")
     by_repro.dvc("repro")
+    started = []
+    start = dvc._started
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(first)
+        patch.setattr(dvc, "_started", lambda: started.append(start()) or started[-1])
         states = opd()
-        yield Pair(made, by_repro, states)
+        yield Pair(made, by_repro, states, len(started))
 
 
 def names(states: dict[str, Any]) -> set[str]:
@@ -68,6 +73,10 @@ def test_each_reuses_what_the_other_made(pair: Pair, monkeypatch: pytest.MonkeyP
     before = pair.repro.lock
     assert names(opd()) == {"Unchanged"}
     assert pair.repro.lock == before
+
+
+def test_one_process_of_dvc_serves_all_stages(pair: Pair) -> None:
+    assert pair.processes == 1
 
 
 def test_every_iteration_is_a_subflow_and_every_stage_a_task(pair: Pair) -> None:
@@ -127,7 +136,7 @@ def test_the_early_cut_off_is_dvcs(clone: Toy) -> None:
 def test_a_task_waits_while_another_dvc_is_at_work(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter([pipeline.Busy("another DVC process is at work here"), True])
 
-    def bring(name: str, tell: pipeline.Tell, task_run: str) -> bool:
+    def bring(name: str, tell: Tell, task_run: str) -> bool:
         answer = next(answers)
         if isinstance(answer, Exception):
             raise answer
@@ -145,7 +154,7 @@ def test_a_stage_is_told_its_task_run_and_what_it_made_is_posted(toy: Toy, monke
     told: dict[str, str] = {}
     made: list[str] = []
 
-    def bring(name: str, tell: pipeline.Tell, task_run: str) -> bool:
+    def bring(name: str, tell: Tell, task_run: str) -> bool:
         told[name] = task_run
         made.append(publish(toy.folder / "artifacts/toy/demonstrations/pre", "demonstrations", {"parent": "0" * 64}))
         return True

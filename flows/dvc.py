@@ -1,0 +1,149 @@
+"""One DVC process for stage after stage: a good part of what DVC takes for a single stage is its own start.
+
+`python -m flows.dvc repro --single-item` repeats that command of DVC's for each request that it reads, a line of JSON.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO
+
+from vla_opd.lifeline import die_with_parent
+
+CHATTER = re.compile(
+    r"Running stage |> |Stage '|Updating lock file|Generating lock file|To track the changes|\tgit add|To enable auto|\tdvc config|Use `dvc push`"
+)
+Tell = Callable[["Line"], object]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a stage's output; a `passing` one ended in a carriage return, as a progress bar's do."""
+
+    text: str
+    passing: bool = False
+
+    @property
+    def chatter(self) -> bool:
+        """Whether DVC said it, not the stage."""
+        return not self.text.strip() or CHATTER.match(self.text) is not None
+
+
+class Dvc:
+    """The process: started at the first request, and again if it has died since. It dies with the process that started it."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def repro(self, stage: str, tell: Tell, environment: Mapping[str, str]) -> int:
+        """The exit code of `dvc repro --single-item STAGE`; minus the signal if the process dies of one. `tell` gets each line as it is said.
+
+        environment: what the stage finds there besides this process's own.
+        """
+        if self._process is None or self._process.poll() is not None:
+            self.close()
+            self._process = _started()
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        end = f"{uuid.uuid4()} "
+        request = {"stage": stage, "environment": dict(environment), "end": end}
+        try:
+            process.stdin.write(json.dumps(request).encode() + b"\n")
+            process.stdin.flush()
+            for line in lines(process.stdout):
+                if line.text.startswith(end):
+                    return int(line.text.removeprefix(end))
+                tell(line)
+        except BaseException:  # nobody will read what the stage goes on to say
+            process.terminate()
+            raise
+        return process.wait()
+
+    def close(self) -> None:
+        """End the process, if there is one: it ends when nothing is asked of it any more."""
+        if self._process is not None:
+            self._process.__exit__(None, None, None)
+            self._process = None
+
+
+_STAYING: ContextVar[Dvc | None] = ContextVar("staying", default=None)
+
+
+@contextmanager
+def staying() -> Generator[Dvc]:
+    """The DVC process for as long as the context lasts; within another such context, that one's."""
+    outer = _STAYING.get()
+    if outer is not None:
+        yield outer
+        return
+    own = Dvc()
+    token = _STAYING.set(own)
+    try:
+        yield own
+    finally:
+        _STAYING.reset(token)
+        own.close()
+
+
+def _started() -> "subprocess.Popen[bytes]":
+    """With this interpreter's folder first on PATH (dvc.yaml says `python`), and unbuffered.
+
+    By the last words of its command `locks.held` knows it from another process that got its number.
+    `-P`: whatever the folder of the run holds, this module is ours.
+    """
+    folder = str(Path(sys.executable).parent)
+    environment = os.environ | {"PATH": folder + os.pathsep + os.environ.get("PATH", ""), "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "flows.dvc", "repro", "--single-item"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        preexec_fn=partial(die_with_parent, signal.SIGTERM, os.getpid()),  # noqa: PLW1509 - one system call, no locks taken
+    )
+
+
+def lines(stream: IO[bytes]) -> Iterator[Line]:
+    """Lines of a byte stream as they come; a carriage return ends a passing one."""
+    held = b""
+    while block := os.read(stream.fileno(), 65536):
+        *whole, held = re.split(rb"(?<=[\n\r])(?!\n)", held + block)
+        yield from (_line(piece) for piece in whole)
+    if held:
+        yield _line(held)
+
+
+def _line(piece: bytes) -> Line:
+    text = piece.decode(errors="replace")
+    return Line(text.rstrip("\r\n"), passing=text.endswith("\r"))
+
+
+def main() -> None:
+    """Answer requests until there are no more, or until the terminal's interrupt."""
+    from dvc.cli import main as dvc
+
+    requests = os.fdopen(os.dup(0), encoding="utf-8")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # a stage has no input
+    try:
+        for line in requests:
+            request = json.loads(line)
+            os.environ |= request["environment"]
+            code = dvc([*sys.argv[1:], request["stage"]])
+            print(f"\n{request['end']}{code}", flush=True)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
+
+if __name__ == "__main__":
+    main()
