@@ -2,8 +2,9 @@
 
 Beside the curves stands a record of executions: which artifact which stage made, who ran it, where, when and from which commit.
 
-With an account (a key in the environment or in ~/.netrc) W&B is online, without one offline; `WANDB_MODE` decides where it is set. One W&B run per
-execution of a stage, grouped by the name of the run: resuming an offline run is not supported by W&B, and runs that share an id overwrite each other.
+With an account (a key in the environment or in ~/.netrc) W&B is online; offline without one, or while it does not answer. `WANDB_MODE` decides where
+it is set. One W&B run per execution of a stage, grouped by the name of the run: resuming an offline run is not supported by W&B, and runs that share an id
+overwrite each other.
 """
 
 import getpass
@@ -25,6 +26,8 @@ from vla_opd.host import Host
 
 Log = Callable[[Mapping[str, float], int], None]
 EXECUTIONS = "executions.jsonl"
+UNREACHABLE = "wandb-unreachable"  # says why an online W&B run did not start; each try costs a stage up to 20 s
+UNREACHABLE_FOR = 3600.0  # seconds
 CODE = ("flows", "stages", "vla_opd")
 
 
@@ -173,10 +176,13 @@ def _jsonl(host: Host, run: str, stage: str, name: str) -> Generator[Log]:
 
 
 def _wandb(host: Host, run: str, stage: str, name: str, config: Mapping[str, Any]) -> Any:  # a wandb.Run or None; imported lazily
-    """A W&B run, or None with a warning if W&B cannot start at all."""
+    """A W&B run. Offline for an hour, with one warning, after an online one did not start; None, with a warning, if an offline one doesn't either."""
     import wandb  # slow to import, and not wanted with other trackers
 
     mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+    unreachable = host.metrics / UNREACHABLE
+    if mode == "online" and unreachable.is_file() and time.time() - unreachable.stat().st_mtime < UNREACHABLE_FOR:
+        mode = "offline"
     try:
         return wandb.init(
             project="vla-opd",
@@ -190,8 +196,16 @@ def _wandb(host: Host, run: str, stage: str, name: str, config: Mapping[str, Any
             settings=wandb.Settings(silent=True, init_timeout=20, finish_timeout=60, console="off"),
         )
     except (wandb.Error, OSError, ValueError) as error:
-        warnings.warn(f"W&B did not start ({error}); metrics go to {host.metrics} as JSON lines only", stacklevel=2)
-        return None
+        if mode != "online":
+            warnings.warn(f"W&B did not start ({error}); metrics go to {host.metrics} as JSON lines only", stacklevel=2)
+            return None
+        unreachable.write_text(str(error))
+        warnings.warn(
+            f"W&B did not start ({error}); its runs stay in {host.metrics / 'wandb'} for the next hour (`wandb sync` uploads them;"
+            f" remove {unreachable} to try again now)",
+            stacklevel=2,
+        )
+        return _wandb(host, run, stage, name, config)
 
 
 def _has_key() -> bool:

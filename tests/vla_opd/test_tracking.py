@@ -3,9 +3,11 @@
 import json
 import os
 import platform
+import socket
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,9 +49,11 @@ def _stranger(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 class FakeWandb:
     """Remembers what was asked of W&B."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, refusal: Exception | None = None) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, refusal: Exception | None = None, refused: str = "online offline") -> None:
         import wandb
 
+        self.modes: list[str] = []
+        self.refused = refused
         self.asked: dict[str, Any] = {}
         self.logged: list[tuple[dict[str, float], int]] = []
         self.finished = 0
@@ -57,7 +61,8 @@ class FakeWandb:
         monkeypatch.setattr(wandb, "init", self.init)
 
     def init(self, **asked: Any) -> "FakeWandb":
-        if self.refusal:
+        self.modes.append(asked["mode"])
+        if self.refusal and asked["mode"] in self.refused:
             raise self.refusal
         self.asked = asked
         return self
@@ -159,6 +164,40 @@ def test_what_wandb_itself_refuses_is_a_warning(tmp_path: Path, monkeypatch: pyt
         monkeypatch.setenv(name, value)
     with pytest.warns(UserWarning, match="W&B did not start"):
         record(host(tmp_path, "wandb"))
+    assert [row["loss"] for row in lines(tmp_path)] == [2.0, 1.5]
+
+
+@pytest.mark.usefixtures("_stranger")
+def test_a_server_that_does_not_answer_is_asked_once_an_hour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages in between, each a process of its own, keep their runs offline: nobody waits 20 seconds for each of them."""
+    import wandb
+
+    monkeypatch.setenv("WANDB_API_KEY", "key")
+    fake = FakeWandb(monkeypatch, wandb.errors.CommError("no network"), refused="online")
+    with pytest.warns(UserWarning, match=r"W&B did not start \(no network\).* for the next hour"):
+        record(host(tmp_path, "wandb"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        record(host(tmp_path, "wandb"))
+    assert fake.modes == ["online", "offline", "offline"]
+    assert len(fake.logged) == 4
+    an_hour_ago = time.time() - 3601
+    os.utime(tmp_path / "metrics/wandb-unreachable", (an_hour_ago, an_hour_ago))
+    with pytest.warns(UserWarning, match="W&B did not start"):
+        record(host(tmp_path, "wandb"))
+    assert fake.modes[3:] == ["online", "offline"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_stranger")
+def test_a_server_that_is_silent_keeps_a_stage_for_seconds_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the connection, and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+        with pytest.warns(UserWarning, match="W&B did not start"):
+            record(host(tmp_path, "wandb"))
+    assert list((tmp_path / "metrics/wandb").glob("offline-run-*"))
     assert [row["loss"] for row in lines(tmp_path)] == [2.0, 1.5]
 
 
