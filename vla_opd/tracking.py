@@ -2,9 +2,9 @@
 
 Beside the curves stands a record of executions: which artifact which stage made, who ran it, where, when and from which commit.
 
-With an account (a key in the environment or in ~/.netrc) W&B is online; offline without one, or while it does not answer. `WANDB_MODE` decides where
-it is set. One W&B run per execution of a stage, grouped by the name of the run: resuming an offline run is not supported by W&B, and runs that share an id
-overwrite each other.
+With an account (a key in the environment or in ~/.netrc) W&B is online; offline without one, or while it does not answer. `WANDB_MODE` decides
+where it is set. One W&B run per execution of a stage, grouped by the name of the run: resuming an offline run is not supported by W&B, and runs that
+share an id overwrite each other.
 """
 
 import getpass
