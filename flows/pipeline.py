@@ -92,7 +92,20 @@ def _survey(targets: tuple[str, ...]) -> tuple[Step, ...]:
     with Repo() as repo, repo.lock:
         graph = get_active_graph(repo.index.graph)
         stages: list[Any] = plan_repro(graph, collect_stages(repo, targets or ("dvc.yaml",)))
+        _require_sections(stages)
         return tuple(_step(stage, list(graph.successors(stage))) for stage in stages)
+
+
+def _require_sections(stages: Iterable[Any]) -> None:
+    """ValueError names what a stage depends on and params.yaml doesn't have: DVC would say so only when the stage's turn comes."""
+    from dvc.dependency.param import ParamsDependency
+
+    for stage in stages:
+        for dep in stage.deps:
+            if isinstance(dep, ParamsDependency) and (absent := sorted(set(dep.params) - set(dep.read_params()))):
+                raise ValueError(
+                    f"params.yaml: stage {stage.addressing} depends on {absent}; expected these sections ({absent[0]}: {{}} for the defaults)"
+                )
 
 
 def _step(stage: Any, upstream: list[Any]) -> Step:

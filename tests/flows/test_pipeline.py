@@ -1,14 +1,16 @@
 """What DVC's plan, locks and missing data do, on the real dvc.yaml over toy stages."""
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from flows import dvc, pipeline
 from flows.pipeline import Busy, StageFailed, Step, mark_due
-from tests.flows.toy import Toy, ran
+from tests.flows.toy import ROOT, Toy, ran
 
 MADE = ["demonstrate@pre", "base", "demonstrate@main", "student", "evaluate@start", "teacher"]
 EACH = ["sample", "label", "optimize"]
@@ -39,6 +41,19 @@ def test_the_plan_to_a_target_ends_there(toy: Toy) -> None:
     assert pipeline.plan(["sample@it001"])[-1].name == "sample@it001"
     with pytest.raises(ValueError, match="it009"):
         pipeline.plan(["sample@it009"])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
+def test_an_example_is_a_run_of_dvc_yaml(toy: Toy, path: Path) -> None:
+    """As `make run` begins: every reference in dvc.yaml resolves, and every section that a stage depends on is there."""
+    shutil.copy(path, toy.folder / "params.yaml")
+    assert {"base", "teacher", "student", "report"} <= set(due(pipeline.plan()))
+
+
+def test_a_section_that_a_stage_depends_on_is_asked_for_before_any_stage(toy: Toy) -> None:
+    toy.edit("params.yaml", "finetune: {batch_size: 4}\n", "")
+    with pytest.raises(ValueError, match=r"stage base depends on \['finetune'\]; expected these sections \(finetune: {} for the defaults\)"):
+        pipeline.plan()
 
 
 # A fresh clone
