@@ -3,6 +3,7 @@
 DVC decides; nothing here keeps a second opinion. The plan is read through DVC's internal API (pinned below 4, and by a test).
 """
 
+import hashlib
 import re
 import time
 from collections import deque
@@ -13,6 +14,7 @@ from typing import Any
 from flows import dvc, locks
 from flows.dvc import Line, Tell
 from vla_opd.host import TASK_RUN
+from vla_opd.params import load
 
 PER_ITERATION = ("sample", "label", "optimize")  # the stages that dvc.yaml repeats for each of `iterations`
 LOCKED = re.compile(r"is busy, it is being blocked|Unable to acquire lock")
@@ -41,6 +43,7 @@ class Step:
     missing: one of its outs isn't there.
     due:     it may have to run. A step that isn't due needs no DVC call at all.
     outs:    the folders that it makes.
+    settings: the digest of all settings at the time of the plan.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Step:
     missing: bool = True
     due: bool = True
     outs: tuple[str, ...] = ()
+    settings: str = ""
 
     @property
     def verb(self) -> str:
@@ -93,7 +97,20 @@ def _survey(targets: tuple[str, ...]) -> tuple[Step, ...]:
         graph = get_active_graph(repo.index.graph)
         stages: list[Any] = plan_repro(graph, collect_stages(repo, targets or ("dvc.yaml",)))
         _require_sections(stages)
-        return tuple(_step(stage, list(graph.successors(stage))) for stage in stages)
+        settings = _settings()
+        return tuple(replace(_step(stage, list(graph.successors(stage))), settings=settings) for stage in stages)
+
+
+def _settings() -> str:
+    return hashlib.sha256(load().model_dump_json().encode()).hexdigest()
+
+
+def require_same_settings(step: Step) -> None:
+    """ValueError if params.yaml is another than when the step was planned: the rest of the run would be of other settings than its beginning."""
+    if step.settings != _settings():
+        raise ValueError(
+            f"params.yaml was edited while the run was at work, before {step.name}; what is done stays, and a new run goes on as it says now"
+        )
 
 
 def _require_sections(stages: Iterable[Any]) -> None:

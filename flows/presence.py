@@ -51,6 +51,11 @@ def alive(run: str) -> bool:
     return (RUNS / run).is_file() and _alive(RUNS / run)
 
 
+def others(own: str = "") -> tuple[str, ...]:
+    """The flow runs of this folder that have a process, but for our own."""
+    return tuple(sorted(path.name for path in RUNS.glob("*") if path.name != own and _alive(path)))
+
+
 def forget(run: str) -> None:
     """Its end has been reported: it is no longer abandoned."""
     (RUNS / run).unlink(missing_ok=True)

@@ -3,14 +3,16 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from io import StringIO
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import IO, Annotated, Any, get_args
+from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, Field, WithJsonSchema, create_model
 from ruamel.yaml import YAML
 
+from flows import presence
 from vla_opd import params
 
 
@@ -34,10 +36,11 @@ Settings = Annotated[dict[str, Any], WithJsonSchema(_MODEL.model_json_schema()),
 """`{"section.key": value}`, as a type: its JSON schema is made from that of params.yaml, so a wrong one is refused before there is a run."""
 
 
-def write(changes: Mapping[str, Any], path: Path | str = "params.yaml") -> None:
+def write(changes: Mapping[str, Any], path: Path | str = "params.yaml", run: str = "") -> None:
     """Write `{"section.key": value}` into `path`, which must be a valid run even without changes.
 
-    ValueError, and nothing is written, if the result isn't a valid run.
+    Nothing is written, and it's a ValueError, if the result isn't a valid run; a RuntimeError, if another flow run than `run` is at work here: its
+    later stages would be made with settings that are not its own.
     """
     source = Path(path)
     params.load(source, [f"{dotted}={text(value)}" for dotted, value in changes.items()])
@@ -53,14 +56,20 @@ def write(changes: Mapping[str, Any], path: Path | str = "params.yaml") -> None:
         for section in sections:
             node = node.setdefault(section, {})
         node[key] = yaml.load(text(value))
-    _replace(source.resolve(), lambda file: yaml.dump(tree, file))
+    new = StringIO()
+    yaml.dump(tree, new)
+    if new.getvalue() == source.read_text():
+        return
+    if others := presence.others(run):
+        raise RuntimeError(f"{path} is in use by flow run {', '.join(others)}; expected other settings once that has ended, or in another checkout")
+    _replace(source.resolve(), new.getvalue())
 
 
-def _replace(path: Path, write_to: Callable[[IO[str]], None]) -> None:
+def _replace(path: Path, new: str) -> None:
     """Give the file a new text at once: whoever is killed meanwhile leaves the old one whole."""
     with NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         try:
-            write_to(file)
+            file.write(new)
             file.flush()
             os.fsync(file.fileno())
             shutil.copymode(path, file.name)

@@ -59,6 +59,7 @@ def bring(step: Step) -> State[Any]:
 def _ran(step: Step, screen: StageLine, tell: Tell, task_run: str = "") -> bool:
     """Bring a due step up to date, on the terminal and in the record of times. Whether it had to run."""
     began = time.monotonic()
+    pipeline.require_same_settings(step)
     try:
         ran = pipeline.bring(step.name, lambda line: (screen.tell(line), tell(line)), task_run)
     except StageFailed:
@@ -109,13 +110,14 @@ def opd(settings: Settings | None = None, iterations: Annotated[int, Field(ge=1)
 
     Raises:
         StageFailed: with the stage's last lines.
-        ValueError: if the settings make no valid run; nothing is written then.
+        ValueError: if the settings make no valid run; nothing is written then. Or if somebody edits params.yaml while the run is at work.
+        RuntimeError: if the settings would change those of another run that is at work in this folder.
     """
     run = str(flow_run.get_id())
     try:
         with presence.held(run):
-            write(settings or {})
-            write(extension(iterations) if iterations else {})
+            write(settings or {}, run=run)
+            write(extension(iterations) if iterations else {}, run=run)
             with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):  # of iterations: the flow's own goes on; each takes up to 1 s to end
                 return _bring_run(pipeline.plan(targets or ()))
     except httpx.HTTPError as error:

@@ -14,7 +14,7 @@ from prefect.exceptions import ParameterTypeError
 from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS, temporary_settings
 from prefect.testing.utilities import prefect_test_harness
 
-from flows import dvc, gpu, pipeline
+from flows import dvc, gpu, pipeline, presence
 from flows.dvc import Line, Tell
 from flows.pipeline import StageFailed, Step
 from flows.train import in_groups, opd
@@ -201,6 +201,32 @@ def test_settings_are_validated_then_written_with_comments_kept(toy: Toy) -> Non
     with pytest.raises(ValueError, match=r"iterations is 1; expected at least the 3"):
         opd(iterations=1)
     assert (toy.folder / "params.yaml").read_text() == text
+
+
+def test_an_edit_of_the_settings_ends_a_run_that_is_at_work(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    bring = pipeline.bring
+
+    def edited(name: str, tell: Tell, task_run: str) -> bool:
+        ran = bring(name, tell, task_run)
+        toy.edit(
+            "params.yaml", "optimize: {steps: 4}", "optimize: {steps: 9}" if name == "base" else "optimize: {steps: 4}  # a comment is no setting"
+        )
+        return ran
+
+    monkeypatch.setattr(pipeline, "bring", edited)
+    with pytest.raises(ValueError, match=r"params.yaml was edited while the run was at work, before .*; what is done stays"):
+        opd(targets=["student"])
+    assert toy.has("checkpoints/base", "demonstrations/pre")
+    assert not toy.has("checkpoints/student")
+
+
+def test_settings_of_a_run_at_work_are_not_changed_by_another(toy: Toy) -> None:
+    before = (toy.folder / "params.yaml").read_text()
+    with presence.held("another"):
+        with pytest.raises(RuntimeError, match="in use by flow run another"):
+            opd(targets=["demonstrate@pre"], settings={"optimize.steps": 7})
+        assert (toy.folder / "params.yaml").read_text() == before
+        assert names(opd(targets=["demonstrate@pre"], settings={"optimize.steps": 4})) == {"Completed"}, "the same settings may be said again"
 
 
 def test_groups_keep_the_order_of_the_plan() -> None:
