@@ -131,6 +131,32 @@ def test_a_manifest_that_names_files_elsewhere_is_refused(tmp_path: Path, name: 
         open_artifact(folder, "logits")
 
 
+def test_a_link_in_an_artifact_is_believed_only_if_it_leads_to_the_bytes_that_the_manifest_names(tmp_path: Path) -> None:
+    """As it does where DVC's cache is linked into the workspace."""
+    (tmp_path / "outside").write_bytes(b"secret")
+    folder = publish(tmp_path / "it", "logits", {"file": b"weights"})
+    (folder / "file").rename(tmp_path / "cached")
+    (folder / "file").symlink_to(tmp_path / "cached")
+    open_artifact(folder, "logits")
+    (folder / "file").unlink()
+    (folder / "file").symlink_to(tmp_path / "outside")
+    with pytest.raises(ValueError, match="it is corrupt"):
+        open_artifact(folder, "logits")
+
+
+def test_what_a_link_leads_to_is_never_removed(tmp_path: Path) -> None:
+    """An artifact, its draft and what it replaces are links to somebody's folder."""
+    somebodys = tmp_path / "somebodys"
+    somebodys.mkdir()
+    (somebodys / "letter").write_text("dear")
+    for name in ("it", ".it.old", ".it.draft"):
+        (tmp_path / name).symlink_to(somebodys)
+    publish(tmp_path / "it", "logits", {"file": b"weights"})
+    open_artifact(tmp_path / "it", "logits")
+    assert (somebodys / "letter").read_text() == "dear"
+    assert not (tmp_path / "it").is_symlink()
+
+
 # params.yaml
 
 WHOLE = (ROOT / "params.yaml").read_text()

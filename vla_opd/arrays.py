@@ -4,6 +4,7 @@ By default Zarr reads a lost chunk as zeros and lets a flipped byte pass; here e
 reading checks that all of them are there.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 ROWS_PER_CHUNK = 16  # consecutive frames compress together (9.1x against 2.6x one by one) and still read at random
 
-LARGEST = 32 * 10**9  # bytes of one array of one shard; a description that promises more is a mistake, or a trap
+LARGEST = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # bytes of one array; a description that promises more is a trap
 
 
 def write(folder: Path, columns: Mapping[str, np.ndarray], attributes: Mapping[str, Any]) -> None:

@@ -142,7 +142,7 @@ class Draft:
         """Keep an earlier draft of the same fingerprint; start anew otherwise."""
         mark = self.scratch / "fingerprint"
         if not (mark.is_file() and mark.read_text() == self.fingerprint):
-            shutil.rmtree(self.folder, ignore_errors=True)
+            _remove(self.folder)
             self.scratch.mkdir(parents=True)
             mark.write_text(self.fingerprint)
         for leftover in sorted(self.folder.rglob(".tmp-*")):
@@ -251,7 +251,8 @@ def _entry(path: Path) -> FileEntry:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    """Of a link the link, never what it leads to."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

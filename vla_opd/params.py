@@ -115,10 +115,10 @@ class PolicyParams(Section):
     bins: int = Field(default=256, ge=2, le=256)
     crop: int = Field(default=96, ge=16)
     proprio: bool = True
-    width: int = Field(default=128, ge=16)
-    layers: int = Field(default=2, ge=1)
-    heads: int = Field(default=4, ge=1)
-    channels: int = Field(default=32, ge=8, multiple_of=8)
+    width: int = Field(default=128, ge=16, le=2048)
+    layers: int = Field(default=2, ge=1, le=32)
+    heads: int = Field(default=4, ge=1, le=64)
+    channels: int = Field(default=32, ge=8, le=512, multiple_of=8)
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "PolicyParams":

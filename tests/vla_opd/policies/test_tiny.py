@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests.vla_opd import small
-from tests.vla_opd.test_checkpoint import publish
-from vla_opd.policies import POLICIES, build_policy, from_pretrained
+from vla_opd.checkpoint import open_checkpoint
+from vla_opd.policies import POLICIES, build_policy, from_pretrained, save_pretrained
 from vla_opd.policies.tiny import FIRST_WORD, VOCABULARY_SIZE, TinyVLA, extend_vocabulary, words
 from vla_opd.trajectory import Observations
 
@@ -139,8 +139,9 @@ def test_a_rows_logits_do_not_depend_on_its_place_or_its_neighbours(policy: Tiny
 
 
 def test_a_policy_is_the_same_after_saving(tmp_path: Path, policy: TinyVLA) -> None:
-    publish(tmp_path / "student", policy.state_dict(), {"checkpoint": small.FACTS.model_dump()})
+    save_pretrained(policy, small.FACTS, tmp_path / "student")
     found = from_pretrained(tmp_path / "student")
+    assert open_checkpoint(tmp_path / "student").facts == small.FACTS
     assert not found.training
     assert found.device == torch.device("cpu")
     assert torch.equal(logits(found, small.observations(3)), logits(policy, small.observations(3)))
