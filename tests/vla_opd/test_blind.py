@@ -1,8 +1,6 @@
 """A policy needs its eyes: with blank frames a teacher of Meta-World loses most of its success, though it still feels its hand and reads the task.
 
-Five of its eight tasks, that is. The others can be done blind: windows have long handles, and a lock is unlocked by a push from anywhere beside it.
-
-The teacher in tests/data is the one of `examples/metaworld.yaml`; its manifest says how it was made.
+The teacher in tests/data is one of `examples/metaworld.yaml`; its manifest says how it was made.
 """
 
 from dataclasses import dataclass, replace
@@ -20,8 +18,7 @@ from vla_opd.policies.protocol import Observations
 from vla_opd.rollout import Job, PoolSettings, RolloutSettings, rollout
 
 TEACHER = Path(__file__).parents[1] / "data/metaworld_teacher"
-NEED_EYES = ("drawer-open-v3", "drawer-close-v3", "button-press-topdown-v3", "coffee-button-v3", "handle-press-v3")
-STATES, HORIZON = 3, 120
+STATES, HORIZON = 2, 120
 
 
 @dataclass(frozen=True)
@@ -47,14 +44,14 @@ class Blind:
 
 @pytest.mark.slow
 def test_a_blind_policy_loses_most_of_its_success() -> None:
-    """Greedy, on the fixed initial states 0, 1 and 2 of each task."""
+    """Greedy, on the fixed initial states 0 and 1 of each of its eight tasks."""
     checkpoint = open_checkpoint(TEACHER)
     environment, seeing = checkpoint.facts.environment, load_policy(checkpoint)
-    jobs = [Job(Placement(task, "evaluation", state), 0, 0) for task in NEED_EYES for state in range(STATES)]
+    jobs = [Job(Placement(task, "evaluation", state), 0, 0) for task in environment.tasks for state in range(STATES)]
     success = {
         name: sum(episode.success for episode in rollout(policy, jobs, environment, RolloutSettings(HORIZON, None), PoolSettings(workers=2)))
         for name, policy in {"sees": seeing, "blind": Blind(seeing)}.items()
     }
     print(f"of {len(jobs)} episodes: {success}")
     assert success["sees"] >= 0.8 * len(jobs)
-    assert success["blind"] <= 0.3 * success["sees"]
+    assert success["blind"] <= 0.2 * success["sees"]
