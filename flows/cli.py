@@ -73,17 +73,16 @@ def run(targets: Stages = None, changes: Changes = None) -> None:
         from flows.train import bring_alone, opd
 
         try:
-            stages = tuple(opd(targets=targets or []))
+            opd(targets=targets or [])
         except KeyboardInterrupt:
             print("\n\n  interrupted; go on with  make run", file=sys.stderr)
             raise typer.Exit(130) from None
         except HTTPError:  # the server was lost, and the end of the run could not be told to it
             LOST.set()
-            stages = bring_alone(targets or [])
-    if "report" in stages:
-        name = params.load().run.name
-        folder = Path("artifacts") / name
-        print(terminal.closing(folder, summary.write(folder, METRICS / name, stages), url.removesuffix("/api")))
+            bring_alone(targets or [])
+    folder = Path("artifacts") / params.load().run.name
+    if "report" in (targets or ["report"]) and (told := summary.read(folder)):
+        print(terminal.closing(folder, told, url.removesuffix("/api")))
 
 
 @app.command()
@@ -235,6 +234,8 @@ def gc(
     for artifact in found.artifacts:
         print(f"  {artifact.name}")
     print(f"  {len(found.artifacts)} artifacts, {found.bytes / 1e6:.1f} MB {'would be' if dry_run else 'were'} removed")
+    if found.artifacts and Path(".dvc/cache").is_dir():
+        print("  DVC's cache keeps its own of them, often the same bytes on the disk; `dvc gc --workspace` removes what the workspace no longer has")
 
 
 def _history(name: str) -> "History":

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from vla_opd.artifacts import open_artifact
+from vla_opd.artifacts import MANIFEST, open_artifact
 
 SECONDS = "seconds.jsonl"
 
@@ -15,6 +15,15 @@ def note(metrics: Path, stage: str, seconds: float) -> None:
     metrics.mkdir(parents=True, exist_ok=True)
     with (metrics / SECONDS).open("a") as file:
         file.write(json.dumps({"stage": stage, "seconds": round(seconds, 1)}) + "\n")
+
+
+def read(run: Path) -> dict[str, Any] | None:
+    """The summary of a run, if it has one and it is of the report that is there."""
+    page, path = run / "report" / "page", run / "report" / "summary.json"
+    if not path.is_file() or not (page / MANIFEST).is_file():
+        return None
+    summary = json.loads(path.read_text())
+    return summary if summary["report"] == open_artifact(page, "report").digest else None
 
 
 def write(run: Path, metrics: Path, stages: Iterable[str]) -> dict[str, Any]:

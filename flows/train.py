@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from itertools import groupby
+from pathlib import Path
 from typing import Annotated, Any
 
 import httpx
@@ -23,7 +24,8 @@ from flows import dvc, gpu, pipeline, posted, presence, summary
 from flows.dvc import Line, Tell
 from flows.pipeline import Busy, StageFailed, Step
 from flows.settings import Settings, extension, write
-from flows.terminal import StageLine, heading
+from flows.terminal import StageLine, heading, table
+from vla_opd.artifacts import MANIFEST
 from vla_opd.host import METRICS
 from vla_opd.params import load
 
@@ -135,7 +137,18 @@ def bring_alone(targets: Iterable[str]) -> tuple[str, ...]:
             heading(name or "")
             for step in steps:
                 _ran(step, StageLine(step.name), lambda _line: None)
-    return tuple(step.name for step in plan)
+    names = tuple(step.name for step in plan)
+    _summarised(names)
+    return names
+
+
+def _summarised(stages: Iterable[str]) -> dict[str, Any] | None:
+    """`summary.json` of the run, written; none if these stages are not all of it, or its report is no artifact."""
+    name = load().run.name
+    folder = Path("artifacts") / name
+    if "report" not in stages or not (folder / "report/page" / MANIFEST).is_file():
+        return None
+    return summary.write(folder, METRICS / name, stages)
 
 
 def _bring_run(plan: Iterable[Step]) -> States:
@@ -148,6 +161,8 @@ def _bring_run(plan: Iterable[Step]) -> States:
             else:
                 subflow: Any = iteration.with_options(flow_run_name=name)  # Prefect's overloads leave wait_for out
                 states |= subflow(name, steps, wait_for=_parents(steps, states))
+    if told := _summarised(states):
+        get_run_logger().info("%s", table(told))
     return states
 
 

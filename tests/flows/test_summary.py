@@ -24,6 +24,16 @@ def test_the_summary_is_the_results_and_the_seconds(tmp_path: Path) -> None:
     assert (written["env_steps"], written["teacher_queries"], written["seconds"]) == (7, 3, 0)
 
 
+def test_what_is_read_is_of_the_report_that_is_there(tmp_path: Path) -> None:
+    assert summary.read(tmp_path) is None
+    _report(tmp_path, 7)
+    assert summary.read(tmp_path) is None
+    written = summary.write(tmp_path, tmp_path / "metrics", ["report"])
+    assert summary.read(tmp_path) == written
+    _report(tmp_path, 8)
+    assert summary.read(tmp_path) is None, "the report was made again since"
+
+
 def test_the_cost_is_of_all_stages_of_the_run_however_often_it_was_interrupted(tmp_path: Path) -> None:
     _report(tmp_path, 7)
     metrics = tmp_path / "metrics"
