@@ -24,7 +24,7 @@ from flows.lineage import History
 from flows.settings import text
 from flows.store import SHORT, Artifact, flat
 from vla_opd.artifacts import MANIFEST, canonical
-from vla_opd.tracking import Execution
+from vla_opd.tracking import Execution, git
 
 URI = "https://arxiv.org/abs/2603.26666#vla-opd/"  # a name, not an address: nothing of ours is served there
 SLSA = "https://slsa.dev/provenance/v1"
@@ -60,7 +60,9 @@ def openlineage(told: History) -> str:
 def _event(told: History, one: Artifact) -> RunEvent:
     made = told.origins[one.digest]
     last = made.last
-    code = {"sourceCodeLocation": source_code_location_job.SourceCodeLocationJobFacet("git", URI, version=made.commit)} if made.commit else {}
+    code = (
+        {"sourceCodeLocation": source_code_location_job.SourceCodeLocationJobFacet("git", repository(), version=made.commit)} if made.commit else {}
+    )
     return RunEvent(
         eventTime=(last.ended if last else datetime.fromtimestamp((one.folder / MANIFEST).stat().st_mtime, UTC)).isoformat(),
         producer=f"{URI}{version('vla-opd')}",
@@ -84,7 +86,7 @@ def intoto(told: History) -> str:
     dependencies = [{"name": a.name, "digest": {"opdManifest": a.digest}} for a in told.artifacts[:-1]]
     dependencies += [{"name": role, "digest": {"opdManifest": digest}} for digest, role in told.missing.items()]
     dependencies += [{"name": path, "digest": {"md5": md5}} for path, md5 in (made.code or {}).items()]
-    dependencies += [{"uri": "git+file:.", "digest": {"gitCommit": made.commit}}] if made.commit else []
+    dependencies += [{"uri": f"git+{repository()}", "digest": {"gitCommit": made.commit}}] if made.commit else []
     predicate = {
         "buildDefinition": {
             "buildType": f"{URI}stage/v1",
@@ -171,3 +173,11 @@ def _key(path: Path, load: Callable[[bytes], object], kind: "type[Key]") -> "Key
     if not isinstance(key, kind):
         raise ValueError(f"{path}: holds a {type(key).__name__}; expected {kind.__name__}")
     return key
+
+
+def repository() -> str:
+    """Where the code is: the address of git's remote, without a name or password in it; the folder, where there is none."""
+    remote = git("remote", "get-url", "origin").strip() or Path.cwd().as_uri()
+    scheme, separator, rest = remote.partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}" if separator else remote

@@ -241,6 +241,23 @@ def keys(tmp_path: Path) -> tuple[Path, Path]:
     return private, public
 
 
+@pytest.mark.parametrize(
+    ("remote", "told"),
+    [
+        ("https://somebody:hunter2@forge.example/lab/run@1.git", "https://forge.example/lab/run@1.git"),
+        ("ssh://git@forge.example/lab/run.git", "ssh://forge.example/lab/run.git"),
+        ("git@forge.example:lab/run.git", "git@forge.example:lab/run.git"),
+        ("", "file://"),
+    ],
+)
+def test_the_code_is_where_git_has_it_from_and_no_password_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remote: str, told: str) -> None:
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    if remote:
+        subprocess.run(["git", "remote", "add", "origin", remote], cwd=tmp_path, check=True)
+    monkeypatch.chdir(tmp_path)
+    assert exports.repository() == (told if remote else tmp_path.as_uri())
+
+
 def test_a_signature_holds_until_the_history_is_another(root: Path, tmp_path: Path, keys: tuple[Path, Path]) -> None:
     signed = tmp_path / "signature.json"
     signed.write_text(exports.sign(told(root), keys[0]))
