@@ -1,0 +1,106 @@
+"""The whole promise, on the real stages: a clean checkout is served, all of it killed in the middle of an optimisation, served again, and retried.
+
+The environment and the policy are the smallest; W&B keeps its runs offline, as it does for whoever has no account.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from functools import reduce
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.flows.served import ROOT, Served, free_port, wait_for
+from tests.flows.toy import Toy
+from tests.small_run import PARAMS, run_stage
+from vla_opd.artifacts import open_artifact
+from vla_opd.tracking import executions
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+CHANGES = {
+    "teacher: {": "teacher: {parent: base, ",
+    "student: {parent: teacher": "student: {parent: base",  # as dvc.yaml has it
+    "optimize: {steps: 24, save_every: 3": "optimize: {steps: 400, save_every: 5",  # long enough to be caught at it
+}
+MORE = """
+base: {demonstrations: main, steps: 3, learning_rate: 1.0e-3}
+label: {teacher: teacher}
+report: {start: start, final: final, teacher: teacher}
+"""
+SETTINGS = reduce(lambda text, change: text.replace(*change), CHANGES.items(), PARAMS) + MORE
+
+
+def checkout(folder: Path) -> Toy:
+    """What git has of this project, as it is in the working tree, but for the reference and its lock."""
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
+    for name in filter(None, files):
+        if name.startswith(("flows/", "stages/", "vla_opd/", ".dvc", "dvc.yaml", ".gitignore", "artifacts/.gitignore")) and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    (folder / "params.yaml").write_text(SETTINGS)
+    project = Toy(folder)
+    project.git("init", "-q")
+    return project
+
+
+def elsewhere(project: Served) -> set[str]:
+    """The addresses off this machine to which any process of the project, of whatever language, has a connection now."""
+    found: set[str] = set()
+    for pid in project.processes():
+        try:
+            connections = psutil.Process(pid).net_connections("inet")
+        except psutil.Error:
+            continue
+        found |= {connection.raddr.ip for connection in connections if connection.raddr and not connection.raddr.ip.startswith(("127.", "::1"))}
+    return found
+
+
+def test_everything_killed_in_the_middle_of_an_optimisation_the_retry_ends_with_the_undisturbed_digests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = f"hunter2-{os.urandom(8).hex()}"
+    for name in ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "PREFECT_API_KEY"):
+        monkeypatch.setenv(name, secret)
+    project = Served(checkout(tmp_path), free_port())
+    run = tmp_path / "artifacts/small"
+    contacted: set[str] = set()
+
+    def under_watch(reached: bool) -> bool:
+        assert "Finished in state Failed" not in project.log, project.log
+        contacted.update(elsewhere(project))
+        return reached
+
+    try:
+        project.serve()
+        command = [sys.executable, "-m", "prefect", "deployment", "run", "opd/train", "--watch"]
+        with (tmp_path / "watch.log").open("w") as log, subprocess.Popen(command, cwd=tmp_path, env=project.environment, stdout=log, stderr=log):
+            saved = "checkpoints/.it001.*/**/training.safetensors"
+            wait_for(lambda: under_watch(any(run.glob(saved))), 300, lambda: project.log)
+            made = {path.parent: path.read_bytes() for path in run.glob("*/*/manifest.json")}
+            project.kill_everything()
+        assert not (run / "checkpoints/it001").exists()
+
+        project.serve()
+        (name,) = [line.split(":")[0].strip() for line in project.log.splitlines() if "its process is gone" in line]
+        assert project.prefect("flow-run", "retry", name).returncode == 0
+        wait_for(lambda: under_watch(project.state(name) == "COMPLETED"), 300, lambda: project.log)
+        assert "optimize it001: going on from step" in project.log
+        assert "teacher" in project.log.rpartition("before")[2], "the deployment's log has no table at its end"
+    finally:
+        project.kill_everything()
+    assert contacted == set()
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()] == []
+    assert list((tmp_path / "artifacts/.metrics/wandb").glob("offline-run-*"))
+    assert {path: (path / "manifest.json").read_bytes() for path in made} == made, "something that was finished was made again"
+    assert json.loads((run / "report/summary.json").read_text())["final"]["episodes"] == 20
+    assert {"optimize", "report"} <= {one.stage for one in executions(tmp_path / "artifacts/.metrics/small")}
+
+    digest = open_artifact(run / "checkpoints/it001", "checkpoint").digest
+    shutil.rmtree(run / "checkpoints/it001")
+    run_stage(tmp_path, ["optimize", "--iteration", "it001"], workers=1)
+    assert open_artifact(run / "checkpoints/it001", "checkpoint").digest == digest
