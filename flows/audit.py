@@ -9,9 +9,11 @@ import duckdb
 
 from flows.settings import text
 from flows.store import Artifact, Store, flat
+from vla_opd import arrays
 from vla_opd.evaluation import read_records
 from vla_opd.host import METRICS
 from vla_opd.tracking import executions
+from vla_opd.trajectory import shards
 
 SCHEMA = """
 CREATE TABLE artifacts (digest TEXT, name TEXT, run TEXT, kind TEXT, bytes BIGINT);
@@ -22,10 +24,16 @@ CREATE TABLE settings (digest TEXT, key TEXT, value TEXT);
 CREATE TABLE facts (digest TEXT, key TEXT, value TEXT);
 CREATE TABLE versions (digest TEXT, package TEXT, version TEXT);
 CREATE TABLE episodes (evaluation TEXT, task TEXT, state INTEGER, success BOOLEAN, steps INTEGER, instruction TEXT);
+CREATE TABLE rollouts (trajectories TEXT, shard TEXT, task TEXT, placement BIGINT, member INTEGER, success BOOLEAN, steps INTEGER, states INTEGER);
 CREATE TABLE executions (id TEXT, stage TEXT, name TEXT, digest TEXT, began TIMESTAMP, ended TIMESTAMP, host TEXT, "user" TEXT, "commit" TEXT,
                          edited BOOLEAN, device TEXT, task_run TEXT);
 """
-"""The tables. `digest`, `child`, `parent`, `descendant`, `ancestor` and `evaluation` are digests; an artifact is among its own ancestors."""
+"""The tables. `digest`, `child`, `parent`, `descendant`, `ancestor`, `evaluation` and `trajectories` are digests.
+
+An artifact is among its own ancestors. `rollouts` are the episodes of trajectories and of demonstrations; they are read from the shards, so only for
+a question that names the table.
+"""
+ROLLOUT = ("index", "member", "success", "steps", "states")  # a shard's arrays of one row an episode, in the table's order
 
 
 def ask(store: Store, question: str, metrics: Path = METRICS) -> tuple[list[str], list[tuple[Any, ...]]]:
@@ -36,7 +44,8 @@ def ask(store: Store, question: str, metrics: Path = METRICS) -> tuple[list[str]
     with duckdb.connect(":memory:") as base:
         base.execute("SET TimeZone = 'UTC'")
         base.execute(SCHEMA)
-        for table, rows in _rows(store, metrics):
+        tables = _rows(store, metrics)
+        for table, rows in (*tables, ("rollouts", _rollouts(store))) if "rollouts" in question.lower() else tables:
             if rows:
                 base.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' * len(rows[0]))})", rows)  # noqa: S608 - names of our own
         base.execute("SET enable_external_access = false; SET lock_configuration = true")
@@ -67,3 +76,17 @@ def _episodes(evaluation: Artifact) -> list[tuple[Any, ...]]:
         warnings.warn(f"{evaluation.name}: its episodes can't be read ({error}); see opd verify", stacklevel=2)
         return []
     return [(evaluation.digest, r.task, r.state, r.success, r.steps, r.instruction) for r in records]
+
+
+def _rollouts(store: Store) -> list[tuple[Any, ...]]:
+    wanted = [(a, shard) for a in store.by_digest.values() if a.manifest.kind in ("trajectories", "demonstrations") for shard in shards(a.folder)]
+    return [(a.digest, shard.name, *row) for a, shard in wanted for row in _shard(shard)]
+
+
+def _shard(folder: Path) -> list[tuple[Any, ...]]:
+    try:
+        columns, attributes = arrays.read(folder, ROLLOUT)
+    except ValueError as error:
+        warnings.warn(f"{error}; see opd verify", stacklevel=2)
+        return []
+    return [(attributes["task"], *row) for row in zip(*(columns[name].tolist() for name in ROLLOUT), strict=True)]

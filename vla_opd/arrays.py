@@ -5,7 +5,7 @@ reading checks that all of them are there.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +38,14 @@ def write(folder: Path, columns: Mapping[str, np.ndarray], attributes: Mapping[s
             array[...] = values
 
 
-def read(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """All arrays of a group, and its attributes. ValueError names the group and the array where bytes are missing or corrupt."""
+def read(folder: Path, names: Collection[str] | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """All arrays of a group, or those named, and its attributes. ValueError names the group and the array where bytes are missing or corrupt."""
     try:
         group = zarr.open_group(folder, mode="r")
         found = dict(group.arrays())
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}: not a Zarr group ({error}); expected one written by this package") from error
-    return {name: _read_array(folder, name, array) for name, array in found.items()}, dict(group.attrs)
+    return {name: _read_array(folder, name, array) for name, array in found.items() if names is None or name in names}, dict(group.attrs)
 
 
 def _read_array(folder: Path, name: str, array: "zarr.Array[Any]") -> np.ndarray:

@@ -38,6 +38,13 @@ def test_which_episodes_changed_between_two_evaluations(store: Store) -> None:
     assert ask(store, "SELECT count(*) FROM episodes")[1] == [(60,)]
 
 
+def test_which_rollouts_of_an_iteration_succeeded(store: Store) -> None:
+    _, rows = ask(store, "SELECT task, count(*), count(DISTINCT placement) FROM rollouts r JOIN artifacts a ON a.digest = r.trajectories "
+                         "WHERE a.name LIKE '%/it001' GROUP BY task ORDER BY task")  # fmt: skip
+    assert rows == [("blue", 12, 4), ("red", 12, 4)]
+    assert ask(store, "SELECT min(steps) > 0, max(steps) <= 60, bool_or(success) FROM Rollouts")[1] == [(True, True, True)]
+
+
 def test_every_table_is_filled(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record(tmp_path / "small", executed(store.artifacts[0].digest))
     for table in ("artifacts", "parents", "ancestors", "files", "settings", "facts", "versions", "episodes", "executions"):
