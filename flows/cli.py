@@ -107,6 +107,9 @@ def extend(iterations: Annotated[int, typer.Option(min=1, help="how many more")]
     settings.write(changes)
     for field, value in changes.items():
         print(f"  {field}: {value}")
+    decay = params.load().optimize.schedule_iterations
+    if there + iterations > decay:
+        print(f"  the learning rate has decayed after iteration {decay} (optimize.schedule_iterations): later ones make small steps")
 
 
 @app.command()

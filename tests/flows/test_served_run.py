@@ -39,7 +39,10 @@ def checkout(folder: Path) -> Toy:
     """What git has of this project, as it is in the working tree, but for the reference and its lock."""
     files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
     for name in filter(None, files):
-        if name.startswith(("flows/", "stages/", "vla_opd/", ".dvc", "dvc.yaml", ".gitignore", "artifacts/.gitignore")) and (ROOT / name).is_file():
+        if (
+            name.startswith(("flows/", "stages/", "vla_opd/", ".dvc", "dvc.yaml", "prefect.yaml", ".gitignore", "artifacts/.gitignore"))
+            and (ROOT / name).is_file()
+        ):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
     (folder / "params.yaml").write_text(SETTINGS)
@@ -91,6 +94,9 @@ def test_everything_killed_in_the_middle_of_an_optimisation_the_retry_ends_with_
         wait_for(lambda: under_watch(project.state(name) == "COMPLETED"), 300, lambda: project.log)
         assert "optimize it001: going on from step" in project.log
         assert "teacher" in project.log.rpartition("before")[2], "the deployment's log has no table at its end"
+        for words in (["work-pool", "create", "opd", "--type", "process"], ["--no-prompt", "deploy", "--all"]):  # as prefect.yaml says
+            assert (done := project.prefect(*words)).returncode == 0, done.stdout + done.stderr
+        assert "'work_pool_name': 'opd'" in project.prefect("deployment", "inspect", "opd/train").stdout
     finally:
         project.kill_everything()
     assert contacted == set()

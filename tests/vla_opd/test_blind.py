@@ -18,7 +18,7 @@ from vla_opd.policies.protocol import Observations
 from vla_opd.rollout import Job, PoolSettings, RolloutSettings, rollout
 
 TEACHER = Path(__file__).parents[1] / "data/metaworld_teacher"
-STATES, HORIZON = 2, 120
+HORIZON = 120
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ class Blind:
 
 @pytest.mark.slow
 def test_a_blind_policy_loses_most_of_its_success() -> None:
-    """Greedy, on the fixed initial states 0 and 1 of each of its eight tasks."""
+    """Greedy, on the fixed initial state 0 of each of its eight tasks."""
     checkpoint = open_checkpoint(TEACHER)
     environment, seeing = checkpoint.facts.environment, load_policy(checkpoint)
-    jobs = [Job(Placement(task, "evaluation", state), 0, 0) for task in environment.tasks for state in range(STATES)]
+    jobs = [Job(Placement(task, "evaluation", 0), 0, 0) for task in environment.tasks]
     success = {
         name: sum(episode.success for episode in rollout(policy, jobs, environment, RolloutSettings(HORIZON, None), PoolSettings(workers=2)))
         for name, policy in {"sees": seeing, "blind": Blind(seeing)}.items()
     }
     print(f"of {len(jobs)} episodes: {success}")
     assert success["sees"] >= 0.8 * len(jobs)
-    assert success["blind"] <= 0.2 * success["sees"]
+    assert success["blind"] <= 0.2 * len(jobs)
