@@ -24,7 +24,7 @@ class Origin:
     """How an artifact was made, as far as anyone knows.
 
     stage:      as DVC addresses it, e.g. `label@it003`; empty unless dvc.lock holds these very bytes at this place.
-    code:       file: md5, as dvc.lock has it.
+    code:       file or folder: md5, as dvc.lock has it.
     commit:     the commit that brought the files to exactly that; empty if no commit in the history has them.
     executions: who ran it, where and when, the last one last; those that gave this very digest.
     """
@@ -64,7 +64,7 @@ def commit_with(code: tuple[tuple[str, str], ...]) -> str:
     since = ""
     for commit in git("rev-list", "--first-parent", f"--max-count={COMMITS}", "HEAD").split():
         files = _tree(commit)
-        if all(path in files and _md5(files[path]) == md5 for path, md5 in code):
+        if all(_committed_md5(files, path) == md5 for path, md5 in code):
             since = commit
         elif since:
             break
@@ -74,9 +74,20 @@ def commit_with(code: tuple[tuple[str, str], ...]) -> str:
 def folder_md5(folder: Path) -> str:
     """What DVC calls a folder of these bytes: the md5 of the JSON list of its files' paths and md5s."""
     files = [path for path in folder.rglob("*") if path.is_file()]
-    rows = [{"md5": _file_md5(path), "relpath": path.relative_to(folder).as_posix()} for path in files]
-    listed = json.dumps(sorted(rows, key=lambda row: row["relpath"]), sort_keys=True)
-    return f"{hashlib.md5(listed.encode(), usedforsecurity=False).hexdigest()}.dir"
+    return _listed_md5({path.relative_to(folder).as_posix(): _file_md5(path) for path in files})
+
+
+def _listed_md5(files: Mapping[str, str]) -> str:
+    rows = [{"md5": md5, "relpath": path} for path, md5 in sorted(files.items())]
+    return f"{hashlib.md5(json.dumps(rows, sort_keys=True).encode(), usedforsecurity=False).hexdigest()}.dir"
+
+
+def _committed_md5(files: Mapping[str, str], path: str) -> str:
+    """Of a file or a folder of a commit, whose files are blobs by path. Empty if it isn't there."""
+    if path in files:
+        return _md5(files[path])
+    inside = {file.removeprefix(f"{path}/"): _md5(blob) for file, blob in files.items() if file.startswith(f"{path}/")}
+    return _listed_md5(inside) if inside else ""
 
 
 def _file_md5(path: Path) -> str:

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 from datetime import UTC, datetime, timedelta
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -85,10 +86,14 @@ def test_the_code_of_dvc_lock_is_found_in_the_history_of_git(tmp_path: Path, roo
 
     (tmp_path / "stages").mkdir()
     code, commits = tmp_path / "stages/label.py", list[str]()
+    folder = tmp_path / "vla_opd/policies"
+    folder.mkdir(parents=True)
+    (folder / "one.py").write_text("one")
     git("init", "-q")
     for text in ("first", "second", "third"):
         code.write_text(text)
-        git("add", "stages")
+        (folder / "two.py").write_text(f"two, {text}")
+        git("add", "stages", "vla_opd")
         git("commit", "-q", "-m", text)
         commits.append(git("rev-parse", "HEAD"))
         git("commit", "-q", "--allow-empty", "-m", "something else")
@@ -100,12 +105,15 @@ stages:
     deps:
     - {path: artifacts/one/trajectories/it001, hash: md5, md5: 0.dir}
     - {path: stages/label.py, hash: md5, md5: MD5}
+    - {path: vla_opd/policies, hash: md5, md5: FOLDER}
     outs:
     - {path: artifacts/one/logits/it001, hash: md5, md5: OUT}
 """
     labels = read_store(root).find("logits/it001")
     for text, commit in (("second", commits[1]), ("never committed", "")):
-        (tmp_path / "dvc.lock").write_text(lock.replace("MD5", _md5(text)).replace("OUT", provenance.folder_md5(labels.folder)))
+        (folder / "two.py").write_text(f"two, {text}")
+        hashes = {"MD5": _md5(text), "FOLDER": provenance.folder_md5(folder), "OUT": provenance.folder_md5(labels.folder)}
+        (tmp_path / "dvc.lock").write_text(reduce(lambda written, pair: written.replace(*pair), hashes.items(), lock))
         provenance.locked_stages.cache_clear()
         made = told(root).origins[labels.digest]
         assert (made.stage, made.commit) == ("label@it001", commit)
