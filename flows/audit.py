@@ -44,8 +44,7 @@ def ask(store: Store, question: str, metrics: Path = METRICS) -> tuple[list[str]
     with duckdb.connect(":memory:") as base:
         base.execute("SET TimeZone = 'UTC'")
         base.execute(SCHEMA)
-        tables = _rows(store, metrics)
-        for table, rows in (*tables, ("rollouts", _rollouts(store))) if "rollouts" in question.lower() else tables:
+        for table, rows in _rows(store, metrics, rollouts="rollouts" in question.lower()):
             if rows:
                 base.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' * len(rows[0]))})", rows)  # noqa: S608 - names of our own
         base.execute("SET enable_external_access = false; SET lock_configuration = true")
@@ -56,7 +55,7 @@ def ask(store: Store, question: str, metrics: Path = METRICS) -> tuple[list[str]
             raise ValueError(f"{question!r}: {error}\nThe tables are:{SCHEMA}") from error
 
 
-def _rows(store: Store, metrics: Path) -> Iterator[tuple[str, list[tuple[Any, ...]]]]:
+def _rows(store: Store, metrics: Path, *, rollouts: bool) -> Iterator[tuple[str, list[tuple[Any, ...]]]]:
     artifacts = list(store.by_digest.values())  # copies of one artifact in several places say the same, but for where they are
     yield "artifacts", [(a.digest, a.name, a.run, a.manifest.kind, a.size) for a in store.artifacts]
     yield "parents", [(a.digest, role, parent) for a in artifacts for role, parent in a.manifest.parents.items()]
@@ -66,6 +65,7 @@ def _rows(store: Store, metrics: Path) -> Iterator[tuple[str, list[tuple[Any, ..
     yield "facts", [(a.digest, key, text(value)) for a in artifacts for key, value in flat(a.manifest.facts).items()]
     yield "versions", [(a.digest, *pair) for a in artifacts for pair in a.manifest.made_with.items()]
     yield "episodes", [row for a in artifacts if a.manifest.kind == "evaluation" for row in _episodes(a)]
+    yield "rollouts", _rollouts(store) if rollouts else []
     yield "executions", [tuple(e.model_dump().values()) for run in sorted({a.run for a in store.artifacts}) for e in executions(metrics / run)]
 
 

@@ -98,7 +98,7 @@ def _survey(targets: tuple[str, ...]) -> tuple[Step, ...]:
         stages: list[Any] = plan_repro(graph, collect_stages(repo, targets or ("dvc.yaml",)))
         _require_sections(stages)
         settings = _settings()
-        return tuple(replace(_step(stage, list(graph.successors(stage))), settings=settings) for stage in stages)
+        return tuple(_step(stage, list(graph.successors(stage)), settings) for stage in stages)
 
 
 def _settings() -> str:
@@ -125,7 +125,7 @@ def _require_sections(stages: Iterable[Any]) -> None:
                 )
 
 
-def _step(stage: Any, upstream: list[Any]) -> Step:
+def _step(stage: Any, upstream: list[Any], settings: str) -> Step:
     """`changed(allow_missing=True)` compares hashes of what is there, and takes dvc.lock's word for what isn't."""
     return Step(
         name=stage.addressing,
@@ -133,6 +133,7 @@ def _step(stage: Any, upstream: list[Any]) -> Step:
         stale=stage.changed(allow_missing=True, upstream=upstream),
         missing=not all(out.exists for out in stage.outs),
         outs=tuple(out.def_path for out in stage.outs),
+        settings=settings,
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from vla_opd.artifacts import MANIFEST, open_artifact
+from vla_opd.artifacts import MANIFEST, open_artifact, read_manifest
 
 SECONDS = "seconds.jsonl"
 
@@ -23,7 +23,7 @@ def read(run: Path) -> dict[str, Any] | None:
     if not path.is_file() or not (page / MANIFEST).is_file():
         return None
     summary = json.loads(path.read_text())
-    return summary if summary["report"] == open_artifact(page, "report").digest else None
+    return summary if summary["report"] == read_manifest(page, "report").digest else None
 
 
 def write(run: Path, metrics: Path, stages: Iterable[str]) -> dict[str, Any]:

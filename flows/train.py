@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from itertools import groupby
-from pathlib import Path
 from typing import Annotated, Any
 
 import httpx
@@ -24,6 +23,7 @@ from flows import dvc, gpu, pipeline, posted, presence, summary
 from flows.dvc import Line, Tell
 from flows.pipeline import Busy, StageFailed, Step
 from flows.settings import Settings, extension, write
+from flows.store import ROOT
 from flows.terminal import StageLine, heading, table
 from vla_opd.artifacts import MANIFEST
 from vla_opd.host import METRICS
@@ -145,7 +145,7 @@ def bring_alone(targets: Iterable[str]) -> tuple[str, ...]:
 def _summarised(stages: Iterable[str]) -> dict[str, Any] | None:
     """`summary.json` of the run, written; none if these stages are not all of it, or its report is no artifact."""
     name = load().run.name
-    folder = Path("artifacts") / name
+    folder = ROOT / name
     if "report" not in stages or not (folder / "report/page" / MANIFEST).is_file():
         return None
     return summary.write(folder, METRICS / name, stages)

@@ -188,8 +188,7 @@ def texts() -> Iterator[tuple[str, int, str]]:
             text = path.read_text()
         except UnicodeDecodeError:
             continue
-        if path != Path(__file__):
-            yield from ((str(path.relative_to(ROOT)), number, line) for number, line in enumerate(text.splitlines(), 1))
+        yield from ((str(path.relative_to(ROOT)), number, line) for number, line in enumerate(text.splitlines(), 1))
 
 
 def test_no_path_of_a_machine_is_in_a_tracked_file() -> None:
@@ -197,13 +196,15 @@ def test_no_path_of_a_machine_is_in_a_tracked_file() -> None:
 
 
 def test_no_registry_address_is_in_a_tracked_file() -> None:
-    found = [f"{path}:{number}" for path, number, line in texts() if path != "README.md" and REGISTRY.search(line)]
+    spared = {"README.md", Path(__file__).relative_to(ROOT).as_posix()}  # the rule's own words would break it
+    found = [f"{path}:{number}" for path, number, line in texts() if path not in spared and REGISTRY.search(line)]
     assert found == []
 
 
-@pytest.mark.parametrize(("line", "bad"), [("see /root/x", True), ("'/tmp/a'", True), ("artifacts/work/x", False), ("!/*/work/x", False)])
-def test_the_rule_on_machine_paths_catches_what_it_should(line: str, bad: bool) -> None:
-    assert bool(MACHINE_PATH.search(line)) == bad
+@pytest.mark.parametrize("folder", ["work", "root", "tmp", "home", "Users"])
+@pytest.mark.parametrize(("line", "bad"), [("see /{}/x", True), ("'/{}/a'", True), ("artifacts/{}/x", False), ("!/*/{}/x", False)])
+def test_the_rule_on_machine_paths_catches_what_it_should(line: str, bad: bool, folder: str) -> None:
+    assert bool(MACHINE_PATH.search(line.format(folder))) == bad
 
 
 # The README

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.flows.toy import Toy
+from tests.flows.toy import ROOT, Toy
 
 WATCH = """
 import os, sys
@@ -25,7 +25,6 @@ def watch(event, arguments):
                 log.write(f"{event} {address} by {sys.argv}\\n")
 sys.addaudithook(watch)
 """
-ROOT = Path(__file__).parents[2]
 
 
 @dataclass

@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -16,14 +16,13 @@ from tests.flows.toy import Toy
 from tests.processes import dies
 
 STAGE = "demonstrate@main"
-Start = Callable[[], "subprocess.Popen[bytes]"]
 
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> "list[subprocess.Popen[bytes]]":
     """The processes that were started in the test."""
     all_of_them: list[subprocess.Popen[bytes]] = []
-    start: Start = dvc._started
+    start = dvc._started
 
     def noted() -> "subprocess.Popen[bytes]":
         all_of_them.append(start())

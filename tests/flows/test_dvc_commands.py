@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -13,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.flows.toy import Toy, make_toy
+from tests.flows.served import free_port
+from tests.flows.toy import Toy, make_toy, ran
 
 pytestmark = pytest.mark.slow
 
@@ -74,9 +74,7 @@ def test_pushed_data_is_pulled_by_a_clone_which_then_has_nothing_to_do(toy: Toy,
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of a service that speaks S3, with one bucket."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     for name, value in {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "nothing", "AWS_DEFAULT_REGION": "us-east-1"}.items():
         monkeypatch.setenv(name, value)
     address = f"http://127.0.0.1:{port}"
@@ -108,8 +106,5 @@ def test_iterations_can_branch(toy: Toy) -> None:
     before = {name: (toy.folder / "artifacts/toy/checkpoints" / name / "digest").read_text() for name in ("it001", "it002")}
     toy.edit("params.yaml", "iterations: {it001: student, it002: it001}", "iterations: {it001: student, it002: it001, it002b: it001}")
     said = toy.dvc("repro")
-    assert [line.split("'")[1] for line in said.splitlines() if line.startswith("Running stage ")] == [
-        *(f"{verb}@it002b" for verb in ("sample", "label", "optimize")),
-        "report",
-    ]
+    assert ran(said) == [*(f"{verb}@it002b" for verb in ("sample", "label", "optimize")), "report"]
     assert {name: (toy.folder / "artifacts/toy/checkpoints" / name / "digest").read_text() for name in before} == before

@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.flows.served import ROOT, Served, free_port, wait_for
-from tests.flows.toy import Toy
+from tests.flows.served import Served, free_port, wait_for
+from tests.flows.toy import ROOT, Toy
 from tests.small_run import PARAMS, run_stage
 from vla_opd.artifacts import open_artifact
 from vla_opd.tracking import executions
