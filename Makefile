@@ -11,7 +11,7 @@ ARGS ?=       # handed to the command: make run ARGS="--set optimize.steps=120",
 BIN := .venv/bin
 READY := .venv/.ready
 
-PACKAGES := git libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri libglib2.0-0
+PACKAGES := git libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri libglib2.0-0 strace
 LIBRARIES := libEGL.so.1 libEGL_mesa.so.0 libglib-2.0.so.0
 
 export DO_NOT_TRACK := 1
@@ -73,19 +73,19 @@ $(READY): pyproject.toml requirements.lock
 	$(BIN)/pip install --quiet $(PIP_ARGS) -c requirements.lock -e ".[test]"
 	touch $(READY)
 
-# What rendering without a screen needs. Only what is missing is installed, and only by someone who may; the others are told.
+# What rendering without a screen needs, and strace, with which tests let writes fail. Only what is missing is installed, and only by someone who may; the others are told.
 system:
 	@known="$$( (ldconfig -p || /sbin/ldconfig -p) 2>/dev/null || true)"
 	missing=""
 	for library in $(LIBRARIES); do [[ "$$known" == *"$$library"* ]] || missing="$$missing $$library"; done
-	command -v git >/dev/null || missing="$$missing git"
+	for command in git strace; do command -v "$$command" >/dev/null || missing="$$missing $$command"; done
 	[ -n "$$missing" ] || exit 0
 	if [ "$$(id -u)" = 0 ]; then become=""; elif sudo -n true 2>/dev/null; then become="sudo -n"; else become="no"; fi
 	if [ "$$become" = no ] || ! command -v apt-get >/dev/null; then
 	  echo "missing:$$missing. Please install (Debian, Ubuntu): apt-get install $(PACKAGES)"
 	  exit 0
 	fi
-	echo "installing what rendering needs:$$missing"
+	echo "installing system packages:$$missing"
 	export DEBIAN_FRONTEND=noninteractive
 	{ $$become apt-get update -qq && $$become apt-get install -qq -y --no-install-recommends $(PACKAGES); } >/dev/null \
 	  || echo "apt-get failed; going on without:$$missing"

@@ -83,9 +83,9 @@ def _rollouts(store: Store) -> list[tuple[Any, ...]]:
     return [(a.digest, shard.name, *row) for a, shard in wanted for row in _shard(shard)]
 
 
-def _shard(folder: Path) -> list[tuple[Any, ...]]:
+def _shard(path: Path) -> list[tuple[Any, ...]]:
     try:
-        columns, attributes = arrays.read(folder, ROLLOUT)
+        columns, attributes = arrays.read(path, ROLLOUT)
     except ValueError as error:
         warnings.warn(f"{error}; see opd verify", stacklevel=2)
         return []

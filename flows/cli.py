@@ -200,10 +200,8 @@ def _replay(there: "Store", one: "Artifact", shard: str) -> None:
 
     again = replay.replay(there, one, shard, params.load(), this_host(None, one.manifest.params.get("device", "cpu"), "none", METRICS))
     if again.differing:
-        raise ValueError(
-            f"{again.name}/{again.shard}: {len(again.differing)} of {again.files} files came out differently: {', '.join(again.differing)}"
-        )
-    print(f"  {again.name}/{again.shard}: made again, {again.files} files, the same bytes")
+        raise ValueError(f"{again.name}/{again.shard}: made again, it came out differently: {', '.join(again.differing)}")
+    print(f"  {again.name}/{again.shard}: made again, the same bytes ({again.size:,})")
 
 
 @app.command("audit")

@@ -11,7 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from flows.store import SHORT, Artifact, Store, differing, flat
+from vla_opd import arrays
+from vla_opd.arrays import SUFFIX
 from vla_opd.artifacts import Draft, Manifest
 from vla_opd.host import Host
 from vla_opd.params import DemonstrationSet, Params
@@ -21,12 +25,12 @@ Section = dict[str, Any]
 
 @dataclass(frozen=True)
 class Replay:
-    """What came out. `differing` are the files of the shard whose bytes differ; none, if the shard is what its inputs and settings make."""
+    """What came out. `differing` are the arrays of the shard that differ; none, if the shard is what its inputs and settings make, byte for byte."""
 
     name: str
     shard: str
     differing: tuple[str, ...]
-    files: int
+    size: int
 
 
 def replay(store: Store, artifact: Artifact, shard: str, params: Params, host: Host) -> Replay:
@@ -35,36 +39,42 @@ def replay(store: Store, artifact: Artifact, shard: str, params: Params, host: H
     params: a run from which everything is taken that the artifact's own settings don't say.
     ValueError if a parent isn't here, there is no such shard, or this version of the stage has other settings.
     """
-    there = sorted({name.partition("/")[0] for name in artifact.manifest.files})
+    stage = _stage(store, artifact, params)
+    shard = f"{shard.removesuffix(SUFFIX)}{SUFFIX}"
+    there = sorted(name for name in artifact.manifest.files if name.endswith(SUFFIX))
     if shard not in there:
         raise ValueError(f"{artifact.name} has no shard {shard!r}; expected one of {there}")
-    stage = _stage(store, artifact, params)
     with tempfile.TemporaryDirectory(dir=artifact.folder.parent, prefix=".replay-") as folder:
         out = Path(folder) / artifact.folder.name
         draft = Draft(out, artifact.manifest.kind, artifact.manifest.parents, artifact.manifest.params)
         draft.prepare()
         for name in there:
             if name != shard:
-                shutil.copytree(artifact.folder / name, draft.folder / name, copy_function=_link)
+                _link(artifact.folder / name, draft.folder / name)
         made = stage(out=out, host=host)
         if unlike := sorted(differing(flat(artifact.manifest.params), flat(made.params))):
             raise ValueError(
                 f"{artifact.name}: with the code that is here it can't be made under the settings that it has; {', '.join(unlike)} would differ"
             )
-        return Replay(artifact.name, shard, _differing(artifact.manifest, made, shard), sum(n.startswith(f"{shard}/") for n in made.files))
+        old, new = artifact.manifest.files[shard], made.files[shard]
+        return Replay(artifact.name, shard, () if old == new else _differing(artifact.folder / shard, out / shard), new.size)
 
 
-def _link(source: str, target: str) -> None:
+def _link(source: Path, target: Path) -> None:
     """Shards are never written to, so a link will do where the file system has links."""
     try:
-        Path(target).hardlink_to(source)
+        target.hardlink_to(source)
     except OSError:
         shutil.copyfile(source, target)
 
 
-def _differing(old: Manifest, new: Manifest, shard: str) -> tuple[str, ...]:
-    names = {name for manifest in (old, new) for name in manifest.files if name.startswith(f"{shard}/")}
-    return tuple(sorted(name for name in names if old.files.get(name) != new.files.get(name)))
+def _differing(old: Path, new: Path) -> tuple[str, ...]:
+    """The arrays of two files that differ; if all are equal, that only the files' bytes do."""
+    (ours, _), (theirs, _) = arrays.read(old), arrays.read(new)
+    unlike = sorted(
+        name for name in ours.keys() | theirs.keys() if name not in ours or name not in theirs or not np.array_equal(ours[name], theirs[name])
+    )
+    return tuple(unlike) or ("only the bytes of the file",)
 
 
 def _stage(store: Store, artifact: Artifact, params: Params) -> Callable[..., Manifest]:

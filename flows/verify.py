@@ -85,11 +85,11 @@ def _same_actions(labels: Artifact | None, policy: Artifact | None) -> None:
 def _same_rows(labels: Artifact, trajectories: Artifact | None) -> None:
     """Shard by shard, a label for every state; all of them are read, so their checksums are checked too."""
     if trajectories is None:
-        for folder in shards(labels.folder):
-            arrays.read(folder)
+        for path in shards(labels.folder):
+            arrays.read(path)
         return
-    ours, theirs = ({folder.name: folder for folder in shards(one.folder)} for one in (labels, trajectories))
+    ours, theirs = ({path.name: path for path in shards(one.folder)} for one in (labels, trajectories))
     if set(ours) != set(theirs):
         raise ValueError(f"{labels.name}: labels the shards {sorted(ours)}; expected those of {trajectories.name}, {sorted(theirs)}")
-    for name, folder in ours.items():
-        read_shard(folder, len(read_states([theirs[name]])))
+    for name, path in ours.items():
+        read_shard(path, len(read_states([theirs[name]])))

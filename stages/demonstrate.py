@@ -16,7 +16,7 @@ from vla_opd.host import Host
 from vla_opd.params import EnvironmentParams, Params
 from vla_opd.seeds import derive
 from vla_opd.tracking import track
-from vla_opd.trajectory import Episode, write_shard
+from vla_opd.trajectory import Episode, shard_name, write_shard
 from vla_opd.workers import Job, PoolSettings, Tally
 
 SLOTS_PER_SHARD = 10
@@ -36,7 +36,7 @@ def run(params: Params, name: str, out: Path, host: Host) -> Manifest:
         "chunk": params.policy.chunk,
     }
     slots = {
-        f"shard-{number:03d}-{first:05d}": [(task, slot) for slot in range(first, min(first + SLOTS_PER_SHARD, wanted.episodes))]
+        shard_name(number, first): [(task, slot) for slot in range(first, min(first + SLOTS_PER_SHARD, wanted.episodes))]
         for number, task in enumerate(tasks)
         for first in range(0, wanted.episodes, SLOTS_PER_SHARD)
     }

@@ -31,7 +31,7 @@ def run(params: Params, teacher: Path, trajectories: Path, out: Path, host: Host
     with draft(out, "logits", parents, settings) as work, track(host, params.run.name, "label", out.name, settings) as log:
         torch.set_num_threads(params.label.threads)
         policy = load_policy(checkpoint, host.device)
-        names = [folder.name for folder in shards(trajectories)]
+        names = [shard.name for shard in shards(trajectories)]
         missing = work.missing(names)
         for name in tqdm(missing, initial=len(names) - len(missing), total=len(names), desc="label", unit="shard", mininterval=5):
             with work.part(name) as path:

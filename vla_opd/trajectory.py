@@ -93,8 +93,8 @@ class States:
         return len(self.observations)
 
 
-def write_shard(folder: Path, episodes: Sequence[Episode], chunk: int) -> None:
-    """Write episodes of one task and split as one Zarr group. Same episodes, same bytes."""
+def write_shard(path: Path, episodes: Sequence[Episode], chunk: int) -> None:
+    """Write episodes of one task and split as one Zarr group in a file. Same episodes, same bytes."""
     first = episodes[0]
     kinds = {(e.placement.task, e.placement.split, e.instruction) for e in episodes}
     if len(kinds) != 1:
@@ -122,12 +122,12 @@ def write_shard(folder: Path, episodes: Sequence[Episode], chunk: int) -> None:
         "instruction": first.instruction,
         "chunk": chunk,
     }
-    arrays.write(folder, columns, attributes)
+    arrays.write(path, columns, attributes)
 
 
-def read_shard(folder: Path) -> tuple[Episode, ...]:
+def read_shard(path: Path) -> tuple[Episode, ...]:
     """The episodes of a shard. ValueError names the shard and the array if bytes are missing or corrupt."""
-    columns, attributes = arrays.read(folder)
+    columns, attributes = arrays.read(path)
     states = np.cumsum(columns["states"])[:-1]
     steps = np.cumsum(columns["steps"])[:-1]
     decisions = np.cumsum(columns["decisions"])[:-1]
@@ -149,20 +149,25 @@ def read_shard(folder: Path) -> tuple[Episode, ...]:
     )
 
 
+def shard_name(task: int, first: int) -> str:
+    """The file of the shard that begins with a task's prompt or demonstration `first`, both counted from zero."""
+    return f"shard-{task:03d}-{first:05d}{arrays.SUFFIX}"
+
+
 def shards(folder: Path) -> list[Path]:
     """The shards of an artifact, in canonical order."""
-    return sorted(folder.glob("shard-*"))
+    return sorted(folder.glob(f"shard-*{arrays.SUFFIX}"))
 
 
-def read_states(folders: Sequence[Path], per_task: int | None = None) -> States:
+def read_states(paths: Sequence[Path], per_task: int | None = None) -> States:
     """All kept states of some shards, with the masks that were stored; of the first `per_task` episodes of each task only, if given.
 
     ValueError if there is no episode, or a task has fewer.
     """
     parts: list[States] = []
     taken: Counter[str] = Counter()
-    for folder in folders:
-        columns, attributes = arrays.read(folder)
+    for path in paths:
+        columns, attributes = arrays.read(path)
         task = attributes["task"]
         wanted = len(columns["member"]) if per_task is None else min(len(columns["member"]), per_task - taken[task])
         taken[task] += wanted
@@ -171,7 +176,7 @@ def read_states(folders: Sequence[Path], per_task: int | None = None) -> States:
     if per_task is not None and (few := {task: found for task, found in taken.items() if found < per_task}):
         raise ValueError(f"per_task is {per_task}; expected at most as many as there are of each task, but of {few}")
     if not parts:
-        raise ValueError(f"no episodes in {[str(f) for f in folders]}; expected at least one shard with one episode")
+        raise ValueError(f"no episodes in {[str(path) for path in paths]}; expected at least one shard with one episode")
     return joined(parts)
 
 

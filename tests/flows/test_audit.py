@@ -19,7 +19,7 @@ def store(undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
 def test_which_checkpoints_saw_this_shard(store: Store) -> None:
     question = """
         SELECT a.name FROM files f JOIN ancestors x ON x.ancestor = f.digest JOIN artifacts a ON a.digest = x.descendant
-        WHERE f.path LIKE 'shard-000-00001/%' AND a.kind = 'checkpoint' AND f.digest = (SELECT digest FROM artifacts WHERE kind = 'trajectories')
+        WHERE f.path = 'shard-000-00001.zarr.zip' AND a.kind = 'checkpoint' AND f.digest = (SELECT digest FROM artifacts WHERE kind = 'trajectories')
         GROUP BY a.name
     """
     assert ask(store, question) == (["name"], [("small/checkpoints/it001",)])

@@ -22,6 +22,7 @@ import stages.__main__ as command
 from tests.small_run import HOST, PARAMS, STAGES, run_stage
 from vla_opd.artifacts import Kind, draft, open_artifact
 from vla_opd.checkpoint import WEIGHTS, save_weights
+from vla_opd.trajectory import shards
 
 REPOSITORY = Path(__file__).parents[2]
 # A stage of each kind, and how much it has finished when it is killed: shards, lines of the journal, or saved optimiser steps. A good part is left.
@@ -82,9 +83,9 @@ def test_a_stage_killed_at_random_goes_on_to_the_same_bytes(undisturbed: Path, t
     """Some stage, a random moment after its draft appeared: in the middle of anything, and perhaps too late."""
     seed = int(os.environ.get(SEED) or random.SystemRandom().randrange(2**32)) + nth
     generator = random.Random(seed)  # noqa: S311 - no secret
-    artifact = generator.choice(sorted(KILLED_AT))
+    artifact = generator.choice([*KILLED_AT, "report/page"])  # which has no parts
     out = _all_but(artifact, undisturbed, tmp_path)
-    code = _killed(tmp_path, artifact, generator.randint(0, KILLED_AT[artifact]), delay=generator.uniform(0, 0.3))
+    code = _killed(tmp_path, artifact, generator.randint(0, KILLED_AT.get(artifact, 0)), delay=generator.uniform(0, 0.3))
     print(f"{SEED}={seed}: {artifact} ended with {code}")  # pytest shows it if the test fails
     assert out.exists() or code == -signal.SIGKILL
     _goes_on(undisturbed, tmp_path, artifact, _finished(_draft(out)), capfd)
@@ -143,10 +144,10 @@ def _finished(draft: Path) -> int:
     if not (scratch / "fingerprint").is_file():
         return 0
     try:
-        shards = sum(path.name.startswith("shard-") for path in draft.iterdir())
+        finished = len(shards(draft))
         journal, save = scratch / "journal.jsonl", scratch / "training.safetensors"
         lines = journal.read_text().count("\n") if journal.is_file() else 0
-        return shards + lines + (_saved_steps(save) if save.is_file() else 0)
+        return finished + lines + (_saved_steps(save) if save.is_file() else 0)
     except FileNotFoundError:  # published under our eyes
         return 0
 
@@ -157,8 +158,8 @@ def _saved_steps(save: Path) -> int:
 
 
 def _shard_times(folder: Path) -> dict[str, int]:
-    """When each file of each shard was last written, in nanoseconds."""
-    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.glob("shard-*/**/*") if path.is_file()}
+    """When each shard was written, in nanoseconds."""
+    return {path.name: path.stat().st_mtime_ns for path in shards(folder)}
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -230,8 +231,8 @@ def test_nothing_is_made_from_a_corrupt_artifact(small: Path, capsys: pytest.Cap
 
 @pytest.mark.parametrize("artifact", ["trajectories/it001", "logits/it001"])
 def test_a_corrupt_shard_is_remade_with_the_same_bytes(undisturbed: Path, small: Path, artifact: str) -> None:
-    array = next(path for path in sorted((small / artifact).glob("shard-*/*/c/**/*")) if path.is_file())
-    array.write_bytes(_flip(sound := array.read_bytes(), len(sound) * 4))
+    shard = shards(small / artifact)[0]
+    shard.write_bytes(_flip(sound := shard.read_bytes(), len(sound) * 4))
     run_stage(small.parents[1], STAGES[artifact], workers=1)
     assert _bytes(small / artifact) == _bytes(undisturbed / "artifacts/small" / artifact)
 

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -309,6 +310,40 @@ def test_whichever_file_operation_fails_nothing_half_is_published_and_the_next_a
         assert make(folder / "it001").digest == undisturbed.digest
         assert sorted(path.name for path in folder.iterdir()) == [".it001.lock", "it001"]
     assert failures > 30
+
+
+WRITTEN = (".tmp-one", ".tmp-two", "inner/.tmp-three", ".scratch/fingerprint", ".scratch/.tmp-made_with.json", f".tmp-{MANIFEST}")
+
+
+@pytest.mark.parametrize("code", ["EIO", "ENOSPC"])
+@pytest.mark.parametrize("call", ["write", "close"])
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace injects the error")
+def test_whichever_file_cannot_be_written_or_closed_the_old_artifact_stays_and_the_next_attempt_succeeds(
+    tmp_path: Path, call: str, code: str
+) -> None:
+    """The kernel itself answers with the error: for each file in turn, in a process of its own, over an artifact that is there already."""
+    undisturbed = make(tmp_path / "undisturbed")
+    old = [make(tmp_path / str(nth) / "it001", facts={"rows": 2}) for nth in range(len(WRITTEN))]
+    program = f"""
+        import os
+        from pathlib import Path
+        from tests.vla_opd.test_artifacts import make
+        for nth in range({len(WRITTEN)}):
+            if os.fork() == 0:
+                make(Path({str(tmp_path)!r}, str(nth), "it001"))
+                os._exit(0)
+            print(nth, os.waitstatus_to_exitcode(os.wait()[1]))
+    """
+    spoiled = [argument for nth, name in enumerate(WRITTEN) for argument in ("-P", str(tmp_path / str(nth) / ".it001.draft" / name))]
+    strace = ["strace", "-f", "-qq", "-o", os.devnull, *spoiled, "-e", f"inject={call}:error={code}"]
+    done = subprocess.run([*strace, sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.split("\n") == [*(f"{nth} 1" for nth in range(len(WRITTEN))), ""], done.stderr
+    assert done.stderr.count(f"OSError: [Errno {getattr(errno, code)}]") >= len(WRITTEN)
+    for nth in range(len(WRITTEN)):
+        folder = tmp_path / str(nth)
+        assert open_artifact(folder / "it001", "logits").digest == old[nth].digest
+        assert make(folder / "it001").digest == undisturbed.digest
+        assert sorted(path.name for path in folder.iterdir()) == [".it001.lock", "it001"]
 
 
 @pytest.mark.parametrize("limit", [0, 1, 4, 100, 600])
