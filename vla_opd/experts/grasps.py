@@ -241,8 +241,9 @@ class _Frame:
         world = _turned(flat, -self.yaw)[:, :2]
         beyond = np.maximum(np.linalg.norm(world - task.base, axis=1) - REACH, 0.0)
         turn = abs(angle(self.yaw, task.yaw)) / (np.pi / 2)
-        # Of two equally good sides of a bowl, always the same one: a demonstrator that flips a coin can't be imitated.
-        side = 4.0 * (world[:, 1] - task.centre[1])
+        # Of two equally good sides of a bowl, always the same one: a demonstrator that flips a coin can't be imitated. The left one, as the tables
+        # of LIBERO leave more room there.
+        side = 4.0 * (task.centre[1] - world[:, 1])
         cost = np.linalg.norm(places - centre, axis=1) / 0.02 + beyond / 0.02 + 2.0 * turn + side
         for failed in task.avoid:
             close = np.linalg.norm(world - failed.position[:2], axis=1) < 0.012
