@@ -7,16 +7,18 @@ import pytest
 
 from vla_opd.envs import Env, Placement, make_env
 from vla_opd.experts import libero, make_expert
+from vla_opd.experts.libero_scene import Scene
 from vla_opd.params import EnvironmentParams
 
 pytestmark = pytest.mark.simulator
 
 TASKS = ("libero_object/3", "libero_spatial/0", "libero_goal/5", "libero_goal/6", "libero_goal/3", "libero_goal/7")
+BOWLS = ("libero_spatial/1", "libero_spatial/2")
 
 
 @pytest.fixture(scope="module")
 def env() -> Iterator[Env]:
-    env = make_env(EnvironmentParams(tasks=TASKS, stepping="fast"))
+    env = make_env(EnvironmentParams(tasks=(*TASKS, *BOWLS), stepping="fast"))
     yield env
     env.close()
 
@@ -59,6 +61,43 @@ def test_thin_rims_and_narrow_gaps_are_grasped(env: Env, placement: Placement) -
     success, actions = solve(env, placement)
     assert success
     assert len(actions) < 130
+
+
+@pytest.mark.parametrize("placement", [Placement("libero_spatial/0", "training", 101), Placement("libero_spatial/1", "training", 104)])
+def test_a_load_that_tilts_the_hand_is_let_go_before_the_arm_stands_still(env: Env, placement: Placement) -> None:
+    env.reset(placement)
+    expert = libero.make(env)  # pyright: ignore[reportArgumentType]
+    expert.reset()
+    phases: list[str] = []
+    while not env.advance(expert.act()[None], observe_every=0).success:
+        phases.append(expert.phase)
+        assert len(phases) < 100
+    assert 1 <= phases.count("lower") <= 5  # 13 and 14 where it waited
+
+
+def test_a_bowl_comes_to_rest_where_only_the_corners_of_its_rectangle_would_meet_another(env: Env) -> None:
+    placement = Placement("libero_spatial/2", "evaluation", 0)
+    env.reset(placement)
+    scene = Scene(env)  # pyright: ignore[reportArgumentType]
+    (goal,) = scene.goals()
+    rest = libero.find_rest(scene, goal)
+    assert rest is not None
+    table = scene.floor(float(scene.boxes(goal.item).corners()[:, 2].min()))
+    assert 0 < rest.height - table < 0.03  # on the plate; the other bowl's rim is 3 cm higher
+    assert solve(env, placement)[0]
+
+
+def test_a_bowl_is_taken_by_the_same_side_wherever_it_stands(env: Env) -> None:
+    sides = []
+    for task in BOWLS:
+        for index in range(6):
+            env.reset(Placement(task, "training", index))
+            scene = Scene(env)  # pyright: ignore[reportArgumentType]
+            (goal,) = scene.goals()
+            plan = libero.make_plan(scene, goal, ())
+            assert plan is not None
+            sides.append(np.sign(plan.grasp.position[1] - scene.origin(goal.item)[1]))
+    assert set(sides) == {1.0}
 
 
 def test_expert_looks_again_where_it_found_no_grasp(env: Env, monkeypatch: pytest.MonkeyPatch) -> None:
