@@ -63,7 +63,7 @@ def _stages(params: Params, iteration: str, scratch: Path) -> Iterator[tuple[str
 def _parts(params: Params, iteration: str, scratch: Path) -> Iterator[tuple[str, float]]:
     trajectories, logits = (_run(params) / kind / iteration for kind in ("trajectories", "logits"))
     student, teacher = (_run(params) / "checkpoints" / name for name in (params.iterations[iteration], params.label.teacher))
-    episodes = [episode for folder in shards(trajectories) for episode in read_shard(folder)]
+    episodes = [episode for shard in shards(trajectories) for episode in read_shard(shard)]
     use_backend()
     env = make_env(params.environment)
     physics = _timed(lambda: _replay(env, episodes, params, 0))

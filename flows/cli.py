@@ -201,7 +201,7 @@ def _replay(there: "Store", one: "Artifact", shard: str) -> None:
     again = replay.replay(there, one, shard, params.load(), this_host(None, one.manifest.params.get("device", "cpu"), "none", METRICS))
     if again.differing:
         raise ValueError(f"{again.name}/{again.shard}: made again, it came out differently: {', '.join(again.differing)}")
-    print(f"  {again.name}/{again.shard}: made again, the same bytes ({again.size:,})")
+    print(f"  {again.name}/{again.shard}: made again, the same bytes")
 
 
 @app.command("audit")

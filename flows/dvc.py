@@ -150,7 +150,7 @@ def remember_what_was_written() -> None:
             dump(data, whole)
             text = whole.getvalue()
         stream.write(text)
-        if stream.name.endswith("dvc.lock"):  # not an entry of the run cache
+        if Path(getattr(stream, "name", "")).name == "dvc.lock":  # not an entry of the run cache
             written.clear()
             written[text] = data
 

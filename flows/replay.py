@@ -11,8 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from flows.store import SHORT, Artifact, Store, differing, flat
 from vla_opd import arrays
 from vla_opd.arrays import SUFFIX
@@ -30,7 +28,6 @@ class Replay:
     name: str
     shard: str
     differing: tuple[str, ...]
-    size: int
 
 
 def replay(store: Store, artifact: Artifact, shard: str, params: Params, host: Host) -> Replay:
@@ -56,8 +53,12 @@ def replay(store: Store, artifact: Artifact, shard: str, params: Params, host: H
             raise ValueError(
                 f"{artifact.name}: with the code that is here it can't be made under the settings that it has; {', '.join(unlike)} would differ"
             )
-        old, new = artifact.manifest.files[shard], made.files[shard]
-        return Replay(artifact.name, shard, () if old == new else _differing(artifact.folder / shard, out / shard), new.size)
+        if shard not in made.files:
+            raise ValueError(f"{artifact.name}: the code that is here makes no {shard}; it makes {sorted(made.files)}")
+        if made.files[shard] == artifact.manifest.files[shard]:
+            return Replay(artifact.name, shard, ())
+        unlike = differing(_contents(artifact.folder / shard), _contents(out / shard))
+        return Replay(artifact.name, shard, tuple(sorted(unlike)) or ("only the bytes of the file",))
 
 
 def _link(source: Path, target: Path) -> None:
@@ -68,13 +69,9 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _differing(old: Path, new: Path) -> tuple[str, ...]:
-    """The arrays of two files that differ; if all are equal, that only the files' bytes do."""
-    (ours, _), (theirs, _) = arrays.read(old), arrays.read(new)
-    unlike = sorted(
-        name for name in ours.keys() | theirs.keys() if name not in ours or name not in theirs or not np.array_equal(ours[name], theirs[name])
-    )
-    return tuple(unlike) or ("only the bytes of the file",)
+def _contents(shard: Path) -> dict[str, Any]:
+    columns, attributes = arrays.read(shard)
+    return {"attributes": attributes} | {name: (values.dtype.str, values.shape, values.tobytes()) for name, values in columns.items()}
 
 
 def _stage(store: Store, artifact: Artifact, params: Params) -> Callable[..., Manifest]:

@@ -6,7 +6,8 @@ reading checks that all of them are there. Any Zarr opens it: `zarr.open_group(z
 
 import os
 import struct
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo
@@ -18,18 +19,9 @@ from zarr.storage import MemoryStore, ZipStore
 
 SUFFIX = ".zarr.zip"
 ROWS_PER_CHUNK = 16  # consecutive frames compress together (9.1x against 2.6x one by one) and still read at random
-DAMAGED = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    RuntimeError,
-    EOFError,
-    BadZipFile,
-    struct.error,
-)  # what a reader may raise on a file that isn't whole
-
-LARGEST = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # bytes of one array; a description that promises more is a trap
+LARGEST = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # bytes of all arrays; a description that promises more is a trap
+# What reading a file that isn't whole, or is somebody else's, may raise.
+DAMAGED = (OSError, ValueError, KeyError, TypeError, ArithmeticError, RuntimeError, EOFError, BadZipFile, struct.error)
 
 
 def write(path: Path, columns: Mapping[str, np.ndarray], attributes: Mapping[str, Any]) -> None:
@@ -37,56 +29,75 @@ def write(path: Path, columns: Mapping[str, np.ndarray], attributes: Mapping[str
     members: dict[str, Any] = {}  # Zarr's buffers
     group = zarr.create_group(MemoryStore(members), zarr_format=3, attributes=dict(attributes))
     for name, values in columns.items():
-        rows = ROWS_PER_CHUNK if values.ndim > 1 else len(values)
         array = group.create_array(
             name,
             shape=values.shape,
             dtype=values.dtype,
-            chunks=(max(rows, 1), *(max(size, 1) for size in values.shape[1:])),
+            chunks=_chunks(values.shape),
             compressors=(ZstdCodec(level=1), Crc32cCodec()),
             config={"write_empty_chunks": True},
         )
         if values.size:
             array[...] = values
-    with ZipFile(path, "w", ZIP_STORED) as archive:
+    with ZipFile(path, "w") as archive:
         for name in sorted(members):
             archive.writestr(ZipInfo(name), members[name].to_bytes())  # of 1980: a clock would make other bytes each time
 
 
 def read(path: Path, names: Collection[str] | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """All arrays of a file, or those named, and its attributes. ValueError names the file and the array where bytes are missing or corrupt."""
-    try:
-        members = _members(path)
-        store = ZipStore(path, mode="r")
-        group = zarr.open_group(store, mode="r")
-        found = dict(group.arrays())
-    except DAMAGED as error:
-        raise ValueError(f"{path}: not a zip of a Zarr group ({error}); expected one written by this package") from error
-    with store:
-        return {name: _read_array(path, members, name, array) for name, array in found.items() if names is None or name in names}, dict(group.attrs)
+    with ExitStack() as stack:
+        try:
+            members = _members(path)
+            store = stack.enter_context(ZipStore(path, mode="r"))
+            group = zarr.open_group(store, mode="r", zarr_format=3, use_consolidated=False)
+            found = {name: array for name, array in group.arrays() if names is None or name in names}
+        except DAMAGED as error:
+            raise ValueError(f"{path}: not a zip of a Zarr group ({error}); expected one written by this package") from error
+        _require_room(path, found.values())
+        return {name: _read_array(path, members, name, array) for name, array in found.items()}, dict(group.attrs)
+
+
+def _chunks(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of one dimension, all; of more, some rows."""
+    rows = ROWS_PER_CHUNK if len(shape) > 1 else max(shape, default=1)
+    return (max(rows, 1), *(max(size, 1) for size in shape[1:]))
 
 
 def _members(path: Path) -> set[str]:
-    """The names in the zip. Chunks are compressed already: a zip that compresses as well can hide any number of bytes in a few, and is refused."""
+    """The names in the zip. ValueError if it compresses: chunks are compressed already, and more could hide any number of bytes in a few."""
     with ZipFile(path) as archive:
         for member in archive.infolist():
             if member.compress_type != ZIP_STORED:
                 raise ValueError(f"{member.filename} is compressed by the zip; expected members as they are")
         members = set(archive.namelist())
-    for name in {member.partition("/")[0] for member in members if "/" in member}:
+    for name in {member.partition("/")[0] for member in members} - {"zarr.json"}:
         if f"{name}/zarr.json" not in members:
             raise ValueError(f"array {name!r} has no description")
     return members
 
 
+def _require_room(path: Path, arrays: Iterable["zarr.Array[Any]"]) -> None:
+    wanted = sum(array.nbytes for array in arrays)
+    if wanted > LARGEST:
+        raise ValueError(f"{path}: its arrays would take {wanted // 10**9} GB; expected at most {LARGEST // 10**9}")
+
+
 def _read_array(path: Path, members: set[str], name: str, array: "zarr.Array[Any]") -> np.ndarray:
-    if array.nbytes > LARGEST:
-        raise ValueError(f"{path}: array {name!r} would take {array.nbytes // 10**9} GB; expected at most {LARGEST // 10**9}")
-    # Not `nchunks_initialized`: in a zip it mixes up `step` and `steps` (zarr 3.1.6).
-    chunks = ("/".join((name, "c", *map(str, place))) for place in np.ndindex(array.cdata_shape) if array.size)
-    if lost := next((chunk for chunk in chunks if chunk not in members), None):
-        raise ValueError(f"{path}: array {name!r} has no chunk {lost}; expected all {array.nchunks}")
+    if array.dtype.kind not in "biuf" or array.chunks != _chunks(array.shape):
+        raise ValueError(f"{path}: array {name!r} is of {array.dtype} in chunks of {array.chunks}; expected numbers in {_chunks(array.shape)}")
+    if array.size:
+        _require_chunks(path, members, name, array)
     try:
         return np.asarray(array[...])
     except DAMAGED as error:
         raise ValueError(f"{path}: array {name!r} is corrupt ({error}); expected intact checksums") from error
+
+
+def _require_chunks(path: Path, members: set[str], name: str, array: "zarr.Array[Any]") -> None:
+    """Not by `nchunks_initialized`: in a zip it mixes up `step` and `steps` (zarr 3.1.6)."""
+    if array.nchunks > len(members):  # before they are named one by one
+        raise ValueError(f"{path}: array {name!r} has {array.nchunks} chunks; expected no more than the {len(members)} members of the zip")
+    chunks = ("/".join((name, "c", *map(str, place))) for place in np.ndindex(array.cdata_shape))
+    if lost := next((chunk for chunk in chunks if chunk not in members), None):
+        raise ValueError(f"{path}: array {name!r} has no chunk {lost}; expected all {array.nchunks}")

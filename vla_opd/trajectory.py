@@ -155,8 +155,11 @@ def shard_name(task: int, first: int) -> str:
 
 
 def shards(folder: Path) -> list[Path]:
-    """The shards of an artifact, in canonical order."""
-    return sorted(folder.glob(f"shard-*{arrays.SUFFIX}"))
+    """The shards of an artifact, in canonical order. ValueError if it has none."""
+    found = sorted(folder.glob(f"shard-*{arrays.SUFFIX}"))
+    if not found:
+        raise ValueError(f"{folder}: no shards; expected shard-*{arrays.SUFFIX} (folders are of an earlier version: make them again)")
+    return found
 
 
 def read_states(paths: Sequence[Path], per_task: int | None = None) -> States:

@@ -102,13 +102,13 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [(1, [4, 4]), (2, [4, 5, 4, 5]), (3, [4, 5, 4, 4, 5, 4]), (5, [4, 5, 4, 5, 6] * 2), (None, [4, 5, 4, 5, 6] * 2)],
 )
 def test_per_task_takes_the_first_episodes_of_every_task(several: Path, per_task: int | None, lengths: list[int]) -> None:
-    folders = shards(several)
-    states = read_states(folders, per_task)
+    paths = shards(several)
+    states = read_states(paths, per_task)
     np.testing.assert_array_equal(states.episode, np.repeat(np.arange(len(lengths)), lengths))
     assert len(states) == sum(lengths) == len(states.mask) == len(states.labels) == len(states.observations.proprio)
     tasks = [states.observations.instructions[list(states.episode).index(e)] for e in range(len(lengths))]
     assert tasks == ["solve reach-v3"] * (len(lengths) // 2) + ["solve push-v3"] * (len(lengths) // 2)
-    everything = read_states(folders)
+    everything = read_states(paths)
     wanted = [row for row, e in enumerate(everything.episode) if e % 5 < (per_task or 5)]
     np.testing.assert_array_equal(states.labels, everything.labels[wanted])
     np.testing.assert_array_equal(states.observations.frames, everything.observations.frames[wanted])
@@ -117,6 +117,12 @@ def test_per_task_takes_the_first_episodes_of_every_task(several: Path, per_task
 def test_more_episodes_of_a_task_than_there_are_are_refused(several: Path) -> None:
     with pytest.raises(ValueError, match=r"per_task is 6; .* \{'reach-v3': 5, 'push-v3': 5\}"):
         read_states(shards(several), 6)
+
+
+def test_an_artifact_without_shards_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "shard-000-00000").mkdir()  # as an earlier version wrote them
+    with pytest.raises(ValueError, match=r"no shards; expected shard-\*\.zarr\.zip \(folders are of an earlier version"):
+        shards(tmp_path)
 
 
 def test_shards_are_in_canonical_order(several: Path) -> None:
