@@ -20,8 +20,8 @@ Phase = Callable[["Plan", Hand], "Action | str"]  # an action, or the name of th
 OPEN, CLOSE = -1.0, 1.0
 GAIN = 28.0  # action per metre: 43 % of the error is gone after a control step, 1.5 cm at most
 TURN_GAIN = 2.8  # action per radian: the same for the orientation
-DROP = 0.01  # from which height an object may be let go, and how near to what is below it a hand is low enough
-BELOW = 0.02  # how far under its place an object is steered, so that it sinks as fast at the end
+DROP = 0.01  # from which height an object may be let go where its resting height is exact; how near to what is below it a hand is low enough then
+BELOW = 0.02  # how far under its place such an object is steered, so that it sinks as fast at the end
 MARGIN = 0.02  # by which whatever is carried clears what it passes over
 ATTEMPTS = 20  # plans in one episode before the expert gives up
 PATIENCE = 5  # steps that an object which was pushed has to come to rest before the next plan
@@ -29,10 +29,14 @@ PATIENCE = 5  # steps that an object which was pushed has to come to rest before
 
 @dataclass(frozen=True)
 class Rest:
-    """Where an object is to come to rest: its origin's place in the plane, relative to the anchor, and the height of its lowest point."""
+    """Where an object is to come to rest: its origin's place in the plane, relative to the anchor, and the height of its lowest point.
+
+    exact: the height is where the object meets what is below, and not only where its bounding rectangle clears it.
+    """
 
     offset: Float64[np.ndarray, "2"]
     height: float
+    exact: bool
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ def find_rest(scene: Scene, goal: Goal) -> Rest | None:
     holds, anchor = scene.region_holds(goal), scene.anchor(goal)
     if holds is None:
         surface = scene.boxes(goal.item).surface(grasps.SPACING) - scene.origin(goal.item)
-        return Rest(np.zeros(2), max(_support(surface, obstacles, anchor), floor))
+        return Rest(np.zeros(2), max(_support(surface, obstacles, anchor), floor), exact=True)
     centre, radius = scene.region_centre(goal)
     steps = np.arange(-radius, radius + 0.005, 0.01)
     places = centre[:2] + np.stack(np.meshgrid(steps, steps), -1).reshape(-1, 2)
@@ -94,11 +98,14 @@ def find_rest(scene: Scene, goal: Goal) -> Rest | None:
     score = np.linalg.norm(places - places[accepted].mean(axis=0), axis=1) + 2.0 * supports
     score += np.maximum(np.linalg.norm(places - scene.base, axis=1) - REACH, 0.0)
     chosen = int(np.argmin(np.where(accepted, score, np.inf)))
-    return Rest(places[chosen] - anchor, float(supports[chosen]))
+    return Rest(places[chosen] - anchor, float(supports[chosen]), exact=False)
 
 
 def _support(surface: Points, obstacles: Points, place: Float64[np.ndarray, "2"]) -> float:
-    """Height of the object's lowest point when it comes down at a place and meets what is there: a round one fits where its rectangle doesn't."""
+    """Height of the object's lowest point when it comes down at a place and meets what is there: a round one fits where its rectangle doesn't.
+
+    What is far from the object now is known by a point a centimetre: a thin wall can be missed there. Lowering ends at a touch in any case.
+    """
     low, high = surface[:, :2].min(axis=0), surface[:, :2].max(axis=0)
     begin = place + low - 0.01
     ground = grasps.height_map(obstacles, begin, place + high + 0.01, 0.005)
@@ -292,20 +299,21 @@ class LiberoExpert:
         return self._toward(hand, way, plan.grasp.yaw, CLOSE)
 
     def _lower(self, plan: Plan, hand: Hand) -> Action | str:
-        """Down until the object is just above its place, touches something, or the hand almost does.
+        """Down until the object touches something, the hand would, or the object is just above its place if that is known exactly.
 
-        Fast, and not to the last millimetre: held by its rim, a heavy object tilts the hand, and a tilted hand drifts and hardly sinks. Who imitates
-        a demonstrator that waits there for an arm that stands still doesn't see why it lets go in the end.
+        Then fast, and not to the last millimetre: held by its rim, a heavy bowl tilts the hand, and a tilted hand drifts and hardly sinks. Who
+        imitates a demonstrator that waits there for an arm that stands still doesn't see why it lets go in the end.
         """
         if self._is_lost(plan, hand):
             return self._again(plan.grasp)
         goal, lowest = hand.position[:2] + self._missing(plan), self._scene.lowest(plan.goal.item)
         limit = grasps.lowest_tip(plan.obstacles, hand.position[:2], hand.yaw) + SITE_ABOVE_TIP
-        left = lowest - plan.rest.height
-        is_down = left < DROP or hand.position[2] - limit < DROP or self._scene.touches(plan.goal.item, robot=False)
-        if is_down or self._memory.stuck > 5 or self._memory.steps > 50:
+        exact = plan.rest.exact
+        height = max(hand.position[2] - lowest + plan.rest.height - (BELOW if exact else 0.005), limit)
+        above = min(lowest - plan.rest.height, hand.position[2] - limit) - DROP if exact else hand.position[2] - height - 0.004
+        if above < 0 or self._scene.touches(plan.goal.item, robot=False) or self._memory.stuck > 5 or self._memory.steps > 50:
             return "release"
-        return self._toward(hand, np.append(goal, max(hand.position[2] - left - BELOW, limit)), plan.grasp.yaw, CLOSE)
+        return self._toward(hand, np.append(goal, height), plan.grasp.yaw, CLOSE)
 
     def _release(self, plan: Plan, hand: Hand) -> Action | str:
         """Open where the hand is."""
