@@ -1,7 +1,7 @@
 """Questions in SQL over everything that the manifests, the evaluations and the record of executions say."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +79,19 @@ def _episodes(evaluation: Artifact) -> list[tuple[Any, ...]]:
 
 
 def _rollouts(store: Store) -> list[tuple[Any, ...]]:
-    wanted = [(a, shard) for a in store.by_digest.values() if a.manifest.kind in ("trajectories", "demonstrations") for shard in shards(a.folder)]
-    return [(a.digest, shard.name, *row) for a, shard in wanted for row in _shard(shard)]
+    wanted = [a for a in store.by_digest.values() if a.manifest.kind in ("trajectories", "demonstrations")]
+    return [(a.digest, shard.name, *row) for a in wanted for shard in _readable(shards, a.folder) for row in _readable(_shard, shard)]
 
 
-def _shard(path: Path) -> list[tuple[Any, ...]]:
+def _readable(read: Callable[[Path], list[Any]], path: Path) -> list[Any]:
+    """What is read there; nothing, and a warning, where that fails."""
     try:
-        columns, attributes = arrays.read(path, ROLLOUT)
+        return read(path)
     except ValueError as error:
         warnings.warn(f"{error}; see opd verify", stacklevel=2)
         return []
+
+
+def _shard(path: Path) -> list[tuple[Any, ...]]:
+    columns, attributes = arrays.read(path, ROLLOUT)
     return [(attributes["task"], *row) for row in zip(*(columns[name].tolist() for name in ROLLOUT), strict=True)]

@@ -1,5 +1,6 @@
 """Questions in SQL, of a small run."""
 
+import shutil
 import time
 from pathlib import Path
 
@@ -71,3 +72,15 @@ def test_a_question_reaches_no_file(store: Store, question: str) -> None:
     with pytest.raises(ValueError, match=r"(?i)permission|configuration|disabled|cannot"):
         ask(store, question)
     assert sorted(Path().iterdir()) == before
+
+
+def test_an_artifact_of_an_earlier_version_is_warned_of_and_the_others_answer(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(undisturbed / "artifacts", tmp_path / "artifacts")
+    monkeypatch.chdir(tmp_path)
+    for shard in (tmp_path / "artifacts/small/demonstrations/main").glob("shard-*"):
+        shard.unlink()
+    with pytest.warns(UserWarning, match=r"demonstrations/main: no shards; .*; see opd verify"):
+        _, rows = ask(read_store(), "SELECT count(*) FROM rollouts")
+    assert rows == [(24,)]
