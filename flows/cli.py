@@ -69,11 +69,13 @@ def run(targets: Stages = None, changes: Changes = None) -> None:
     settings.write(_changes(changes or ()))
     with server.in_use() as url:
         from httpx import HTTPError
+        from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
         from flows.train import bring_alone, opd
 
         try:
-            opd(targets=targets or [])
+            with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):  # who sits at the terminal sees it end; the thread takes 1 s to
+                opd(targets=targets or [])
         except KeyboardInterrupt:
             print("\n\n  interrupted; go on with  make run", file=sys.stderr)
             raise typer.Exit(130) from None

@@ -15,10 +15,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
-from io import StringIO
+from importlib import import_module
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
+from flows import dvc_lock
 from vla_opd.lifeline import die_with_parent
 
 CHATTER = re.compile(
@@ -51,10 +52,7 @@ class Dvc:
 
         environment: what the stage finds there besides this process's own.
         """
-        if self._process is None or self._process.poll() is not None:
-            self.close()
-            self._process = _started()
-        process = self._process
+        process = self.start()
         assert process.stdin is not None
         assert process.stdout is not None
         end = f"{uuid.uuid4()} "
@@ -70,6 +68,13 @@ class Dvc:
             process.terminate()
             raise
         return process.wait()
+
+    def start(self) -> "subprocess.Popen[bytes]":
+        """The process, started if it isn't there: who will soon ask need not wait for it then."""
+        if self._process is None or self._process.poll() is not None:
+            self.close()
+            self._process = _started()
+        return self._process
 
     def close(self) -> None:
         """End the process, if there is one: it ends when nothing is asked of it any more."""
@@ -130,38 +135,13 @@ def _line(piece: bytes) -> Line:
     return Line(text.rstrip("\r\n"), passing=text.endswith("\r"))
 
 
-def remember_what_was_written() -> None:
-    """Let DVC take the lock file that it is to change from memory, if it is what this process last wrote.
-
-    For every stage that it runs, DVC parses all of dvc.lock, by ruamel's slow way that keeps comments, adds the stage, and writes all of it:
-    the parsing was half of what a stage cost (docs/log.md, 2026-11-26). The file is still read, and parsed where it says anything else.
-    """
-    from dvc.utils.serialize import _yaml
-
-    parse, dump = _yaml.parse_yaml_for_update, _yaml._dump  # noqa: SLF001 - DVC 3.67; a test tells when they are elsewhere
-    written: dict[str, Any] = {}  # a text, and what it says
-
-    def remembered(text: str, path: str) -> Any:
-        known = written.pop(text, None)  # it will be changed in place: not to be used twice, whatever comes between
-        return parse(text, path) if known is None else known
-
-    def dumped(data: Any, stream: IO[str]) -> None:
-        with StringIO() as whole:
-            dump(data, whole)
-            text = whole.getvalue()
-        stream.write(text)
-        if Path(getattr(stream, "name", "")).name == "dvc.lock":  # not an entry of the run cache
-            written.clear()
-            written[text] = data
-
-    _yaml.parse_yaml_for_update, _yaml._dump = remembered, dumped  # noqa: SLF001
-
-
 def main() -> None:
     """Answer requests until there are no more, or until the terminal's interrupt."""
     from dvc.cli import main as dvc
 
-    remember_what_was_written()
+    import_module("dvc.repo")  # now, not when the first stage waits for it
+
+    dvc_lock.remember()
     requests = os.fdopen(os.dup(0), encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # a stage has no input
     try:

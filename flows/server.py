@@ -7,16 +7,23 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from urllib.parse import urlsplit
 
 HOME = Path(".prefect")
 LOCAL = "http://127.0.0.1:4200/api"
 SILENT = {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false"}
-# One write for all tasks' states of a second. With one for each, SQLite is so busy that it refuses every other iteration, and the client waits 2 s.
-IN_BATCHES = {"PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100", "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1"}
+# One write for all tasks' states of a second, one for all events of five. With one for each state, and for each 20 events, SQLite is so busy
+# that it refuses to create an iteration's run now and then, and the client waits 2 s before it asks again.
+IN_BATCHES = {
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100",
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
+    "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_BATCH_SIZE": "500",
+}
 PATIENCE = 120.0  # seconds for a first start, which makes a database
 
 
@@ -25,14 +32,15 @@ def in_use() -> Generator[str]:
     """The address of a Prefect API that answers, as Prefect's own setting for as long as the context lasts. Errors as of `ensure`."""
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    url = ensure(PREFECT_API_URL.value() or LOCAL)
+    url = ensure(PREFECT_API_URL.value() or LOCAL, meanwhile=partial(import_module, "flows.train"))
     with temporary_settings({PREFECT_API_URL: url}):
         yield url
 
 
-def ensure(url: str) -> str:
+def ensure(url: str, meanwhile: Callable[[], object] = lambda: None) -> str:
     """The address of a Prefect API that answers: `url`, or a server started here, detached, with its log in `.prefect/server.log`.
 
+    meanwhile: done while a server that had to be started comes up, which takes seconds.
     A port of this machine that something else holds is left to it, and another is taken. RuntimeError with the log's end if no server comes up.
     """
     if answers(url):
@@ -41,9 +49,11 @@ def ensure(url: str) -> str:
     if host not in ("127.0.0.1", "localhost"):
         raise ValueError(f"PREFECT_API_URL is {url}: no Prefect server answers there; start it, or unset the variable to have one on this machine")
     if _taken(port):
-        port = _free_port()
+        port = free_port()
         url = f"http://127.0.0.1:{port}/api"
-    _wait(url, _start(port))
+    process = _start(port)
+    meanwhile()
+    _wait(url, process)
     return url
 
 
@@ -74,7 +84,7 @@ def _wait(url: str, process: "subprocess.Popen[bytes]") -> None:
             log = HOME / "server.log"
             end = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
             raise RuntimeError(f"the Prefect server did not come up at {url}; the end of {log}:\n{end}")
-        time.sleep(0.3)
+        time.sleep(0.1)
 
 
 def _taken(port: int) -> bool:
@@ -82,7 +92,7 @@ def _taken(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -5,7 +5,7 @@ Prefect says when, who and how it went; what is up to date is DVC's to say. So t
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Annotated, Any
 
@@ -151,9 +151,11 @@ def _summarised(stages: Iterable[str]) -> dict[str, Any] | None:
     return summary.write(folder, METRICS / name, stages)
 
 
-def _bring_run(plan: Iterable[Step]) -> States:
+def _bring_run(plan: Sequence[Step]) -> States:
     states: States = {}
-    with dvc.staying():
+    with dvc.staying() as process:
+        if any(step.due for step in plan):
+            process.start()
         for name, steps in in_groups(plan):
             if name is None:
                 heading("")

@@ -293,6 +293,14 @@ def test_a_server_that_answers_is_used(fake_server: str) -> None:
     assert server.ensure(fake_server) == fake_server
 
 
+def test_what_can_be_done_while_a_server_comes_up_is_done_before_it_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+    monkeypatch.setattr(server, "_start", lambda _port: happened.append("started"))
+    monkeypatch.setattr(server, "_wait", lambda _url, _process: happened.append("waited for"))
+    server.ensure("http://127.0.0.1:1/api", meanwhile=lambda: happened.append("done"))
+    assert happened == ["started", "done", "waited for"]
+
+
 def test_a_server_elsewhere_is_never_replaced_by_one_of_ours() -> None:
     with pytest.raises(ValueError, match="PREFECT_API_URL is http://prefect"):
         server.ensure("http://prefect.invalid:4200/api")

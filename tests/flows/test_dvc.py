@@ -9,7 +9,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from dvc.utils.serialize import _yaml
 
 from flows import dvc
 from flows.dvc import Dvc, Line
@@ -97,48 +96,6 @@ def test_it_dies_with_the_process_that_started_it(toy: Toy) -> None:
         (child,) = psutil.Process(parent.pid).children()
         parent.kill()
     assert dies(child.pid, within_s=3)
-
-
-@pytest.fixture
-def parsed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The texts that DVC's own parser got, as if in the process that stays."""
-    texts: list[str] = []
-    parse = _yaml.parse_yaml_for_update
-    monkeypatch.setattr(_yaml, "parse_yaml_for_update", lambda text, path: (texts.append(text), parse(text, path))[1])
-    monkeypatch.setattr(_yaml, "_dump", _yaml._dump)
-    dvc.remember_what_was_written()
-    return texts
-
-
-LOCK = "schema: '2.0'  # kept\nstages:\n  a@1:\n    cmd: x\n"
-
-
-def test_what_it_wrote_itself_is_not_parsed_again_and_comes_out_the_same(tmp_path: Path, parsed: list[str]) -> None:
-    path = tmp_path / "dvc.lock"
-    path.write_text(LOCK)
-    for name in "bcd":
-        with _yaml.modify_yaml(path) as data:
-            data["stages"][name] = {"cmd": name}
-        _yaml.dump_yaml(tmp_path / name, {"an entry": "of the run cache"})
-    assert parsed == [LOCK]
-    assert path.read_text() == LOCK + "".join(f"  {name}:\n    cmd: {name}\n" for name in "bcd")
-
-
-def test_what_somebody_else_wrote_or_a_failure_left_half_changed_is_parsed(tmp_path: Path, parsed: list[str]) -> None:
-    path = tmp_path / "dvc.lock"
-    path.write_text(LOCK)
-    with _yaml.modify_yaml(path) as data:
-        data["stages"]["b"] = {"cmd": "b"}
-    path.write_text(others := path.read_text().replace("cmd: x", "cmd: y"))
-    with _yaml.modify_yaml(path) as data:
-        assert data["stages"]["a@1"]["cmd"] == "y"
-    with pytest.raises(KeyboardInterrupt), _yaml.modify_yaml(path) as data:
-        del data["stages"]["b"]
-        raise KeyboardInterrupt
-    with _yaml.modify_yaml(path) as data:
-        assert set(data["stages"]) == {"a@1", "b"}
-    assert parsed == [LOCK, others, others]
-    assert path.read_text() == others
 
 
 def test_carriage_returns_end_passing_lines() -> None:
