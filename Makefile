@@ -36,8 +36,10 @@ serve: $(READY)
 	@$(BIN)/python -m flows.serve
 
 # The same stages without Prefect. --allow-missing: the demonstrations behind the reference checkpoints need not be here.
+# First, the plan: it refuses what is no valid params.yaml, which DVC would hand to a shell, and drops locks that the dead have left.
 repro: $(READY)
-	@PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro --allow-missing $(ARGS)
+	@$(BIN)/opd plan >/dev/null
+	PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro --allow-missing $(ARGS)
 
 stop:
 	@pid="$$(cat .prefect/server.pid 2>/dev/null || true)"

@@ -71,16 +71,18 @@ class Step:
 def plan(targets: Iterable[str] = (), patience: float = 60.0) -> tuple[Step, ...]:
     """The stages that lead to `targets` (all of dvc.yaml if none), in the order in which `dvc repro` visits them.
 
-    ValueError for a target that dvc.yaml doesn't have, or a project that DVC can't read. Waits up to `patience` seconds for another DVC's lock.
+    ValueError for a target that dvc.yaml doesn't have, settings that make no valid run, or a project that DVC can't read.
+    Waits up to `patience` seconds for another DVC's lock.
     """
     from dvc.exceptions import DvcException
     from dvc.lock import LockError
 
+    settings = _settings()  # before DVC reads the file, which has no mind for what a hostile one asks of it
     locks.heal()
     deadline = time.monotonic() + patience
     while True:
         try:
-            return mark_due(_survey(tuple(targets)))
+            return mark_due(_survey(tuple(targets), settings))
         except LockError as error:
             if time.monotonic() > deadline:
                 raise Busy(str(error)) from error
@@ -89,7 +91,7 @@ def plan(targets: Iterable[str] = (), patience: float = 60.0) -> tuple[Step, ...
             raise ValueError(f"dvc.yaml: {error}") from error
 
 
-def _survey(targets: tuple[str, ...]) -> tuple[Step, ...]:
+def _survey(targets: tuple[str, ...], settings: str) -> tuple[Step, ...]:
     from dvc.repo import Repo
     from dvc.repo.reproduce import collect_stages, get_active_graph, plan_repro
 
@@ -97,7 +99,6 @@ def _survey(targets: tuple[str, ...]) -> tuple[Step, ...]:
         graph = get_active_graph(repo.index.graph)
         stages: list[Any] = plan_repro(graph, collect_stages(repo, targets or ("dvc.yaml",)))
         _require_sections(stages)
-        settings = _settings()
         return tuple(_step(stage, list(graph.successors(stage)), settings) for stage in stages)
 
 

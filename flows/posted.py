@@ -28,7 +28,7 @@ def post(step: Step) -> None:
         create_table_artifact(rows(artifact), key=key, description=f"{folder}, made by {step.name}")
         if artifact.manifest.kind == "report":
             page = folder / "index.html"
-            create_link_artifact(page.resolve().as_uri(), link_text=f"the report of {step.name}", key=f"{key}-page")
+            create_link_artifact(page.resolve().as_uri(), link_text=str(page.resolve()), key=f"{key}-page")
             for number, picture in enumerate(pictures(page.read_text(encoding="utf-8")), 1):
                 create_image_artifact(picture, key=f"{key}-picture-{number}")
 

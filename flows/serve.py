@@ -77,7 +77,8 @@ def _serve(url: str) -> None:
     from flows.train import opd
 
     print(f"  serving opd/{DEPLOYMENT}; runs are shown at {url.removesuffix('/api')}")
-    print(f"  start one with  prefect deployment run opd/{DEPLOYMENT} --watch")
+    elsewhere = "" if url == server.LOCAL else f"PREFECT_API_URL={url} "
+    print(f"  start one with  {elsewhere}prefect deployment run opd/{DEPLOYMENT} --watch")
     nightly = Cron(
         "0 2 * * *", slug="nightly", active=_nightly()
     )  # off until someone turns it on, in the interface or by `prefect deployment schedule`

@@ -120,12 +120,15 @@ def _run_iteration(verb: str, iteration: str, params: Params, root: Path, host: 
 
 
 def _check_what_follows(params: Params, student: Path, teacher: Path) -> None:
-    """ValueError, before any rollout, for what `label` and `optimize` would refuse after it. A teacher that isn't there yet is DVC's to make."""
+    """ValueError, before any rollout, for what `label` and `optimize` would refuse after it.
+
+    DVC may have the teacher still to make: it samples first. By hand nobody will.
+    """
     from vla_opd.checkpoint import open_checkpoint, require_environment, require_same_actions  # these bring torch, and --help can do without
     from vla_opd.objectives import OBJECTIVES
 
     named_function(params.optimize.objective, OBJECTIVES, "optimize.objective")
-    if teacher.is_dir():
+    if teacher.is_dir() or "DVC_STAGE" not in os.environ:
         facts = open_checkpoint(teacher).facts
         require_environment(facts, params.environment, str(teacher))
         require_same_actions(open_checkpoint(student).facts, facts.action_space, str(teacher))

@@ -20,7 +20,8 @@ from vla_opd.trajectory import Observations, read_states, shards
 def run(params: Params, teacher: Path, trajectories: Path, out: Path, host: Host) -> Manifest:
     """Store log p_T over all V bins, shard by shard. The store names the trajectories and the teacher's action space by digest."""
     source, checkpoint = open_artifact(trajectories, "trajectories"), open_checkpoint(teacher)
-    require_environment(checkpoint.facts, EnvironmentParams.model_validate(source.params["environment"]), str(teacher))
+    environment = EnvironmentParams.model_validate(source.params["environment"])
+    require_environment(checkpoint.facts, environment, str(teacher))
     space = checkpoint.facts.action_space
     if source.facts["action_space"] != space.digest:
         raise ValueError(
@@ -38,7 +39,7 @@ def run(params: Params, teacher: Path, trajectories: Path, out: Path, host: Host
                 write_shard(path, _label(policy, read_states([trajectories / name]).observations, params, name))
         queries = int(source.facts["states"])
         log({"teacher_queries": queries}, 0)
-        return work.publish({"teacher_queries": queries, "action_space": space.model_dump()})
+        return work.publish({"teacher_queries": queries, "action_space": space.model_dump(), "environment": environment.model_dump()})
 
 
 def _label(policy: Policy, observations: Observations, params: Params, name: str) -> Float[np.ndarray, "N K V"]:

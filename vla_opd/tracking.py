@@ -177,6 +177,7 @@ def _jsonl(host: Host, run: str, stage: str, name: str) -> Generator[Log]:
 
 def _wandb(host: Host, run: str, stage: str, name: str, config: Mapping[str, Any]) -> Any:  # a wandb.Run or None; imported lazily
     """A W&B run. Offline for an hour, with one warning, after an online one did not start; None, with a warning, if an offline one doesn't either."""
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its telemetry asks for W&B's server, offline too
     import wandb  # slow to import, and not wanted with other trackers
 
     mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")

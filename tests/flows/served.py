@@ -1,16 +1,17 @@
 """A project that is served on a real Prefect server, and the means to kill any process of it."""
 
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import httpx
 
 from tests.flows.toy import ROOT, Toy
 
@@ -54,10 +55,14 @@ class Served:
         path = self.toy.folder / "serve.log"
         return path.read_text(errors="replace") if path.is_file() else ""
 
-    def serve(self) -> None:
-        """`python -m flows.serve`, until it says that it serves."""
+    def serve(self, *through: str) -> None:
+        """`python -m flows.serve`, until it says that it serves.
+
+        through: a command that runs it, such as strace.
+        """
+        command = [*through, sys.executable, "-m", "flows.serve"]
         with (self.toy.folder / "serve.log").open("w") as log:
-            self.runner = subprocess.Popen([sys.executable, "-m", "flows.serve"], cwd=self.toy.folder, env=self.environment, stdout=log, stderr=log)
+            self.runner = subprocess.Popen(command, cwd=self.toy.folder, env=self.environment, stdout=log, stderr=log)
         wait_for(lambda: "serving opd/train" in self.log, 120, lambda: self.log)
 
     def prefect(self, *words: str) -> subprocess.CompletedProcess[str]:
@@ -67,8 +72,13 @@ class Served:
 
     def state(self, run: str) -> str:
         """The type of a flow run's state, from the server itself: Prefect's command takes seconds of a core to start."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/api/flow_runs/{run}") as answer:
-            return json.load(answer)["state_type"]
+        return self.ask(f"flow_runs/{run}")["state_type"]
+
+    def ask(self, path: str, question: object = None) -> Any:
+        """What the server answers: to a GET, or to a POST of the question."""
+        url = f"http://127.0.0.1:{self.port}/api/{path}"
+        answer = httpx.get(url) if question is None else httpx.post(url, json=question)
+        return answer.raise_for_status().json()
 
     def processes(self) -> list[int]:
         """All of them: the server, the runner, the flow, dvc, the stage."""

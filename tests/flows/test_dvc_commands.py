@@ -1,7 +1,9 @@
 """DVC's own commands on the real dvc.yaml: commits compared, experiments, data pushed and pulled."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from flows import cli
 from tests.flows.served import free_port
 from tests.flows.toy import Toy, make_toy, ran
 
@@ -40,6 +43,27 @@ def test_what_git_gets_is_small_and_the_rest_is_dvcs(toy: Toy) -> None:
     committed = {path.relative_to(run).parts[:2] for path in run.rglob("*") if path.is_file() and toy.tracked(path)}
     references = {("checkpoints", name) for name in ("base", "teacher", "student")}
     assert committed == references | {("evaluations", name) for name in ("start", "final", "teacher")} | {("report", "page")}
+
+
+def test_an_extended_run_repeats_nothing(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(toy.folder)
+    assert cli.main(["extend", "--iterations", "1"]) == 0
+    assert ran(toy.dvc("repro")) == ["sample@it003", "label@it003", "optimize@it003", "evaluate@final", "report"]
+
+
+def test_dvc_repro_killed_with_its_stage_goes_on_there(toy: Toy, tmp_path: Path) -> None:
+    changed = make_toy(tmp_path / "changed")
+    for one in (toy, changed):
+        one.edit("params.yaml", "optimize: {steps: 4}", "optimize: {steps: 6}")
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "TOY_SLEEPS": "optimize it001"}
+    command = [sys.executable, "-m", "dvc", "repro"]
+    with subprocess.Popen(command, cwd=toy.folder, env=environment, text=True, stdout=subprocess.PIPE, start_new_session=True) as killed:
+        assert killed.stdout is not None
+        assert any(line.startswith("optimize it001: from") for line in killed.stdout)
+        os.killpg(killed.pid, signal.SIGKILL)
+    assert ran(toy.dvc("repro"))[0] == "optimize@it001"
+    changed.dvc("repro")
+    assert toy.lock == changed.lock
 
 
 def test_parameters_results_and_curves_of_two_commits_are_compared(toy: Toy) -> None:

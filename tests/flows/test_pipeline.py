@@ -59,6 +59,17 @@ def test_a_section_that_a_stage_depends_on_is_asked_for_before_any_stage(toy: To
 # A fresh clone
 
 
+@pytest.mark.parametrize(
+    ("what", "hostile"),
+    [("iterations: {it001: student", 'iterations: {"it001$(touch PWNED)": student'), ("run: {name: toy", 'run: {name: "../victim"')],
+)
+def test_a_hostile_params_yaml_is_refused_before_dvc_reads_it(toy: Toy, monkeypatch: pytest.MonkeyPatch, what: str, hostile: str) -> None:
+    toy.edit("params.yaml", what, hostile)
+    monkeypatch.setattr(pipeline, "_survey", lambda *_: pytest.fail("DVC has read it"))
+    with pytest.raises(ValueError, match=r"params\.yaml"):
+        pipeline.plan()
+
+
 def test_a_clone_without_demonstrations_goes_on_from_the_reference(clone: Toy) -> None:
     rest = [*ITERATIONS, "evaluate@final", "report"]
     assert due(pipeline.plan()) == rest
@@ -131,6 +142,25 @@ def test_bring_streams_and_says_whether_it_ran(toy: Toy) -> None:
     assert said == ["demonstrate main: from 0 inputs", "demonstrate: 1/2", "demonstrate: 2/2"]
     assert [line.text for line in heard if line.passing] == ["demonstrate: 1/2", "demonstrate: 2/2"]
     assert not pipeline.bring("demonstrate@main", heard.append)
+
+
+@pytest.mark.parametrize("way", ["the flow's", "dvc repro"])
+def test_an_artifact_that_came_from_the_cache_and_was_spoilt_is_made_good(toy: Toy, way: str) -> None:
+    """What lies in the workspace must not be the cache's own file: DVC trusts that one, and would leave it as it is."""
+    for old, new in (("0.1", "0.1"), ("0.1", "0.2"), ("0.2", "0.1")):
+        toy.edit("params.yaml", f"noise: {old}", f"noise: {new}")
+        toy.dvc("repro", "demonstrate@main")
+    spoilt = toy.folder / "artifacts/toy/demonstrations/main/digest"
+    good, mode = spoilt.read_bytes(), spoilt.stat().st_mode
+    spoilt.chmod(0o644)
+    with spoilt.open("r+b") as file:
+        file.write(bytes([good[0] ^ 1]))
+    spoilt.chmod(mode)
+    if way == "dvc repro":
+        toy.dvc("repro", "demonstrate@main")
+    else:
+        pipeline.bring("demonstrate@main", lambda _: None)
+    assert spoilt.read_bytes() == good
 
 
 def test_a_failing_stage_hands_back_its_last_words(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:

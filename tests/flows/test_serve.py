@@ -1,14 +1,13 @@
 """The deployment on a real Prefect server: started by command, killed whole in the middle of a stage, served again, retried, finished."""
 
-import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,15 +41,24 @@ def test_wrong_parameters_are_refused_before_there_is_a_run(served: Served, para
     refused = served.prefect("deployment", "run", "opd/train", "-p", parameter)
     assert refused.returncode == 1
     assert said in " ".join((refused.stdout + refused.stderr).split())
-    assert "No flow runs found" in (listed := served.prefect("flow-run", "ls")).stdout or "opd" not in listed.stdout
+    assert served.ask("flow_runs/count", {}) == 0
 
 
-def test_the_server_writes_the_states_of_tasks_in_batches(served: Served) -> None:
-    """One by one, they keep its database so busy that it refuses every other start of an iteration, for two seconds each."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{served.port}/api/admin/settings") as answer:
-        recorder = json.load(answer)["server"]["services"]["task_run_recorder"]
-    assert recorder["batch_size"] == 100
-    assert recorder["flush_interval"] == 1
+def test_the_server_writes_in_batches(served: Served) -> None:
+    """One by one, states and events keep its database so busy that it refuses every other start of an iteration, for two seconds each."""
+    services = served.ask("admin/settings")["server"]["services"]
+    assert services["task_run_recorder"]["batch_size"] == 100
+    assert services["task_run_recorder"]["flush_interval"] == 1
+    assert services["event_persister"]["batch_size"] == 500
+
+
+def schedule(served: Served) -> dict[str, Any]:
+    (only,) = served.ask("deployments/name/opd/train")["schedules"]
+    return only
+
+
+def test_the_schedule_is_off_until_someone_turns_it_on(served: Served) -> None:
+    assert not schedule(served)["active"]
 
 
 def test_a_folder_is_served_once(served: Served) -> None:
@@ -82,8 +90,19 @@ def test_whoever_is_killed_a_retry_finishes_with_the_undisturbed_result(served: 
     assert served.runner is not None
     served.runner.wait()
     wait_for(lambda: served.state(run) == "COMPLETED", 300, lambda: served.log)
+    turned_on = served.prefect("deployment", "schedule", "resume", "opd/train", schedule(served)["id"])
+    assert turned_on.returncode == 0, turned_on.stdout + turned_on.stderr
     served.serve()
     assert "its process is gone" not in served.log
+    assert schedule(served)["active"], "serving again has turned the schedule off"
+    said = {
+        "logs": {
+            "task_run_id": {"any_": [task["id"] for task in served.ask("task_runs/filter", {"task_runs": {"name": {"any_": ["optimize@it001"]}}})]}
+        }
+    }
+    assert "optimize it001: from 3 inputs" in {line["message"] for line in served.ask("logs/filter", said)}, (
+        "the stage's output isn't in its task's log"
+    )
 
     other = make_toy(tmp_path)
     (tmp_path / "params.yaml").write_bytes((served.toy.folder / "params.yaml").read_bytes())

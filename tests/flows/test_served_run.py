@@ -5,6 +5,7 @@ The environment and the policy are the smallest; W&B keeps its runs offline, as 
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,8 +17,7 @@ import pytest
 
 from tests.flows.served import Served, free_port, wait_for
 from tests.flows.toy import ROOT, Toy
-from tests.small_run import PARAMS, run_stage
-from vla_opd.artifacts import open_artifact
+from tests.small_run import PARAMS, STAGES, run_stage
 from vla_opd.tracking import executions
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -53,16 +53,37 @@ def checkout(folder: Path) -> Toy:
     return project
 
 
-def elsewhere(project: Served) -> set[str]:
-    """The addresses off this machine to which any process of the project, of whatever language, has a connection now."""
+LOOPBACK = re.compile(r"127\..*|::1|::ffff:127\..*")
+CALLS = ["strace", "-f", "--seccomp-bpf", "-qq", "-e", "trace=connect,sendto,sendmsg,sendmmsg", "-e", "signal=none", "-o"]
+ADDRESS = re.compile(r'inet_(?:addr\(|pton\(AF_INET6, )"([^"]+)"')
+
+
+def open_to_others(project: Served) -> set[str]:
+    """The addresses other than loopback at which any process of the project listens now."""
     found: set[str] = set()
     for pid in project.processes():
         try:
             connections = psutil.Process(pid).net_connections("inet")
         except psutil.Error:
             continue
-        found |= {connection.raddr.ip for connection in connections if connection.raddr and not connection.raddr.ip.startswith(("127.", "::1"))}
-    return found
+        found |= {connection.laddr.ip for connection in connections if connection.status == psutil.CONN_LISTEN}
+    return {address for address in found if not LOOPBACK.fullmatch(address)}
+
+
+def digests(run: Path) -> dict[str, str]:
+    """Of every artifact of a run."""
+    return {str(path.parent.relative_to(run)): json.loads(path.read_text())["digest"] for path in run.glob("*/*/manifest.json")}
+
+
+def undisturbed(folder: Path) -> dict[str, str]:
+    """The digests of the same run in one go, stage by stage, without Prefect and DVC."""
+    folder.mkdir()
+    (folder / "params.yaml").write_text(SETTINGS)
+    run_stage(folder, STAGES["demonstrations/main"], workers=1)
+    for artifact, arguments in ({"checkpoints/base": ["finetune", "--name", "base"]} | STAGES).items():
+        if artifact not in ("demonstrations/main", "evaluations/start", "evaluations/teacher"):
+            run_stage(folder, arguments, workers=1)
+    return digests(folder / "artifacts/small")
 
 
 def test_everything_killed_in_the_middle_of_an_optimisation_the_retry_ends_with_the_undisturbed_digests(
@@ -71,26 +92,29 @@ def test_everything_killed_in_the_middle_of_an_optimisation_the_retry_ends_with_
     secret = f"hunter2-{os.urandom(8).hex()}"
     for name in ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "PREFECT_API_KEY"):
         monkeypatch.setenv(name, secret)
-    project = Served(checkout(tmp_path), free_port())
-    run = tmp_path / "artifacts/small"
-    contacted: set[str] = set()
+    project = Served(checkout(tmp_path / "project"), free_port())
+    run = tmp_path / "project/artifacts/small"
+    listening: set[str] = set()
 
     def under_watch(reached: bool) -> bool:
         assert "Finished in state Failed" not in project.log, project.log
-        contacted.update(elsewhere(project))
+        listening.update(open_to_others(project))
         return reached
 
     try:
-        project.serve()
+        project.serve(*CALLS, str(tmp_path / "before"))
         command = [sys.executable, "-m", "prefect", "deployment", "run", "opd/train", "--watch"]
-        with (tmp_path / "watch.log").open("w") as log, subprocess.Popen(command, cwd=tmp_path, env=project.environment, stdout=log, stderr=log):
+        with (
+            (tmp_path / "watch.log").open("w") as log,
+            subprocess.Popen(command, cwd=project.toy.folder, env=project.environment, stdout=log, stderr=log),
+        ):
             saved = "checkpoints/.it001.*/**/training.safetensors"
             wait_for(lambda: under_watch(any(run.glob(saved))), 300, lambda: project.log)
-            made = {path.parent: path.read_bytes() for path in run.glob("*/*/manifest.json")}
+            made = {path: path.stat().st_mtime_ns for path in run.glob("*/*/manifest.json")}
             project.kill_everything()
         assert not (run / "checkpoints/it001").exists()
 
-        project.serve()
+        project.serve(*CALLS, str(tmp_path / "after"))
         (name,) = [line.split(":")[0].strip() for line in project.log.splitlines() if "its process is gone" in line]
         assert project.prefect("flow-run", "retry", name).returncode == 0
         both = "Finished in state Completed()"  # the iteration, then the run
@@ -98,19 +122,21 @@ def test_everything_killed_in_the_middle_of_an_optimisation_the_retry_ends_with_
         assert project.state(name) == "COMPLETED"
         assert "optimize it001: going on from step" in project.log
         assert "teacher" in project.log.rpartition("before")[2], "the deployment's log has no table at its end"
+        contacted = set(ADDRESS.findall("".join((tmp_path / trace).read_text() for trace in ("before", "after"))))
+        # The server looks up what kinds of worker there are, on the internet, for who makes a work pool: that is asked for.
         for words in (["work-pool", "create", "opd", "--type", "process"], ["--no-prompt", "deploy", "--all"]):  # as prefect.yaml says
             assert (done := project.prefect(*words)).returncode == 0, done.stdout + done.stderr
         assert "'work_pool_name': 'opd'" in project.prefect("deployment", "inspect", "opd/train").stdout
     finally:
         project.kill_everything()
-    assert contacted == set()
-    assert [path for path in tmp_path.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()] == []
-    assert list((tmp_path / "artifacts/.metrics/wandb").glob("offline-run-*"))
-    assert {path: (path / "manifest.json").read_bytes() for path in made} == made, "something that was finished was made again"
+    assert listening == set()
+    assert "127.0.0.1" in contacted, "strace has seen nothing"
+    assert {address for address in contacted if not LOOPBACK.fullmatch(address)} == set()
+    assert [path for path in project.toy.folder.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()] == []
+    metrics = project.toy.folder / "artifacts/.metrics"
+    assert list((metrics / "wandb").glob("offline-run-*"))
+    assert len(made) >= 6
+    assert {path: path.stat().st_mtime_ns for path in made} == made, "something that was finished was made again"
     assert json.loads((run / "report/summary.json").read_text())["final"]["episodes"] == 4
-    assert {"optimize", "report"} <= {one.stage for one in executions(tmp_path / "artifacts/.metrics/small")}
-
-    digest = open_artifact(run / "checkpoints/it001", "checkpoint").digest
-    shutil.rmtree(run / "checkpoints/it001")
-    run_stage(tmp_path, ["optimize", "--iteration", "it001"], workers=1)
-    assert open_artifact(run / "checkpoints/it001", "checkpoint").digest == digest
+    assert {"optimize", "report"} <= {one.stage for one in executions(metrics / "small")}
+    assert digests(run) == undisturbed(tmp_path / "undisturbed")

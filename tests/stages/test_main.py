@@ -54,11 +54,17 @@ def test_what_label_and_optimize_would_refuse_stops_before_any_rollout(
     assert command.main([*arguments, "optimize.objective=mse"]) == 2
     assert "optimize.objective is 'mse'; expected one of" in capsys.readouterr().err
 
+    same = ["environment.cameras=[front, side]", "--set", "environment.image_size=20", "--set", "policy.crop=16"]
+    assert command.main([*arguments, *same]) == 2
+    assert "checkpoints/teacher: no manifest.json; expected a complete artifact of kind 'checkpoint'" in capsys.readouterr().err
+
     weights = build_policy(small.FACTS).state_dict()
     other = small.FACTS.model_copy(update={"action_space": small.SPACE.model_copy(update={"q99": tuple(q + 1 for q in small.SPACE.q99)})})
-    publish(project / ROOT / "checkpoints/student", weights, {"checkpoint": small.FACTS.model_dump()})
     publish(project / ROOT / "checkpoints/teacher", weights, {"checkpoint": other.model_dump()})
-    same = ["environment.cameras=[front, side]", "--set", "environment.image_size=20", "--set", "policy.crop=16"]
+    assert command.main([*arguments, *same]) == 2
+    assert "checkpoints/student: no manifest.json; expected a complete artifact of kind 'checkpoint'" in capsys.readouterr().err
+
+    publish(project / ROOT / "checkpoints/student", weights, {"checkpoint": small.FACTS.model_dump()})
     assert command.main([*arguments, *same]) == 2
     assert "action_space.q99" in capsys.readouterr().err
     assert called == []
@@ -84,8 +90,13 @@ def test_what_label_and_optimize_would_refuse_stops_before_any_rollout(
     ],
 )
 def test_a_stage_finds_its_inputs_and_its_output(
-    called: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str], arguments: list[str], expected: tuple[object, ...]
+    called: list[tuple[Any, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    expected: tuple[object, ...],
 ) -> None:
+    monkeypatch.setattr(command, "_check_what_follows", lambda *_: None)  # nothing is there
     assert command.main(arguments) == 0
     ((*found, host),) = called
     assert tuple(found) == expected
@@ -119,6 +130,16 @@ def test_a_mistake_is_one_message_and_exit_code_2(project: Path, capsys: pytest.
     assert message in answer.err
     assert answer.err.startswith(f"{arguments[0]}: ")
     assert not answer.out
+
+
+def test_with_dvc_the_teacher_may_be_made_after_the_first_sample(
+    called: list[tuple[Any, ...]], project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DVC_STAGE", "sample@it001")
+    monkeypatch.setattr(command, "die_with_parent", lambda: None)
+    publish(project / ROOT / "checkpoints/student", build_policy(small.FACTS).state_dict(), {"checkpoint": small.FACTS.model_dump()})
+    assert command.main(["sample", "--iteration", "it001"]) == 0
+    assert len(called) == 1
 
 
 def test_a_missing_params_file_is_a_mistake(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,29 @@ def test_two_workers_write_the_same_bytes(undisturbed: Path, tmp_path: Path) -> 
         assert _bytes(tmp_path / "artifacts/small" / artifact) == _bytes(undisturbed / "artifacts/small" / artifact), artifact
 
 
+@pytest.mark.parametrize("artifact", sorted(STAGES.keys() - {"report/page"}))  # it is a view of the others
+def test_every_manifest_names_stepping_and_render(undisturbed: Path, artifact: str) -> None:
+    manifest = _manifest(undisturbed / "artifacts/small" / artifact)
+    named = (
+        manifest["params"].get("environment") or manifest["facts"].get("environment") or manifest["facts"].get("checkpoint", {}).get("environment")
+    )
+    assert {key: named[key] for key in ("stepping", "render")} == {"stepping": "fast", "render": "fast"}
+
+
+def test_a_checkpoint_is_scored_under_another_stepping_only_if_that_is_said(
+    undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = _all_but("evaluations/final", undisturbed, tmp_path)
+    arguments = [*STAGES["evaluations/final"], "--set", "environment.stepping=exact", "--set", "evaluate.episodes=1"]
+    with chdir(tmp_path):
+        assert command.main([*arguments, *HOST]) == 2
+        assert "environment.stepping is 'exact'; expected 'fast'" in capsys.readouterr().err
+        assert not out.exists()
+        assert command.main([*arguments, "--set", "evaluate.allow_mismatch=true", *HOST]) == 0
+    params = _manifest(out)["params"]
+    assert (params["environment"]["stepping"], params["evaluate"]["allow_mismatch"]) == ("exact", True)
+
+
 @pytest.mark.parametrize("artifact", KILLED_AT)
 def test_a_killed_stage_goes_on_to_the_same_bytes(undisturbed: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], artifact: str) -> None:
     """Killed as soon as it has finished a chosen part of its work: it publishes nothing, and the next run does not do that part again."""
@@ -91,6 +114,33 @@ def test_a_stage_killed_at_random_goes_on_to_the_same_bytes(undisturbed: Path, t
     print(f"{SEED}={seed}: {artifact} ended with {code}")  # pytest shows it if the test fails
     assert out.exists() or code == -signal.SIGKILL
     _goes_on(undisturbed, tmp_path, artifact, _finished(_draft(out)), capfd)
+
+
+METAWORLD = {
+    "environment": "{family: metaworld, tasks: [window-open-v3, window-close-v3], image_size: 32, settle: 0, cameras: [corner4]}",
+    "demonstrations": "{main: {episodes: 2}}",
+    "demonstrate": "{expert: metaworld, horizon: 200}",
+    "teacher": "{demonstrations: main, steps: 1, learning_rate: 1.0e-3}",
+    "student": "{parent: teacher, demonstrations: main, per_task: 1, steps: 1, learning_rate: 1.0e-3}",
+    "sample": "{group: 2, horizon: 24, prompts: 1}",
+}
+
+
+def test_a_killed_stage_goes_on_to_the_bytes_of_one_worker_on_metaworld_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    settings = "\n".join(f"{key}: {METAWORLD.get(key, said)}" for key, said in (line.split(": ", 1) for line in PARAMS.strip().splitlines()))
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    for folder in (undisturbed, killed):
+        folder.mkdir()
+        (folder / "params.yaml").write_text(settings)
+    for artifact in ("demonstrations/main", "checkpoints/teacher", "checkpoints/student", "trajectories/it001"):
+        run_stage(undisturbed, STAGES[artifact], workers=1)
+        out = killed / "artifacts/small" / artifact
+        if artifact.startswith("checkpoints"):
+            out.parent.mkdir(exist_ok=True)
+            out.symlink_to(undisturbed / "artifacts/small" / artifact)
+        else:
+            assert _killed(killed, artifact, 1) == -signal.SIGKILL
+            _goes_on(undisturbed, killed, artifact, _finished(_draft(out)), capfd)
 
 
 def _goes_on(undisturbed: Path, folder: Path, artifact: str, finished: int, captured: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ import importlib.util
 import logging
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -209,6 +210,7 @@ def _prepare_robosuite() -> None:
     assert libero is not None
     assert libero.submodule_search_locations
     os.environ.setdefault("LIBERO_CONFIG_PATH", libero.submodule_search_locations[0])  # holds no config.yaml: the package's own paths
+    os.environ.setdefault("MPLCONFIGDIR", tempfile.gettempdir())  # LIBERO imports matplotlib, which would make a folder at home
     logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
     if "robosuite" in sys.modules:
         return

@@ -3,9 +3,11 @@
 # ruff: noqa: NPY002 (robosuite draws from numpy's global generator, and these tests look after it)
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -272,3 +274,12 @@ def test_importing_starts_nothing() -> None:
     )
     child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert json.loads(child.stdout) == [[], True]
+
+
+@simulator
+def test_a_simulator_writes_nothing_at_home_and_says_nothing(tmp_path: Path) -> None:
+    script = "from tests.vla_opd.envs import test_libero as t; t.make(t._params()).close()"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "MPL"))} | {"HOME": str(tmp_path)}
+    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment, stdin=subprocess.DEVNULL)
+    assert (child.stdout, child.stderr) == ("", "")
+    assert list(tmp_path.iterdir()) == []
