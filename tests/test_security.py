@@ -13,6 +13,8 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
+import google_crc32c
+import numcodecs
 import numpy as np
 import pytest
 from ruamel.yaml import YAML
@@ -126,12 +128,36 @@ def chunked(*sizes: int) -> dict[str, object]:
         ({"data_type": {"name": "numpy.object", "configuration": {}}}, ""),
         ({"data_type": "string"}, ""),
         ({"codecs": [{"name": "pickle", "configuration": {}}]}, ""),
+        (
+            {"codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, *[{"name": "zstd", "configuration": {"level": 1}}] * 2]},
+            "is packed by",
+        ),
     ],
 )
 def test_an_array_that_would_fill_the_memory_or_is_not_of_numbers_is_refused(tmp_path: Path, described: dict[str, object], told: str) -> None:
     path = shard(tmp_path / "shard-000", **described)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ValueError, match=f"{re.escape(str(path))}.*{told}"):
+        read_shard(path, 1)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 50_000  # KiB
+
+
+def zeros(blocks: int, says_its_size: bool) -> bytes:
+    """A Zstandard frame of blocks of 128 KiB of zeros, four bytes each (RFC 8878: a block of one repeated byte)."""
+    size, block = (2**17 * blocks).to_bytes(4, "little"), 1 << 1 | 2**17 << 3
+    head = bytes([0b1000_0000, 0b0011_1000, *size]) if says_its_size else bytes([0, 0b0011_1000])
+    return bytes.fromhex("28b52ffd") + head + b"".join((block | (n == blocks - 1)).to_bytes(3, "little") + b"\0" for n in range(blocks))
+
+
+@pytest.mark.parametrize("says_its_size", [True, False])
+def test_a_chunk_that_unpacks_to_more_than_a_chunk_is_refused_before_there_is_room_for_it(tmp_path: Path, says_its_size: bool) -> None:
+    assert numcodecs.Zstd().decode(zeros(3, says_its_size)) == bytes(3 * 2**17)
+    path = tmp_path / "shard-000"
+    write_shard(path, np.zeros((1, 2, 3), np.float16))
+    frame = zeros(8192, says_its_size)  # a gigabyte in 33 kB
+    rewrite(path, members(path) | {"log_probs/c/0/0/0": frame + google_crc32c.value(frame).to_bytes(4, "little")})
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=rf"log_probs/c/0/0/0 unpacks to {2**30 if says_its_size else None} bytes, not 192"):
         read_shard(path, 1)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 50_000  # KiB
 
