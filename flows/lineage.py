@@ -83,9 +83,9 @@ def _line(told: History, artifact: Artifact) -> str:
 
 
 def how(made: Origin) -> Iterator[str]:
-    """The stage that made it, who ran it, where, when, for how long and as which run of Prefect and W&B, and the commit that has its code."""
+    """The stage that made it, its command, who ran it, where, when, for how long and as which run of Prefect and W&B, and the commit of its code."""
     if made.stage:
-        yield made.stage
+        yield f"{made.stage}, by {made.command}"
     if last := made.last:
         times = f", {len(made.executions)} times" if len(made.executions) > 1 else ""
         yield f"{last.began:%Y-%m-%d %H:%M} UTC by {last.user} on {last.host} in {round((last.ended - last.began).total_seconds())} s{times}"

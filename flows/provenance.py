@@ -24,12 +24,14 @@ class Origin:
     """How an artifact was made, as far as anyone knows.
 
     stage:      as DVC addresses it, e.g. `label@it003`; empty unless dvc.lock holds these very bytes at this place.
+    command:    what DVC ran for it.
     code:       file or folder: md5, as dvc.lock has it.
     commit:     the commit that brought the files to exactly that; empty if no commit in the history has them.
     executions: who ran it, where and when, the last one last; those that gave this very digest.
     """
 
     stage: str = ""
+    command: str = ""
     code: Mapping[str, str] | None = None
     commit: str = ""
     executions: tuple[Execution, ...] = ()
@@ -55,7 +57,7 @@ def origin(artifact: Artifact, metrics: Path = METRICS) -> Origin:
     if entry is None or folder_md5(artifact.folder) != entry["md5"]:
         return Origin(executions=ran)
     code = {dep["path"]: dep["md5"] for dep in entry["deps"] if not dep["path"].startswith(f"{ROOT}/")}
-    return Origin(entry["name"], code, commit_with(tuple(sorted(code.items()))), ran)
+    return Origin(entry["name"], entry["cmd"].removeprefix("exec "), code, commit_with(tuple(sorted(code.items()))), ran)
 
 
 @cache

@@ -9,7 +9,6 @@ import time
 import urllib.request
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -32,9 +31,14 @@ def in_use() -> Generator[str]:
     """The address of a Prefect API that answers, as Prefect's own setting for as long as the context lasts. Errors as of `ensure`."""
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    url = ensure(PREFECT_API_URL.value() or LOCAL, meanwhile=partial(import_module, "flows.train"))
+    url = ensure(PREFECT_API_URL.value() or LOCAL, meanwhile=_import_what_a_run_needs)
     with temporary_settings({PREFECT_API_URL: url}):
         yield url
+
+
+def _import_what_a_run_needs() -> None:
+    for name in ("flows.train", "dvc.repo.reproduce"):
+        import_module(name)
 
 
 def ensure(url: str, meanwhile: Callable[[], object] = lambda: None) -> str:

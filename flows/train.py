@@ -31,6 +31,7 @@ from vla_opd.params import load
 
 BUSY_RETRIES, BUSY_DELAY = 720, 5  # an hour: as long as a stage that someone runs by hand may take
 PASSING_EVERY = 15.0  # seconds between a progress bar's lines that the run's log keeps
+TARGET = r"^(demonstrate|base|teacher|student|sample|label|optimize|evaluate|report)(@[\w.-]+)?$"
 States = dict[str, State[Any]]
 
 
@@ -99,7 +100,11 @@ def iteration(name: str, steps: list[Step]) -> States:
 
 
 @flow(name="opd")
-def opd(settings: Settings | None = None, iterations: Annotated[int, Field(ge=1)] | None = None, targets: list[str] | None = None) -> States:
+def opd(
+    settings: Settings | None = None,
+    iterations: Annotated[int, Field(ge=1)] | None = None,
+    targets: list[Annotated[str, Field(pattern=TARGET)]] | None = None,
+) -> States:
     """Bring the run that params.yaml describes up to date.
 
     Args:

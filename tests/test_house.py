@@ -13,6 +13,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from flows import cli
+from flows.train import TARGET
 from stages.__main__ import VERBS
 from vla_opd.params import Params, load
 
@@ -80,6 +81,11 @@ def test_every_verb_has_its_stage_its_file_and_its_section() -> None:
 
 def test_params_has_a_section_for_every_verb_and_reference_checkpoint() -> None:
     assert {*VERBS, *REFERENCE} <= set(run_sections())
+
+
+def test_the_deployment_knows_the_stages_by_name() -> None:
+    names = re.findall(r"\w+", TARGET.partition("(@")[0])
+    assert set(names) == set(pipeline())
 
 
 def test_the_commands_of_dvc_yaml_are_the_stages_own() -> None:

@@ -101,7 +101,7 @@ def test_the_code_of_dvc_lock_is_found_in_the_history_of_git(tmp_path: Path, roo
 schema: '2.0'
 stages:
   label@it001:
-    cmd: python
+    cmd: exec python -m stages label --iteration it001
     deps:
     - {path: artifacts/one/trajectories/it001, hash: md5, md5: 0.dir}
     - {path: stages/label.py, hash: md5, md5: MD5}
@@ -118,7 +118,7 @@ stages:
         made = told(root).origins[labels.digest]
         assert (made.stage, made.commit) == ("label@it001", commit)
     line = next(line for line in answers.history(told(root)).splitlines() if "logits: one/logits/it001" in line)
-    assert "label@it001; its code is in no commit" in line
+    assert "label@it001, by python -m stages label --iteration it001; its code is in no commit" in line
 
 
 def test_a_lock_of_other_bytes_says_nothing_of_an_artifact(tmp_path: Path, root: Path) -> None:

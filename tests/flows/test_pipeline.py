@@ -1,6 +1,6 @@
 """What DVC's plan, locks and missing data do, on the real dvc.yaml over toy stages."""
 
-import json
+import os
 import shutil
 import subprocess
 import sys
@@ -170,15 +170,16 @@ def test_a_failing_stage_hands_back_its_last_words(toy: Toy, monkeypatch: pytest
     assert "demonstrate main: no luck" in failure.value.said
 
 
-def test_another_dvc_at_work_is_busy(toy: Toy) -> None:
-    out = str(toy.folder / "artifacts/toy/demonstrations/main")
-    (toy.folder / ".dvc/tmp").mkdir()
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "repro"]) as other:
-        try:
-            (toy.folder / ".dvc/tmp/rwlock").write_text(json.dumps({"write": {out: {"pid": other.pid, "cmd": "dvc repro"}}}))
-            with pytest.raises(Busy):
-                pipeline.bring("demonstrate@main", lambda _: None)
-            with pytest.raises(Busy):
-                pipeline.plan(patience=0)
-        finally:
-            other.kill()
+def test_a_dvc_repro_by_hand_that_is_at_work_is_left_to_it_and_its_work_is_used(toy: Toy) -> None:
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "TOY_SLEEPS": "demonstrate main"}
+    command = [sys.executable, "-m", "dvc", "repro", "demonstrate@main"]
+    with subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert any(line == "demonstrate main: from 0 inputs\n" for line in other.stdout)
+        with pytest.raises(Busy):
+            pipeline.plan(patience=0)
+        with pytest.raises(Busy):
+            pipeline.bring("demonstrate@main", lambda _: None)
+        other.stdout.read()
+    assert other.returncode == 0
+    assert not pipeline.bring("demonstrate@main", lambda _: None)

@@ -34,6 +34,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         ('settings={"optimize.lr": 0.1}', "'optimize.lr' was unexpected"),
         ('settings={"optimize.steps": "many"}', "'many' is not of type 'integer'"),
         ("iterations=0", "0 is less than the minimum"),
+        ('targets=["optimise@it001"]', "'optimise@it001' does not match"),
         ('targets="report"', "field 'targets'. Failure reason: 'report' is not valid"),
     ],
 )

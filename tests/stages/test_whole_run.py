@@ -91,6 +91,12 @@ def test_a_checkpoint_is_scored_under_another_stepping_only_if_that_is_said(
     assert (params["environment"]["stepping"], params["evaluate"]["allow_mismatch"]) == ("exact", True)
 
 
+def test_rollouts_by_the_benchmarks_own_protocol_say_so(undisturbed: Path, tmp_path: Path) -> None:
+    out = _all_but("trajectories/it001", undisturbed, tmp_path)
+    run_stage(tmp_path, [*STAGES["trajectories/it001"], "--set", "sample.protocol=benchmark", "--set", "sample.group=1"], workers=1)
+    assert _manifest(out)["params"]["sample"]["protocol"] == "benchmark"
+
+
 @pytest.mark.parametrize("artifact", KILLED_AT)
 def test_a_killed_stage_goes_on_to_the_same_bytes(undisturbed: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], artifact: str) -> None:
     """Killed as soon as it has finished a chosen part of its work: it publishes nothing, and the next run does not do that part again."""
