@@ -36,13 +36,13 @@ class Written:
 
 
 class Memory:
-    """DVC's three functions for the text of a lock file, taking what they can from memory. They give the same, byte for byte.
+    """DVC's functions for the text of a lock file, taking what they can from memory. They give the same, byte for byte.
 
-    parse, parse_for_update, dump: DVC's own.
+    parse, parse_for_update, validate, dump: DVC's own.
     """
 
-    def __init__(self, parse: Parse, parse_for_update: Parse, dump: Dump) -> None:
-        self._parse, self._parse_for_update, self._dump = parse, parse_for_update, dump
+    def __init__(self, parse: Parse, parse_for_update: Parse, validate: Parse, dump: Dump) -> None:
+        self._parse, self._parse_for_update, self._validate, self._dump = parse, parse_for_update, validate, dump
         self._read = lru_cache(maxsize=8)(parse)
         self._last = Written()
         self._given = Written()  # to DVC, which may have changed it by halves: not to be used again before it is written
@@ -59,6 +59,10 @@ class Memory:
             self._given, self._last = self._last, Written()
             return self._given.says
         return self._parse_for_update(text, path)
+
+    def validated(self, data: Any, schema: Any, text: str | None = None, *rest: Any, **named: Any) -> Any:
+        """What a text says, if the schema allows it. What DVC itself made for a lock file, it does."""
+        return data if text and text == self._last.text else self._validate(data, schema, text, *rest, **named)
 
     def dumped(self, data: Any, stream: TextIO) -> None:
         """Write what `data` says; of dvc.lock only the stages that are others than in memory are put into words."""
@@ -109,6 +113,8 @@ def remember() -> None:
     from dvc.utils import strictyaml
     from dvc.utils.serialize import _yaml
 
-    memory = Memory(_yaml.parse_yaml, _yaml.parse_yaml_for_update, _yaml._dump)  # noqa: SLF001 - DVC 3.67; a test tells when they are elsewhere
+    # Of DVC 3.67; a test tells when they are elsewhere.
+    memory = Memory(_yaml.parse_yaml, _yaml.parse_yaml_for_update, strictyaml.validate, _yaml._dump)  # noqa: SLF001
     strictyaml.parse_yaml = _yaml.parse_yaml = memory.parsed
+    strictyaml.validate = memory.validated
     _yaml.parse_yaml_for_update, _yaml._dump = memory.parsed_for_update, memory.dumped  # noqa: SLF001

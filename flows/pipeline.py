@@ -9,6 +9,8 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from flows import dvc, locks
@@ -16,6 +18,7 @@ from flows.dvc import Line, Tell
 from vla_opd.host import TASK_RUN
 from vla_opd.params import load
 
+PARAMS = Path("params.yaml")
 PER_ITERATION = ("sample", "label", "optimize")  # the stages that dvc.yaml repeats for each of `iterations`
 LOCKED = re.compile(r"is busy, it is being blocked|Unable to acquire lock")
 
@@ -43,6 +46,7 @@ class Step:
     missing: one of its outs isn't there.
     due:     it may have to run. A step that isn't due needs no DVC call at all.
     outs:    the folders that it makes.
+    run:     the name of the run.
     settings: the digest of all settings at the time of the plan.
     """
 
@@ -52,6 +56,7 @@ class Step:
     missing: bool = True
     due: bool = True
     outs: tuple[str, ...] = ()
+    run: str = ""
     settings: str = ""
 
     @property
@@ -99,10 +104,17 @@ def _survey(targets: tuple[str, ...], settings: str) -> tuple[Step, ...]:
         graph = get_active_graph(repo.index.graph)
         stages: list[Any] = plan_repro(graph, collect_stages(repo, targets or ("dvc.yaml",)))
         _require_sections(stages)
-        return tuple(_step(stage, list(graph.successors(stage)), settings) for stage in stages)
+        run = load().run.name
+        return tuple(replace(_step(stage, list(graph.successors(stage))), run=run, settings=settings) for stage in stages)
 
 
 def _settings() -> str:
+    return _digest(PARAMS.read_bytes() if PARAMS.is_file() else b"")
+
+
+@lru_cache(maxsize=1)
+def _digest(_text: bytes) -> str:
+    """Of what params.yaml says. It is asked before every stage, and read, checked and dumped for it only if the text is another."""
     return hashlib.sha256(load().model_dump_json().encode()).hexdigest()
 
 
@@ -126,7 +138,7 @@ def _require_sections(stages: Iterable[Any]) -> None:
                 )
 
 
-def _step(stage: Any, upstream: list[Any], settings: str) -> Step:
+def _step(stage: Any, upstream: list[Any]) -> Step:
     """`changed(allow_missing=True)` compares hashes of what is there, and takes dvc.lock's word for what isn't."""
     return Step(
         name=stage.addressing,
@@ -134,7 +146,6 @@ def _step(stage: Any, upstream: list[Any], settings: str) -> Step:
         stale=stage.changed(allow_missing=True, upstream=upstream),
         missing=not all(out.exists for out in stage.outs),
         outs=tuple(out.def_path for out in stage.outs),
-        settings=settings,
     )
 
 

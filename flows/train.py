@@ -3,6 +3,7 @@
 Prefect says when, who and how it went; what is up to date is DVC's to say. So tasks aren't cached here, and end `Completed` or `Unchanged`.
 """
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,6 +32,7 @@ from vla_opd.params import load
 
 BUSY_RETRIES, BUSY_DELAY = 720, 5  # an hour: as long as a stage that someone runs by hand may take
 PASSING_EVERY = 15.0  # seconds between a progress bar's lines that the run's log keeps
+DEPLOYED = "PREFECT__FLOW_RUN_ID"  # a deployment's runner says so to the process that it starts for a run
 TARGET = r"^(demonstrate|base|teacher|student|sample|label|optimize|evaluate|report)(@[\w.-]+)?$"
 States = dict[str, State[Any]]
 
@@ -69,7 +71,7 @@ def _ran(step: Step, screen: StageLine, tell: Tell, task_run: str = "") -> bool:
         screen.failed()
         raise
     if ran:
-        summary.note(METRICS / load().run.name, step.name, time.monotonic() - began)
+        summary.note(METRICS / step.run, step.name, time.monotonic() - began)
         screen.ran()
     else:
         screen.unchanged("its inputs came out the same")
@@ -131,6 +133,10 @@ def opd(
         print(f"\n  Prefect's server does not answer any more ({error}): going on without it", file=sys.stderr, flush=True)
     with presence.orphaned(run):  # on the server it will be running still
         bring_alone(targets or ())
+    if DEPLOYED in os.environ:  # Prefect would go on for minutes to tell the lost server of the end, and nobody else is in this process
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
     return {}
 
 

@@ -28,6 +28,7 @@ Log = Callable[[Mapping[str, float], int], None]
 EXECUTIONS = "executions.jsonl"
 UNREACHABLE = "wandb-unreachable"  # says why an online W&B run did not start; each try costs a stage up to 20 s
 UNREACHABLE_FOR = 3600.0  # seconds
+ANSWERS_WITHIN = 20.0  # seconds; without an answer until then W&B is taken for unreachable
 CODE = ("flows", "stages", "vla_opd")
 
 
@@ -194,7 +195,7 @@ def _wandb(host: Host, run: str, stage: str, name: str, config: Mapping[str, Any
             dir=host.metrics,
             config={**config, **({"prefect_task_run": host.task_run} if host.task_run else {})},
             mode=mode,  # pyright: ignore[reportArgumentType] - WANDB_MODE is free text; wandb.init checks it
-            settings=wandb.Settings(silent=True, init_timeout=20, finish_timeout=60, console="off"),
+            settings=wandb.Settings(silent=True, init_timeout=ANSWERS_WITHIN, finish_timeout=60, console="off"),
         )
     except (wandb.Error, OSError, ValueError) as error:
         if mode != "online":

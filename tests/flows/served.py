@@ -45,6 +45,7 @@ class Served:
             "PYTHONPATH": f"{ROOT}{os.pathsep}{self.toy.folder / 'watch'}",
             "OPD_TEST_WATCH": str(self.toy.folder / "elsewhere.log"),
             "DO_NOT_TRACK": "1",
+            "PREFECT_CLIENT_MAX_RETRIES": "3",  # 14 seconds until a server is held for lost, not 62
             "TOY_SLEEPS": "optimize it001",
             "OPD_TEST_MARK": self.mark,
             "SHELL": "/bin/sh",  # DVC's choice where there is no login shell; dash keeps standing between DVC and the stage
@@ -84,9 +85,13 @@ class Served:
         """All of them: the server, the runner, the flow, dvc, the stage."""
         return [int(folder.name) for folder in Path("/proc").glob("[0-9]*") if self.mark.encode() in _environ(folder)]
 
+    def with_words(self, words: str) -> dict[int, str]:
+        """The processes of ours whose command lines have these words, and those lines."""
+        return {pid: line for pid in self.processes() if words in (line := _command(pid))}
+
     def kill(self, words: str) -> None:
         """SIGKILL the one process of ours whose command line has these words."""
-        found = {pid: line for pid in self.processes() if words in (line := _command(pid))}
+        found = self.with_words(words)
         assert len(found) == 1, [_command(pid) for pid in self.processes()]
         os.kill(next(iter(found)), signal.SIGKILL)
 

@@ -1,5 +1,6 @@
 """Questions in SQL, of a small run."""
 
+import re
 import shutil
 import time
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 from flows.audit import ask
 from flows.store import Store, read_store
 from tests.flows.test_lineage import executed, record
+from tests.flows.toy import ROOT
+from vla_opd.evaluation import read_records
 
 
 @pytest.fixture
@@ -26,17 +29,16 @@ def test_which_checkpoints_saw_this_shard(store: Store) -> None:
     assert ask(store, question) == (["name"], [("small/checkpoints/it001",)])
 
 
-def test_which_episodes_changed_between_two_evaluations(store: Store) -> None:
-    question = """
-        SELECT o.task, o.state, o.success, n.success
-        FROM episodes o JOIN artifacts a ON a.digest = o.evaluation AND a.name LIKE '%/start'
-        JOIN episodes n USING (task, state) JOIN artifacts b ON b.digest = n.evaluation AND b.name LIKE '%/teacher'
-        ORDER BY ALL
-    """
-    _, rows = ask(store, question)
-    assert len(rows) == 20
-    assert {task for task, *_ in rows} == {"red", "blue"}
-    assert ask(store, "SELECT count(*) FROM episodes")[1] == [(60,)]
+def test_the_questions_of_the_docs_are_answered(store: Store, undisturbed: Path) -> None:
+    saw, changed, succeeded = re.findall(r'opd audit "(.*)"', (ROOT / "docs/lineage.md").read_text())
+    assert ask(store, saw.replace("it003", "it001"))[1] == [("small/checkpoints/it001",)]
+    assert len(ask(store, succeeded)[1]) == 4  # two tasks, in demonstrations and in trajectories
+    evaluations = undisturbed / "artifacts/small/evaluations"
+    for after in ("final", "teacher"):
+        pairs = zip(read_records(evaluations / "start"), read_records(evaluations / after), strict=True)
+        expected = [(old.task, old.state, old.success, new.success) for old, new in pairs if old.success != new.success]
+        assert sorted(ask(store, changed.replace("%/final", f"%/{after}"))[1]) == sorted(expected)
+        assert expected or after == "final"
 
 
 def test_which_rollouts_of_an_iteration_succeeded(store: Store) -> None:

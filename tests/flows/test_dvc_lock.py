@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dvc.schema import COMPILED_LOCKFILE_SCHEMA
 from dvc.utils import strictyaml
 from dvc.utils.serialize import _yaml
 
@@ -31,6 +32,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(strictyaml, "parse_yaml", read)
     monkeypatch.setattr(_yaml, "parse_yaml_for_update", update)
     monkeypatch.setattr(_yaml, "_dump", plain_dump)
+    monkeypatch.setattr(strictyaml, "validate", lambda data, schema, text, path, **_: (texts.append(f"validated {len(text)}"), schema(data))[1])
     dvc_lock.remember()
     return texts
 
@@ -88,8 +90,11 @@ def test_each_stage_of_the_reference_changed_in_turn_is_written_as_dvc_writes_it
         with _yaml.modify_yaml(lock) as data:
             data["stages"].update({name: stages[name]})
         assert lock.read_text() == dumped({"schema": "2.0", "stages": stages}), name
-    assert strictyaml.load(str(lock))[0] == {"schema": "2.0", "stages": stages}
-    assert len(parsed) == 2, "what it says was parsed again"
+    assert strictyaml.load(str(lock), COMPILED_LOCKFILE_SCHEMA)[0] == {"schema": "2.0", "stages": stages}
+    assert len(parsed) == 2, "what it says was parsed or validated again"
+    lock.write_text(lock.read_text() + "\n")
+    assert strictyaml.load(str(lock), COMPILED_LOCKFILE_SCHEMA)[0]["stages"] == stages
+    assert parsed[2:] == [lock.read_text(), f"validated {len(lock.read_text())}"]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The deployment on a real Prefect server: started by command, killed whole in the middle of a stage, served again, retried, finished."""
 
+import json
 import os
 import re
 import signal
@@ -137,6 +138,19 @@ def test_a_run_whose_server_is_lost_goes_on_and_says_so_once(tmp_path: Path) -> 
     other = make_toy(tmp_path / "other")
     other.dvc("repro", "evaluate@final")
     assert alone.toy.lock == other.lock
+
+
+@pytest.mark.skipif("LONG" not in os.environ, reason="two minutes, as Prefect asks a lost server again and again; LONG=1 runs it")
+def test_a_deployed_run_whose_server_is_lost_does_its_work_and_ends(served: Served) -> None:
+    """Prefect would keep the process for minutes, to tell the server that isn't there of the run's end."""
+    before = served.log.count(IN_ITS_STAGE)
+    asked = served.prefect("deployment", "run", "opd/train", "-p", 'targets=["optimize@it001"]', "-p", 'settings={"optimize.steps": 6}')
+    assert asked.returncode == 0, asked.stdout + asked.stderr
+    wait_for(lambda: served.log.count(IN_ITS_STAGE) == before + 1, 120, lambda: served.log)
+    os.killpg(int((served.toy.folder / ".prefect/server.pid").read_text()), signal.SIGKILL)
+    wait_for(lambda: not served.with_words("spawn_main"), 120, lambda: served.log)
+    assert served.log.count("Prefect's server does not answer any more") == 1
+    assert json.loads(served.toy.dvc("status", "optimize@it001", "--json")) == {}
 
 
 def test_nothing_left_the_machine(served: Served) -> None:

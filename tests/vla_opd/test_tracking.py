@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from vla_opd import tracking
 from vla_opd.host import Host, TrackingMode
 from vla_opd.tracking import execution, executions, track
 
@@ -195,6 +196,7 @@ def test_a_server_that_is_silent_keeps_a_stage_for_seconds_only(tmp_path: Path, 
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+        monkeypatch.setattr(tracking, "ANSWERS_WITHIN", 4)
         with pytest.warns(UserWarning, match="W&B did not start"):
             record(host(tmp_path, "wandb"))
     assert list((tmp_path / "metrics/wandb").glob("offline-run-*"))
