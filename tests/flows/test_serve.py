@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
 
 from tests.flows.served import WATCH, Served, free_port, wait_for
-from tests.flows.toy import make_toy
+from tests.flows.toy import ROOT, make_toy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -61,6 +62,14 @@ def schedule(served: Served) -> dict[str, Any]:
 
 def test_the_schedule_is_off_until_someone_turns_it_on(served: Served) -> None:
     assert not schedule(served)["active"]
+
+
+def test_a_worker_of_a_pool_loads_the_flow_and_finds_dvc_itself() -> None:
+    """Loaded as a file, the flow would have its own folder searched first, where dvc.py is ours."""
+    (deployment,) = YAML(typ="safe").load((ROOT / "prefect.yaml").read_text())["deployments"]
+    load = f"from prefect.flows import load_flow_from_entrypoint as load; print(load({deployment['entrypoint']!r}).name); import dvc.exceptions"
+    loaded = subprocess.run([sys.executable, "-c", load], cwd=ROOT, text=True, capture_output=True, check=False)
+    assert (loaded.returncode, loaded.stdout) == (0, "opd\n"), loaded.stderr
 
 
 def test_a_folder_is_served_once(served: Served) -> None:
