@@ -21,6 +21,7 @@ from pathlib import Path
 from flows.server import free_port
 from flows.store import ROOT
 from vla_opd.params import load
+from vla_opd.tracking import git
 
 TIMES = "stage_seconds"
 COPIER = """
@@ -78,16 +79,12 @@ def _clone(clone: Path) -> None:
     run = ROOT / load().run.name
     if not (run / "report/page").is_dir():
         raise SystemExit(f"{run} has no report: make the run first")
-    _git("clone", "--quiet", "--shared", ".", str(clone))
-    for name in _git("ls-files", "--cached", "--others", "--exclude-standard", "-z").strip("\0").split("\0"):
+    git("clone", "--quiet", "--shared", ".", str(clone))
+    for name in git("ls-files", "--cached", "--others", "--exclude-standard", "-z").strip("\0").split("\0"):
         if Path(name).is_file() and name != "dvc.lock" and not name.startswith("artifacts/"):
             (clone / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(name, clone / name)
     (clone / "stages/__main__.py").write_text(COPIER.format(folder=str(run), made=str(Path.cwd()), times=str(clone.parent / TIMES)))
-
-
-def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], check=True, capture_output=True, text=True).stdout  # noqa: S603, S607
 
 
 @contextmanager

@@ -38,9 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse a command line and run it. Returns the exit code: 0; 1 for what the user is told; 2 for a command line that can't be read."""
     code = _obey(arguments)
     if LOST.is_set():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)  # Prefect's threads would go on for minutes to offer the lost server what they have for it
+        server.leave(code)
     return code
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from typing import NoReturn
 from urllib.parse import urlsplit
 
 HOME = Path(".prefect")
@@ -70,6 +71,13 @@ def answers(url: str) -> bool:
         return False
 
 
+def leave(code: int) -> NoReturn:
+    """End this process now, after its server was lost: Prefect's threads would go on for minutes to offer that one what they have for it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def _start(port: int) -> "subprocess.Popen[bytes]":
     """The server outlives this process: its own session, its output in a file."""
     HOME.mkdir(exist_ok=True)
@@ -97,6 +105,7 @@ def _taken(port: int) -> bool:
 
 
 def free_port() -> int:
+    """A port of this machine that nothing holds now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

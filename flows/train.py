@@ -20,7 +20,7 @@ from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settin
 from prefect.states import Completed
 from pydantic import Field
 
-from flows import dvc, gpu, pipeline, posted, presence, summary
+from flows import dvc, gpu, pipeline, posted, presence, server, summary
 from flows.dvc import Line, Tell
 from flows.pipeline import Busy, StageFailed, Step
 from flows.settings import Settings, extension, write
@@ -133,10 +133,8 @@ def opd(
         print(f"\n  Prefect's server does not answer any more ({error}): going on without it", file=sys.stderr, flush=True)
     with presence.orphaned(run):  # on the server it will be running still
         bring_alone(targets or ())
-    if DEPLOYED in os.environ:  # Prefect would go on for minutes to tell the lost server of the end, and nobody else is in this process
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+    if DEPLOYED in os.environ:  # and nobody else is in this process; a run from the terminal still has things to say
+        server.leave(0)
     return {}
 
 

@@ -29,6 +29,19 @@ def test_which_checkpoints_saw_this_shard(store: Store) -> None:
     assert ask(store, question) == (["name"], [("small/checkpoints/it001",)])
 
 
+def test_which_episodes_changed_between_two_evaluations(store: Store) -> None:
+    question = """
+        SELECT o.task, o.state, o.success, n.success
+        FROM episodes o JOIN artifacts a ON a.digest = o.evaluation AND a.name LIKE '%/start'
+        JOIN episodes n USING (task, state) JOIN artifacts b ON b.digest = n.evaluation AND b.name LIKE '%/teacher'
+        ORDER BY ALL
+    """
+    _, rows = ask(store, question)
+    assert len(rows) == 20
+    assert {task for task, *_ in rows} == {"red", "blue"}
+    assert ask(store, "SELECT count(*) FROM episodes")[1] == [(60,)]
+
+
 def test_the_questions_of_the_docs_are_answered(store: Store, undisturbed: Path) -> None:
     saw, changed, succeeded = re.findall(r'opd audit "(.*)"', (ROOT / "docs/lineage.md").read_text())
     assert ask(store, saw.replace("it003", "it001"))[1] == [("small/checkpoints/it001",)]

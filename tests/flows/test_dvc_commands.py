@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from flows import cli
-from tests.flows.served import free_port
+from flows.server import free_port
 from tests.flows.toy import Toy, make_toy, ran
 
 pytestmark = pytest.mark.slow
@@ -55,9 +55,7 @@ def test_dvc_repro_killed_with_its_stage_goes_on_there(toy: Toy, tmp_path: Path)
     changed = make_toy(tmp_path / "changed")
     for one in (toy, changed):
         one.edit("params.yaml", "optimize: {steps: 4}", "optimize: {steps: 6}")
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "TOY_SLEEPS": "optimize it001"}
-    command = [sys.executable, "-m", "dvc", "repro"]
-    with subprocess.Popen(command, cwd=toy.folder, env=environment, text=True, stdout=subprocess.PIPE, start_new_session=True) as killed:
+    with toy.started("repro", TOY_SLEEPS="optimize it001") as killed:
         assert killed.stdout is not None
         assert any(line.startswith("optimize it001: from") for line in killed.stdout)
         os.killpg(killed.pid, signal.SIGKILL)

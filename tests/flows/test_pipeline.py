@@ -1,9 +1,6 @@
 """What DVC's plan, locks and missing data do, on the real dvc.yaml over toy stages."""
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -171,9 +168,7 @@ def test_a_failing_stage_hands_back_its_last_words(toy: Toy, monkeypatch: pytest
 
 
 def test_a_dvc_repro_by_hand_that_is_at_work_is_left_to_it_and_its_work_is_used(toy: Toy) -> None:
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "TOY_SLEEPS": "demonstrate main"}
-    command = [sys.executable, "-m", "dvc", "repro", "demonstrate@main"]
-    with subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE) as other:
+    with toy.started("repro", "demonstrate@main", TOY_SLEEPS="demonstrate main") as other:
         assert other.stdout is not None
         assert any(line == "demonstrate main: from 0 inputs\n" for line in other.stdout)
         with pytest.raises(Busy):

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from tests.flows.served import WATCH, Served, free_port, wait_for
+from flows.server import free_port
+from tests.flows.served import WATCH, Served, wait_for
 from tests.flows.toy import ROOT, make_toy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -15,7 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.flows.served import Served, free_port, wait_for
+from flows.server import free_port
+from tests.flows.served import Served, wait_for
 from tests.flows.toy import ROOT, Toy
 from tests.small_run import PARAMS, STAGES, run_stage
 from vla_opd.tracking import executions

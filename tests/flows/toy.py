@@ -79,18 +79,23 @@ class Toy:
 
     def dvc(self, *words: str, check: bool = True) -> str:
         """The output of a dvc command in the project."""
-        environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-        done = subprocess.run(
+        with self.started(*words) as process:
+            output, _ = process.communicate()
+        assert not check or process.returncode == 0, output
+        return output
+
+    def started(self, *words: str, **environment: str) -> "subprocess.Popen[str]":
+        """A dvc command that was started in the project, in a session of its own."""
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        return subprocess.Popen(
             [sys.executable, "-m", "dvc", *words],
             cwd=self.folder,
-            env=environment,
+            env=os.environ | {"PATH": path} | environment,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            check=False,
+            start_new_session=True,
         )
-        assert not check or done.returncode == 0, done.stdout
-        return done.stdout
 
     def git(self, *words: str) -> None:
         subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *words], cwd=self.folder, check=True, capture_output=True)
