@@ -26,9 +26,10 @@ from vla_opd.host import Host
 
 Log = Callable[[Mapping[str, float], int], None]
 EXECUTIONS = "executions.jsonl"
-UNREACHABLE = "wandb-unreachable"  # says why an online W&B run did not start; each try costs a stage up to 20 s
+UNREACHABLE = "wandb-unreachable"  # says why W&B is not asked for an hour; each try costs a stage up to 20 s, and falling silent in the middle 60
 UNREACHABLE_FOR = 3600.0  # seconds
 ANSWERS_WITHIN = 20.0  # seconds; without an answer until then W&B is taken for unreachable
+UPLOADS_WITHIN = 60.0  # seconds; what W&B has not taken at the end of a stage by then stays here
 CODE = ("flows", "stages", "vla_opd")
 
 
@@ -136,11 +137,11 @@ def track(host: Host, run: str, stage: str, name: str, config: Mapping[str, Any]
         try:
             yield log
         finally:
-            online.call("finish")
+            online.finish()
 
 
 class _Online:
-    """A W&B run that fails nothing: the first time that W&B does not answer, it is given up with a warning."""
+    """A W&B run that fails nothing: the first time that W&B's own process does not answer, it is given up with a warning."""
 
     def __init__(self, run: Any, metrics: Path) -> None:
         self._run, self._metrics = run, metrics
@@ -158,6 +159,13 @@ class _Online:
 
                 wandb.teardown()  # now, and not with a traceback when the process ends
             warnings.warn(f"W&B was lost ({error or type(error).__name__}); metrics go to {self._metrics} as JSON lines only", stacklevel=3)
+
+    def finish(self) -> None:
+        """End the run. A server that has fallen silent shows only here, by the time that this takes; the next stages won't ask it."""
+        began = time.monotonic()
+        self.call("finish")
+        if time.monotonic() - began >= UPLOADS_WITHIN:
+            _take_for_unreachable(self._metrics, f"did not take a run's curves within {UPLOADS_WITHIN:.0f} s")
 
 
 @contextmanager
@@ -195,19 +203,23 @@ def _wandb(host: Host, run: str, stage: str, name: str, config: Mapping[str, Any
             dir=host.metrics,
             config={**config, **({"prefect_task_run": host.task_run} if host.task_run else {})},
             mode=mode,  # pyright: ignore[reportArgumentType] - WANDB_MODE is free text; wandb.init checks it
-            settings=wandb.Settings(silent=True, init_timeout=ANSWERS_WITHIN, finish_timeout=60, console="off"),
+            settings=wandb.Settings(silent=True, init_timeout=ANSWERS_WITHIN, finish_timeout=UPLOADS_WITHIN, console="off"),
         )
     except (wandb.Error, OSError, ValueError) as error:
         if mode != "online":
             warnings.warn(f"W&B did not start ({error}); metrics go to {host.metrics} as JSON lines only", stacklevel=2)
             return None
-        unreachable.write_text(str(error))
-        warnings.warn(
-            f"W&B did not start ({error}); its runs stay in {host.metrics / 'wandb'} for the next hour (`wandb sync` uploads them;"
-            f" remove {unreachable} to try again now)",
-            stacklevel=2,
-        )
+        _take_for_unreachable(host.metrics, f"did not start ({error})")
         return _wandb(host, run, stage, name, config)
+
+
+def _take_for_unreachable(metrics: Path, why: str) -> None:
+    unreachable = metrics / UNREACHABLE
+    unreachable.write_text(why)
+    warnings.warn(
+        f"W&B {why}; its runs stay in {metrics / 'wandb'} for the next hour (`wandb sync` uploads them; remove {unreachable} to try again now)",
+        stacklevel=2,
+    )
 
 
 def _has_key() -> bool:

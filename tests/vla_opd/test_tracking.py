@@ -8,8 +8,11 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable, Generator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -25,8 +28,9 @@ def host(tmp_path: Path, tracking: TrackingMode) -> Host:
     return Host(tracking=tracking, metrics=tmp_path / "metrics")
 
 
-def record(where: Host) -> None:
+def record(where: Host, meanwhile: Callable[[], object] = lambda: None) -> None:
     with track(where, "run", "optimize", "it001", {"steps": 2}) as log:
+        meanwhile()
         for step, row in enumerate(ROWS):
             log(row, step)
 
@@ -36,8 +40,8 @@ def lines(tmp_path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def _stranger(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No account, no network, nothing said in the environment."""
+def _stranger(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Generator[None]:
+    """No account, no network, nothing said in the environment, nor to W&B's own process by the test before."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -45,6 +49,9 @@ def _stranger(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "wandb-cache"))
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "wandb-data"))
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens
+    yield
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].teardown()
 
 
 class FakeWandb:
@@ -201,6 +208,62 @@ def test_a_server_that_is_silent_keeps_a_stage_for_seconds_only(tmp_path: Path, 
             record(host(tmp_path, "wandb"))
     assert list((tmp_path / "metrics/wandb").glob("offline-run-*"))
     assert [row["loss"] for row in lines(tmp_path)] == [2.0, 1.5]
+
+
+class WandbServer(BaseHTTPRequestHandler):
+    """Says of W&B's server what a run needs to start and to upload; after `silent` it takes connections, and never answers."""
+
+    silent = Event()
+    closed = Event()
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        if self.silent.is_set():
+            self.closed.wait()
+            return
+        project = {"id": "p", "name": "vla-opd", "entity": {"id": "e", "name": "ada"}}
+        data = {
+            "viewer": {"id": "u", "entity": "ada", "username": "ada", "flags": "{}", "teams": {"edges": []}},
+            "serverInfo": {"features": []},
+            "upsertBucket": {"bucket": {"id": "r", "name": "r", "displayName": "r", "historyLineCount": 0, "project": project}, "inserted": True},
+            "createRunFiles": {"runID": "r", "uploadHeaders": [], "files": []},
+        }
+        answer = json.dumps({"data": data} if self.path == "/graphql" else {}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the name of the method that it replaces
+        """Say nothing."""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_stranger")
+def test_a_server_that_falls_silent_in_the_middle_is_one_warning_and_not_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), WandbServer)
+    Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            record(host(tmp_path, "wandb"))  # the false server is good enough for a run that is online from its start to its end
+        monkeypatch.setattr(tracking, "UPLOADS_WITHIN", 2)
+        with pytest.warns(UserWarning, match=r"W&B did not take a run's curves within 2 s; .* for the next hour") as said:
+            record(host(tmp_path, "wandb"), meanwhile=WandbServer.silent.set)
+        assert len(said) == 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            record(host(tmp_path, "wandb"))
+    finally:
+        WandbServer.closed.set()
+        server.shutdown()
+        server.server_close()
+    assert [row["step"] for row in lines(tmp_path)] == [0, 1] * 3
+    folders = sorted(path.name.partition("-20")[0] for path in (tmp_path / "metrics/wandb").glob("*run-*") if not path.is_symlink())
+    assert folders == ["offline-run", "run", "run"]
 
 
 @pytest.mark.slow
