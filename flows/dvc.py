@@ -19,7 +19,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import IO
 
-from flows import dvc_lock
+from flows import dvc_cache, dvc_lock
 from vla_opd.lifeline import die_with_parent
 
 CHATTER = re.compile(
@@ -142,6 +142,7 @@ def main() -> None:
     import_module("dvc.repo")  # now, not when the first stage waits for it
 
     dvc_lock.remember()
+    dvc_cache.distrust()
     requests = os.fdopen(os.dup(0), encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # a stage has no input
     try:

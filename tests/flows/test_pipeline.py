@@ -160,6 +160,28 @@ def test_an_artifact_that_came_from_the_cache_and_was_spoilt_is_made_good(toy: T
     assert spoilt.read_bytes() == good
 
 
+@pytest.mark.parametrize("kind", ["a file", "a list of files"])
+def test_a_cache_that_was_spoilt_is_not_believed(toy: Toy, kind: str) -> None:
+    toy.dvc("repro", "demonstrate@main")
+    made = toy.folder / "artifacts/toy/demonstrations/main"
+    good, lock = (made / "digest").read_bytes(), toy.lock
+    (spoilt,) = [path for path in (toy.folder / ".dvc/cache/files").rglob("*") if path.is_file() and (path.suffix == ".dir") == (kind != "a file")]
+    mode = spoilt.stat().st_mode
+    spoilt.chmod(0o644)
+    spoilt.write_bytes(spoilt.read_bytes().replace(good[:1], b"x") if kind == "a file" else spoilt.read_bytes().replace(b"digest", b"digesT"))
+    spoilt.chmod(mode)
+    shutil.rmtree(made)
+    heard: list[dvc.Line] = []
+    assert pipeline.bring("demonstrate@main", heard.append)
+    assert (made / "digest").read_bytes() == good
+    assert toy.lock == lock
+    (told,) = [line.text for line in heard if "was not what DVC had stored" in line.text]
+    assert spoilt.relative_to(toy.folder).as_posix() in told
+    shutil.rmtree(made)
+    assert not pipeline.bring("demonstrate@main", heard.append)  # from the cache, which is whole again
+    assert (made / "digest").read_bytes() == good
+
+
 def test_a_failing_stage_hands_back_its_last_words(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOY_FAILS", "demonstrate main")
     with pytest.raises(StageFailed) as failure:
