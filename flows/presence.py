@@ -8,6 +8,8 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 RUNS = Path(".prefect/runs")
 
 
@@ -47,8 +49,10 @@ def abandoned() -> tuple[str, ...]:
 
 
 def alive(run: str) -> bool:
-    """Whether the flow run has a process."""
-    return (RUNS / run).is_file() and _alive(RUNS / run)
+    """Whether the flow run has a process, in this folder or in another where a process of this machine is at work."""
+    folders = {Path(process.info["cwd"] or "/") for process in psutil.process_iter(["cwd"])}  # of other users' processes it is not told
+    files = {folder / RUNS / run for folder in (*folders, Path())}
+    return any(file.is_file() and _alive(file) for file in files)
 
 
 def others(own: str = "") -> tuple[str, ...]:

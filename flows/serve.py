@@ -6,6 +6,7 @@ A run that nobody runs any more is first declared crashed, so that `prefect flow
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 from uuid import UUID
 
 from flows import presence, server
@@ -31,12 +32,16 @@ def main() -> int:
 def crash_orphans() -> list[str]:
     """Declare crashed what the server holds for under way although no process is: runs that died, their iterations, and runs that never began.
 
-    Runs that this folder knows nothing of are left alone: they may be another machine's. Returns the ids of the runs, without their iterations.
+    A run that died as it began, or at its very end, has left no trace in this folder: it is one of the deployment's that no process of this machine
+    has. Where the server isn't this machine's alone, such runs are left as they are, for they may be another's. Returns the ids of the runs, without
+    their iterations.
     """
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import DeploymentFilter, FlowRunFilter
+    from prefect.settings import PREFECT_API_URL
     from prefect.states import Crashed
 
+    ours_alone = urlsplit(PREFECT_API_URL.value() or "").hostname in ("127.0.0.1", "localhost")
     under_way = {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}}
     with get_client(sync_client=True) as client:
 
@@ -46,11 +51,11 @@ def crash_orphans() -> list[str]:
 
         died = presence.abandoned()
         orphans = found(id={"any_": [UUID(run) for run in died]}) if died else []
-        never_began = client.read_flow_runs(
-            flow_run_filter=FlowRunFilter.model_validate({"state": {"type": {"any_": ["PENDING"]}}}),
+        deployed = client.read_flow_runs(
+            flow_run_filter=FlowRunFilter.model_validate({"state": {"type": {"any_": ["PENDING", "RUNNING"] if ours_alone else ["PENDING"]}}}),
             deployment_filter=DeploymentFilter.model_validate({"name": {"any_": [DEPLOYMENT]}}),
         )
-        orphans += [run.id for run in never_began if not presence.alive(str(run.id)) and run.id not in orphans]
+        orphans += [run.id for run in deployed if run.id not in orphans and not presence.alive(str(run.id))]
         iterations = found(parent_flow_run_id={"any_": orphans}) if orphans else []
         for run in [*iterations, *orphans]:
             client.set_flow_run_state(run, Crashed(message="its process is gone"), force=True)

@@ -23,6 +23,20 @@ def test_a_run_is_alive_while_it_is_held_and_forgotten_after_it() -> None:
     assert presence.abandoned() == ()
 
 
+def test_a_run_of_another_folder_is_alive_too(tmp_path: Path) -> None:
+    program = "from flows import presence\nwith presence.held('far'):\n    print(flush=True)\n    input()"
+    (tmp_path / "other").mkdir()
+    environment = os.environ | {"PYTHONPATH": str(Path(presence.__file__).parents[1])}
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, cwd="other", env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        assert presence.alive("far")
+        other.communicate(b"\n")
+    assert other.returncode == 0
+    assert not presence.alive("far")
+
+
 def test_a_run_has_one_process() -> None:
     with presence.held("one"), pytest.raises(RuntimeError, match="flow run one has a process already"), presence.held("one"):
         pass

@@ -104,8 +104,12 @@ def test_whoever_is_killed_a_retry_finishes_with_the_undisturbed_result(served: 
     wait_for(lambda: served.state(run) == "COMPLETED", 300, lambda: served.log)
     turned_on = served.prefect("deployment", "schedule", "resume", "opd/train", schedule(served)["id"])
     assert turned_on.returncode == 0, turned_on.stdout + turned_on.stderr
+    deployment = served.ask("deployments/name/opd/train")["id"]
+    lost = served.ask(f"deployments/{deployment}/create_flow_run", {"state": {"type": "RUNNING"}})["id"]  # killed before it could leave a trace
+    assert served.state(lost) == "RUNNING"
     served.serve()
-    assert "its process is gone" not in served.log
+    assert re.findall("(.*): its process is gone", served.log) == [f"  {lost}"]
+    assert served.state(lost) == "CRASHED"
     assert schedule(served)["active"], "serving again has turned the schedule off"
     said = {
         "logs": {
