@@ -62,7 +62,7 @@ def _stages(params: Params, iteration: str, scratch: Path) -> Iterator[tuple[str
 
 def _parts(params: Params, iteration: str, scratch: Path) -> Iterator[tuple[str, float]]:
     trajectories, logits = (_run(params) / kind / iteration for kind in ("trajectories", "logits"))
-    student, teacher = (_run(params) / "checkpoints" / name for name in (params.iterations[iteration], params.label.teacher))
+    student, teacher, initial = (_run(params) / "checkpoints" / name for name in (params.iterations[iteration], params.label.teacher, "student"))
     episodes = [episode for shard in shards(trajectories) for episode in read_shard(shard)]
     use_backend()
     env = make_env(params.environment)
@@ -72,7 +72,7 @@ def _parts(params: Params, iteration: str, scratch: Path) -> Iterator[tuple[str,
     yield "inference", _timed(lambda: _decide_again(params, student, episodes))
     host = Host(workers=1)
     yield "labelling", _timed(lambda: label.run(params, teacher, trajectories, scratch / "logits", host))
-    yield "optimisation", _timed(lambda: optimize.run(params, iteration, student, trajectories, logits, scratch / "checkpoint", host))
+    yield "optimisation", _timed(lambda: optimize.run(params, iteration, student, trajectories, logits, initial, scratch / "checkpoint", host))
 
 
 def _replay(env: Env, episodes: list[Episode], params: Params, observe_every: int) -> None:

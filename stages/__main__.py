@@ -117,7 +117,7 @@ def _run_iteration(verb: str, iteration: str, params: Params, root: Path, host: 
         case "label":
             return stage.run(params, checkpoints / params.label.teacher, trajectories, logits, host)
         case _:
-            return stage.run(params, iteration, student, trajectories, logits, checkpoints / iteration, host)
+            return stage.run(params, iteration, student, trajectories, logits, checkpoints / "student", checkpoints / iteration, host)
 
 
 def _check_what_follows(params: Params, student: Path, teacher: Path) -> None:
@@ -126,9 +126,9 @@ def _check_what_follows(params: Params, student: Path, teacher: Path) -> None:
     DVC may have the teacher still to make: it samples first. By hand nobody will.
     """
     from vla_opd.checkpoint import open_checkpoint, require_environment, require_same_actions  # these bring torch, and --help can do without
-    from vla_opd.objectives import OBJECTIVES
+    from vla_opd.objectives import OBJECTIVES, ON_DECISIONS
 
-    named_function(params.optimize.objective, OBJECTIVES, "optimize.objective")
+    named_function(params.optimize.objective, {**OBJECTIVES, **ON_DECISIONS}, "optimize.objective")
     if teacher.is_dir() or "DVC_STAGE" not in os.environ:
         facts = open_checkpoint(teacher).facts
         require_environment(facts, params.environment, str(teacher))

@@ -1,7 +1,8 @@
 """optimize: student, trajectories, logits -> checkpoint, eq. (5): a fixed budget of AdamW steps towards the teacher on the student's own states."""
 
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,26 @@ from torch import Tensor
 
 from vla_opd.artifacts import Manifest, draft, open_artifact
 from vla_opd.checkpoint import WEIGHTS, Checkpoint, open_checkpoint, require_same_actions, save_weights
+from vla_opd.decisions import Decisions, Graded, read_decisions
 from vla_opd.host import Host
 from vla_opd.logits import read_shard
-from vla_opd.objectives import OBJECTIVES, TokenBatch, drawn, entropy, masked_mean, reverse_kl, tempered
+from vla_opd.objectives import (
+    OBJECTIVES,
+    ON_DECISIONS,
+    DecisionBatch,
+    Taken,
+    TokenBatch,
+    clamped,
+    clipped,
+    confidence,
+    drawn,
+    entropy,
+    masked_mean,
+    of,
+    reverse_kl,
+    rewards_to_go,
+    tempered,
+)
 from vla_opd.params import OptimizeParams, Params, named_function
 from vla_opd.policies import Policy, load_policy
 from vla_opd.seeds import derive
@@ -29,11 +47,22 @@ PROBE = 256  # states on which KL and entropy are measured before and after
 
 @dataclass(frozen=True)
 class Labelled:
-    """Student-visited states and what the teacher says there."""
+    """Student-visited states, and what the teacher says there.
+
+    initial: what the student that the run began with says there; only for the anchor.
+    on_policy: what the rollout did there; only for objectives that learn from it.
+    """
 
     observations: Observations
     mask: Bool[np.ndarray, "N K"]
     teacher: Float[np.ndarray, "N K V"]
+    initial: Float[np.ndarray, "N K V"] | None = None
+    on_policy: "OnPolicy | None" = None
+
+    @property
+    def usable(self) -> Int[np.ndarray, " U"]:
+        """The states to learn from: those with a valid token, among those that the objective can be asked at."""
+        return np.flatnonzero(self.mask.any(1) if self.on_policy is None else self.on_policy.graded.usable)
 
     def at(self, rows: Int[np.ndarray, " B"]) -> dict[str, np.ndarray]:
         """Some states, by name, and which they are."""
@@ -41,29 +70,49 @@ class Labelled:
         return {"states": rows, "frames": seen.frames, "proprio": seen.proprio, "mask": self.mask[rows], "teacher": self.teacher[rows]}
 
 
-def run(params: Params, iteration: str, student: Path, trajectories: Path, logits: Path, out: Path, host: Host) -> Manifest:
-    """One iteration's update. ValueError unless the logits label these trajectories, the student made these, and tokens mean the same actions."""
+@dataclass(frozen=True)
+class OnPolicy:
+    """The rollout's decisions. temperature: at which it drew. to_go: see `rewards_to_go`."""
+
+    decisions: Decisions
+    graded: Graded
+    temperature: float
+    to_go: Float[np.ndarray, " N"]
+
+
+def run(params: Params, iteration: str, student: Path, trajectories: Path, logits: Path, initial: Path, out: Path, host: Host) -> Manifest:
+    """One iteration's update. ValueError unless the logits label these trajectories, the student made these, and tokens mean the same actions.
+
+    initial: the checkpoint that the run began with; it is opened only where `anchor` asks for it.
+    """
     checkpoint, opt = open_checkpoint(student), params.optimize
     parents = _require_alignment(checkpoint, trajectories, logits)
+    anchor = _anchor(checkpoint, initial) if opt.anchor else None
+    parents |= {} if anchor is None else {"anchor": anchor.digest}
     settings = {"seed": params.run.seed, "iteration": iteration, "optimize": opt.model_dump(), "device": host.device}
     torch.set_num_threads(opt.threads)
-    data = _read(trajectories, logits)
+    data = _read(opt, trajectories, logits, checkpoint.facts.action_space.chunk)
     depth = _depth(params, iteration)
     with draft(out, "checkpoint", parents, settings) as work, track(host, params.run.name, "optimize", iteration, settings) as log:
         policy = load_policy(checkpoint, host.device)
-        before = _probe(policy, data, opt.temperature)
+        data = data if anchor is None else replace(data, initial=_scores(load_policy(anchor, host.device), data, opt))
+        before = _probe(policy, data, opt)
         seed = derive(params.run.seed, "optimize", iteration)
         loss = _loss(policy, data, params, seed)
         evidence = Evidence(host.not_finite(params.run.name), lambda step: data.at(_order(data, opt, seed)(step)))
         moments = safetensors.torch.load_file(student / MOMENTS) if (student / MOMENTS).is_file() else None
-        rows, moments = train(policy, loss, _budget(params, depth), work.scratch, moments, f"optimize {iteration}", log, evidence)
+        budget = _budget(params, depth)
+        if not len(data.usable):
+            print(f"optimize {iteration}: no group to learn from (optimize.keep_low, keep_high); the student stays as it is", file=sys.stderr)
+            budget = replace(budget, steps=0)
+        rows, moments = train(policy, loss, budget, work.scratch, moments, f"optimize {iteration}", log, evidence)
         with work.part(WEIGHTS) as path:
             save_weights(path, policy.state_dict())
         with work.part(MOMENTS) as path:
             save_weights(path, moments)
         with work.part("metrics.jsonl") as path:
             write_rows(path, rows)
-        after = _probe(policy, data, opt.temperature)
+        after = _probe(policy, data, opt)
         return work.publish({"checkpoint": checkpoint.facts.model_dump(), "before": before, "after": after, "depth": depth, "states": len(data.mask)})
 
 
@@ -82,15 +131,53 @@ def _require_alignment(student: Checkpoint, trajectories: Path, logits: Path) ->
     return {"student": student.digest, "trajectories": visited.digest, "logits": labels.digest}
 
 
-def _read(trajectories: Path, logits: Path) -> Labelled:
+def _anchor(student: Checkpoint, initial: Path) -> Checkpoint:
+    anchor = open_checkpoint(initial)
+    require_same_actions(student.facts, anchor.facts.action_space, str(initial))
+    return anchor
+
+
+def _read(opt: OptimizeParams, trajectories: Path, logits: Path, chunk: int) -> Labelled:
     paths = shards(trajectories)
     states = [read_states([path]) for path in paths]
     whole = joined(states)
-    return Labelled(
+    data = Labelled(
         observations=whole.observations,
         mask=whole.mask,
         teacher=np.concatenate([read_shard(logits / path.name, len(s)) for path, s in zip(paths, states, strict=True)]),
     )
+    if opt.objective not in ON_DECISIONS:
+        return data
+    rollout = open_artifact(trajectories, "trajectories").params["sample"]
+    return replace(data, on_policy=_on_policy(data, read_decisions(paths, chunk), opt, rollout["temperature"]))
+
+
+def _on_policy(data: Labelled, decisions: Decisions, opt: OptimizeParams, temperature: float) -> OnPolicy:
+    """Without an advantage, and every decision with the same weight, where the objective is the teacher's alone."""
+    if opt.objective == "mixed":
+        graded = decisions.graded(data.mask, opt)
+    else:
+        ones = np.ones(len(data.mask), np.float32)
+        graded = Graded(0 * ones, decisions.decided & data.mask.any(1), ones)
+    return OnPolicy(decisions, graded, temperature, _to_go(data, decisions, opt))
+
+
+def _to_go(data: Labelled, decisions: Decisions, opt: OptimizeParams) -> Float[np.ndarray, " N"]:
+    """`rewards_to_go` at every decision, of the rewards as the rollout recorded them; zero without a discount."""
+    to_go = np.zeros(len(data.mask), np.float32)
+    for episode in np.unique(decisions.episode) if opt.discount else ():
+        rows = np.flatnonzero((decisions.episode == episode) & decisions.decided)
+        teacher = tempered(torch.from_numpy(data.teacher[rows]).float(), opt.teacher_temperature or opt.temperature)
+        rewards = of(teacher, torch.from_numpy(decisions.tokens[rows])) - torch.from_numpy(decisions.log_probs[rows])
+        to_go[rows] = rewards_to_go((rewards * torch.from_numpy(data.mask[rows])).sum(1), opt.discount).numpy()
+    return to_go
+
+
+def _scores(policy: Policy, data: Labelled, opt: OptimizeParams) -> Float[np.ndarray, "N K V"]:
+    """A policy's log-probabilities at all states, at the student's temperature."""
+    parts = np.array_split(np.arange(len(data.mask)), -(-len(data.mask) // opt.batch_size))
+    with torch.inference_mode():
+        return np.concatenate([tempered(policy.logits(data.observations.at(rows)), opt.temperature).cpu().numpy() for rows in parts])
 
 
 def _depth(params: Params, iteration: str) -> int:
@@ -112,39 +199,75 @@ def _budget(params: Params, depth: int) -> Budget:
 
 def _loss(policy: Policy, data: Labelled, params: Params, seed: int) -> Loss:
     opt = params.optimize
-    objective = named_function(opt.objective, OBJECTIVES, "optimize.objective")
+    objective: Callable[..., Float[Tensor, "N K"]] = named_function(opt.objective, {**OBJECTIVES, **ON_DECISIONS}, "optimize.objective")
     order = _order(data, opt, seed)
 
     def loss(step: int) -> tuple[Float[Tensor, ""], Row]:
-        batch, mask = _token_batch(policy, data, order(step), opt.temperature, derive(seed, step))
-        row = {"student_entropy": masked_mean(entropy(batch.student.detach()), mask).item()}
-        if objective is not reverse_kl:
-            row["reverse_kl"] = masked_mean(reverse_kl(batch).detach(), mask).item()
-        return masked_mean(objective(batch), mask), row
+        rows = order(step)
+        batch, mask = _token_batch(policy, data, rows, opt, derive(seed, step))
+        row = _diagnostics(batch, mask)
+        values = objective(batch)
+        if opt.confidence:
+            values = values * confidence(batch.teacher, opt.confidence)
+        if data.on_policy is not None:
+            values = values * torch.from_numpy(data.on_policy.graded.weight[rows]).to(values.device).unsqueeze(-1)
+        total = masked_mean(values, mask)
+        if data.initial is not None:
+            away = masked_mean(reverse_kl(replace(batch, teacher=torch.from_numpy(data.initial[rows]).to(values.device))), mask)
+            total, row = total + opt.anchor * away, row | {"anchor_kl": away.item()}
+        return total, row
 
     return loss
 
 
+def _diagnostics(batch: TokenBatch, mask: Bool[Tensor, "N K"]) -> Row:
+    """What is kept of a step beside its loss: entropy and distance in nats a token, and how much of the loss its options hold back."""
+    opt = batch.settings
+    row = {"student_entropy": masked_mean(entropy(batch.student.detach()), mask).item()}
+    if opt.objective != "reverse_kl":
+        row["reverse_kl"] = masked_mean(reverse_kl(batch).detach(), mask).item()
+    if opt.clamp is not None:
+        tokens = batch.tokens if isinstance(batch, DecisionBatch) else batch.draw()
+        row["clamp_fraction"] = masked_mean(clamped(batch, tokens).float(), mask).item()
+    if opt.objective == "mixed" and isinstance(batch, DecisionBatch):
+        row["clip_fraction"] = masked_mean(clipped(batch.taken).float(), mask).item()
+    if opt.confidence:
+        row["confidence"] = masked_mean(confidence(batch.teacher, opt.confidence), mask).item()
+    return row
+
+
 def _order(data: Labelled, opt: OptimizeParams, seed: int) -> Callable[[int], Int[np.ndarray, " B"]]:
-    """Step -> the states of its batch, among those with a valid token."""
-    usable = np.flatnonzero(data.mask.any(1))
+    """Step -> the states of its batch, among those to learn from."""
+    usable = data.usable
     order = batches(len(usable), opt.batch_size, seed)
     return lambda step: usable[order(step)]
 
 
-def _token_batch(policy: Policy, data: Labelled, rows: np.ndarray, temperature: float, seed: int) -> tuple[TokenBatch, Bool[Tensor, "N K"]]:
-    """Both distributions at some states, at one temperature."""
-    student = tempered(policy.logits(data.observations.at(rows)), temperature)
-    teacher = tempered(torch.from_numpy(data.teacher[rows]).to(student.device).float(), temperature)
-    return TokenBatch(student, teacher, lambda: drawn(student, seed)), torch.from_numpy(data.mask[rows]).to(student.device)
+def _token_batch(policy: Policy, data: Labelled, rows: np.ndarray, opt: OptimizeParams, seed: int) -> tuple[TokenBatch, Bool[Tensor, "N K"]]:
+    """Both distributions at some states, and what the rollout did there where the objective asks for it."""
+    logits = policy.logits(data.observations.at(rows))
+    student = tempered(logits, opt.temperature)
+    teacher = tempered(torch.from_numpy(data.teacher[rows]).to(logits.device).float(), opt.teacher_temperature or opt.temperature)
+    mask, batch = torch.from_numpy(data.mask[rows]).to(logits.device), TokenBatch(student, teacher, lambda: drawn(student, seed), opt)
+    return batch if data.on_policy is None else _decided(batch, logits, data.on_policy, rows), mask
 
 
-def _probe(policy: Policy, data: Labelled, temperature: float) -> dict[str, float]:
+def _decided(batch: TokenBatch, logits: Float[Tensor, "N K V"], on_policy: OnPolicy, rows: np.ndarray) -> DecisionBatch:
+    def there(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array[rows]).to(logits.device)
+
+    tokens = there(on_policy.decisions.tokens)
+    now, then = of(tempered(logits, on_policy.temperature), tokens), there(on_policy.decisions.log_probs)
+    taken = Taken(now, then, there(on_policy.graded.advantage), batch.settings)
+    return DecisionBatch(batch.student, batch.teacher, batch.draw, batch.settings, tokens=tokens, taken=taken, to_go=there(on_policy.to_go))
+
+
+def _probe(policy: Policy, data: Labelled, opt: OptimizeParams) -> dict[str, float]:
     """Reverse KL, and both entropies, in nats a token, on a fixed selection of the states."""
     usable = np.flatnonzero(data.mask.any(1))
     rows = usable[np.linspace(0, len(usable) - 1, min(PROBE, len(usable))).astype(int)]
     with torch.inference_mode():
-        batch, mask = _token_batch(policy, data, rows, temperature, 0)
+        batch, mask = _token_batch(policy, data, rows, opt, 0)
         return {
             "reverse_kl": masked_mean(reverse_kl(batch), mask).item(),
             "student_entropy": masked_mean(entropy(batch.student), mask).item(),

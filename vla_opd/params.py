@@ -183,12 +183,37 @@ class LabelParams(Section):
     threads: int = Field(default=2, ge=1, description="CPU threads; the last bits of a logit depend on it")
 
 
-class OptimizeParams(Section):
+class GroupParams(Section):
+    """What GRPO asks of a group, eq. (2), as SimpleVLA-RL runs it.
+
+    clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
+    keep_low, keep_high: groups whose mean success lies outside are left out; within a group all of one outcome there is nothing to prefer.
+    """
+
+    clip_low: float = Field(default=0.2, gt=0, lt=1)
+    clip_high: float = Field(default=0.28, gt=0)
+    keep_low: Fraction = 0.1
+    keep_high: Fraction = 0.9
+
+    @model_validator(mode="after")
+    def _some_are_kept(self) -> "GroupParams":
+        if self.keep_low > self.keep_high:
+            raise ValueError(f"keep_low is {self.keep_low} and keep_high is {self.keep_high}; expected keep_low to be at most keep_high")
+        return self
+
+
+class OptimizeParams(GroupParams):
     """Eq. (5): a fixed budget of AdamW steps per iteration, with a schedule over the whole run.
 
-    objective:   a key of `vla_opd.objectives.OBJECTIVES`, or `"package.module:function"`.
-    temperature: both student and teacher are scored at it.
+    objective:   a key of `vla_opd.objectives.OBJECTIVES` or `ON_DECISIONS`, or `"package.module:function"` of a `TokenBatch`.
+    temperature: both student and teacher are scored at it, the teacher at `teacher_temperature` if that is set.
     schedule_iterations: iterations over which the learning rate decays; later ones stay at its end.
+    confidence:  tokens are weighted by (1 - H(p_T) / log V) to this power.
+    anchor:      weight of KL(p_S || p_0) at the same states, p_0 the checkpoint `student` that the run began with, whatever the objective.
+    beta:        of `jsd`. distill: weight of the reverse KL in `mixed`.
+    clamp, centre: the reward of the sampled forms is cut to [-clamp, clamp]; its mean under the student is taken off.
+    ratio, reward, discount: of `reverse_kl_rollout`: an importance ratio in place of the log-probability; the student in r as it is now, or as the
+                 rollout recorded it; the discount of the rewards of later decisions.
     """
 
     objective: str = "reverse_kl"
@@ -201,6 +226,16 @@ class OptimizeParams(Section):
     weight_decay: float = Field(default=0.0, ge=0)
     gradient_clip: float = Field(default=1.0, gt=0)
     temperature: float = Field(default=1.0, gt=0)
+    teacher_temperature: float | None = Field(default=None, gt=0)
+    confidence: float = Field(default=0.0, ge=0)
+    anchor: float = Field(default=0.0, ge=0)
+    beta: float = Field(default=0.5, gt=0, lt=1)
+    distill: float = Field(default=1.0, ge=0)
+    clamp: float | None = Field(default=None, gt=0)
+    centre: bool = False
+    ratio: bool = False
+    reward: Literal["fresh", "rollout"] = "fresh"
+    discount: Fraction = 0.0
     save_every: int = Field(default=20, ge=1)
     threads: int = Field(default=2, ge=1)
 
@@ -296,6 +331,19 @@ def load(path: Path | str = "params.yaml", overrides: Iterable[str] = ()) -> Par
     return params
 
 
+OPTIONS_OF = {
+    "beta": {"jsd"},
+    "clamp": {"reverse_kl_sampled", "reverse_kl_rollout"},
+    "centre": {"reverse_kl_sampled", "reverse_kl_rollout"},
+    "ratio": {"reverse_kl_rollout"},
+    "reward": {"reverse_kl_rollout"},
+    "discount": {"reverse_kl_rollout"},
+    "distill": {"mixed"},
+    **{field: {"mixed"} for field in GroupParams.model_fields},
+}
+"""Settings of `optimize` that only these objectives read: with another one they would be silently without effect."""
+
+
 def _at_odds(params: Params) -> Iterator[str]:
     """What one section asks of another, and doesn't get. Not asked of a `Params` made in code, of which not every section need be in use."""
     crop, size = params.policy.crop, params.environment.image_size
@@ -305,6 +353,13 @@ def _at_odds(params: Params) -> Iterator[str]:
     if chunk % every:
         divisors = [n for n in range(1, chunk + 1) if chunk % n == 0]
         yield f"sample.observe_every is {every}; expected a divisor of policy.chunk, which is {chunk}: one of {divisors}"
+    opt = params.optimize
+    for field, objectives in OPTIONS_OF.items():
+        set_to = getattr(opt, field)
+        if set_to != OptimizeParams.model_fields[field].default and opt.objective not in objectives and ":" not in opt.objective:
+            yield f"optimize.{field} is {set_to}; expected that with optimize.objective one of {sorted(objectives)} only, and it is {opt.objective}"
+    if opt.objective == "mixed" and params.sample.group < 2:
+        yield f"sample.group is {params.sample.group}; expected at least 2 with optimize.objective mixed: an advantage is one over the others"
     for field, name in params.report.model_dump().items():
         if params.evaluations and name not in params.evaluations:  # without any, there is nothing to report
             yield f"report.{field} is {name!r}; expected one of the evaluations {sorted(params.evaluations)}"

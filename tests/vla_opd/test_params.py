@@ -91,6 +91,12 @@ def test_later_overrides_win_and_deeper_ones_reach_in(minimal: Path) -> None:
         ("report.teacher=teacher", r"report\.teacher is 'teacher'; expected one of the evaluations \['final', 'start'\]"),
         ("sample.observe_every=3", r"sample\.observe_every is 3; expected a divisor of policy\.chunk, which is 8: one of \[1, 2, 4, 8\]"),
         ("sample.observe_every=16", r"sample\.observe_every is 16; expected a divisor of policy\.chunk"),
+        ("optimize.beta=0.3", r"optimize\.beta is 0\.3; expected that with optimize\.objective one of \['jsd'\] only, and it is reverse_kl"),
+        ("optimize.clamp=2", r"optimize\.clamp is 2\.0; expected that with .* \['reverse_kl_rollout', 'reverse_kl_sampled'\] only"),
+        ("optimize.clip_high=0.3", r"optimize\.clip_high is 0\.3; expected that with .* \['mixed'\] only"),
+        ("optimize.beta=1", r"optimize\.beta is 1: .*less than 1"),
+        ("optimize.reward=stale", r"optimize\.reward is 'stale': .*'fresh' or 'rollout'"),
+        ("optimize.keep_low=0.95", r"keep_low is 0\.95 and keep_high is 0\.9; expected keep_low to be at most keep_high"),
         ("environment.tasks=[a, b, a]", r"environment\.tasks is \['a', 'b', 'a'\]: expected each name once; \['a'\] come again"),
         ("environment.cameras=[a, a]", r"environment\.cameras is \['a', 'a'\]: expected each name once; \['a'\] come again"),
         ("demonstrations.main.tasks=[a, a]", r"demonstrations\.main\.tasks is \['a', 'a'\]: expected each name once; \['a'\] come again"),
@@ -107,6 +113,13 @@ def test_later_overrides_win_and_deeper_ones_reach_in(minimal: Path) -> None:
 def test_mistakes_name_field_value_and_expectation(minimal: Path, override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load(minimal, [override])
+
+
+def test_an_objective_is_asked_for_what_it_reads(minimal: Path) -> None:
+    load(minimal, ["optimize.objective=jsd", "optimize.beta=0.3"])
+    load(minimal, ["optimize.objective=a.b:c", "optimize.beta=0.3", "optimize.clamp=1"])  # nobody knows what it reads
+    with pytest.raises(ValueError, match=r"sample\.group is 1; expected at least 2 with optimize\.objective mixed"):
+        load(minimal, ["optimize.objective=mixed", "sample.group=1"])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,81 @@
+"""What a rollout decided: the tokens that it took, how likely they were to it, and what came of them; aligned row by row with `read_states`.
+
+Objectives that learn from the rollout's own tokens (`vla_opd.objectives.ON_DECISIONS`, `grpo`) are asked at these states only.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float32, Int, Int64
+
+from vla_opd.objectives import episode_weight, group_advantage
+from vla_opd.params import GroupParams
+from vla_opd.trajectory import Episode, read_shard
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """Of N kept states, what the rollout decided there, or, inside a chunk, at the chunk's beginning.
+
+    decided:   whether the state is one at which it decided.
+    tokens:    the bins that it took; log_probs: their log-probabilities then, in nats, at its temperature.
+    episode:   which episode each state belongs to, and group: which group; both counted over all shards.
+    success:   of the episode.
+    """
+
+    decided: Bool[np.ndarray, " N"]
+    tokens: Int64[np.ndarray, "N K"]
+    log_probs: Float32[np.ndarray, "N K"]
+    episode: Int[np.ndarray, " N"]
+    group: Int[np.ndarray, " N"]
+    success: Bool[np.ndarray, " N"]
+
+    def graded(self, mask: Bool[np.ndarray, "N K"], settings: GroupParams) -> "Graded":
+        """What GRPO makes of their outcomes. ValueError for groups of one.
+
+        mask: the tokens that count.
+        """
+        advantage, usable = np.zeros(len(mask), np.float32), self.decided & mask.any(1)
+        for group in np.unique(self.group):
+            rows = np.flatnonzero(self.group == group)
+            _, first, which = np.unique(self.episode[rows], return_index=True, return_inverse=True)
+            success = self.success[rows[first]]
+            advantage[rows] = group_advantage(torch.from_numpy(success)).numpy()[which]
+            usable[rows] &= settings.keep_low <= success.mean() <= settings.keep_high
+        weight = np.zeros(len(mask), np.float32)
+        if usable.any():
+            weight[usable] = episode_weight(torch.from_numpy(mask[usable]), torch.from_numpy(self.episode[usable])).numpy()
+        return Graded(advantage, usable, weight)
+
+
+@dataclass(frozen=True)
+class Graded:
+    """Of N states: the advantage of the episode, whether the state is one to learn from, and its weight among those, see `episode_weight`."""
+
+    advantage: Float32[np.ndarray, " N"]
+    usable: Bool[np.ndarray, " N"]
+    weight: Float32[np.ndarray, " N"]
+
+
+def read_decisions(paths: Sequence[Path], chunk: int) -> Decisions:
+    """The decisions behind the states that `read_states` gives of the same shards, each of which is a group."""
+    groups = [read_shard(path) for path in paths]
+    episodes = [(number, episode) for number, group in enumerate(groups) for episode in group]
+    lengths = [len(episode.step) for _, episode in episodes]
+    parts = [_of_states(episode, chunk) for _, episode in episodes]
+    return Decisions(
+        decided=np.concatenate([episode.step % chunk == 0 for _, episode in episodes]),
+        tokens=np.concatenate([tokens for tokens, _ in parts]),
+        log_probs=np.concatenate([log_probs for _, log_probs in parts]),
+        episode=np.repeat(np.arange(len(episodes)), lengths),
+        group=np.repeat([number for number, _ in episodes], lengths),
+        success=np.repeat([episode.success for _, episode in episodes], lengths),
+    )
+
+
+def _of_states(episode: Episode, chunk: int) -> tuple[Int64[np.ndarray, "N K"], Float32[np.ndarray, "N K"]]:
+    decision = episode.step // chunk
+    return episode.tokens[decision].astype(np.int64), episode.log_probs[decision]
