@@ -19,7 +19,8 @@ from vla_opd.host import TASK_RUN
 from vla_opd.params import load
 
 PARAMS = Path("params.yaml")
-PER_ITERATION = ("sample", "label", "optimize")  # the stages that dvc.yaml repeats for each of `iterations`
+PER_ITERATION = ("sample", "label", "optimize", "explore", "reinforce")  # the stages that dvc.yaml repeats for each iteration, of either kind
+UPDATES = ("optimize@", "reinforce@")  # those that end one
 LOCKED = re.compile(r"is busy, it is being blocked|Unable to acquire lock")
 
 
@@ -69,7 +70,7 @@ class Step:
         verb, _, item = self.name.partition("@")
         if verb in PER_ITERATION:
             return item
-        made_by = [parent.partition("@")[2] for parent in self.parents if parent.startswith("optimize@")]
+        made_by = [parent.partition("@")[2] for parent in self.parents if parent.startswith(UPDATES)]
         return made_by[0] if verb == "evaluate" and made_by else None
 
 

@@ -76,7 +76,7 @@ def _contents(shard: Path) -> dict[str, Any]:
 
 def _stage(store: Store, artifact: Artifact, params: Params) -> Callable[..., Manifest]:
     """The stage that made the artifact, with the settings and inputs that it had. ValueError for a kind that isn't made of shards."""
-    from stages import demonstrate, label, sample
+    from stages import demonstrate, explore, label, sample
 
     its = artifact.manifest.params
     match artifact.manifest.kind:
@@ -86,6 +86,9 @@ def _stage(store: Store, artifact: Artifact, params: Params) -> Callable[..., Ma
             )
             wanted = DemonstrationSet(tasks=tuple(its["environment"]["tasks"]), episodes=its["episodes"])
             return partial(demonstrate.run, again.model_copy(update={"demonstrations": {its["set"]: wanted}}), its["set"])
+        case "trajectories" if "explore" in its:
+            again = _with(params, run={"seed": its["seed"]}, explore=its["explore"], environment=its["environment"])
+            return partial(explore.run, again, its["iteration"], _parent(store, artifact, "student"))
         case "trajectories":
             again = _with(params, run={"seed": its["seed"]}, sample=its["sample"], environment=its["environment"])
             return partial(sample.run, again, its["iteration"], _parent(store, artifact, "student"))

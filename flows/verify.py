@@ -60,6 +60,7 @@ def _aligned(store: Store, artifact: Artifact) -> None:
         case "trajectories" | "demonstrations":
             read_states(shards(artifact.folder))
             _same_environment(artifact, parents.get("student"))
+            _same_space(artifact, parents.get("student"))
         case "logits":
             _same_rows(artifact, parents.get("trajectories"))
             _same_actions(artifact, parents.get("teacher"))
@@ -80,6 +81,13 @@ def _same_actions(labels: Artifact | None, policy: Artifact | None) -> None:
     if labels is not None and policy is not None:
         space = ActionSpace.model_validate(labels.manifest.facts["action_space"])
         require_same_actions(open_checkpoint(policy.folder).facts, space, labels.name)
+
+
+def _same_space(trajectories: Artifact, student: Artifact | None) -> None:
+    if student is not None:
+        ours, theirs = trajectories.manifest.facts["action_space"], open_checkpoint(student.folder).facts.action_space.digest
+        if ours != theirs:
+            raise ValueError(f"{trajectories.name}: its action space is {ours[:12]}; expected {theirs[:12]}, that of {student.name}")
 
 
 def _same_rows(labels: Artifact, trajectories: Artifact | None) -> None:

@@ -28,6 +28,8 @@ VERBS = {
     "sample": "--iteration",
     "label": "--iteration",
     "optimize": "--iteration",
+    "explore": "--iteration",
+    "reinforce": "--iteration",
     "evaluate": "--name",
     "report": None,
 }
@@ -35,7 +37,7 @@ NO_ROOM = (
     "{free:.0f} MB are free here. What was finished is kept: make room (`opd gc --dry-run` lists artifacts that nothing needs), "
     "and run the same command again"
 )
-SIMULATED = ("demonstrate", "sample", "evaluate")
+SIMULATED = ("demonstrate", "sample", "explore", "evaluate")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,6 +103,10 @@ def _run(verb: str, key: str | None, params: Params, host: Host) -> str:
             made = stage.run(params, checkpoints / params.evaluations[name], root / "evaluations" / name, host)
         case "report":
             made = stage.run(params, root, root / "report" / "page", host)
+        case "explore" | "reinforce":
+            name = _known(key, params.reinforcements, "reinforcements")
+            student, trajectories = checkpoints / params.reinforcements[name], root / "trajectories" / name
+            made = stage.run(params, name, student, trajectories, *([checkpoints / name] if verb == "reinforce" else []), host)
         case _:
             made = _run_iteration(verb, _known(key, params.iterations, "iterations"), params, root, host)
     return made.digest

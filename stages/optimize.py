@@ -1,18 +1,16 @@
 """optimize: student, trajectories, logits -> checkpoint, eq. (5): a fixed budget of AdamW steps towards the teacher on the student's own states."""
 
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vla_opd.artifacts import Manifest, draft, open_artifact
-from vla_opd.checkpoint import WEIGHTS, Checkpoint, open_checkpoint, require_same_actions, save_weights
+from vla_opd.checkpoint import Checkpoint, open_checkpoint, require_same_actions
 from vla_opd.decisions import Decisions, Graded, read_decisions
 from vla_opd.host import Host
 from vla_opd.logits import read_shard
@@ -38,11 +36,9 @@ from vla_opd.policies import Policy, load_policy
 from vla_opd.seeds import derive
 from vla_opd.tokens import ActionSpace
 from vla_opd.tracking import track
-from vla_opd.training import Budget, Evidence, Loss, Row, Schedule, batches, train, write_rows
+from vla_opd.training import Evidence, Loss, Row
 from vla_opd.trajectory import Observations, joined, read_states, shards
-
-MOMENTS = "optimizer.safetensors"
-PROBE = 256  # states on which KL and entropy are measured before and after
+from vla_opd.update import budget, learn, order, probed
 
 
 @dataclass(frozen=True)
@@ -92,26 +88,16 @@ def run(params: Params, iteration: str, student: Path, trajectories: Path, logit
     settings = {"seed": params.run.seed, "iteration": iteration, "optimize": opt.model_dump(), "device": host.device}
     torch.set_num_threads(opt.threads)
     data = _read(opt, trajectories, logits, checkpoint.facts.action_space.chunk)
-    depth = _depth(params, iteration)
+    depth = params.depth(iteration)
     with draft(out, "checkpoint", parents, settings) as work, track(host, params.run.name, "optimize", iteration, settings) as log:
         policy = load_policy(checkpoint, host.device)
         data = data if anchor is None else replace(data, initial=_scores(load_policy(anchor, host.device), data, opt))
         before = _probe(policy, data, opt)
         seed = derive(params.run.seed, "optimize", iteration)
-        loss = _loss(policy, data, params, seed)
-        evidence = Evidence(host.not_finite(params.run.name), lambda step: data.at(_order(data, opt, seed)(step)))
-        moments = safetensors.torch.load_file(student / MOMENTS) if (student / MOMENTS).is_file() else None
-        budget = _budget(params, depth)
-        if not len(data.usable):
-            print(f"optimize {iteration}: no group to learn from (optimize.keep_low, keep_high); the student stays as it is", file=sys.stderr)
-            budget = replace(budget, steps=0)
-        rows, moments = train(policy, loss, budget, work.scratch, moments, f"optimize {iteration}", log, evidence)
-        with work.part(WEIGHTS) as path:
-            save_weights(path, policy.state_dict())
-        with work.part(MOMENTS) as path:
-            save_weights(path, moments)
-        with work.part("metrics.jsonl") as path:
-            write_rows(path, rows)
+        plan = budget(opt, depth, len(data.usable))
+        evidence = Evidence(host.not_finite(params.run.name), lambda step: data.at(order(data.usable, opt.batch_size, seed)(step)))
+        going_on = student if depth else None  # another kind of update left its own moments there
+        learn(policy, _loss(policy, data, params, seed), plan, work, going_on, f"optimize {iteration}", log, evidence)
         after = _probe(policy, data, opt)
         return work.publish({"checkpoint": checkpoint.facts.model_dump(), "before": before, "after": after, "depth": depth, "states": len(data.mask)})
 
@@ -180,30 +166,13 @@ def _scores(policy: Policy, data: Labelled, opt: OptimizeParams) -> Float[np.nda
         return np.concatenate([tempered(policy.logits(data.observations.at(rows)), opt.temperature).cpu().numpy() for rows in parts])
 
 
-def _depth(params: Params, iteration: str) -> int:
-    """How many iterations came before on the chain from the checkpoint that finetune made. ValueError if the chain bites its tail."""
-    seen = [iteration]
-    while (parent := params.iterations[seen[-1]]) in params.iterations:
-        if parent in seen:
-            raise ValueError(f"iterations: {' -> '.join([*seen, parent])} is a circle; expected a chain that starts from a fine-tuned checkpoint")
-        seen.append(parent)
-    return len(seen) - 1
-
-
-def _budget(params: Params, depth: int) -> Budget:
-    opt = params.optimize
-    total = opt.steps * opt.schedule_iterations
-    schedule = Schedule(opt.learning_rate, opt.learning_rate * opt.final_fraction, round(total * opt.warmup_fraction), total)
-    return Budget(opt.steps, schedule, opt.gradient_clip, opt.weight_decay, opt.save_every, first=depth * opt.steps)
-
-
 def _loss(policy: Policy, data: Labelled, params: Params, seed: int) -> Loss:
     opt = params.optimize
-    objective: Callable[..., Float[Tensor, "N K"]] = named_function(opt.objective, {**OBJECTIVES, **ON_DECISIONS}, "optimize.objective")
-    order = _order(data, opt, seed)
+    objective: Any = named_function(opt.objective, {**OBJECTIVES, **ON_DECISIONS}, "optimize.objective")
+    states = order(data.usable, opt.batch_size, seed)
 
     def loss(step: int) -> tuple[Float[Tensor, ""], Row]:
-        rows = order(step)
+        rows = states(step)
         batch, mask = _token_batch(policy, data, rows, opt, derive(seed, step))
         row = _diagnostics(batch, mask)
         values = objective(batch)
@@ -236,13 +205,6 @@ def _diagnostics(batch: TokenBatch, mask: Bool[Tensor, "N K"]) -> Row:
     return row
 
 
-def _order(data: Labelled, opt: OptimizeParams, seed: int) -> Callable[[int], Int[np.ndarray, " B"]]:
-    """Step -> the states of its batch, among those to learn from."""
-    usable = data.usable
-    order = batches(len(usable), opt.batch_size, seed)
-    return lambda step: usable[order(step)]
-
-
 def _token_batch(policy: Policy, data: Labelled, rows: np.ndarray, opt: OptimizeParams, seed: int) -> tuple[TokenBatch, Bool[Tensor, "N K"]]:
     """Both distributions at some states, and what the rollout did there where the objective asks for it."""
     logits = policy.logits(data.observations.at(rows))
@@ -264,8 +226,7 @@ def _decided(batch: TokenBatch, logits: Float[Tensor, "N K V"], on_policy: OnPol
 
 def _probe(policy: Policy, data: Labelled, opt: OptimizeParams) -> dict[str, float]:
     """Reverse KL, and both entropies, in nats a token, on a fixed selection of the states."""
-    usable = np.flatnonzero(data.mask.any(1))
-    rows = usable[np.linspace(0, len(usable) - 1, min(PROBE, len(usable))).astype(int)]
+    rows = probed(data.mask)
     with torch.inference_mode():
         batch, mask = _token_batch(policy, data, rows, opt, 0)
         return {

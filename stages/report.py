@@ -101,8 +101,27 @@ class IterationResult(Read):
     after: Probe
 
 
+class Entropy(Read):
+    """The mean over valid tokens, in nats a token, at the rollout's temperature."""
+
+    student_entropy: float
+
+
+class ReinforcementResult(Read):
+    """What an iteration of GRPO did and cost. `success` is that of its rollouts; useful_groups: of its `groups`, those to learn from."""
+
+    name: str
+    success: float
+    episodes: int
+    env_steps: int
+    groups: int
+    useful_groups: int
+    before: Entropy
+    after: Entropy
+
+
 class Results(Read):
-    """`results.json`. Steps and queries are totals over all iterations."""
+    """`results.json`. Steps and queries are totals over all iterations, of either kind."""
 
     teacher: Score
     start: Score
@@ -110,6 +129,7 @@ class Results(Read):
     env_steps: int
     teacher_queries: int
     iterations: tuple[IterationResult, ...]
+    reinforcements: tuple[ReinforcementResult, ...]
 
 
 @dataclass(frozen=True)
@@ -144,32 +164,47 @@ class Iteration:
 
 
 @dataclass(frozen=True)
+class Reinforcement:
+    """An iteration of GRPO, its artifacts by their folder's name, and how many optimiser steps it made."""
+
+    result: ReinforcementResult
+    made: Mapping[str, Manifest]
+    steps: int
+
+
+@dataclass(frozen=True)
 class Run:
-    """All that the page shows. Evaluations in the order of their columns; iterations in the order of their depth."""
+    """All that the page shows. Evaluations in the order of their columns; iterations in the order of their depth, of GRPO too."""
 
     params: Params
     checkpoints: Mapping[str, Manifest]
     iterations: tuple[Iteration, ...]
+    reinforcements: tuple[Reinforcement, ...]
     evaluations: Mapping[str, Evaluation]
+
+    @property
+    def updates(self) -> tuple[Iteration | Reinforcement, ...]:
+        """Iterations of either kind."""
+        return self.iterations + self.reinforcements
 
     @property
     def parents(self) -> dict[str, str]:
         """The digest of everything that was read."""
         read = {f"checkpoints/{name}": manifest.digest for name, manifest in self.checkpoints.items()}
-        read |= {f"{kind}/{one.result.name}": manifest.digest for one in self.iterations for kind, manifest in one.made.items()}
+        read |= {f"{kind}/{one.result.name}": manifest.digest for one in self.updates for kind, manifest in one.made.items()}
         return read | {f"evaluations/{name}": one.manifest.digest for name, one in self.evaluations.items()}
 
     @property
     def versions(self) -> dict[str, str]:
         """What the artifacts were made with; several values where they differ."""
         manifests = [*self.checkpoints.values(), *(one.manifest for one in self.evaluations.values())]
-        manifests += [manifest for one in self.iterations for manifest in one.made.values()]
+        manifests += [manifest for one in self.updates for manifest in one.made.values()]
         names = sorted({name for manifest in manifests for name in manifest.made_with})
         return {name: ", ".join(sorted({m.made_with[name] for m in manifests if name in m.made_with})) for name in names}
 
     @property
     def optimizer_steps(self) -> int:
-        return sum(len(one.steps) for one in self.iterations)
+        return sum(len(one.steps) for one in self.iterations) + sum(one.steps for one in self.reinforcements)
 
     @property
     def results(self) -> Results:
@@ -178,9 +213,10 @@ class Run:
             teacher=self.evaluations[named.teacher].facts.overall,
             start=self.evaluations[named.start].facts.overall,
             final=self.evaluations[named.final].facts.overall,
-            env_steps=sum(row.env_steps for row in rows),
+            env_steps=sum(one.result.env_steps for one in self.updates),
             teacher_queries=sum(row.teacher_queries for row in rows),
             iterations=tuple(rows),
+            reinforcements=tuple(one.result for one in self.reinforcements),
         )
 
 
@@ -216,12 +252,13 @@ def _require_names(params: Params) -> None:
 def read_run(params: Params, root: Path) -> Run:
     """Everything that the page shows, once it is proved that it belongs together. ValueError names what is missing or does not."""
     checkpoints = {name: read_manifest(root / "checkpoints" / name, "checkpoint") for name in params.finetuned}
-    iterations = sorted((_iteration(name, root) for name in params.iterations), key=lambda one: one.result.depth)
-    checkpoints |= {one.result.name: one.made["checkpoints"] for one in iterations}
-    positions = dict.fromkeys(set(params.iterations.values()) & set(params.finetuned), 0) | {i.result.name: i.result.depth + 1 for i in iterations}
+    iterations = tuple(_iteration(name, root) for name in sorted(params.iterations, key=params.depth))
+    reinforcements = tuple(_reinforcement(name, root) for name in sorted(params.reinforcements, key=params.depth))
+    checkpoints |= {one.result.name: one.made["checkpoints"] for one in iterations + reinforcements}
+    positions = {name: len(_chain(params, name)) - 1 for name in {*params.updates, *params.updates.values()}}
     evaluations = [_evaluation(name, params, root, checkpoints, positions) for name in params.evaluations]
     evaluations.sort(key=lambda one: (one.name == params.report.teacher, -1 if one.position is None else one.position))
-    return Run(params, checkpoints, tuple(iterations), {one.name: one for one in evaluations})
+    return Run(params, checkpoints, iterations, reinforcements, {one.name: one for one in evaluations})
 
 
 def _iteration(name: str, root: Path) -> Iteration:
@@ -234,6 +271,16 @@ def _iteration(name: str, root: Path) -> Iteration:
     facts = {**checkpoint.facts, **trajectories.facts, "teacher_queries": logits.facts["teacher_queries"], "name": name}
     steps = tuple(Step.model_validate_json(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
     return Iteration(IterationResult.model_validate(facts), {"checkpoints": checkpoint, "trajectories": trajectories, "logits": logits}, steps)
+
+
+def _reinforcement(name: str, root: Path) -> Reinforcement:
+    folder = root / "checkpoints" / name
+    checkpoint = open_artifact(folder, "checkpoint")
+    trajectories = read_manifest(root / "trajectories" / name, "trajectories")
+    _require_parent(folder, checkpoint, "trajectories", trajectories)
+    result = ReinforcementResult.model_validate({**checkpoint.facts, **trajectories.facts, "name": name})
+    steps = len((folder / "metrics.jsonl").read_text().splitlines())
+    return Reinforcement(result, {"checkpoints": checkpoint, "trajectories": trajectories}, steps)
 
 
 def _evaluation(name: str, params: Params, root: Path, checkpoints: Mapping[str, Manifest], positions: Mapping[str, int]) -> Evaluation:
@@ -313,7 +360,9 @@ def _figures(run: Run) -> dict[str, Markup]:
     """Every drawing of the page, by name."""
     figures = {"success": _success(run), "horizon": _by_horizon(run)}
     if run.iterations:
-        figures |= {"kl": _kl(run), "entropy": _entropy(run), "kl-steps": _kl_steps(run), "entropy-steps": _entropy_steps(run)}
+        figures |= {"kl": _kl(run), "entropy": _entropy(run)}
+    if any(one.steps for one in run.iterations):
+        figures |= {"kl-steps": _kl_steps(run), "entropy-steps": _entropy_steps(run)}
     return figures
 
 
@@ -346,7 +395,7 @@ def _inline(svg: str, name: str, alt: str) -> str:
 def _success(run: Run) -> Markup:
     """Success against iterations: evaluations with their intervals, the teacher as a band, each iteration's own rollouts as a thin line."""
     teacher, placed = run.evaluations[run.params.report.teacher], _placed(run)
-    chain = _chain(run.params)
+    chain = _chain(run.params, run.params.evaluations[run.params.report.final])
     told = "; ".join(f"{one.name} after {one.position} iterations {_percent(one.facts.overall.success)}" for one in placed)
     alt = f"Success against iterations. {told}; teacher {_percent(teacher.facts.overall.success)}."
 
@@ -355,7 +404,14 @@ def _success(run: Run) -> Markup:
         axes.axhspan(band.low, band.high, color=TEACHER, alpha=0.14, linewidth=0)
         axes.axhline(band.success, color=TEACHER, linewidth=1.5, label="teacher")
         sampled = [one.result for one in run.iterations if one.result.name in chain]
-        axes.plot([r.depth for r in sampled], [r.success for r in sampled], ".-", color=MUTED, linewidth=1, label="student's own rollouts, sampled")
+        axes.plot(
+            [len(_chain(run.params, r.name)) - 2 for r in sampled],
+            [r.success for r in sampled],
+            ".-",
+            color=MUTED,
+            linewidth=1,
+            label="student's own rollouts, sampled",
+        )
         _points(axes, [one for one in placed if one.checkpoint in chain], "student, greedy", line="-")
         _points(axes, [one for one in placed if one.checkpoint not in chain], "other branches, greedy", line="none")
         axes.set(xlabel="iterations", ylabel="success", ylim=(-0.03, 1.03))
@@ -370,11 +426,11 @@ def _placed(run: Run) -> list[Evaluation]:
     return [one for one in run.evaluations.values() if one.position is not None and one.name != run.params.report.teacher]
 
 
-def _chain(params: Params) -> list[str]:
-    """The final evaluation's checkpoint and all that it came from, back to the one that finetune made."""
-    names = [params.evaluations[params.report.final]]
-    while names[-1] in params.iterations:
-        names.append(params.iterations[names[-1]])
+def _chain(params: Params, name: str) -> list[str]:
+    """A checkpoint and all that it came from, back to the one that finetune made."""
+    names = [name]
+    while names[-1] in params.updates:
+        names.append(params.updates[names[-1]])
     return names
 
 
@@ -478,7 +534,7 @@ def _entropy_steps(run: Run) -> Markup:
     """The student's entropy on every optimiser step's batch, and the teacher's on the iteration's states."""
 
     def paint(axes: "Axes") -> None:
-        for one in run.iterations:
+        for one in filter(lambda one: one.steps, run.iterations):
             numbers, teacher = _numbers(one), one.result.before.teacher_entropy
             axes.plot(numbers, [step.student_entropy for step in one.steps], color=STUDENT, linewidth=1.2)
             axes.plot([numbers[0], numbers[-1] + 1], [teacher, teacher], color=TEACHER, linewidth=1.5)
@@ -503,5 +559,6 @@ def _mark_iterations(axes: "Axes", iterations: Sequence[Iteration]) -> None:
 
 
 def _ends(run: Run, value: Callable[[Step], float]) -> str:
-    first, last = run.iterations[0].steps[0], run.iterations[-1].steps[-1]
+    steps = [step for one in run.iterations for step in one.steps]
+    first, last = steps[0], steps[-1]
     return f"{value(first):.3f} at the first step, {value(last):.3f} at the last"

@@ -4,18 +4,18 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
-from tqdm import tqdm
 
-from vla_opd.artifacts import Draft, Manifest, draft
-from vla_opd.checkpoint import CheckpointFacts, open_checkpoint, require_environment
+from vla_opd.artifacts import Manifest, draft
+from vla_opd.checkpoint import open_checkpoint, require_environment
 from vla_opd.envs.protocol import Placement
+from vla_opd.groups import counts, fill
 from vla_opd.host import Host
 from vla_opd.params import EVALUATION_STATES, Params
-from vla_opd.policies import Policy, load_policy
-from vla_opd.rollout import Job, PoolSettings, RolloutSettings, Tally, rollout
+from vla_opd.policies import load_policy
+from vla_opd.rollout import Job, RolloutSettings, Tally
 from vla_opd.seeds import derive
 from vla_opd.tracking import track
-from vla_opd.trajectory import Episode, read_shard, shard_name, shards, write_shard
+from vla_opd.trajectory import read_shard, shard_name, shards
 
 
 def run(params: Params, iteration: str, student: Path, out: Path, host: Host) -> Manifest:
@@ -35,11 +35,12 @@ def run(params: Params, iteration: str, student: Path, out: Path, host: Host) ->
         draft(out, "trajectories", {"student": checkpoint.digest}, settings) as work,
         track(host, params.run.name, "sample", iteration, settings) as log,
     ):
-        _fill(params, checkpoint.facts, load_policy(checkpoint, host.device), groups, work, host, tally)
-        episodes = [episode for shard in shards(work.folder) for episode in read_shard(shard)]
-        counts = _summary(episodes)
-        log({**counts, **tally.as_metrics()}, 0)
-        return work.publish({**counts, "protocol": params.sample.protocol, "action_space": checkpoint.facts.action_space.digest})
+        its = params.sample
+        rolled = RolloutSettings(its.horizon, its.temperature, its.observe_every, its.inference_batch)
+        fill(groups, load_policy(checkpoint, host.device), params.environment, rolled, work, host, tally, "sample")
+        found = counts([episode for shard in shards(work.folder) for episode in read_shard(shard)])
+        log({**found, **tally.as_metrics()}, 0)
+        return work.publish({**found, "protocol": params.sample.protocol, "action_space": checkpoint.facts.action_space.digest})
 
 
 def _groups(params: Params, iteration: str) -> dict[str, list[Job]]:
@@ -58,30 +59,3 @@ def _groups(params: Params, iteration: str) -> dict[str, list[Job]]:
 def _benchmark_states(params: Params, iteration: str, task: str) -> Int[np.ndarray, " S"]:
     """The evaluation's own initial states in random order: no two prompts of an iteration share one."""
     return np.random.default_rng(derive(params.run.seed, "sample", iteration, task, "states")).permutation(EVALUATION_STATES)
-
-
-def _fill(params: Params, facts: CheckpointFacts, policy: Policy, groups: dict[str, list[Job]], work: Draft, host: Host, tally: Tally) -> None:
-    """Write the shards that are not there yet, each as soon as its group is complete."""
-    missing = {shard: groups[shard] for shard in work.missing(groups)}
-    home = {(job.placement, job.member): shard for shard, jobs in missing.items() for job in jobs}
-    arrived: dict[str, list[Episode]] = {shard: [] for shard in missing}
-    total = params.sample.group * len(groups)
-    settings = RolloutSettings(params.sample.horizon, params.sample.temperature, params.sample.observe_every, params.sample.inference_batch)
-    jobs = [job for jobs in missing.values() for job in jobs]
-    episodes = rollout(policy, jobs, params.environment, settings, PoolSettings(host.workers, host.timeout_s), tally)
-    for episode in tqdm(episodes, total=total, initial=total - len(jobs), desc="sample", unit="episode", mininterval=5):
-        shard = home[episode.placement, episode.member]
-        arrived[shard].append(episode)
-        work.remember(tally.environment)
-        if len(arrived[shard]) == params.sample.group:
-            with work.part(shard) as path:
-                write_shard(path, sorted(arrived.pop(shard), key=lambda e: e.member), facts.action_space.chunk)
-
-
-def _summary(episodes: list[Episode]) -> dict[str, float]:
-    return {
-        "episodes": len(episodes),
-        "success": sum(e.success for e in episodes) / len(episodes),
-        "env_steps": sum(e.steps for e in episodes),
-        "states": sum(len(e.step) for e in episodes),
-    }

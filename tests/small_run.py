@@ -17,6 +17,9 @@ finetune: {save_every: 3, batch_size: 16, threads: 1}
 sample: {group: 3, horizon: 40, prompts: 4}
 optimize: {steps: 24, save_every: 3, schedule_iterations: 1, batch_size: 16, threads: 1}
 iterations: {it001: student}
+reinforcements: {rl001: it001}
+explore: {prompts: 2, group: 4, rounds: 3, temperature: 1.0, horizon: 40}
+reinforce: {steps: 12, save_every: 3, schedule_iterations: 1, batch_size: 16, threads: 1}
 evaluate: {episodes: 10, horizon: 40}
 evaluations: {start: student, final: it001, teacher: teacher}
 """
@@ -27,6 +30,8 @@ STAGES = {
     "trajectories/it001": ["sample", "--iteration", "it001"],
     "logits/it001": ["label", "--iteration", "it001"],
     "checkpoints/it001": ["optimize", "--iteration", "it001"],
+    "trajectories/rl001": ["explore", "--iteration", "rl001"],
+    "checkpoints/rl001": ["reinforce", "--iteration", "rl001"],
     "evaluations/start": ["evaluate", "--name", "start"],
     "evaluations/final": ["evaluate", "--name", "final"],
     "evaluations/teacher": ["evaluate", "--name", "teacher"],

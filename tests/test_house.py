@@ -168,7 +168,9 @@ def test_params_deps_are_what_the_stage_reads(name: str) -> None:
         wanted = (wanted | {name}) - ({"policy"} if run_sections()[name].get("parent") else set())
     listed = {entry.partition(".")[0] for entry in pipeline()[name]["params"]}
     assert listed >= wanted, f"dvc.yaml: {name} reads {sorted(wanted - listed)} and doesn't list them"
-    assert listed <= wanted | {"iterations", "evaluations"}, f"dvc.yaml: {name} lists {sorted(listed - wanted)} and doesn't read them"
+    assert listed <= wanted | {"iterations", "reinforcements", "evaluations"}, (
+        f"dvc.yaml: {name} lists {sorted(listed - wanted)} and doesn't read them"
+    )
 
 
 # Sizes and names

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vla_opd.params import GroupParams, OptimizeParams
+from vla_opd.params import ClipParams, OptimizeParams
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Taken:
     now: Float[Tensor, "N K"]
     then: Float[Tensor, "N K"]
     advantage: Float[Tensor, " N"]
-    settings: GroupParams
+    settings: ClipParams
 
 
 @dataclass(frozen=True)

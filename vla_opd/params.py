@@ -184,14 +184,8 @@ class LabelParams(Section):
 
 
 class GroupParams(Section):
-    """What GRPO asks of a group, eq. (2), as SimpleVLA-RL runs it.
+    """Which groups GRPO learns from: those whose mean success is within keep_low ... keep_high. Of a single outcome there is nothing to prefer."""
 
-    clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
-    keep_low, keep_high: groups whose mean success lies outside are left out; within a group all of one outcome there is nothing to prefer.
-    """
-
-    clip_low: float = Field(default=0.2, gt=0, lt=1)
-    clip_high: float = Field(default=0.28, gt=0)
     keep_low: Fraction = 0.1
     keep_high: Fraction = 0.9
 
@@ -202,12 +196,33 @@ class GroupParams(Section):
         return self
 
 
-class OptimizeParams(GroupParams):
-    """Eq. (5): a fixed budget of AdamW steps per iteration, with a schedule over the whole run.
+class ClipParams(Section):
+    """GRPO's ratio is clipped to [1 - clip_low, 1 + clip_high]."""
+
+    clip_low: float = Field(default=0.2, gt=0, lt=1)
+    clip_high: float = Field(default=0.28, gt=0)
+
+
+class UpdateParams(Section):
+    """A fixed budget of AdamW steps per iteration, with a schedule over `schedule_iterations` of them; later ones stay at its end."""
+
+    steps: int = Field(default=80, ge=1)
+    batch_size: int = Field(default=64, ge=1)
+    learning_rate: float = Field(default=1.5e-3, gt=0)
+    schedule_iterations: int = Field(default=10, ge=1)
+    final_fraction: Fraction = 0.1
+    warmup_fraction: Fraction = 0.02
+    weight_decay: float = Field(default=0.0, ge=0)
+    gradient_clip: float = Field(default=1.0, gt=0)
+    save_every: int = Field(default=20, ge=1)
+    threads: int = Field(default=2, ge=1)
+
+
+class OptimizeParams(UpdateParams, GroupParams, ClipParams):
+    """Eq. (5): the student's update towards the teacher.
 
     objective:   a key of `vla_opd.objectives.OBJECTIVES` or `ON_DECISIONS`, or `"package.module:function"` of a `TokenBatch`.
     temperature: both student and teacher are scored at it, the teacher at `teacher_temperature` if that is set.
-    schedule_iterations: iterations over which the learning rate decays; later ones stay at its end.
     confidence:  tokens are weighted by (1 - H(p_T) / log V) to this power.
     anchor:      weight of KL(p_S || p_0) at the same states, p_0 the checkpoint `student` that the run began with, whatever the objective.
     beta:        of `jsd`. distill: weight of the reverse KL in `mixed`.
@@ -217,14 +232,6 @@ class OptimizeParams(GroupParams):
     """
 
     objective: str = "reverse_kl"
-    steps: int = Field(default=80, ge=1)
-    batch_size: int = Field(default=64, ge=1)
-    learning_rate: float = Field(default=1.5e-3, gt=0)
-    schedule_iterations: int = Field(default=10, ge=1)
-    final_fraction: Fraction = 0.1
-    warmup_fraction: Fraction = 0.02
-    weight_decay: float = Field(default=0.0, ge=0)
-    gradient_clip: float = Field(default=1.0, gt=0)
     temperature: float = Field(default=1.0, gt=0)
     teacher_temperature: float | None = Field(default=None, gt=0)
     confidence: float = Field(default=0.0, ge=0)
@@ -236,8 +243,29 @@ class OptimizeParams(GroupParams):
     ratio: bool = False
     reward: Literal["fresh", "rollout"] = "fresh"
     discount: Fraction = 0.0
-    save_every: int = Field(default=20, ge=1)
-    threads: int = Field(default=2, ge=1)
+
+
+class ExploreParams(GroupParams):
+    """Student rollouts for GRPO: like `sample`, hotter and in larger groups, of which only the decisions are kept.
+
+    prompts, group: placements per task, and G episodes from each.
+    rounds: as long as fewer than `prompts` groups a task, over all tasks together, are ones to learn from, more placements are tried, in at most so
+            many rounds (dynamic sampling).
+    """
+
+    prompts: int = Field(default=1, ge=1)
+    group: int = Field(default=8, ge=2)
+    temperature: float = Field(default=1.6, gt=0)
+    horizon: int = Field(default=150, ge=1)
+    inference_batch: int = Field(default=1, ge=1)
+    rounds: int = Field(default=1, ge=1)
+
+
+class ReinforceParams(UpdateParams, ClipParams):
+    """Eq. (2), GRPO: the student's update towards its own successes, without a teacher. Its budget and its schedule are its own."""
+
+    steps: int = Field(default=20, ge=1)
+    learning_rate: float = Field(default=1e-4, gt=0)
 
 
 class EvaluateParams(Section):
@@ -279,6 +307,8 @@ class Params(Section):
     sample: SampleParams = SampleParams()
     label: LabelParams = LabelParams()
     optimize: OptimizeParams = OptimizeParams()
+    explore: ExploreParams = ExploreParams()
+    reinforce: ReinforceParams = ReinforceParams()
     evaluate: EvaluateParams = EvaluateParams()
     report: ReportParams = ReportParams()
     demonstrations: Mapping[Name, DemonstrationSet] = Field(default_factory=dict)
@@ -286,6 +316,7 @@ class Params(Section):
     teacher: CheckpointParams
     student: CheckpointParams
     iterations: Mapping[Name, Name] = Field(description="iteration: the checkpoint it starts from")
+    reinforcements: Mapping[Name, Name] = Field(default_factory=dict, description="iteration of GRPO: the checkpoint it starts from")
     evaluations: Mapping[Name, Name] = Field(description="evaluation: the checkpoint it scores")
 
     @property
@@ -294,10 +325,21 @@ class Params(Section):
         made = {"base": self.base, "teacher": self.teacher, "student": self.student}
         return {name: checkpoint for name, checkpoint in made.items() if checkpoint is not None}
 
+    @property
+    def updates(self) -> dict[str, str]:
+        """Every iteration, of either kind: the checkpoint that it starts from."""
+        return {**self.iterations, **self.reinforcements}
+
+    def depth(self, iteration: str) -> int:
+        """How many iterations of the same kind come before it on its chain."""
+        chain = self.iterations if iteration in self.iterations else self.reinforcements
+        parent = chain[iteration]
+        return self.depth(parent) + 1 if parent in chain else 0
+
     @model_validator(mode="after")
     def _names_exist(self) -> "Params":
-        checkpoints = {*self.finetuned, *self.iterations}
-        wanted = {f"iterations.{k}": v for k, v in self.iterations.items()} | {f"evaluations.{k}": v for k, v in self.evaluations.items()}
+        checkpoints = {*self.finetuned, *self.updates}
+        wanted = {f"{kind}.{k}": v for kind in ("iterations", "reinforcements", "evaluations") for k, v in getattr(self, kind).items()}
         wanted |= {"label.teacher": self.label.teacher}
         wanted |= {f"{k}.parent": c.parent for k, c in self.finetuned.items() if c.parent is not None}
         for field, name in wanted.items():
@@ -306,9 +348,23 @@ class Params(Section):
         for field, name in {f"{k}.demonstrations": c.demonstrations for k, c in self.finetuned.items()}.items():
             if name not in self.demonstrations:
                 raise ValueError(f"{field} is {name!r}: no such set of demonstrations; expected one of {sorted(self.demonstrations)}")
-        if overlap := set(self.finetuned) & set(self.iterations):
-            raise ValueError(f"iterations has {sorted(overlap)}: these names belong to checkpoints made by finetune; choose others")
+        for kind, others in {"iterations": self.finetuned, "reinforcements": {**self.finetuned, **self.iterations}}.items():
+            if overlap := set(getattr(self, kind)) & set(others):
+                raise ValueError(f"{kind} has {sorted(overlap)}: these names belong to other checkpoints; choose others")
+        if circle := _circle(self.updates):
+            raise ValueError(f"iterations: {' -> '.join(circle)} is a circle; expected a chain that starts from a fine-tuned checkpoint")
         return self
+
+
+def _circle(chain: Mapping[str, str]) -> list[str]:
+    """A chain that comes back to where it was, if there is one."""
+    for name in chain:
+        seen = [name]
+        while seen[-1] in chain:
+            seen.append(chain[seen[-1]])
+            if seen[-1] in seen[:-1]:
+                return seen
+    return []
 
 
 def load(path: Path | str = "params.yaml", overrides: Iterable[str] = ()) -> Params:
@@ -339,7 +395,7 @@ OPTIONS_OF = {
     "reward": {"reverse_kl_rollout"},
     "discount": {"reverse_kl_rollout"},
     "distill": {"mixed"},
-    **{field: {"mixed"} for field in GroupParams.model_fields},
+    **{field: {"mixed"} for field in (*GroupParams.model_fields, *ClipParams.model_fields)},
 }
 """Settings of `optimize` that only these objectives read: with another one they would be silently without effect."""
 

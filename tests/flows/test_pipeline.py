@@ -34,6 +34,25 @@ def test_an_iteration_owns_its_stages_and_the_score_of_what_it_made(toy: Toy) ->
     assert {owners[name] for name in ("teacher", "evaluate@start", "evaluate@teacher", "report")} == {None}
 
 
+def test_an_iteration_of_grpo_has_no_labels(toy: Toy) -> None:
+    toy.edit("params.yaml", "reinforcements: {}", "reinforcements: {rl001: it002, rl002: rl001}")
+    toy.edit("params.yaml", "final: it002", "final: rl002")
+    plan = pipeline.plan()
+    own = {step.name: step.iteration for step in plan if "rl" in (step.iteration or "")}
+    assert own == {
+        "explore@rl001": "rl001",
+        "reinforce@rl001": "rl001",
+        "explore@rl002": "rl002",
+        "reinforce@rl002": "rl002",
+        "evaluate@final": "rl002",
+    }
+    said = toy.dvc("repro", "reinforce@rl002")
+    assert [name for name in ran(said) if name.endswith(("rl001", "rl002"))] == list(own)[:4]
+    assert toy.has("checkpoints/rl002", "trajectories/rl002")
+    assert not toy.has("logits/rl001")
+    assert due(pipeline.plan(["reinforce@rl002"])) == []
+
+
 def test_the_plan_to_a_target_ends_there(toy: Toy) -> None:
     assert pipeline.plan(["sample@it001"])[-1].name == "sample@it001"
     with pytest.raises(ValueError, match="it009"):

@@ -15,7 +15,7 @@ from vla_opd.params import load
 
 LABELS, STUDENT, FINAL = "small/logits/it001", "small/checkpoints/student", "small/checkpoints/it001"
 SHARD = "shard-000-00000.zarr.zip"
-AFTER_LABELS = ("small/checkpoints/it001", "small/evaluations/final", "small/report/page")
+AFTER_LABELS = ("small/checkpoints/it001", "small/checkpoints/rl001", "small/evaluations/final", "small/report/page", "small/trajectories/rl001")
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def found(deep: bool = False) -> dict[str, Finding]:
 
 
 def test_a_whole_run_is_sound(run: Path) -> None:
-    assert len(read_store().artifacts) == 10
+    assert len(read_store().artifacts) == 12
     assert list(verify(read_store(), deep=True)) == []
 
 
@@ -97,8 +97,20 @@ def test_a_teacher_whose_tokens_mean_other_actions_is_found_by_looking_deep(run:
     assert "action_space.q01" in found(deep=True)[LABELS].what
 
 
+def test_rollouts_whose_tokens_mean_other_actions_than_their_students_are_found_by_looking_deep(run: Path) -> None:
+    republished(run / "small/trajectories/rl001", "trajectories", action_space="0" * 64)
+    assert found() == {}
+    assert "its action space is 000000000000; expected" in found(deep=True)["small/trajectories/rl001"].what
+
+
 @pytest.mark.parametrize(
-    ("name", "shard"), [("demonstrations/main", "shard-001-00010"), ("trajectories/it001", "shard-000-00002"), (LABELS, "shard-001-00001")]
+    ("name", "shard"),
+    [
+        ("demonstrations/main", "shard-001-00010"),
+        ("trajectories/it001", "shard-000-00002"),
+        ("trajectories/rl001", "shard-001-00004"),
+        (LABELS, "shard-001-00001"),
+    ],
 )
 def test_a_shard_made_again_has_the_same_bytes(run: Path, name: str, shard: str) -> None:
     store = read_store()

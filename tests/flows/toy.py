@@ -28,6 +28,9 @@ sample: {group: 2}
 label: {teacher: teacher}
 optimize: {steps: 4}  # how long
 iterations: {it001: student, it002: it001}
+reinforcements: {}
+explore: {group: 2}
+reinforce: {steps: 4}
 evaluate: {episodes: 3}
 evaluations: {start: student, final: it002, teacher: teacher}
 report: {}
@@ -42,13 +45,15 @@ verb, key = sys.argv[1], (sys.argv[3:] or [""])[0]
 params = YAML(typ="safe").load(open("params.yaml"))
 root = pathlib.Path("artifacts/toy")
 ck, tr, lo, de = root / "checkpoints", root / "trajectories", root / "logits", root / "demonstrations"
-student = ck / params["iterations"].get(key, "none")
+student = ck / {**params["iterations"], **params["reinforcements"]}.get(key, "none")
 out, inputs = {
     "demonstrate": lambda: (de / key, []),
     "finetune": lambda: (ck / key, [de / params[key]["demonstrations"]] + ([ck / params[key]["parent"]] if "parent" in params[key] else [])),
     "sample": lambda: (tr / key, [student]),
     "label": lambda: (lo / key, [tr / key, ck / "teacher"]),
     "optimize": lambda: (ck / key, [student, tr / key, lo / key]),
+    "explore": lambda: (tr / key, [student]),
+    "reinforce": lambda: (ck / key, [student, tr / key]),
     "evaluate": lambda: (root / "evaluations" / key, [ck / params["evaluations"][key]]),
     "report": lambda: (root / "report/page", [root / "evaluations" / name for name in params["evaluations"]]),
 }[verb]()

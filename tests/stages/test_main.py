@@ -83,7 +83,22 @@ def test_what_label_and_optimize_would_refuse_stops_before_any_rollout(
         (["label", "--iteration", "it001"], (ROOT / "checkpoints/teacher", ROOT / "trajectories/it001", ROOT / "logits/it001")),
         (
             ["optimize", "--iteration", "it001"],
-            ("it001", ROOT / "checkpoints/student", ROOT / "trajectories/it001", ROOT / "logits/it001", ROOT / "checkpoints/it001"),
+            (
+                "it001",
+                ROOT / "checkpoints/student",
+                ROOT / "trajectories/it001",
+                ROOT / "logits/it001",
+                ROOT / "checkpoints/student",
+                ROOT / "checkpoints/it001",
+            ),
+        ),
+        (
+            ["explore", "--iteration", "rl001", "--set", "reinforcements.rl001=it002"],
+            ("rl001", ROOT / "checkpoints/it002", ROOT / "trajectories/rl001"),
+        ),
+        (
+            ["reinforce", "--iteration", "rl001", "--set", "reinforcements.rl001=it002"],
+            ("rl001", ROOT / "checkpoints/it002", ROOT / "trajectories/rl001", ROOT / "checkpoints/rl001"),
         ),
         (["evaluate", "--name", "final"], (ROOT / "checkpoints/it002", ROOT / "evaluations/final")),
         (["report"], (ROOT, ROOT / "report/page")),
@@ -115,6 +130,7 @@ def test_the_host_comes_from_options_and_the_environment(called: list[tuple[Any,
     ("arguments", "message"),
     [
         (["sample", "--iteration", "it009"], "sample: iterations is 'it009'; expected one of ['it001', 'it002']"),
+        (["explore", "--iteration", "it001"], "explore: reinforcements is 'it001'; expected one of []"),
         (["demonstrate", "--name", "other"], "demonstrate: demonstrations is 'other'; expected one of ['main']"),
         (["finetune", "--name", "base"], "finetune: checkpoint is 'base'; expected one of ['student', 'teacher']"),
         (["evaluate", "--name", "middle"], "evaluate: evaluations is 'middle'; expected one of ['final', 'start']"),

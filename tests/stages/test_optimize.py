@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -14,8 +13,6 @@ import torch
 import stages.__main__ as command
 from stages.optimize import (
     Labelled,
-    _budget,
-    _depth,
     _loss,
     _on_policy,
     _probe,
@@ -34,12 +31,12 @@ from vla_opd.objectives import OBJECTIVES, DecisionBatch, TokenBatch, confidence
 from vla_opd.params import CheckpointParams, DemonstrationSet, OptimizeParams, Params, RunParams, load
 from vla_opd.policies import build_policy, load_policy
 from vla_opd.training import train
+from vla_opd.update import budget
 
 RECIPE = CheckpointParams(demonstrations="main", steps=3, learning_rate=1e-3)
-OPTIMIZE = OptimizeParams(steps=10, batch_size=4, learning_rate=1.0, schedule_iterations=3, final_fraction=0.1, warmup_fraction=0.1)
 
 
-def params(optimize: OptimizeParams = OPTIMIZE, **iterations: str) -> Params:
+def params(optimize: OptimizeParams) -> Params:
     return Params(
         run=RunParams(name="test"),
         environment=small.ENVIRONMENT,
@@ -47,7 +44,7 @@ def params(optimize: OptimizeParams = OPTIMIZE, **iterations: str) -> Params:
         demonstrations={"main": DemonstrationSet(episodes=1)},
         teacher=RECIPE,
         student=RECIPE,
-        iterations=iterations,
+        iterations={},
         evaluations={},
     )
 
@@ -58,28 +55,6 @@ def labelled(rows: int = 6) -> Labelled:
     mask[0], mask[1] = False, True
     logits = torch.from_numpy(random.normal(size=(rows, small.TOKENS, small.BINS)))
     return Labelled(small.observations(rows), mask, logits.log_softmax(-1).numpy().astype(np.float16))
-
-
-def test_depth_counts_the_iterations_before() -> None:
-    run = params(it001="student", it002="it001", it003="it002", branch="it001", fresh="teacher")
-    assert {name: _depth(run, name) for name in run.iterations} == {"it001": 0, "it002": 1, "it003": 2, "branch": 1, "fresh": 0}
-
-
-@pytest.mark.parametrize(
-    ("iterations", "start", "circle"),
-    [({"a": "a"}, "a", "a -> a"), ({"a": "b", "b": "a"}, "a", "a -> b -> a"), ({"a": "b", "b": "c", "c": "b"}, "a", "a -> b -> c -> b")],
-)
-def test_a_chain_that_bites_its_tail_is_refused(iterations: dict[str, str], start: str, circle: str) -> None:
-    with pytest.raises(ValueError, match=f"iterations: {circle} is a circle; expected a chain"):
-        _depth(params(**iterations), start)
-
-
-def test_iterations_follow_each_other_on_one_schedule() -> None:
-    run = params()
-    rates = [_budget(run, depth).schedule.at(_budget(run, depth).first + step) for depth in range(4) for step in range(OPTIMIZE.steps)]
-    assert rates[:4] == pytest.approx([1 / 3, 2 / 3, 1, 1])  # 3 of the 30 steps warm up
-    assert all(ours >= theirs for ours, theirs in pairwise(rates[3:]))
-    assert rates[30:] == pytest.approx([0.1] * 10)
 
 
 def store(folder: Path, kind: str, parents: dict[str, str], facts: dict[str, object]) -> str:
@@ -177,7 +152,7 @@ def test_the_student_becomes_more_like_the_teacher(tmp_path: Path, name: str) ->
     torch.manual_seed(0)
     policy, data = build_policy(small.FACTS).eval(), labelled(8)
     before = _probe(policy, data, opt)
-    train(policy, _loss(policy, data, params(opt), seed=1), _budget(params(opt), 0), tmp_path, None, "it001")
+    train(policy, _loss(policy, data, params(opt), seed=1), budget(opt, 0, len(data.usable)), tmp_path, None, "it001")
     after = _probe(policy, data, opt)
     assert after["reverse_kl"] < 0.8 * before["reverse_kl"]
     assert after["teacher_entropy"] == before["teacher_entropy"]
@@ -298,7 +273,7 @@ def test_the_trainers_log_probabilities_are_the_rollouts_own(small: Path, settin
 def test_without_a_group_to_learn_from_the_student_stays_as_it_is(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--set", "optimize.objective=mixed", "--set", "optimize.keep_low=0.99", "--set", "optimize.keep_high=0.995"]
     assert command.main(["optimize", "--iteration", "it001", "--device", "cpu", "--tracking", "none", *arguments]) == 0
-    assert "no group to learn from (optimize.keep_low, keep_high); the student stays as it is" in capsys.readouterr().err
+    assert "no group of episodes to learn from (keep_low, keep_high); the student stays as it is" in capsys.readouterr().err
     ours, theirs = (open_checkpoint(small / "checkpoints" / name).weights() for name in ("it001", "student"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 

@@ -32,6 +32,8 @@ KILLED_AT = {
     "trajectories/it001": 2,
     "logits/it001": 2,
     "checkpoints/it001": 6,
+    "trajectories/rl001": 6,  # in its second round
+    "checkpoints/rl001": 6,
     "evaluations/final": 3,
     "report/page": 0,  # it has no parts
 }
@@ -42,6 +44,8 @@ OTHER = {
     "trajectories/it001": "sample.temperature=0.3",
     "logits/it001": "label.dtype=float32",
     "checkpoints/it001": "optimize.steps=23",
+    "trajectories/rl001": "explore.temperature=0.5",
+    "checkpoints/rl001": "reinforce.steps=11",
     "evaluations/final": "evaluate.horizon=33",
     "report/page": "evaluate.confidence=0.8",
 }
@@ -51,8 +55,10 @@ CONSUMERS = {
     "trajectories/it001": ["checkpoints/student"],
     "logits/it001": ["trajectories/it001", "checkpoints/teacher"],
     "checkpoints/it001": ["checkpoints/student", "trajectories/it001", "logits/it001"],
+    "trajectories/rl001": ["checkpoints/it001"],
+    "checkpoints/rl001": ["checkpoints/it001", "trajectories/rl001"],
     "evaluations/final": ["checkpoints/it001"],
-    "report/page": ["evaluations/start", "evaluations/final", "evaluations/teacher", "checkpoints/it001"],
+    "report/page": ["evaluations/start", "evaluations/final", "evaluations/teacher", "checkpoints/it001", "checkpoints/rl001"],
 }
 SEED = "KILL_SEED"  # repeats the random kill or flips of an earlier test run
 
@@ -157,8 +163,8 @@ def _goes_on(undisturbed: Path, folder: Path, artifact: str, finished: int, capt
     run_stage(folder, STAGES[artifact], workers=2)
     said = captured.readouterr().err
     print(said_before.out, said_before.err, said, sep="\n")
-    reused = re.search(r"reusing (\d+) of \d+ |going on from step (\d+)", said)
-    assert int(reused[1] or reused[2] if reused else 0) == finished
+    reused = re.findall(r"reusing (\d+) of \d+ |going on from step (\d+)", said)  # `explore` says so of each round
+    assert sum(int(shards or steps) for shards, steps in reused) == finished
     assert before.items() <= _shard_times(out).items(), "a finished shard was written again"
     assert _manifest(out)["digest"] == _manifest(expected)["digest"]
     assert _bytes(out) == _bytes(expected)

@@ -37,7 +37,7 @@ from vla_opd.objectives import (
     rewards_to_go,
     tempered,
 )
-from vla_opd.params import GroupParams, OptimizeParams
+from vla_opd.params import ClipParams, OptimizeParams
 from vla_opd.policies import build_policy
 from vla_opd.rollout import choose
 
@@ -376,7 +376,7 @@ def test_with_rewards_to_go_the_gradient_is_that_of_the_trajectorys_divergence()
 
 def taken(student: Tensor, older: Tensor, tokens: Tensor, advantage: Tensor, **settings: Any) -> Taken:
     now, then = (of(logits.log_softmax(-1), tokens) for logits in (student, older))
-    return Taken(now, then, advantage, GroupParams(**settings))
+    return Taken(now, then, advantage, ClipParams(**settings))
 
 
 def test_grpo_at_the_rollouts_student_is_the_policy_gradient() -> None:

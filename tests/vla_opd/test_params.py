@@ -84,7 +84,11 @@ def test_later_overrides_win_and_deeper_ones_reach_in(minimal: Path) -> None:
         ("iterations.it001=it000", rf"iterations\.it001 is 'it000': no such checkpoint; {CHECKPOINTS}"),
         ("evaluations.final=it003", rf"evaluations\.final is 'it003': no such checkpoint; {CHECKPOINTS}"),
         ("label.teacher=expert", rf"label\.teacher is 'expert': no such checkpoint; {CHECKPOINTS}"),
-        ("iterations.student=teacher", r"iterations has \['student'\]: these names belong to checkpoints made by finetune"),
+        ("iterations.it001=it001", r"iterations: it001 -> it001 is a circle; expected a chain that starts from a fine-tuned checkpoint"),
+        ("reinforcements.it002=teacher", r"reinforcements has \['it002'\]: these names belong to other checkpoints"),
+        ("reinforcements.rl001=it000", r"reinforcements\.rl001 is 'it000': no such checkpoint; expected one of"),
+        ("explore.group=1", r"explore\.group is 1: .*greater than or equal to 2"),
+        ("iterations.student=teacher", r"iterations has \['student'\]: these names belong to other checkpoints"),
         ("policy.crop=129", r"policy\.crop is 129; expected at most environment\.image_size, which is 128"),
         ("environment.image_size=64", r"policy\.crop is 96; expected at most environment\.image_size, which is 64"),
         ("report.final=it003", r"report\.final is 'it003'; expected one of the evaluations \['final', 'start'\]"),
@@ -113,6 +117,24 @@ def test_later_overrides_win_and_deeper_ones_reach_in(minimal: Path) -> None:
 def test_mistakes_name_field_value_and_expectation(minimal: Path, override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load(minimal, [override])
+
+
+def test_depth_counts_the_iterations_of_the_same_kind_before(minimal: Path) -> None:
+    more = [
+        "iterations.branch=it001",
+        "iterations.fresh=teacher",
+        "reinforcements.rl001=it002",
+        "reinforcements.rl002=rl001",
+        "iterations.after=rl002",
+    ]
+    params = load(minimal, more)
+    depths = {"it001": 0, "it002": 1, "branch": 1, "fresh": 0, "rl001": 0, "rl002": 1, "after": 0}
+    assert {name: params.depth(name) for name in params.updates} == depths
+
+
+def test_a_circle_of_both_kinds_is_refused(minimal: Path) -> None:
+    with pytest.raises(ValueError, match="iterations: it001 -> rl001 -> it001 is a circle"):
+        load(minimal, ["iterations.it001=rl001", "reinforcements.rl001=it001"])
 
 
 def test_an_objective_is_asked_for_what_it_reads(minimal: Path) -> None:

@@ -1,0 +1,63 @@
+"""explore: student -> trajectories for GRPO, eq. (2): for each task `prompts` placements, from each G = `group` episodes; a group is a shard."""
+
+from pathlib import Path
+
+from vla_opd.artifacts import Manifest, draft
+from vla_opd.checkpoint import open_checkpoint, require_environment
+from vla_opd.envs.protocol import Placement
+from vla_opd.groups import counts, fill
+from vla_opd.host import Host
+from vla_opd.params import Params
+from vla_opd.policies import load_policy
+from vla_opd.rollout import Job, RolloutSettings, Tally
+from vla_opd.seeds import derive
+from vla_opd.tracking import track
+from vla_opd.trajectory import Episode, read_shard, shard_name
+
+
+def run(params: Params, iteration: str, student: Path, out: Path, host: Host) -> Manifest:
+    """Roll the student out from seeded placements, round after round until there are groups enough to learn from; groups of one outcome stay too."""
+    checkpoint, its = open_checkpoint(student), params.explore
+    require_environment(checkpoint.facts, params.environment, str(student))
+    settings = {
+        "seed": params.run.seed,
+        "iteration": iteration,
+        "explore": its.model_dump(),
+        "environment": params.environment.model_dump(),
+        "device": host.device,
+    }
+    tally, wanted = Tally(), its.prompts * len(params.environment.tasks)
+    with (
+        draft(out, "trajectories", {"student": checkpoint.digest}, settings) as work,
+        track(host, params.run.name, "explore", iteration, settings) as log,
+    ):
+        policy = load_policy(checkpoint, host.device)
+        rolled = RolloutSettings(its.horizon, its.temperature, policy.chunk, its.inference_batch)
+        groups, useful = list[tuple[Episode, ...]](), 0
+        for number in range(its.rounds):
+            tried = _round(params, iteration, number)
+            fill(tried, policy, params.environment, rolled, work, host, tally, f"explore, round {number + 1}")
+            groups += [read_shard(work.folder / shard) for shard in tried]  # not what a killed attempt left of later rounds
+            useful = sum(_is_useful(group, params) for group in groups)
+            if useful >= wanted:
+                break
+        facts = {**counts([episode for group in groups for episode in group]), "groups": len(groups), "useful_groups": useful}
+        log({**facts, **tally.as_metrics()}, 0)
+        return work.publish({**facts, "protocol": "held-out", "action_space": checkpoint.facts.action_space.digest})
+
+
+def _round(params: Params, iteration: str, number: int) -> dict[str, list[Job]]:
+    """The jobs of every shard of a round."""
+    groups: dict[str, list[Job]] = {}
+    prompts = params.explore.prompts
+    for index, task in enumerate(params.environment.tasks):
+        for prompt in range(number * prompts, (number + 1) * prompts):
+            seed = derive(params.run.seed, "explore", iteration, task, prompt)
+            placement = Placement(task, "training", seed)
+            groups[shard_name(index, prompt)] = [Job(placement, member, derive(seed, "member", member)) for member in range(params.explore.group)]
+    return groups
+
+
+def _is_useful(group: tuple[Episode, ...], params: Params) -> bool:
+    """Whether GRPO can learn from it."""
+    return params.explore.keep_low <= sum(e.success for e in group) / len(group) <= params.explore.keep_high

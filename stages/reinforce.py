@@ -1,0 +1,107 @@
+"""reinforce: student, trajectories -> checkpoint, eq. (2): GRPO on the student's own successes. Nobody is asked for a label."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from vla_opd.artifacts import Manifest, draft, open_artifact
+from vla_opd.checkpoint import open_checkpoint
+from vla_opd.decisions import Decisions, Graded, read_decisions
+from vla_opd.host import Host
+from vla_opd.objectives import Taken, clipped, entropy, grpo, masked_mean, of, tempered
+from vla_opd.params import Params, ReinforceParams
+from vla_opd.policies import Policy, load_policy
+from vla_opd.seeds import derive
+from vla_opd.tracking import track
+from vla_opd.training import Evidence, Loss, Row
+from vla_opd.trajectory import Observations, read_states, shards
+from vla_opd.update import budget, learn, order, probed
+
+
+@dataclass(frozen=True)
+class Rolled:
+    """The student's decisions, what came of them, and the temperature at which it drew."""
+
+    observations: Observations
+    mask: Bool[np.ndarray, "N K"]
+    decisions: Decisions
+    graded: Graded
+    temperature: float
+
+    @property
+    def usable(self) -> Int[np.ndarray, " U"]:
+        """The states to learn from."""
+        return np.flatnonzero(self.graded.usable)
+
+    def at(self, rows: Int[np.ndarray, " B"]) -> dict[str, np.ndarray]:
+        """Some states, by name, and which they are."""
+        seen, advantage = self.observations.at(rows), self.graded.advantage[rows]
+        tokens, log_probs = self.decisions.tokens[rows], self.decisions.log_probs[rows]
+        return {
+            "states": rows,
+            "frames": seen.frames,
+            "proprio": seen.proprio,
+            "mask": self.mask[rows],
+            "tokens": tokens,
+            "log_probs": log_probs,
+            "advantage": advantage,
+        }
+
+
+def run(params: Params, iteration: str, student: Path, trajectories: Path, out: Path, host: Host) -> Manifest:
+    """One iteration's update. ValueError unless the student made these trajectories."""
+    checkpoint, its = open_checkpoint(student), params.reinforce
+    visited = open_artifact(trajectories, "trajectories")
+    if visited.parents["student"] != checkpoint.digest:
+        raise ValueError(f"{trajectories}: sampled by {visited.parents['student'][:12]}; expected {checkpoint.digest[:12]}, the student in {student}")
+    settings = {"seed": params.run.seed, "iteration": iteration, "reinforce": its.model_dump(), "device": host.device}
+    torch.set_num_threads(its.threads)
+    data, depth = _read(params, trajectories, checkpoint.facts.action_space.chunk), params.depth(iteration)
+    parents = {"student": checkpoint.digest, "trajectories": visited.digest}
+    with draft(out, "checkpoint", parents, settings) as work, track(host, params.run.name, "reinforce", iteration, settings) as log:
+        policy, seed = load_policy(checkpoint, host.device), derive(params.run.seed, "reinforce", iteration)
+        before, plan = _probe(policy, data), budget(its, depth, len(data.usable))
+        evidence = Evidence(host.not_finite(params.run.name), lambda step: data.at(order(data.usable, its.batch_size, seed)(step)))
+        going_on = student if depth else None  # another kind of update left its own moments there
+        learn(policy, _loss(policy, data, its, seed), plan, work, going_on, f"reinforce {iteration}", log, evidence)
+        facts = {"checkpoint": checkpoint.facts.model_dump(), "before": before, "after": _probe(policy, data)}
+        return work.publish({**facts, "depth": depth, "states": len(data.usable)})
+
+
+def _read(params: Params, trajectories: Path, chunk: int) -> Rolled:
+    paths, rolled = shards(trajectories), open_artifact(trajectories, "trajectories").params["explore"]
+    states, decisions = read_states(paths), read_decisions(paths, chunk)
+    return Rolled(states.observations, states.mask, decisions, decisions.graded(states.mask, params.explore), rolled["temperature"])
+
+
+def _loss(policy: Policy, data: Rolled, its: ReinforceParams, seed: int) -> Loss:
+    states = order(data.usable, its.batch_size, seed)
+
+    def loss(step: int) -> tuple[Float[Tensor, ""], Row]:
+        rows = states(step)
+        log_probs = tempered(policy.logits(data.observations.at(rows)), data.temperature)
+
+        def there(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array[rows]).to(log_probs.device)
+
+        mask, tokens = there(data.mask), there(data.decisions.tokens)
+        taken = Taken(of(log_probs, tokens), there(data.decisions.log_probs), there(data.graded.advantage), its)
+        row = {
+            "student_entropy": masked_mean(entropy(log_probs.detach()), mask).item(),
+            "clip_fraction": masked_mean(clipped(taken).float(), mask).item(),
+        }
+        return masked_mean(grpo(taken) * there(data.graded.weight).unsqueeze(-1), mask), row
+
+    return loss
+
+
+def _probe(policy: Policy, data: Rolled) -> dict[str, float]:
+    """The student's entropy at the rollout's temperature, in nats a token, on a fixed selection of the states."""
+    rows = probed(data.mask)
+    with torch.inference_mode():
+        log_probs = tempered(policy.logits(data.observations.at(rows)), data.temperature)
+        return {"student_entropy": masked_mean(entropy(log_probs), torch.from_numpy(data.mask[rows]).to(log_probs.device)).item()}

@@ -1,0 +1,55 @@
+"""One iteration's update of a policy, whatever the loss: where it stands on its schedule, which states a step sees, and what is written."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+from jaxtyping import Bool, Int
+from torch import nn
+
+from vla_opd.artifacts import Draft
+from vla_opd.checkpoint import WEIGHTS, save_weights
+from vla_opd.params import UpdateParams
+from vla_opd.tracking import Log
+from vla_opd.training import Budget, Evidence, Loss, Schedule, batches, train, write_rows
+
+MOMENTS = "optimizer.safetensors"
+PROBE = 256  # states
+
+
+def budget(settings: UpdateParams, depth: int, states: int) -> Budget:
+    """The steps of an iteration with `depth` others before it; none, if there are no states to learn from."""
+    total = settings.steps * settings.schedule_iterations
+    peak = settings.learning_rate
+    schedule = Schedule(peak, peak * settings.final_fraction, round(total * settings.warmup_fraction), total)
+    return Budget(
+        settings.steps if states else 0, schedule, settings.gradient_clip, settings.weight_decay, settings.save_every, first=depth * settings.steps
+    )
+
+
+def order(usable: Int[np.ndarray, " U"], batch_size: int, seed: int) -> Callable[[int], Int[np.ndarray, " B"]]:
+    """Step -> the states of its batch, among those to learn from."""
+    rows = batches(len(usable), batch_size, seed)
+    return lambda step: usable[rows(step)]
+
+
+def probed(mask: Bool[np.ndarray, "N K"]) -> Int[np.ndarray, " R"]:
+    """The states on which a policy is measured before and after: a fixed selection of those with a valid token."""
+    usable = np.flatnonzero(mask.any(1))
+    return usable[np.linspace(0, len(usable) - 1, min(PROBE, len(usable))).astype(int)]
+
+
+def learn(policy: nn.Module, loss: Loss, plan: Budget, work: Draft, student: Path | None, label: str, log: Log, evidence: Evidence) -> None:
+    """Train, and write weights, moments and metrics into the draft. The moments go on from those beside the checkpoint `student`, if it is given."""
+    moments = safetensors.torch.load_file(student / MOMENTS) if student is not None and (student / MOMENTS).is_file() else None
+    if not plan.steps:
+        print(f"{label}: no group of episodes to learn from (keep_low, keep_high); the student stays as it is", file=sys.stderr)
+    rows, moments = train(policy, loss, plan, work.scratch, moments, label, log, evidence)
+    with work.part(WEIGHTS) as path:
+        save_weights(path, policy.state_dict())
+    with work.part(MOMENTS) as path:
+        save_weights(path, moments)
+    with work.part("metrics.jsonl") as path:
+        write_rows(path, rows)
