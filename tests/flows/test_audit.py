@@ -23,10 +23,12 @@ def store(undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
 def test_which_checkpoints_saw_this_shard(store: Store) -> None:
     question = """
         SELECT a.name FROM files f JOIN ancestors x ON x.ancestor = f.digest JOIN artifacts a ON a.digest = x.descendant
-        WHERE f.path = 'shard-000-00001.zarr.zip' AND a.kind = 'checkpoint' AND f.digest = (SELECT digest FROM artifacts WHERE kind = 'trajectories')
-        GROUP BY a.name
+        WHERE f.path = 'shard-000-00001.zarr.zip' AND a.kind = 'checkpoint'
+        AND f.digest = (SELECT digest FROM artifacts WHERE name LIKE '%trajectories/NAME')
+        GROUP BY a.name ORDER BY a.name
     """
-    assert ask(store, question) == (["name"], [("small/checkpoints/it001",)])
+    assert ask(store, question.replace("NAME", "it001")) == (["name"], [("small/checkpoints/it001",), ("small/checkpoints/rl001",)])
+    assert ask(store, question.replace("NAME", "rl001")) == (["name"], [("small/checkpoints/rl001",)])
 
 
 def test_which_episodes_changed_between_two_evaluations(store: Store) -> None:
@@ -44,8 +46,9 @@ def test_which_episodes_changed_between_two_evaluations(store: Store) -> None:
 
 def test_the_questions_of_the_docs_are_answered(store: Store, undisturbed: Path) -> None:
     saw, changed, succeeded = re.findall(r'opd audit "(.*)"', (ROOT / "docs/lineage.md").read_text())
-    assert ask(store, saw.replace("it003", "it001"))[1] == [("small/checkpoints/it001",)]
-    assert len(ask(store, succeeded)[1]) == 4  # two tasks, in demonstrations and in trajectories
+    assert sorted(ask(store, saw.replace("it003", "it001"))[1]) == [("small/checkpoints/it001",), ("small/checkpoints/rl001",)]
+    assert ask(store, saw.replace("it003", "rl001"))[1] == [("small/checkpoints/rl001",)]
+    assert len(ask(store, succeeded)[1]) == 6  # two tasks, in demonstrations and in the trajectories of either kind
     evaluations = undisturbed / "artifacts/small/evaluations"
     for after in ("final", "teacher"):
         pairs = zip(read_records(evaluations / "start"), read_records(evaluations / after), strict=True)
@@ -98,4 +101,4 @@ def test_an_artifact_of_an_earlier_version_is_warned_of_and_the_others_answer(
         shard.unlink()
     with pytest.warns(UserWarning, match=r"demonstrations/main: no shards; .*; see opd verify"):
         _, rows = ask(read_store(), "SELECT count(*) FROM rollouts")
-    assert rows == [(24,)]
+    assert rows == [(72,)]  # 24 of the iteration's, 48 of GRPO's
