@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich import box
@@ -10,7 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.lineage import Difference, History, tree
+from flows.store import Artifact
 from flows.verify import Finding
+from vla_opd.artifacts import open_artifact
+from vla_opd.comparison import Comparison, compare
+from vla_opd.evaluation import Record, read_records
 
 
 def history(told: History) -> str:
@@ -33,6 +38,47 @@ def findings(found: Sequence[Finding], checked: int) -> str:
     """What is wrong, and what is void with it; or that nothing is."""
     lines = [f"  {one.what}\n    void with it: {', '.join(one.void) or 'nothing'}" for one in found]
     return "\n".join([*lines, f"  {checked} artifacts checked, {len(found)} damaged"])
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """An evaluation, opened: its name, the horizon that it ran for, and its episodes."""
+
+    name: str
+    horizon: int
+    records: tuple[Record, ...]
+
+
+def evaluated(artifact: Artifact, horizon: int | None) -> Evaluated:
+    """Open an evaluation. ValueError if it is none, or ran for less than `horizon`."""
+    if artifact.manifest.kind != "evaluation":
+        raise ValueError(f"{artifact.name}: is of kind {artifact.manifest.kind}; expected an evaluation")
+    ran = int(open_artifact(artifact.folder, "evaluation").facts["horizon"])
+    if horizon is not None and horizon > ran:
+        raise ValueError(f"--horizon is {horizon}; expected at most {ran}, for which {artifact.name} ran")
+    return Evaluated(artifact.name, ran, read_records(artifact.folder))
+
+
+def compared(first: Evaluated, second: Evaluated, confidence: float, horizon: int | None) -> str:
+    """The comparison of two evaluations, task by task and over all. ValueError for other episodes, or horizons, in the one than in the other."""
+    if horizon is None and first.horizon != second.horizon:
+        raise ValueError(f"{first.name} ran for {first.horizon} control steps and {second.name} for {second.horizon}; expected --horizon")
+    whole = compare(first.records, second.records, confidence, horizon)
+    shown: list[tuple[Any, ...]] = []
+    for task in dict.fromkeys(record.task for record in first.records):
+        ours, theirs = ([record for record in one.records if record.task == task] for one in (first, second))
+        shown.append(_compared(task, compare(ours, theirs, confidence, horizon)))
+    shown.append(_compared("all", whole))
+    columns = ["task", "episodes", first.name, second.name, "first only", "second only"]
+    told = (
+        f"  second - first: {whole.difference:+.1%}, {confidence:.0%} interval {whole.low:+.1%} ... {whole.high:+.1%} (paired bootstrap within tasks)"
+    )
+    return f"{rows(columns, shown)}\n{told}\n  McNemar's exact test: p = {whole.p:.3g}"
+
+
+def _compared(name: str, found: Comparison) -> tuple[Any, ...]:
+    successes = (f"{(found.both + alone) / found.episodes:.1%}" for alone in (found.first, found.second))
+    return (name, found.episodes, *successes, found.first, found.second)
 
 
 def rows(columns: Sequence[str], values: Sequence[Sequence[Any]]) -> str:

@@ -166,6 +166,21 @@ def diff_(first: Wanted, second: Wanted) -> None:
     print(answers.differences(list(lineage.diff(_history(first), _history(second)))))
 
 
+@app.command()
+def compare(
+    first: Wanted,
+    second: Wanted,
+    horizon: Annotated[int | None, typer.Option(min=1, help="control steps after which an episode is given up, in both")] = None,
+    confidence: Annotated[float, typer.Option(min=0.5, max=0.9999)] = 0.95,
+) -> None:
+    """Two evaluations of the same initial states, pair by pair: the difference with its interval, McNemar's exact p, and every task."""
+    from flows import answers, store
+
+    there = store.read_store()
+    one, other = (answers.evaluated(_find(there, name), horizon) for name in (first, second))
+    print(answers.compared(one, other, confidence, horizon))
+
+
 @app.command("verify")
 def verify_(
     artifacts: Annotated[list[str] | None, typer.Argument(metavar="[ARTIFACT]...", help="all that are here if none are named")] = None,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from jaxtyping import install_import_hook
 
-CHECKED = ["arrays", "tokens", "objectives", "logits", "trajectory", "checkpoint", "decisions"]
+CHECKED = ["arrays", "tokens", "objectives", "logits", "trajectory", "checkpoint", "decisions", "comparison"]
 
 install_import_hook([f"vla_opd.{module}" for module in CHECKED], "beartype.beartype")
 

@@ -2,6 +2,7 @@
 
 import http.server
 import io
+import json
 import os
 import re
 import subprocess
@@ -166,6 +167,36 @@ def test_a_signature_made_by_one_command_is_checked_by_another(tmp_path: Path, c
     assert "signed was another history" in capsys.readouterr().err
     assert cli.main(["verify", "--signature", "signature.json", "--key", "key.pub"]) == 1
     assert "are for one artifact" in capsys.readouterr().err
+
+
+def test_two_evaluations_are_compared_pair_by_pair(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["compare", "evaluations/start", "evaluations/teacher"]) == 0
+    said = capsys.readouterr().out
+    records = {
+        name: [json.loads(line) for line in (small / f"evaluations/{name}/episodes.jsonl").read_text().splitlines()] for name in ("start", "teacher")
+    }
+    first, second = ([row["success"] for row in records[name]] for name in ("start", "teacher"))
+    only = [sum(a and not b for a, b in zip(*pair, strict=True)) for pair in ((first, second), (second, first))]
+    (row,) = [line.split() for line in said.splitlines() if line.startswith(" all")]
+    assert row == ["all", "20", f"{sum(first) / 20:.1%}", f"{sum(second) / 20:.1%}", *map(str, only)]
+    assert f"second - first: {(sum(second) - sum(first)) / 20:+.1%}, 95% interval" in said
+    assert "McNemar's exact test: p = " in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["evaluations/start", "checkpoints/teacher"], "small/checkpoints/teacher: is of kind checkpoint; expected an evaluation"),
+        (
+            ["evaluations/start", "evaluations/final", "--horizon", "41"],
+            "--horizon is 41; expected at most 40, for which small/evaluations/start ran",
+        ),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(small: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
+    assert small.is_dir()
+    assert cli.main(["compare", *arguments]) == 1
+    assert said in capsys.readouterr().err
 
 
 def test_gc_removes_only_when_it_is_not_dry(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
