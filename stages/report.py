@@ -1,6 +1,7 @@
 """report: evaluations, checkpoints -> one HTML page and `results.json`. No network, no scripts, no clock: the same inputs give the same bytes."""
 
 import io
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 TEMPLATE = "report.html.jinja"
 DRAWN_WITH = ("jinja2", "matplotlib")
+AXES = {"position": "action of the chunk", "dimension": "action dimension"}
 HORIZONS = (220, 280, 300, 512, 520)  # control steps: OpenVLA-OFT's of Spatial, Object, Goal and Long; SimpleVLA-RL's 512 of every suite
 
 # Colours that the drawings name and the page's style sheet decides, so that one drawing serves light and dark: each becomes a CSS variable.
@@ -67,12 +69,30 @@ class Evaluated(Read):
     horizon: int
 
 
+class Profile(Read):
+    """Means in nats a token for each action of a chunk, or for each action dimension; None where no token is valid."""
+
+    reverse_kl: tuple[float | None, ...]
+    student_entropy: tuple[float | None, ...]
+    teacher_entropy: tuple[float | None, ...]
+
+
 class Probe(Read):
-    """Means over valid tokens, in nats a token."""
+    """Means over valid tokens; what they are says `vla_opd.diagnostics.Distance`."""
 
     reverse_kl: float
+    forward_kl: float
     student_entropy: float
     teacher_entropy: float
+    teacher_rank: float
+    top_overlap: float
+
+
+class Profiles(Read):
+    """Where in a chunk, and in which action dimension, student and teacher differ."""
+
+    by_position: Profile
+    by_dimension: Profile
 
 
 class Step(Read):
@@ -88,7 +108,10 @@ class Step(Read):
 
 
 class IterationResult(Read):
-    """What an iteration did and cost. `success` is that of its rollouts: sampled, and before its update. depth: iterations before it."""
+    """What an iteration did and cost. `success` is that of its rollouts: sampled, and before its update. depth: iterations before it.
+
+    failed_share: the share of valid tokens, and so of the labels' say, that lies in rollouts that failed.
+    """
 
     name: str
     depth: int
@@ -97,6 +120,7 @@ class IterationResult(Read):
     states: int
     env_steps: int
     teacher_queries: int
+    failed_share: float
     before: Probe
     after: Probe
 
@@ -156,11 +180,13 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Iteration:
-    """An iteration, its artifacts by their folder's name, and a row of metrics for every optimiser step."""
+    """An iteration, its artifacts by their folder's name, a row of metrics for every optimiser step, and in what the student was off."""
 
     result: IterationResult
     made: Mapping[str, Manifest]
     steps: tuple[Step, ...]
+    before: Profiles
+    after: Profiles
 
 
 @dataclass(frozen=True)
@@ -270,7 +296,9 @@ def _iteration(name: str, root: Path) -> Iteration:
         _require_parent(folder, checkpoint, role, manifest)
     facts = {**checkpoint.facts, **trajectories.facts, "teacher_queries": logits.facts["teacher_queries"], "name": name}
     steps = tuple(Step.model_validate_json(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
-    return Iteration(IterationResult.model_validate(facts), {"checkpoints": checkpoint, "trajectories": trajectories, "logits": logits}, steps)
+    made = {"checkpoints": checkpoint, "trajectories": trajectories, "logits": logits}
+    before, after = (Profiles.model_validate(facts[when]) for when in ("before", "after"))
+    return Iteration(IterationResult.model_validate(facts), made, steps, before, after)
 
 
 def _reinforcement(name: str, root: Path) -> Reinforcement:
@@ -315,6 +343,7 @@ def render(run: Run) -> str:
         instructions={record.task: record.instruction for one in seen.values() for record in one.records},
         horizons=_horizons(list(seen.values())),
         figures=_figures(run),
+        axes=AXES,
         parameters=_yaml(run.params.model_dump(mode="json")),
         settings={name: _yaml(manifest.params) for name, manifest in run.checkpoints.items()},
     )
@@ -361,6 +390,8 @@ def _figures(run: Run) -> dict[str, Markup]:
     figures = {"success": _success(run), "horizon": _by_horizon(run)}
     if run.iterations:
         figures |= {"kl": _kl(run), "entropy": _entropy(run)}
+        for axis in ("position", "dimension"):
+            figures |= {f"kl-{axis}": _kl_along(run, axis), f"entropy-{axis}": _entropy_along(run, axis)}
     if any(one.steps for one in run.iterations):
         figures |= {"kl-steps": _kl_steps(run), "entropy-steps": _entropy_steps(run)}
     return figures
@@ -506,6 +537,42 @@ def _entropy(run: Run) -> Markup:
         axes.legend(loc="best")
 
     return _draw("entropy", f"Entropy in nats a token on each iteration's states: {told}.", (450, 300), paint)
+
+
+def _kl_along(run: Run, axis: str) -> Markup:
+    """Reverse KL by position or dimension: on the first iteration's states before its update, on the last one's after."""
+    first, last = (getattr(one, f"by_{axis}").reverse_kl for one in (run.iterations[0].before, run.iterations[-1].after))
+
+    def paint(axes: "Axes") -> None:
+        _profile(axes, first, color=STUDENT, markerfacecolor=PAPER, linewidth=1, label=f"before {run.iterations[0].result.name}")
+        _profile(axes, last, color=STUDENT, linewidth=2, label=f"after {run.iterations[-1].result.name}")
+        axes.set(xlabel=AXES[axis], ylabel="reverse KL, nats a token", ylim=(0, None))
+        axes.legend(loc="best")
+
+    return _draw(f"kl-{axis}", f"Reverse KL by {AXES[axis]}: before {_listed(first)}; after {_listed(last)}.", (450, 280), paint)
+
+
+def _entropy_along(run: Run, axis: str) -> Markup:
+    """Both entropies by position or dimension, on the last iteration's states after its update."""
+    last = getattr(run.iterations[-1].after, f"by_{axis}")
+
+    def paint(axes: "Axes") -> None:
+        _profile(axes, last.student_entropy, color=STUDENT, linewidth=2, label="student")
+        _profile(axes, last.teacher_entropy, color=TEACHER, linewidth=1.5, label="teacher")
+        axes.set(xlabel=AXES[axis], ylabel="entropy, nats a token")
+        axes.legend(loc="best")
+
+    told = f"student {_listed(last.student_entropy)}; teacher {_listed(last.teacher_entropy)}"
+    return _draw(f"entropy-{axis}", f"Entropy by {AXES[axis]} after the last iteration: {told}.", (450, 280), paint)
+
+
+def _profile(axes: "Axes", values: Sequence[float | None], **style: Any) -> None:
+    axes.plot(range(1, len(values) + 1), [math.nan if value is None else value for value in values], "o-", **style)
+    axes.locator_params(axis="x", integer=True)
+
+
+def _listed(values: Sequence[float | None]) -> str:
+    return ", ".join("none" if value is None else f"{value:.3f}" for value in values)
 
 
 def _change(row: IterationResult, quantity: str) -> str:

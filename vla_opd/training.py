@@ -51,6 +51,11 @@ class Budget:
     save_every: int
     first: int = 0
 
+    @property
+    def end(self) -> int:
+        """The number of the step that would come next."""
+        return self.first + self.steps
+
 
 @dataclass(frozen=True)
 class Evidence:

@@ -118,8 +118,8 @@ def test_everything_killed_in_the_middle_of_an_optimisation_the_retry_ends_with_
         project.serve(*CALLS, str(tmp_path / "after"))
         (name,) = [line.split(":")[0].strip() for line in project.log.splitlines() if "its process is gone" in line]
         assert project.prefect("flow-run", "retry", name).returncode == 0
-        both = "Finished in state Completed()"  # the iteration, then the run
-        wait_for(lambda: under_watch(project.log.count(both) == 2), 300, lambda: project.log)
+        each = "Finished in state Completed()"  # the two iterations, then the run
+        wait_for(lambda: under_watch(project.log.count(each) == 3), 300, lambda: project.log)
         assert project.state(name) == "COMPLETED"
         assert "optimize it001: going on from step" in project.log
         assert "teacher" in project.log.rpartition("before")[2], "the deployment's log has no table at its end"

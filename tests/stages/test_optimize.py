@@ -154,8 +154,8 @@ def test_the_student_becomes_more_like_the_teacher(tmp_path: Path, name: str) ->
     before = _probe(policy, data, opt)
     train(policy, _loss(policy, data, params(opt), seed=1), budget(opt, 0, len(data.usable)), tmp_path, None, "it001")
     after = _probe(policy, data, opt)
-    assert after["reverse_kl"] < 0.8 * before["reverse_kl"]
-    assert after["teacher_entropy"] == before["teacher_entropy"]
+    assert after.reverse_kl < 0.8 * before.reverse_kl
+    assert after.teacher_entropy == before.teacher_entropy
     assert _probe(policy, data, opt) == after
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -102,10 +103,36 @@ def publish_iteration(root: Path, name: str, depth: int, student: Manifest, teac
             with work.part(part) as path:
                 path.write_text(text)
         probes = {
-            "before": {"reverse_kl": before, "student_entropy": 2.5 + depth / 4, "teacher_entropy": 3.3},
-            "after": {"reverse_kl": after, "student_entropy": 2.75 + depth / 4, "teacher_entropy": 3.3},
+            "before": distance(before, 2.5 + depth / 4),
+            "after": distance(after, 2.75 + depth / 4),
         }
-        return work.publish({"checkpoint": {}, "depth": depth, "states": 560, **probes})
+        return work.publish({"checkpoint": {}, "depth": depth, "states": 560, "failed_share": 0.6 - depth / 10, **probes})
+
+
+def distance(reverse_kl: float, entropy: float) -> dict[str, object]:
+    """Of a student to its teacher; in the second action of three no token is valid."""
+    profile = {"reverse_kl": [reverse_kl, None, reverse_kl / 2], "student_entropy": [entropy, None, 1.0], "teacher_entropy": [3.3, None, 1.5]}
+    return {
+        "reverse_kl": reverse_kl,
+        "forward_kl": 1.5 * reverse_kl,
+        "student_entropy": entropy,
+        "teacher_entropy": 3.3,
+        "teacher_rank": 10 * reverse_kl,
+        "top_overlap": 0.4,
+        "by_position": profile,
+        "by_dimension": profile,
+    }
+
+
+def publish_reinforcement(root: Path, name: str, student: Manifest) -> Manifest:
+    rolled = {"episodes": 32, "success": 0.5, "env_steps": 3100, "states": 400, "groups": 4, "useful_groups": 3}
+    with draft(root / "trajectories" / name, "trajectories", {"student": student.digest}, {"iteration": name}) as work:
+        trajectories = work.publish(rolled)
+    parents = {"student": student.digest, "trajectories": trajectories.digest}
+    with draft(root / "checkpoints" / name, "checkpoint", parents, {"iteration": name}) as work:
+        with work.part("metrics.jsonl") as path:
+            path.write_text("{}\n" * 7)
+        return work.publish({"checkpoint": {}, "depth": 0, "before": {"student_entropy": 4.125}, "after": {"student_entropy": 4.0}})
 
 
 def publish_run(root: Path) -> None:
@@ -268,7 +295,7 @@ def test_references_inside_the_drawings_hold(page: str) -> None:
 
 def test_drawings_have_text_alternatives_and_the_pages_colours(page: str) -> None:
     drawings = [attributes for tag, attributes in Elements(page).elements if tag == "svg"]
-    assert len(drawings) == 6
+    assert len(drawings) == 10
     assert all(drawing["role"] == "img" and len(drawing["aria-label"] or "") > 40 for drawing in drawings)
     assert "final after 3 iterations 80.0%" in (drawings[0]["aria-label"] or "")
     assert not re.search(r"#00000\d", page)
@@ -319,6 +346,36 @@ def test_corrupt_records_are_refused(copy: Path) -> None:
     path.write_text(path.read_text().replace("false", "true "))
     with pytest.raises(ValueError, match="corrupt"):
         rendered(copy)
+
+
+def test_iterations_of_grpo_have_a_table_and_their_place_on_the_chain(copy: Path) -> None:
+    made = publish_reinforcement(copy, "rl001", open_artifact(copy / "checkpoints/it003", "checkpoint"))
+    publish_evaluation(copy / "evaluations/final", made, (9, 9))
+    run = params(reinforcements={"rl001": "it003"}, evaluations={**TREE["evaluations"], "final": "rl001"})
+    found = report.read_run(run, copy)
+    assert found.evaluations["final"].position == 4
+    assert found.results.env_steps == 1100 + 1000 + 900 + 3100
+    assert found.optimizer_steps == 3 * 20 + 7
+    assert found.parents["checkpoints/rl001"] == made.digest
+    page = report.render(found)
+    assert "After 3 iterations and 1 of GRPO the student succeeds" in page
+    row = re.search(r'<tr><th scope="row">rl001</th>(.*?)</tr>', page)
+    assert row is not None
+    assert re.findall(r"<td[^>]*>(.*?)</td>", row[1]) == ["it003", "50.0%", "32", "3,100", "3 of 4", "4.125 → 4.000"]
+
+
+def test_distances_are_told_with_what_they_are(page: str) -> None:
+    rows = re.findall(r'<tr><th scope="row">it002</th>(.*?)</tr>', page)
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", rows[1])
+    assert cells == ["0.950 → 0.550", "1.425 → 0.825", "9.5 → 5.5", "40.0% → 40.0%", "50.0%"]
+    assert "Reverse KL by action dimension: before 1.900, none, 0.950; after 0.367, none, 0.183." in page
+
+
+def test_a_run_that_made_no_step_has_a_page(root: Path) -> None:
+    found = report.read_run(params(), root)
+    still = replace(found, iterations=tuple(replace(one, steps=()) for one in found.iterations))
+    assert "optimiser step's batch" not in report.render(still)
+    assert "optimiser step's batch" in report.render(found)
 
 
 def test_a_run_without_iterations_has_a_page(copy: Path) -> None:
