@@ -91,7 +91,9 @@ def _stage(store: Store, artifact: Artifact, params: Params) -> Callable[..., Ma
             return partial(explore.run, again, its["iteration"], _parent(store, artifact, "student"))
         case "trajectories":
             again = _with(params, run={"seed": its["seed"]}, sample=its["sample"], environment=its["environment"])
-            return partial(sample.run, again, its["iteration"], _parent(store, artifact, "student"))
+            student = _parent(store, artifact, "student")
+            teacher = _parent(store, artifact, "teacher") if "teacher" in artifact.manifest.parents else student
+            return partial(sample.run, again, its["iteration"], student, teacher)
         case "logits":
             return partial(
                 label.run, _with(params, label=its["label"]), _parent(store, artifact, "teacher"), _parent(store, artifact, "trajectories")

@@ -118,8 +118,9 @@ def _run_iteration(verb: str, iteration: str, params: Params, root: Path, host: 
     student = checkpoints / params.iterations[iteration]
     match verb:
         case "sample":
-            _check_what_follows(params, student, checkpoints / params.label.teacher)
-            return stage.run(params, iteration, student, trajectories, host)
+            teacher = checkpoints / params.label.teacher
+            _check_what_follows(params, student, teacher)
+            return stage.run(params, iteration, student, teacher, trajectories, host)
         case "label":
             return stage.run(params, checkpoints / params.label.teacher, trajectories, logits, host)
         case _:
@@ -127,18 +128,14 @@ def _run_iteration(verb: str, iteration: str, params: Params, root: Path, host: 
 
 
 def _check_what_follows(params: Params, student: Path, teacher: Path) -> None:
-    """ValueError, before any rollout, for what `label` and `optimize` would refuse after it.
-
-    DVC may have the teacher still to make: it samples first. By hand nobody will.
-    """
+    """ValueError, before any rollout, for what `label` and `optimize` would refuse after it."""
     from vla_opd.checkpoint import open_checkpoint, require_environment, require_same_actions  # these bring torch, and --help can do without
     from vla_opd.objectives import OBJECTIVES, ON_DECISIONS
 
     named_function(params.optimize.objective, {**OBJECTIVES, **ON_DECISIONS}, "optimize.objective")
-    if teacher.is_dir() or "DVC_STAGE" not in os.environ:
-        facts = open_checkpoint(teacher).facts
-        require_environment(facts, params.environment, str(teacher))
-        require_same_actions(open_checkpoint(student).facts, facts.action_space, str(teacher))
+    facts = open_checkpoint(teacher).facts
+    require_environment(facts, params.environment, str(teacher))
+    require_same_actions(open_checkpoint(student).facts, facts.action_space, str(teacher))
 
 
 def _known(key: str | None, choices: object, field: str) -> str:

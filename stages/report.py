@@ -441,7 +441,7 @@ def _success(run: Run) -> Markup:
             ".-",
             color=MUTED,
             linewidth=1,
-            label="student's own rollouts, sampled",
+            label=f"{run.params.sample.visited_by}'s rollouts, sampled",
         )
         _points(axes, [one for one in placed if one.checkpoint in chain], "student, greedy", line="-")
         _points(axes, [one for one in placed if one.checkpoint not in chain], "other branches, greedy", line="none")

@@ -18,10 +18,16 @@ from vla_opd.tracking import track
 from vla_opd.trajectory import read_shard, shard_name, shards
 
 
-def run(params: Params, iteration: str, student: Path, out: Path, host: Host) -> Manifest:
-    """Roll the student out. Its placements are seeded resets, never the evaluation's initial states, unless `sample.protocol` says `benchmark`."""
+def run(params: Params, iteration: str, student: Path, teacher: Path, out: Path, host: Host) -> Manifest:
+    """Roll the student out. Its placements are seeded resets, never the evaluation's initial states, unless `sample.protocol` says `benchmark`.
+
+    teacher: acts in the student's place if `sample.visited_by` says so, and is a parent then; not opened otherwise.
+    """
     checkpoint = open_checkpoint(student)
-    require_environment(checkpoint.facts, params.environment, str(student))
+    by_teacher = params.sample.visited_by == "teacher"
+    actor = open_checkpoint(teacher) if by_teacher else checkpoint
+    parents = {"student": checkpoint.digest} | ({"teacher": actor.digest} if by_teacher else {})
+    require_environment(actor.facts, params.environment, str(actor.folder))
     settings = {
         "seed": params.run.seed,
         "iteration": iteration,
@@ -32,12 +38,12 @@ def run(params: Params, iteration: str, student: Path, out: Path, host: Host) ->
     groups = _groups(params, iteration)
     tally = Tally()
     with (
-        draft(out, "trajectories", {"student": checkpoint.digest}, settings) as work,
+        draft(out, "trajectories", parents, settings) as work,
         track(host, params.run.name, "sample", iteration, settings) as log,
     ):
         its = params.sample
         rolled = RolloutSettings(its.horizon, its.temperature, its.observe_every, its.inference_batch)
-        fill(groups, load_policy(checkpoint, host.device), params.environment, rolled, work, host, tally, "sample")
+        fill(groups, load_policy(actor, host.device), params.environment, rolled, work, host, tally, "sample")
         found = counts([episode for shard in shards(work.folder) for episode in read_shard(shard)])
         log({**found, **tally.as_metrics()}, 0)
         return work.publish({**found, "protocol": params.sample.protocol, "action_space": checkpoint.facts.action_space.digest})

@@ -159,6 +159,7 @@ class CheckpointParams(Section):
 class SampleParams(Section):
     """Student rollouts, eq. (3): `prompts` placements per task and iteration, G = `group` episodes from each.
 
+    visited_by:      who acts. `teacher` is the control of on-policy learning: as many states and updates, but those that the teacher visits.
     observe_every:   states are kept every that many control steps; below the chunk length the states inside a chunk are labelled too.
     inference_batch: rows of every forward pass (padded), so that a sampled token never depends on who else was ready.
     """
@@ -169,6 +170,7 @@ class SampleParams(Section):
     horizon: int = Field(default=150, ge=1)
     observe_every: int = Field(default=2, ge=1)
     inference_batch: int = Field(default=1, ge=1)
+    visited_by: Literal["student", "teacher"] = "student"
     protocol: Literal["held-out", "benchmark"] = Field(
         default="held-out", description="benchmark trains on the evaluation's own initial states: leakage, for comparison only"
     )
@@ -400,6 +402,10 @@ OPTIONS_OF = {
 """Settings of `optimize` that only these objectives read: with another one they would be silently without effect."""
 
 
+FROM_STUDENT = {"reverse_kl_rollout", "mixed"}
+"""Objectives that take the rollout's tokens for the student's: `vla_opd.objectives.ON_DECISIONS`, as a test says."""
+
+
 def _at_odds(params: Params) -> Iterator[str]:
     """What one section asks of another, and doesn't get. Not asked of a `Params` made in code, of which not every section need be in use."""
     crop, size = params.policy.crop, params.environment.image_size
@@ -409,16 +415,22 @@ def _at_odds(params: Params) -> Iterator[str]:
     if chunk % every:
         divisors = [n for n in range(1, chunk + 1) if chunk % n == 0]
         yield f"sample.observe_every is {every}; expected a divisor of policy.chunk, which is {chunk}: one of {divisors}"
+    yield from _objective_at_odds(params)
+    for field, name in params.report.model_dump().items():
+        if params.evaluations and name not in params.evaluations:  # without any, there is nothing to report
+            yield f"report.{field} is {name!r}; expected one of the evaluations {sorted(params.evaluations)}"
+
+
+def _objective_at_odds(params: Params) -> Iterator[str]:
     opt = params.optimize
     for field, objectives in OPTIONS_OF.items():
         set_to = getattr(opt, field)
         if set_to != OptimizeParams.model_fields[field].default and opt.objective not in objectives and ":" not in opt.objective:
             yield f"optimize.{field} is {set_to}; expected that with optimize.objective one of {sorted(objectives)} only, and it is {opt.objective}"
+    if opt.objective in FROM_STUDENT and params.sample.visited_by == "teacher":
+        yield f"sample.visited_by is teacher; expected student with optimize.objective {opt.objective}, which learns from the student's own tokens"
     if opt.objective == "mixed" and params.sample.group < 2:
         yield f"sample.group is {params.sample.group}; expected at least 2 with optimize.objective mixed: an advantage is one over the others"
-    for field, name in params.report.model_dump().items():
-        if params.evaluations and name not in params.evaluations:  # without any, there is nothing to report
-            yield f"report.{field} is {name!r}; expected one of the evaluations {sorted(params.evaluations)}"
 
 
 def _override(tree: dict[str, Any], override: str, yaml: YAML) -> None:

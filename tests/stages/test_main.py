@@ -79,7 +79,7 @@ def test_what_label_and_optimize_would_refuse_stops_before_any_rollout(
             ["finetune", "--name", "student", "--set", "student.parent=teacher"],
             ("student", ROOT / "demonstrations/main", ROOT / "checkpoints/teacher", ROOT / "checkpoints/student"),
         ),
-        (["sample", "--iteration", "it002"], ("it002", ROOT / "checkpoints/it001", ROOT / "trajectories/it002")),
+        (["sample", "--iteration", "it002"], ("it002", ROOT / "checkpoints/it001", ROOT / "checkpoints/teacher", ROOT / "trajectories/it002")),
         (["label", "--iteration", "it001"], (ROOT / "checkpoints/teacher", ROOT / "trajectories/it001", ROOT / "logits/it001")),
         (
             ["optimize", "--iteration", "it001"],
@@ -146,16 +146,6 @@ def test_a_mistake_is_one_message_and_exit_code_2(project: Path, capsys: pytest.
     assert message in answer.err
     assert answer.err.startswith(f"{arguments[0]}: ")
     assert not answer.out
-
-
-def test_with_dvc_the_teacher_may_be_made_after_the_first_sample(
-    called: list[tuple[Any, ...]], project: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DVC_STAGE", "sample@it001")
-    monkeypatch.setattr(command, "die_with_parent", lambda: None)
-    publish(project / ROOT / "checkpoints/student", build_policy(small.FACTS).state_dict(), {"checkpoint": small.FACTS.model_dump()})
-    assert command.main(["sample", "--iteration", "it001"]) == 0
-    assert len(called) == 1
 
 
 def test_a_missing_params_file_is_a_mistake(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

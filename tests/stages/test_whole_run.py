@@ -21,8 +21,10 @@ import torch
 import stages.__main__ as command
 from tests.small_run import HOST, PARAMS, STAGES, run_stage
 from vla_opd.artifacts import Kind, draft, open_artifact
-from vla_opd.checkpoint import WEIGHTS, save_weights
-from vla_opd.trajectory import shards
+from vla_opd.checkpoint import WEIGHTS, open_checkpoint, save_weights
+from vla_opd.objectives import tempered
+from vla_opd.policies import load_policy
+from vla_opd.trajectory import Observations, read_shard, shards
 
 REPOSITORY = Path(__file__).parents[2]
 # A stage of each kind, and how much it has finished when it is killed: shards, lines of the journal, or saved optimiser steps. A good part is left.
@@ -52,7 +54,7 @@ OTHER = {
 # The artifacts whose files each stage reads (the report reads only the manifests of trajectories and logits).
 CONSUMERS = {
     "checkpoints/student": ["demonstrations/main", "checkpoints/teacher"],
-    "trajectories/it001": ["checkpoints/student"],
+    "trajectories/it001": ["checkpoints/student", "checkpoints/teacher"],
     "logits/it001": ["trajectories/it001", "checkpoints/teacher"],
     "checkpoints/it001": ["checkpoints/student", "trajectories/it001", "logits/it001"],
     "trajectories/rl001": ["checkpoints/it001"],
@@ -101,6 +103,24 @@ def test_rollouts_by_the_benchmarks_own_protocol_say_so(undisturbed: Path, tmp_p
     out = _all_but("trajectories/it001", undisturbed, tmp_path)
     run_stage(tmp_path, [*STAGES["trajectories/it001"], "--set", "sample.protocol=benchmark", "--set", "sample.group=1"], workers=1)
     assert _manifest(out)["params"]["sample"]["protocol"] == "benchmark"
+
+
+def test_the_teachers_states_are_a_control(small: Path) -> None:
+    """The teacher acts; its states are labelled and learned from as the student's are, and every manifest says whose they were."""
+    for verb in ("sample", "label", "optimize"):
+        assert command.main([verb, "--iteration", "it001", *HOST, "--set", "sample.visited_by=teacher"]) == 0
+    visited, teacher = (
+        open_artifact(small / name, kind) for name, kind in (("trajectories/it001", "trajectories"), ("checkpoints/teacher", "checkpoint"))
+    )
+    assert visited.params["sample"]["visited_by"] == "teacher"
+    assert visited.parents["teacher"] == teacher.digest
+    acted, policy = read_shard(shards(small / "trajectories/it001")[0])[0], load_policy(open_checkpoint(small / "checkpoints/teacher"), "cpu")
+    seen = Observations(acted.frames[:1], acted.proprio[:1], (acted.instruction,))
+    with torch.inference_mode():
+        said = tempered(policy.logits(seen)[0], 0.6).gather(-1, torch.from_numpy(acted.tokens[0]).long().unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(torch.from_numpy(acted.log_probs[0]), said, rtol=0, atol=1e-4)
+    made = open_artifact(small / "checkpoints/it001", "checkpoint")
+    assert made.parents["trajectories"] == visited.digest
 
 
 @pytest.mark.parametrize("artifact", KILLED_AT)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from vla_opd.objectives import ON_DECISIONS
 from vla_opd.params import EvaluateParams, Params, load, named_function
 
 MINIMAL = """
@@ -140,6 +141,10 @@ def test_a_circle_of_both_kinds_is_refused(minimal: Path) -> None:
 def test_an_objective_is_asked_for_what_it_reads(minimal: Path) -> None:
     load(minimal, ["optimize.objective=jsd", "optimize.beta=0.3"])
     load(minimal, ["optimize.objective=a.b:c", "optimize.beta=0.3", "optimize.clamp=1"])  # nobody knows what it reads
+    for name in ON_DECISIONS:
+        load(minimal, [f"optimize.objective={name}"])
+        with pytest.raises(ValueError, match=rf"sample\.visited_by is teacher; expected student with optimize\.objective {name}, which learns"):
+            load(minimal, [f"optimize.objective={name}", "sample.visited_by=teacher"])
     with pytest.raises(ValueError, match=r"sample\.group is 1; expected at least 2 with optimize\.objective mixed"):
         load(minimal, ["optimize.objective=mixed", "sample.group=1"])
 
