@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vla_opd.artifacts import Manifest, draft, open_artifact
 from vla_opd.checkpoint import Checkpoint, open_checkpoint, require_same_actions
-from vla_opd.decisions import Decisions, Graded, read_decisions
+from vla_opd.decisions import Decisions, Graded, failed_share, read_decisions
 from vla_opd.diagnostics import Distance, distance
 from vla_opd.host import Host
 from vla_opd.logits import read_shard
@@ -39,7 +39,6 @@ from vla_opd.tokens import ActionSpace
 from vla_opd.tracking import track
 from vla_opd.training import Evidence, Loss, Row
 from vla_opd.trajectory import Observations, joined, read_states, shards
-from vla_opd.trajectory import read_shard as read_episodes
 from vla_opd.update import budget, learn, order, probed
 
 
@@ -100,7 +99,7 @@ def run(params: Params, iteration: str, student: Path, trajectories: Path, logit
         evidence = Evidence(host.not_finite(params.run.name), lambda step: data.at(order(data.usable, opt.batch_size, seed)(step)))
         going_on = student if depth else None  # another kind of update left its own moments there
         learn(policy, _loss(policy, data, params, seed), plan, work, going_on, f"optimize {iteration}", log, evidence)
-        after, failed = _probe(policy, data, opt), _failed_share(trajectories, data.mask)
+        after, failed = _probe(policy, data, opt), failed_share(shards(trajectories), data.mask)
         log(
             {f"{when}/{name}": value for when, it in (("before", before), ("after", after)) for name, value in it if isinstance(value, float)},
             plan.end,
@@ -236,10 +235,3 @@ def _probe(policy: Policy, data: Labelled, opt: OptimizeParams) -> Distance:
     with torch.inference_mode():
         batch, mask = _token_batch(policy, data, probed(data.mask), opt, 0)
         return distance(batch, mask, policy.chunk)
-
-
-def _failed_share(trajectories: Path, mask: Bool[np.ndarray, "N K"]) -> float:
-    """The share of all valid tokens, and so of the labels' say, that lies in episodes that failed."""
-    episodes = [episode for path in shards(trajectories) for episode in read_episodes(path)]
-    failed = np.repeat([not episode.success for episode in episodes], [len(episode.step) for episode in episodes])
-    return float(mask[failed].sum() / mask.sum())

@@ -4,16 +4,16 @@ Objectives that learn from the rollout's own tokens (`vla_opd.objectives.ON_DECI
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float32, Int, Int64
 
+from vla_opd import arrays
 from vla_opd.objectives import episode_weight, group_advantage
 from vla_opd.params import GroupParams
-from vla_opd.trajectory import Episode, read_shard
 
 
 @dataclass(frozen=True)
@@ -62,20 +62,28 @@ class Graded:
 
 def read_decisions(paths: Sequence[Path], chunk: int) -> Decisions:
     """The decisions behind the states that `read_states` gives of the same shards, each of which is a group."""
-    groups = [read_shard(path) for path in paths]
-    episodes = [(number, episode) for number, group in enumerate(groups) for episode in group]
-    lengths = [len(episode.step) for _, episode in episodes]
-    parts = [_of_states(episode, chunk) for _, episode in episodes]
+    groups = [_group(path, number, chunk) for number, path in enumerate(paths)]
+    episodes = np.cumsum([0] + [group.episode[-1] + 1 for group in groups])
+    whole = {field.name: np.concatenate([getattr(group, field.name) for group in groups]) for field in fields(Decisions) if field.name != "episode"}
+    return Decisions(**whole, episode=np.concatenate([group.episode + before for group, before in zip(groups, episodes, strict=False)]))
+
+
+def _group(path: Path, number: int, chunk: int) -> Decisions:
+    columns, _ = arrays.read(path, ("step", "states", "decisions", "tokens", "log_probs", "success"))  # not the frames
+    episode = np.repeat(np.arange(len(columns["states"])), columns["states"])
+    decision = (np.cumsum(columns["decisions"]) - columns["decisions"])[episode] + columns["step"] // chunk
     return Decisions(
-        decided=np.concatenate([episode.step % chunk == 0 for _, episode in episodes]),
-        tokens=np.concatenate([tokens for tokens, _ in parts]),
-        log_probs=np.concatenate([log_probs for _, log_probs in parts]),
-        episode=np.repeat(np.arange(len(episodes)), lengths),
-        group=np.repeat([number for number, _ in episodes], lengths),
-        success=np.repeat([episode.success for _, episode in episodes], lengths),
+        decided=columns["step"] % chunk == 0,
+        tokens=columns["tokens"][decision].astype(np.int64),
+        log_probs=columns["log_probs"][decision],
+        episode=episode,
+        group=np.full(len(episode), number),
+        success=columns["success"][episode],
     )
 
 
-def _of_states(episode: Episode, chunk: int) -> tuple[Int64[np.ndarray, "N K"], Float32[np.ndarray, "N K"]]:
-    decision = episode.step // chunk
-    return episode.tokens[decision].astype(np.int64), episode.log_probs[decision]
+def failed_share(paths: Sequence[Path], mask: Bool[np.ndarray, "N K"]) -> float:
+    """The share of the valid tokens of all states of some shards, and so of the labels' say, that lies in episodes that failed."""
+    columns = [arrays.read(path, ("states", "success"))[0] for path in paths]
+    failed = np.concatenate([np.repeat(~one["success"], one["states"]) for one in columns])
+    return float(mask[failed].sum() / mask.sum())

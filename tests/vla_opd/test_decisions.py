@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.vla_opd.small import CHUNK, TOKENS, episode
-from vla_opd.decisions import Decisions, read_decisions
+from vla_opd.decisions import Decisions, failed_share, read_decisions
 from vla_opd.objectives import masked_mean
 from vla_opd.params import GroupParams
 from vla_opd.trajectory import read_states, write_shard
@@ -34,6 +34,13 @@ def test_they_are_aligned_with_the_states(shards: list[Path]) -> None:
     first = episode(0, steps=5)
     np.testing.assert_array_equal(decisions.tokens[:5], first.tokens[[0, 0, 1, 1, 2]])
     np.testing.assert_array_equal(decisions.log_probs[:5], first.log_probs[[0, 0, 1, 1, 2]])
+
+
+def test_the_share_of_failures_is_by_token(shards: list[Path]) -> None:
+    mask = np.zeros((14, TOKENS), np.bool_)
+    mask[[0, 4, 6, 13]] = True  # the first two in the episode that succeeded
+    assert failed_share(shards, mask) == 0.5
+    assert failed_share(shards, np.ones_like(mask)) == 9 / 14
 
 
 def test_groups_of_one_outcome_are_left_out(shards: list[Path]) -> None:
