@@ -1,7 +1,7 @@
 """Answers about artifacts as the person at the terminal sees them: histories, differences, findings, tables."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,9 +42,10 @@ def findings(found: Sequence[Finding], checked: int) -> str:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """An evaluation, opened: its name, the horizon that it ran for, and its episodes."""
+    """An evaluation, opened: its name, the environment and the horizon that it ran with, and its episodes."""
 
     name: str
+    environment: Mapping[str, Any]
     horizon: int
     records: tuple[Record, ...]
 
@@ -53,14 +54,20 @@ def evaluated(artifact: Artifact, horizon: int | None) -> Evaluated:
     """Open an evaluation. ValueError if it is none, or ran for less than `horizon`."""
     if artifact.manifest.kind != "evaluation":
         raise ValueError(f"{artifact.name}: is of kind {artifact.manifest.kind}; expected an evaluation")
-    ran = int(open_artifact(artifact.folder, "evaluation").facts["horizon"])
+    manifest = open_artifact(artifact.folder, "evaluation")
+    ran = int(manifest.facts["horizon"])
     if horizon is not None and horizon > ran:
         raise ValueError(f"--horizon is {horizon}; expected at most {ran}, for which {artifact.name} ran")
-    return Evaluated(artifact.name, ran, read_records(artifact.folder))
+    return Evaluated(artifact.name, manifest.params["environment"], ran, read_records(artifact.folder))
 
 
 def compared(first: Evaluated, second: Evaluated, confidence: float, horizon: int | None) -> str:
-    """The comparison of two evaluations, task by task and over all. ValueError for other episodes, or horizons, in the one than in the other."""
+    """The comparison of two evaluations, task by task and over all. ValueError unless they are of the same episodes, horizon and environment."""
+    for field, ours in first.environment.items():
+        if field != "tasks" and ours != second.environment[field]:
+            raise ValueError(
+                f"environment.{field} is {ours!r} in {first.name} and {second.environment[field]!r} in {second.name}; expected the same in both"
+            )
     if horizon is None and first.horizon != second.horizon:
         raise ValueError(f"{first.name} ran for {first.horizon} control steps and {second.name} for {second.horizon}; expected --horizon")
     whole = compare(first.records, second.records, confidence, horizon)

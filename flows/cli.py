@@ -102,13 +102,13 @@ def serve_() -> None:
 @app.command()
 def extend(iterations: Annotated[int, typer.Option(min=1, help="how many more")]) -> None:
     """Add iterations to the end of the run; `opd run` then makes them, and repeats nothing."""
-    run = params.load()
-    length, decay = len(run.iterations) + iterations, run.optimize.schedule_iterations
-    changes = settings.extension(length)
+    changes = settings.extension(len(params.load().iterations) + iterations)
     settings.write(changes)
     for field, value in changes.items():
         print(f"  {field}: {value}")
-    if length > decay:
+    run = params.load()
+    decay = run.optimize.schedule_iterations
+    if run.depth(run.evaluations[run.report.final]) >= decay:
         print(f"  the learning rate has decayed after iteration {decay} (optimize.schedule_iterations): later ones make small steps")
 
 

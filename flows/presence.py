@@ -4,6 +4,7 @@ Prefect alone can't tell: a run whose process and runner were both killed stays 
 """
 
 import fcntl
+import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,7 +53,7 @@ def alive(run: str) -> bool:
     """Whether the flow run has a process, in this folder or in another where a process of this machine is at work."""
     folders = {Path(process.info["cwd"] or "/") for process in psutil.process_iter(["cwd"])}  # of other users' processes it is not told
     files = {folder / RUNS / run for folder in (*folders, Path())}
-    return any(file.is_file() and _alive(file) for file in files)
+    return any(os.access(file, os.R_OK) and _alive(file) for file in files)
 
 
 def others(own: str = "") -> tuple[str, ...]:

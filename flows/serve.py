@@ -6,7 +6,6 @@ A run that nobody runs any more is first declared crashed, so that `prefect flow
 import sys
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 from uuid import UUID
 
 from flows import presence, server
@@ -33,15 +32,14 @@ def crash_orphans() -> list[str]:
     """Declare crashed what the server holds for under way although no process is: runs that died, their iterations, and runs that never began.
 
     A run that died as it began, or at its very end, has left no trace in this folder: it is one of the deployment's that no process of this machine
-    has. Where the server isn't this machine's alone, such runs are left as they are, for they may be another's. Returns the ids of the runs, without
+    has. On another server than this folder's own such runs are left as they are, for they may be another's. Returns the ids of the runs, without
     their iterations.
     """
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import DeploymentFilter, FlowRunFilter
-    from prefect.settings import PREFECT_API_URL
     from prefect.states import Crashed
 
-    ours_alone = urlsplit(PREFECT_API_URL.value() or "").hostname in ("127.0.0.1", "localhost")
+    states = ["PENDING", "RUNNING"] if server.is_ours() else ["PENDING"]
     under_way = {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}}
     with get_client(sync_client=True) as client:
 
@@ -52,7 +50,7 @@ def crash_orphans() -> list[str]:
         died = presence.abandoned()
         orphans = found(id={"any_": [UUID(run) for run in died]}) if died else []
         deployed = client.read_flow_runs(
-            flow_run_filter=FlowRunFilter.model_validate({"state": {"type": {"any_": ["PENDING", "RUNNING"] if ours_alone else ["PENDING"]}}}),
+            flow_run_filter=FlowRunFilter.model_validate({"state": {"type": {"any_": states}}}),
             deployment_filter=DeploymentFilter.model_validate({"name": {"any_": [DEPLOYMENT]}}),
         )
         orphans += [run.id for run in deployed if run.id not in orphans and not presence.alive(str(run.id))]

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import NoReturn
 from urllib.parse import urlsplit
 
+import psutil
+
 HOME = Path(".prefect")
 LOCAL = "http://127.0.0.1:4200/api"
 SILENT = {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false"}
@@ -68,6 +70,17 @@ def answers(url: str) -> bool:
         with urllib.request.urlopen(f"{url}/ready", timeout=5) as reply:  # noqa: S310 - an address from our own settings
             return "message" in json.loads(reply.read())
     except (OSError, ValueError):
+        return False
+
+
+def is_ours() -> bool:
+    """Whether the server of Prefect's setting was started here: it holds that port, and its number is in `.prefect/server.pid`."""
+    from prefect.settings import PREFECT_API_URL
+
+    try:
+        process = psutil.Process(int((HOME / "server.pid").read_text()))
+        return ["--port", str(urlsplit(PREFECT_API_URL.value() or "").port)] == process.cmdline()[-2:]
+    except (OSError, ValueError, psutil.Error):
         return False
 
 

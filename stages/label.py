@@ -1,4 +1,4 @@
-"""label: teacher, trajectories -> logits, eq. (4). The teacher never acts: it is asked at every kept state of the student's episodes."""
+"""label: teacher, trajectories -> logits, eq. (4). The teacher is asked at every kept state of the rollouts."""
 
 from pathlib import Path
 

@@ -140,8 +140,10 @@ def _read(opt: OptimizeParams, trajectories: Path, logits: Path, chunk: int) -> 
     )
     if opt.objective not in ON_DECISIONS:
         return data
-    rollout = open_artifact(trajectories, "trajectories").params["sample"]
-    return replace(data, on_policy=_on_policy(data, read_decisions(paths, chunk), opt, rollout["temperature"]))
+    visited = open_artifact(trajectories, "trajectories")
+    if "teacher" in visited.parents:
+        raise ValueError(f"{trajectories}: the teacher acted (sample.visited_by); expected the student, whose own tokens {opt.objective} learns from")
+    return replace(data, on_policy=_on_policy(data, read_decisions(paths, chunk), opt, visited.params["sample"]["temperature"]))
 
 
 def _on_policy(data: Labelled, decisions: Decisions, opt: OptimizeParams, temperature: float) -> OnPolicy:
@@ -161,6 +163,7 @@ def _to_go(data: Labelled, decisions: Decisions, opt: OptimizeParams) -> Float[n
         rows = np.flatnonzero((decisions.episode == episode) & decisions.decided)
         teacher = tempered(torch.from_numpy(data.teacher[rows]).float(), opt.teacher_temperature or opt.temperature)
         rewards = of(teacher, torch.from_numpy(decisions.tokens[rows])) - torch.from_numpy(decisions.log_probs[rows])
+        rewards = rewards if opt.clamp is None else rewards.clamp(-opt.clamp, opt.clamp)
         to_go[rows] = rewards_to_go((rewards * torch.from_numpy(data.mask[rows])).sum(1), opt.discount).numpy()
     return to_go
 
@@ -199,11 +202,11 @@ def _diagnostics(batch: TokenBatch, mask: Bool[Tensor, "N K"]) -> Row:
     """What is kept of a step beside its loss: entropy and distance in nats a token, and how much of the loss its options hold back."""
     opt = batch.settings
     row = {"student_entropy": masked_mean(entropy(batch.student.detach()), mask).item()}
-    if opt.objective != "reverse_kl":
+    if opt.objective != "reverse_kl" or opt.anchor or opt.confidence:  # the loss is something else
         row["reverse_kl"] = masked_mean(reverse_kl(batch).detach(), mask).item()
     if opt.clamp is not None:
-        tokens = batch.tokens if isinstance(batch, DecisionBatch) else batch.draw()
-        row["clamp_fraction"] = masked_mean(clamped(batch, tokens).float(), mask).item()
+        tokens, stale = (batch.tokens, batch.stale) if isinstance(batch, DecisionBatch) else (batch.draw(), None)
+        row["clamp_fraction"] = masked_mean(clamped(batch, tokens, stale).float(), mask).item()
     if opt.objective == "mixed" and isinstance(batch, DecisionBatch):
         row["clip_fraction"] = masked_mean(clipped(batch.taken).float(), mask).item()
     if opt.confidence:

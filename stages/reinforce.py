@@ -1,7 +1,9 @@
 """reinforce: student, trajectories -> checkpoint, eq. (2): GRPO on the student's own successes. Nobody is asked for a label."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ from vla_opd.checkpoint import open_checkpoint
 from vla_opd.decisions import Decisions, Graded, read_decisions
 from vla_opd.host import Host
 from vla_opd.objectives import Taken, clipped, entropy, grpo, masked_mean, of, tempered
-from vla_opd.params import Params, ReinforceParams
+from vla_opd.params import ExploreParams, Params, ReinforceParams
 from vla_opd.policies import Policy, load_policy
 from vla_opd.seeds import derive
 from vla_opd.tracking import track
@@ -60,7 +62,7 @@ def run(params: Params, iteration: str, student: Path, trajectories: Path, out: 
         raise ValueError(f"{trajectories}: sampled by {visited.parents['student'][:12]}; expected {checkpoint.digest[:12]}, the student in {student}")
     settings = {"seed": params.run.seed, "iteration": iteration, "reinforce": its.model_dump(), "device": host.device}
     torch.set_num_threads(its.threads)
-    data, depth = _read(params, trajectories, checkpoint.facts.action_space.chunk), params.depth(iteration)
+    data, depth = _read(visited.params["explore"], trajectories, checkpoint.facts.action_space.chunk), params.depth(iteration)
     parents = {"student": checkpoint.digest, "trajectories": visited.digest}
     with draft(out, "checkpoint", parents, settings) as work, track(host, params.run.name, "reinforce", iteration, settings) as log:
         policy, seed = load_policy(checkpoint, host.device), derive(params.run.seed, "reinforce", iteration)
@@ -72,10 +74,11 @@ def run(params: Params, iteration: str, student: Path, trajectories: Path, out: 
         return work.publish({**facts, "depth": depth, "states": len(data.usable)})
 
 
-def _read(params: Params, trajectories: Path, chunk: int) -> Rolled:
-    paths, rolled = shards(trajectories), open_artifact(trajectories, "trajectories").params["explore"]
+def _read(explored: Mapping[str, Any], trajectories: Path, chunk: int) -> Rolled:
+    """explored: the settings that the trajectories were made with. By them it was decided which groups are to be learned from."""
+    its, paths = ExploreParams.model_validate(explored), shards(trajectories)
     states, decisions = read_states(paths), read_decisions(paths, chunk)
-    return Rolled(states.observations, states.mask, decisions, decisions.graded(states.mask, params.explore), rolled["temperature"])
+    return Rolled(states.observations, states.mask, decisions, decisions.graded(states.mask, its), its.temperature)
 
 
 def _loss(policy: Policy, data: Rolled, its: ReinforceParams, seed: int) -> Loss:

@@ -108,7 +108,7 @@ class Step(Read):
 
 
 class IterationResult(Read):
-    """What an iteration did and cost. `success` is that of its rollouts: sampled, and before its update. depth: iterations before it.
+    """What an iteration did and cost. `success` is that of its rollouts: sampled, and before its update. depth: iterations before it, of either kind.
 
     failed_share: the share of valid tokens, and so of the labels' say, that lies in rollouts that failed.
     """
@@ -278,23 +278,23 @@ def _require_names(params: Params) -> None:
 def read_run(params: Params, root: Path) -> Run:
     """Everything that the page shows, once it is proved that it belongs together. ValueError names what is missing or does not."""
     checkpoints = {name: read_manifest(root / "checkpoints" / name, "checkpoint") for name in params.finetuned}
-    iterations = tuple(_iteration(name, root) for name in sorted(params.iterations, key=params.depth))
-    reinforcements = tuple(_reinforcement(name, root) for name in sorted(params.reinforcements, key=params.depth))
-    checkpoints |= {one.result.name: one.made["checkpoints"] for one in iterations + reinforcements}
     positions = {name: len(_chain(params, name)) - 1 for name in {*params.updates, *params.updates.values()}}
+    iterations = tuple(_iteration(name, root, positions[name] - 1) for name in sorted(params.iterations, key=positions.__getitem__))
+    reinforcements = tuple(_reinforcement(name, root) for name in sorted(params.reinforcements, key=positions.__getitem__))
+    checkpoints |= {one.result.name: one.made["checkpoints"] for one in iterations + reinforcements}
     evaluations = [_evaluation(name, params, root, checkpoints, positions) for name in params.evaluations]
     evaluations.sort(key=lambda one: (one.name == params.report.teacher, -1 if one.position is None else one.position))
     return Run(params, checkpoints, iterations, reinforcements, {one.name: one for one in evaluations})
 
 
-def _iteration(name: str, root: Path) -> Iteration:
+def _iteration(name: str, root: Path, depth: int) -> Iteration:
     folder = root / "checkpoints" / name
     checkpoint = open_artifact(folder, "checkpoint")
     trajectories = read_manifest(root / "trajectories" / name, "trajectories")
     logits = read_manifest(root / "logits" / name, "logits")
     for role, manifest in {"trajectories": trajectories, "logits": logits}.items():
         _require_parent(folder, checkpoint, role, manifest)
-    facts = {**checkpoint.facts, **trajectories.facts, "teacher_queries": logits.facts["teacher_queries"], "name": name}
+    facts = {**checkpoint.facts, **trajectories.facts, "teacher_queries": logits.facts["teacher_queries"], "name": name, "depth": depth}
     steps = tuple(Step.model_validate_json(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
     made = {"checkpoints": checkpoint, "trajectories": trajectories, "logits": logits}
     before, after = (Profiles.model_validate(facts[when]) for when in ("before", "after"))
@@ -392,7 +392,7 @@ def _figures(run: Run) -> dict[str, Markup]:
         figures |= {"kl": _kl(run), "entropy": _entropy(run)}
         for axis in ("position", "dimension"):
             figures |= {f"kl-{axis}": _kl_along(run, axis), f"entropy-{axis}": _entropy_along(run, axis)}
-    if any(one.steps for one in run.iterations):
+    if _stepped(run):
         figures |= {"kl-steps": _kl_steps(run), "entropy-steps": _entropy_steps(run)}
     return figures
 
@@ -436,7 +436,7 @@ def _success(run: Run) -> Markup:
         axes.axhline(band.success, color=TEACHER, linewidth=1.5, label="teacher")
         sampled = [one.result for one in run.iterations if one.result.name in chain]
         axes.plot(
-            [len(_chain(run.params, r.name)) - 2 for r in sampled],
+            [r.depth for r in sampled],
             [r.success for r in sampled],
             ".-",
             color=MUTED,
@@ -589,10 +589,10 @@ def _kl_steps(run: Run) -> Markup:
     """Reverse KL of every optimiser step's batch."""
 
     def paint(axes: "Axes") -> None:
-        for one in run.iterations:
-            axes.plot(_numbers(one), [step.kl for step in one.steps], color=STUDENT, linewidth=1.2)
+        for one in _stepped(run):
+            axes.plot(_numbers(run, one), [step.kl for step in one.steps], color=STUDENT, linewidth=1.2)
         axes.set(xlabel="optimiser step", ylabel="reverse KL, nats a token", ylim=(0, None))
-        _mark_iterations(axes, run.iterations)
+        _mark_iterations(axes, run)
 
     return _draw("kl-steps", f"Reverse KL of every optimiser step's batch in nats a token: {_ends(run, lambda step: step.kl)}.", (450, 280), paint)
 
@@ -601,28 +601,34 @@ def _entropy_steps(run: Run) -> Markup:
     """The student's entropy on every optimiser step's batch, and the teacher's on the iteration's states."""
 
     def paint(axes: "Axes") -> None:
-        for one in filter(lambda one: one.steps, run.iterations):
-            numbers, teacher = _numbers(one), one.result.before.teacher_entropy
+        for one in _stepped(run):
+            numbers, teacher = _numbers(run, one), one.result.before.teacher_entropy
             axes.plot(numbers, [step.student_entropy for step in one.steps], color=STUDENT, linewidth=1.2)
             axes.plot([numbers[0], numbers[-1] + 1], [teacher, teacher], color=TEACHER, linewidth=1.5)
         axes.set(xlabel="optimiser step", ylabel="entropy, nats a token")
-        _mark_iterations(axes, run.iterations)
+        _mark_iterations(axes, run)
         axes.legend(axes.get_lines()[:2], ("student", "teacher"), loc="best")
 
     told = _ends(run, lambda step: step.student_entropy)
     return _draw("entropy-steps", f"The student's entropy on every optimiser step's batch in nats a token: {told}.", (450, 280), paint)
 
 
-def _numbers(iteration: Iteration) -> range:
-    """The numbers of an iteration's optimiser steps, counted from the start of its chain."""
-    first = iteration.result.depth * len(iteration.steps)
+def _numbers(run: Run, iteration: Iteration) -> range:
+    """The numbers of an iteration's optimiser steps, counted over the iterations of its chain."""
+    chain = _chain(run.params, iteration.result.name)[1:]
+    first = sum(len(one.steps) for one in run.iterations if one.result.name in chain)
     return range(first, first + len(iteration.steps))
 
 
-def _mark_iterations(axes: "Axes", iterations: Sequence[Iteration]) -> None:
+def _mark_iterations(axes: "Axes", run: Run) -> None:
     axes.grid(visible=False, axis="x")
-    for one in iterations:
-        axes.axvline(_numbers(one)[0], color=GRID, linewidth=1.2, zorder=0)
+    for one in _stepped(run):
+        axes.axvline(_numbers(run, one)[0], color=GRID, linewidth=1.2, zorder=0)
+
+
+def _stepped(run: Run) -> list[Iteration]:
+    """The iterations that made a step."""
+    return [one for one in run.iterations if one.steps]
 
 
 def _ends(run: Run, value: Callable[[Step], float]) -> str:

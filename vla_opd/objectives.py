@@ -59,6 +59,11 @@ class DecisionBatch(TokenBatch):
     taken: Taken = field(kw_only=True)
     to_go: Float[Tensor, " N"] = field(kw_only=True)
 
+    @property
+    def stale(self) -> Float[Tensor, "N K"] | None:
+        """Log p_S(a) in the reward, where it is to be as the rollout recorded it."""
+        return self.taken.then if self.settings.reward == "rollout" else None
+
 
 def reverse_kl(batch: TokenBatch) -> Float[Tensor, "N K"]:
     """KL(p_S || p_T) = sum_v p_S(v) (log p_S(v) - log p_T(v)), exactly, over all V bins; eq. (5), in nats."""
@@ -78,14 +83,13 @@ def reverse_kl_sampled(batch: TokenBatch) -> Float[Tensor, "N K"]:
 def reverse_kl_rollout(batch: DecisionBatch) -> Float[Tensor, "N K"]:
     """The same on the rollout's own tokens, -w sg[r(a) + R], a ~ p_old; R = `rewards_to_go`, zero unless `discount` is set.
 
-    w = log p_S(a), as published: right for the first step on a batch only. Or, with `ratio`, w = p_S(a) / p_old(a), whose expected gradient stays
-    that of `reverse_kl` at every step (with R = 0 and r `fresh`). r is log p_T(a) - log p_S(a) with the student as it is now, or as the rollout
-    recorded it (`reward: rollout`).
+    w = log p_S(a), as published: right for the first step on a batch only, and scored at the temperature at which a was drawn. Or, with `ratio`,
+    w = p_S(a) / p_old(a), whose expected gradient stays that of `reverse_kl` at every step (with R = 0 and r `fresh`). r is log p_T(a) - log p_S(a)
+    with the student as it is now, or as the rollout recorded it (`reward: rollout`).
     """
     student = of(batch.student, batch.tokens)
     weight = (student - batch.taken.then).exp() if batch.settings.ratio else student
-    stale = batch.taken.then if batch.settings.reward == "rollout" else None
-    return -weight * (reward(batch, batch.tokens, stale) + batch.to_go.unsqueeze(-1))
+    return -weight * (reward(batch, batch.tokens, batch.stale) + batch.to_go.unsqueeze(-1))
 
 
 def forward_kl(batch: TokenBatch) -> Float[Tensor, "N K"]:
@@ -160,10 +164,11 @@ def of(log_probs: Float[Tensor, "N K V"], tokens: Int[Tensor, "N K"]) -> Float[T
     return log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
-def clamped(batch: TokenBatch, tokens: Int[Tensor, "N K"]) -> Bool[Tensor, "N K"]:
-    """Where `clamp` cuts the reward."""
+def clamped(batch: TokenBatch, tokens: Int[Tensor, "N K"], log_probs: Float[Tensor, "N K"] | None = None) -> Bool[Tensor, "N K"]:
+    """Where `clamp` cuts the `reward` of the same arguments."""
     limit = math.inf if batch.settings.clamp is None else batch.settings.clamp
-    return of((batch.teacher - batch.student).detach(), tokens).abs() > limit
+    student = of(batch.student.detach(), tokens) if log_probs is None else log_probs
+    return (of(batch.teacher, tokens) - student).abs() > limit
 
 
 def clipped(taken: Taken) -> Bool[Tensor, "N K"]:

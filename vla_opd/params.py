@@ -159,7 +159,7 @@ class CheckpointParams(Section):
 class SampleParams(Section):
     """Student rollouts, eq. (3): `prompts` placements per task and iteration, G = `group` episodes from each.
 
-    visited_by:      who acts. `teacher` is the control of on-policy learning: as many states and updates, but those that the teacher visits.
+    visited_by:      who acts. `teacher` is the control of on-policy learning: as many episodes and updates, but the states that the teacher visits.
     observe_every:   states are kept every that many control steps; below the chunk length the states inside a chunk are labelled too.
     inference_batch: rows of every forward pass (padded), so that a sampled token never depends on who else was ready.
     """
@@ -333,7 +333,7 @@ class Params(Section):
         return {**self.iterations, **self.reinforcements}
 
     def depth(self, iteration: str) -> int:
-        """How many iterations of the same kind come before it on its chain."""
+        """How many iterations of the same kind come right before it on its chain; one of the other kind begins a schedule of its own."""
         chain = self.iterations if iteration in self.iterations else self.reinforcements
         parent = chain[iteration]
         return self.depth(parent) + 1 if parent in chain else 0
@@ -416,6 +416,7 @@ def _at_odds(params: Params) -> Iterator[str]:
         divisors = [n for n in range(1, chunk + 1) if chunk % n == 0]
         yield f"sample.observe_every is {every}; expected a divisor of policy.chunk, which is {chunk}: one of {divisors}"
     yield from _objective_at_odds(params)
+    yield from _temperatures_at_odds(params)
     for field, name in params.report.model_dump().items():
         if params.evaluations and name not in params.evaluations:  # without any, there is nothing to report
             yield f"report.{field} is {name!r}; expected one of the evaluations {sorted(params.evaluations)}"
@@ -431,6 +432,16 @@ def _objective_at_odds(params: Params) -> Iterator[str]:
         yield f"sample.visited_by is teacher; expected student with optimize.objective {opt.objective}, which learns from the student's own tokens"
     if opt.objective == "mixed" and params.sample.group < 2:
         yield f"sample.group is {params.sample.group}; expected at least 2 with optimize.objective mixed: an advantage is one over the others"
+
+
+def _temperatures_at_odds(params: Params) -> Iterator[str]:
+    """The rollout's tokens have to be scored at the temperature at which they were drawn, unless a ratio makes up for it."""
+    opt, drawn = params.optimize, params.sample.temperature
+    if opt.objective != "reverse_kl_rollout" or (opt.ratio and opt.reward == "fresh" and not opt.discount):
+        return
+    for field, value in {"temperature": opt.temperature, "teacher_temperature": opt.teacher_temperature}.items():
+        if value is not None and value != drawn:
+            yield f"optimize.{field} is {value}; expected sample.temperature, {drawn}, with reverse_kl_rollout (but for ratio: true, fresh rewards)"
 
 
 def _override(tree: dict[str, Any], override: str, yaml: YAML) -> None:

@@ -5,10 +5,12 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from flows.dvc import Line
 from flows.pipeline import StageFailed, Step
 from tests.flows.toy import PARAMS, ROOT
 from vla_opd import params
+from vla_opd.artifacts import draft, open_artifact
 
 SUMMARY = {
     "start": {"success": 0.45, "low": 0.38, "high": 0.52, "episodes": 200},
@@ -122,7 +125,7 @@ def test_what_only_answers_need_is_not_loaded_to_run(module: str) -> None:
 def test_every_command_says_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     said = capsys.readouterr().out
-    for command in ("run", "plan", "serve", "extend", "accept", "lineage", "diff", "verify", "audit", "sign", "gc"):
+    for command in ("run", "plan", "serve", "extend", "accept", "lineage", "compare", "diff", "verify", "audit", "sign", "gc"):
         assert re.search(rf"\b{command}\b +\w", said), command
 
 
@@ -133,6 +136,17 @@ def test_a_run_is_extended_from_its_end(tmp_path: Path, monkeypatch: pytest.Monk
     run = params.load()
     assert run.iterations == {"it001": "student", "it002": "it001", "it003": "it002", "it004": "it003"}
     assert run.evaluations["final"] == "it004"
+
+
+def test_after_grpo_the_learning_rate_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    grpo = {"reinforcements: {}": "reinforcements: {rl001: it002}", "final: it002": "final: rl001"}
+    Path("params.yaml").write_text(reduce(lambda text, change: text.replace(*change), grpo.items(), PARAMS))
+    for more, told in (("9", False), ("1", False), ("1", True)):  # eleven after GRPO; the schedule is of ten
+        assert cli.main(["extend", "--iterations", more]) == 0
+        assert ("the learning rate has decayed" in capsys.readouterr().out) == told
+    run = params.load()
+    assert (run.iterations["it003"], run.iterations["it013"], run.evaluations["final"]) == ("rl001", "it012", "it013")
 
 
 @pytest.mark.usefixtures("small")
@@ -169,6 +183,23 @@ def test_a_signature_made_by_one_command_is_checked_by_another(tmp_path: Path, c
     assert "are for one artifact" in capsys.readouterr().err
 
 
+def test_a_server_is_ours_if_it_was_started_here_and_holds_the_port(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    monkeypatch.chdir(tmp_path)
+    sleeps = [sys.executable, "-c", "import time; time.sleep(60)", "--port", "4711"]
+    with subprocess.Popen(sleeps) as process, temporary_settings({PREFECT_API_URL: "http://127.0.0.1:4711/api"}):
+        assert not server.is_ours()
+        (tmp_path / ".prefect").mkdir()
+        (tmp_path / ".prefect/server.pid").write_text(str(process.pid))
+        assert server.is_ours()
+        with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:4712/api"}):
+            assert not server.is_ours()
+        process.kill()
+        process.wait()
+        assert not server.is_ours()
+
+
 def test_two_evaluations_are_compared_pair_by_pair(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["compare", "evaluations/start", "evaluations/teacher"]) == 0
     said = capsys.readouterr().out
@@ -188,13 +219,21 @@ def test_two_evaluations_are_compared_pair_by_pair(small: Path, capsys: pytest.C
     [
         (["evaluations/start", "checkpoints/teacher"], "small/checkpoints/teacher: is of kind checkpoint; expected an evaluation"),
         (
+            ["evaluations/start", "evaluations/other"],
+            "environment.stepping is 'fast' in small/evaluations/start and 'exact' in small/evaluations/other",
+        ),
+        (
             ["evaluations/start", "evaluations/final", "--horizon", "41"],
             "--horizon is 41; expected at most 40, for which small/evaluations/start ran",
         ),
     ],
 )
 def test_what_cannot_be_compared_is_refused(small: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
-    assert small.is_dir()
+    there = open_artifact(small / "evaluations/final", "evaluation")
+    settings = there.params | {"environment": there.params["environment"] | {"stepping": "exact"}}
+    with draft(small / "evaluations/other", "evaluation", there.parents, settings) as work:
+        shutil.copyfile(small / "evaluations/final/episodes.jsonl", work.folder / "episodes.jsonl")
+        work.publish(there.facts)
     assert cli.main(["compare", *arguments]) == 1
     assert said in capsys.readouterr().err
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -34,6 +35,18 @@ def test_a_run_of_another_folder_is_alive_too(tmp_path: Path) -> None:
         assert presence.alive("far")
         other.communicate(b"\n")
     assert other.returncode == 0
+    assert not presence.alive("far")
+
+
+def test_a_folder_that_may_not_be_read_is_none_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Elsewhere:
+        info: ClassVar[dict[str, str]] = {"cwd": "/closed"}
+
+    def closed(path: Path) -> bool:
+        raise PermissionError(path)
+
+    monkeypatch.setattr(presence.psutil, "process_iter", lambda _: [Elsewhere])
+    monkeypatch.setattr(Path, "is_file", closed)
     assert not presence.alive("far")
 
 

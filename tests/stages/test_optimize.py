@@ -27,7 +27,7 @@ from tests.vla_opd.test_checkpoint import publish
 from vla_opd.artifacts import draft
 from vla_opd.checkpoint import open_checkpoint
 from vla_opd.decisions import Decisions
-from vla_opd.objectives import OBJECTIVES, DecisionBatch, TokenBatch, confidence, group_advantage, masked_mean, mixed, tempered
+from vla_opd.objectives import OBJECTIVES, DecisionBatch, TokenBatch, confidence, group_advantage, masked_mean, mixed, of, tempered
 from vla_opd.params import CheckpointParams, DemonstrationSet, OptimizeParams, Params, RunParams, load
 from vla_opd.policies import build_policy, load_policy
 from vla_opd.training import train
@@ -199,9 +199,19 @@ def test_mixed_learns_from_the_decisions_of_groups_that_count() -> None:
 
 def test_the_published_form_learns_from_every_decision() -> None:
     data, opt = on_policy(labelled(), objective="reverse_kl_rollout", discount=0.5)
+    assert data.on_policy is not None
+    data = replace(data, on_policy=replace(data.on_policy, to_go=np.linspace(1, 2, len(data.mask), dtype=np.float32)))
     assert data.usable.tolist() == [1, 2, 3, 4]
-    value, row = _loss(build_policy(small.FACTS).eval(), data, params(opt.model_copy(update={"batch_size": 4})), seed=1)(0)
-    assert np.isfinite(value.item())
+    policy, rows = build_policy(small.FACTS).eval(), data.usable
+    value, row = _loss(policy, data, params(opt.model_copy(update={"batch_size": 4})), seed=1)(0)
+    with torch.no_grad():
+        batch, mask = _token_batch(policy, data, rows, opt, 0)
+        assert isinstance(batch, DecisionBatch)
+        to_go = torch.from_numpy(data.on_policy.to_go[rows]).unsqueeze(-1)
+        assert to_go[:-1].abs().min() > 0
+        student, teacher = (of(log_probs, batch.tokens) for log_probs in (batch.student, batch.teacher))
+        expected = masked_mean(-student * (teacher - student + to_go), mask)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-4)
     assert set(row) == {"student_entropy", "reverse_kl"}
 
 
@@ -221,6 +231,8 @@ def test_a_decisions_reward_to_go_is_that_of_its_episode_at_its_valid_tokens() -
     reward = np.take_along_axis(teacher, decisions.tokens[..., None], -1)[..., 0] - decisions.log_probs
     later = (reward[2] * data.mask[2]).sum()
     assert _to_go(data, decisions, opt) == pytest.approx([0.5 * later, 0, 0, 0], rel=1e-5)
+    cut = (np.clip(reward[2], -0.4, 0.4) * data.mask[2]).sum()
+    assert _to_go(data, decisions, opt.model_copy(update={"clamp": 0.4})) == pytest.approx([0.5 * cut, 0, 0, 0], rel=1e-5)
     assert not _to_go(data, decisions, opt.model_copy(update={"discount": 0.0})).any()
 
 
@@ -242,6 +254,7 @@ def test_the_anchor_and_the_teachers_confidence_are_in_the_loss_and_in_the_recor
     plain = masked_mean((student.exp() * (student - teacher)).sum(-1) * weight, mask).item()
     assert value.item() == pytest.approx(plain + 0.3 * away, rel=1e-4)
     assert away > 1e-3
+    assert row["reverse_kl"] == pytest.approx(masked_mean((student.exp() * (student - teacher)).sum(-1), mask).item(), rel=1e-4)
     assert row["anchor_kl"] == pytest.approx(away, rel=1e-4)
     assert row["confidence"] == pytest.approx(masked_mean(weight, mask).item(), rel=1e-4)
 
@@ -250,7 +263,7 @@ def test_the_anchor_and_the_teachers_confidence_are_in_the_loss_and_in_the_recor
     "settings",
     [
         ["optimize.objective=mixed", "optimize.distill=0.5", "optimize.keep_low=0", "optimize.keep_high=1"],
-        ["optimize.objective=reverse_kl_rollout", "optimize.ratio=true", "optimize.centre=true", "optimize.clamp=5"],
+        ["optimize.objective=reverse_kl_rollout", "optimize.ratio=true", "optimize.centre=true", "optimize.clamp=0.001"],
     ],
 )
 def test_the_trainers_log_probabilities_are_the_rollouts_own(small: Path, settings: list[str]) -> None:
@@ -267,7 +280,17 @@ def test_the_trainers_log_probabilities_are_the_rollouts_own(small: Path, settin
     assert command.main(["optimize", "--iteration", "it001", "--device", "cpu", "--tracking", "none", *arguments]) == 0
     rows = [json.loads(line) for line in (small / "checkpoints/it001/metrics.jsonl").read_text().splitlines()]
     assert len(rows) == run.optimize.steps
-    assert rows[0].get("clip_fraction", 0.0) == 0.0
+    assert rows[0]["clip_fraction"] == 0 if run.optimize.objective == "mixed" else rows[0]["clamp_fraction"] > 0.5
+
+
+def test_the_teachers_own_rollouts_are_no_students(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in ("sample", "label"):
+        assert command.main([verb, "--iteration", "it001", "--device", "cpu", "--tracking", "none", "--set", "sample.visited_by=teacher"]) == 0
+    capsys.readouterr()
+    arguments = ["--set", "optimize.objective=mixed"]
+    assert small.is_dir()
+    assert command.main(["optimize", "--iteration", "it001", "--device", "cpu", "--tracking", "none", *arguments]) == 2
+    assert "the teacher acted (sample.visited_by); expected the student, whose own tokens mixed learns from" in capsys.readouterr().err
 
 
 def test_without_a_group_to_learn_from_the_student_stays_as_it_is(small: Path, capsys: pytest.CaptureFixture[str]) -> None:

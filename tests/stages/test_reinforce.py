@@ -10,6 +10,7 @@ import torch
 import stages.__main__ as command
 from stages.reinforce import Rolled, _loss, _read
 from tests.small_run import HOST
+from vla_opd.artifacts import open_artifact
 from vla_opd.checkpoint import open_checkpoint
 from vla_opd.objectives import of, tempered
 from vla_opd.params import Params, load
@@ -21,7 +22,8 @@ from vla_opd.update import MOMENTS, budget
 @pytest.fixture
 def rolled(small: Path) -> tuple[Params, Policy, Rolled]:
     params, student = load("params.yaml"), open_checkpoint(small / "checkpoints/it001")
-    return params, load_policy(student, "cpu"), _read(params, small / "trajectories/rl001", student.facts.action_space.chunk)
+    explored = open_artifact(small / "trajectories/rl001", "trajectories").params["explore"]
+    return params, load_policy(student, "cpu"), _read(explored, small / "trajectories/rl001", student.facts.action_space.chunk)
 
 
 def log_probs(policy: Policy, data: Rolled) -> torch.Tensor:
@@ -54,6 +56,13 @@ def test_what_succeeded_becomes_likelier_and_what_failed_less(rolled: tuple[Para
     assert rows[-1]["clip_fraction"] > 0
 
 
+def test_which_groups_count_is_what_was_said_when_they_were_rolled_out(small: Path) -> None:
+    before = (small / "checkpoints/rl001/manifest.json").read_bytes()
+    (small / "checkpoints/rl001").rename(small / "aside")
+    assert command.main(["reinforce", "--iteration", "rl001", *HOST, "--set", "explore.keep_low=0", "--set", "explore.keep_high=1"]) == 0
+    assert (small / "checkpoints/rl001/manifest.json").read_bytes() == before
+
+
 def test_trajectories_of_another_student_are_refused(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["reinforce", "--iteration", "rl001", *HOST, "--set", "reinforcements.rl001=student"]) == 2
     ours, theirs = (open_checkpoint(small / "checkpoints" / name).digest[:12] for name in ("it001", "student"))
@@ -78,8 +87,9 @@ def steps_in(path: Path) -> set[float]:
 
 
 def test_without_a_group_to_learn_from_the_student_stays_as_it_is(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = ["--set", "explore.keep_low=0.99", "--set", "explore.keep_high=0.995"]
-    assert command.main(["reinforce", "--iteration", "rl001", *HOST, *settings]) == 0
+    settings = ["--set", "explore.keep_low=0.99", "--set", "explore.keep_high=0.995", "--set", "explore.rounds=1"]
+    for verb in ("explore", "reinforce"):
+        assert command.main([verb, "--iteration", "rl001", *HOST, *settings]) == 0
     assert "reinforce rl001: no group of episodes to learn from (keep_low, keep_high); the student stays as it is" in capsys.readouterr().err
     ours, theirs = (open_checkpoint(small / "checkpoints" / name).weights() for name in ("rl001", "it001"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

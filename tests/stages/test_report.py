@@ -378,6 +378,28 @@ def test_a_run_that_made_no_step_has_a_page(root: Path) -> None:
     assert "optimiser step's batch" in report.render(found)
 
 
+def test_an_iteration_that_made_no_step_is_no_gap(root: Path) -> None:
+    found = report.read_run(params(), root)
+    first, second, third = found.iterations
+    gap = replace(found, iterations=(replace(first, steps=()), second, third))
+    assert [report._numbers(gap, one) for one in gap.iterations] == [range(0), range(20), range(20, 40)]
+    assert "optimiser step's batch" in report.render(gap)
+
+
+def test_iterations_go_on_after_one_of_grpo(copy: Path) -> None:
+    """it001, rl001, it002, it003: the order is the chain's, whatever their own schedules say."""
+    made = {name: open_artifact(copy / "checkpoints" / name, "checkpoint") for name in ("it001", "teacher")}
+    made["rl001"] = publish_reinforcement(copy, "rl001", made["it001"])
+    for depth, (name, parent) in enumerate({"it002": "rl001", "it003": "it002"}.items()):
+        for kind in ("trajectories", "logits", "checkpoints"):
+            shutil.rmtree(copy / kind / name)
+        made[name] = publish_iteration(copy, name, depth, made[parent], made["teacher"])
+    tree = {"iterations": {"it001": "student", "it002": "rl001", "it003": "it002"}, "reinforcements": {"rl001": "it001"}}
+    found = report.read_run(params(**tree, evaluations={"teacher": "teacher", "start": "student"}), copy)
+    assert [(one.result.name, one.result.depth) for one in found.iterations] == [("it001", 0), ("it002", 2), ("it003", 3)]
+    assert [report._numbers(found, one) for one in found.iterations] == [range(20), range(20, 40), range(40, 60)]
+
+
 def test_a_run_without_iterations_has_a_page(copy: Path) -> None:
     how = params(iterations={}, evaluations={"start": "student", "final": "student", "teacher": "teacher"})
     student = read_manifest(copy / "checkpoints" / "student", "checkpoint")

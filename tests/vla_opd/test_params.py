@@ -120,6 +120,19 @@ def test_mistakes_name_field_value_and_expectation(minimal: Path, override: str,
         load(minimal, [override])
 
 
+def test_the_rollouts_tokens_are_scored_at_the_temperature_they_were_drawn_at(minimal: Path) -> None:
+    rollout = "optimize.objective=reverse_kl_rollout"
+    with pytest.raises(ValueError, match=r"optimize\.temperature is 1\.0; expected sample\.temperature, 0\.6, with reverse_kl_rollout"):
+        load(minimal, [rollout])
+    with pytest.raises(ValueError, match=r"optimize\.teacher_temperature is 1\.0; expected sample\.temperature, 0\.6"):
+        load(minimal, [rollout, "optimize.temperature=0.6", "optimize.teacher_temperature=1"])
+    load(minimal, [rollout, "optimize.temperature=0.6"])
+    load(minimal, [rollout, "optimize.ratio=true"])
+    for biased in ("optimize.reward=rollout", "optimize.discount=0.5"):
+        with pytest.raises(ValueError, match=r"expected sample\.temperature"):
+            load(minimal, [rollout, "optimize.ratio=true", biased])
+
+
 def test_depth_counts_the_iterations_of_the_same_kind_before(minimal: Path) -> None:
     more = [
         "iterations.branch=it001",
@@ -142,9 +155,9 @@ def test_an_objective_is_asked_for_what_it_reads(minimal: Path) -> None:
     load(minimal, ["optimize.objective=jsd", "optimize.beta=0.3"])
     load(minimal, ["optimize.objective=a.b:c", "optimize.beta=0.3", "optimize.clamp=1"])  # nobody knows what it reads
     for name in ON_DECISIONS:
-        load(minimal, [f"optimize.objective={name}"])
+        load(minimal, [f"optimize.objective={name}", "sample.temperature=1"])
         with pytest.raises(ValueError, match=rf"sample\.visited_by is teacher; expected student with optimize\.objective {name}, which learns"):
-            load(minimal, [f"optimize.objective={name}", "sample.visited_by=teacher"])
+            load(minimal, [f"optimize.objective={name}", "sample.temperature=1", "sample.visited_by=teacher"])
     with pytest.raises(ValueError, match=r"sample\.group is 1; expected at least 2 with optimize\.objective mixed"):
         load(minimal, ["optimize.objective=mixed", "sample.group=1"])
 
