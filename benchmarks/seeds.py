@@ -90,23 +90,15 @@ def _run(params: Params, first: int, seed: int, overrides: list[str]) -> Path:
 def _stages(params: Params) -> Iterator[tuple[str, ...]]:
     """The folder that a stage makes, and its command line."""
     yield "checkpoints/student", "finetune", "--name=student"
-    for iteration in _in_order(params):
-        verbs = ("sample", "label", "optimize") if iteration in params.iterations else ("explore", "reinforce")
-        for verb, folder in zip(
-            verbs, ("trajectories", "logits", "checkpoints") if len(verbs) == 3 else ("trajectories", "checkpoints"), strict=True
-        ):
+    for iteration in sorted(params.updates, key=lambda name: len(params.chain(name))):
+        if iteration in params.iterations:
+            made = {"sample": "trajectories", "label": "logits", "optimize": "checkpoints"}
+        else:
+            made = {"explore": "trajectories", "reinforce": "checkpoints"}
+        for verb, folder in made.items():
             yield f"{folder}/{iteration}", verb, f"--iteration={iteration}"
     for name in _scored(params):
         yield f"evaluations/{name}", "evaluate", f"--name={name}"
-
-
-def _in_order(params: Params) -> list[str]:
-    """Iterations of either kind, each after the one that it starts from."""
-
-    def before(name: str) -> int:
-        return before(params.updates[name]) + 1 if name in params.updates else 0
-
-    return sorted(params.updates, key=before)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def run(params: Params, iteration: str, student: Path, out: Path, host: Host) ->
             tried = _round(params, iteration, number)
             fill(tried, policy, params.environment, rolled, work, host, tally, f"explore, round {number + 1}")
             groups += [read_shard(work.folder / shard) for shard in tried]  # not what a killed attempt left of later rounds
-            useful = sum(_is_useful(group, params) for group in groups)
+            useful = sum(its.keeps(sum(episode.success for episode in group) / len(group)) for group in groups)
             if useful >= wanted:
                 break
         facts = {**counts([episode for group in groups for episode in group]), "groups": len(groups), "useful_groups": useful}
@@ -56,8 +56,3 @@ def _round(params: Params, iteration: str, number: int) -> dict[str, list[Job]]:
             placement = Placement(task, "training", seed)
             groups[shard_name(index, prompt)] = [Job(placement, member, derive(seed, "member", member)) for member in range(params.explore.group)]
     return groups
-
-
-def _is_useful(group: tuple[Episode, ...], params: Params) -> bool:
-    """Whether GRPO can learn from it."""
-    return params.explore.keep_low <= sum(e.success for e in group) / len(group) <= params.explore.keep_high

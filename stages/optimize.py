@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vla_opd.artifacts import Manifest, draft, open_artifact
+from vla_opd.artifacts import Manifest, draft, open_artifact, read_manifest
 from vla_opd.checkpoint import Checkpoint, open_checkpoint, require_same_actions
 from vla_opd.decisions import Decisions, Graded, failed_share, read_decisions
 from vla_opd.diagnostics import Distance, distance
@@ -39,7 +39,7 @@ from vla_opd.tokens import ActionSpace
 from vla_opd.tracking import track
 from vla_opd.training import Evidence, Loss, Row
 from vla_opd.trajectory import Observations, joined, read_states, shards
-from vla_opd.update import budget, learn, order, probed
+from vla_opd.update import budget, learn, order, probed, require_own_rollouts
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,7 @@ def _require_alignment(student: Checkpoint, trajectories: Path, logits: Path) ->
         raise ValueError(
             f"{logits}: labels trajectories {labels.parents['trajectories'][:12]}; expected {visited.digest[:12]}, those of {trajectories}"
         )
-    if visited.parents["student"] != student.digest:
-        raise ValueError(
-            f"{trajectories}: sampled by {visited.parents['student'][:12]}; expected {student.digest[:12]}, the student in {student.folder}"
-        )
+    require_own_rollouts(student, visited, trajectories)
     require_same_actions(student.facts, ActionSpace.model_validate(labels.facts["action_space"]), str(logits))
     return {"student": student.digest, "trajectories": visited.digest, "logits": labels.digest}
 
@@ -140,7 +137,7 @@ def _read(opt: OptimizeParams, trajectories: Path, logits: Path, chunk: int) -> 
     )
     if opt.objective not in ON_DECISIONS:
         return data
-    visited = open_artifact(trajectories, "trajectories")
+    visited = read_manifest(trajectories, "trajectories")  # its files were hashed when the alignment was proved
     if "teacher" in visited.parents:
         raise ValueError(f"{trajectories}: the teacher acted (sample.visited_by); expected the student, whose own tokens {opt.objective} learns from")
     return replace(data, on_policy=_on_policy(data, read_decisions(paths, chunk), opt, visited.params["sample"]["temperature"]))

@@ -21,7 +21,7 @@ from vla_opd.seeds import derive
 from vla_opd.tracking import track
 from vla_opd.training import Evidence, Loss, Row
 from vla_opd.trajectory import Observations, read_states, shards
-from vla_opd.update import budget, learn, order, probed
+from vla_opd.update import budget, learn, order, probed, require_own_rollouts
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,7 @@ def run(params: Params, iteration: str, student: Path, trajectories: Path, out: 
     """One iteration's update. ValueError unless the student made these trajectories."""
     checkpoint, its = open_checkpoint(student), params.reinforce
     visited = open_artifact(trajectories, "trajectories")
-    if visited.parents["student"] != checkpoint.digest:
-        raise ValueError(f"{trajectories}: sampled by {visited.parents['student'][:12]}; expected {checkpoint.digest[:12]}, the student in {student}")
+    require_own_rollouts(checkpoint, visited, trajectories)
     settings = {"seed": params.run.seed, "iteration": iteration, "reinforce": its.model_dump(), "device": host.device}
     torch.set_num_threads(its.threads)
     data, depth = _read(visited.params["explore"], trajectories, checkpoint.facts.action_space.chunk), params.depth(iteration)

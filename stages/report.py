@@ -278,7 +278,7 @@ def _require_names(params: Params) -> None:
 def read_run(params: Params, root: Path) -> Run:
     """Everything that the page shows, once it is proved that it belongs together. ValueError names what is missing or does not."""
     checkpoints = {name: read_manifest(root / "checkpoints" / name, "checkpoint") for name in params.finetuned}
-    positions = {name: len(_chain(params, name)) - 1 for name in {*params.updates, *params.updates.values()}}
+    positions = {name: len(params.chain(name)) - 1 for name in {*params.updates, *params.updates.values()}}
     iterations = tuple(_iteration(name, root, positions[name] - 1) for name in sorted(params.iterations, key=positions.__getitem__))
     reinforcements = tuple(_reinforcement(name, root) for name in sorted(params.reinforcements, key=positions.__getitem__))
     checkpoints |= {one.result.name: one.made["checkpoints"] for one in iterations + reinforcements}
@@ -426,7 +426,7 @@ def _inline(svg: str, name: str, alt: str) -> str:
 def _success(run: Run) -> Markup:
     """Success against iterations: evaluations with their intervals, the teacher as a band, each iteration's own rollouts as a thin line."""
     teacher, placed = run.evaluations[run.params.report.teacher], _placed(run)
-    chain = _chain(run.params, run.params.evaluations[run.params.report.final])
+    chain = run.params.chain(run.params.evaluations[run.params.report.final])
     told = "; ".join(f"{one.name} after {one.position} iterations {_percent(one.facts.overall.success)}" for one in placed)
     alt = f"Success against iterations. {told}; teacher {_percent(teacher.facts.overall.success)}."
 
@@ -455,14 +455,6 @@ def _success(run: Run) -> Markup:
 
 def _placed(run: Run) -> list[Evaluation]:
     return [one for one in run.evaluations.values() if one.position is not None and one.name != run.params.report.teacher]
-
-
-def _chain(params: Params, name: str) -> list[str]:
-    """A checkpoint and all that it came from, back to the one that finetune made."""
-    names = [name]
-    while names[-1] in params.updates:
-        names.append(params.updates[names[-1]])
-    return names
 
 
 def _points(axes: "Axes", evaluations: Sequence[Evaluation], label: str, line: str) -> None:
@@ -615,7 +607,7 @@ def _entropy_steps(run: Run) -> Markup:
 
 def _numbers(run: Run, iteration: Iteration) -> range:
     """The numbers of an iteration's optimiser steps, counted over the iterations of its chain."""
-    chain = _chain(run.params, iteration.result.name)[1:]
+    chain = run.params.chain(iteration.result.name)[1:]
     first = sum(len(one.steps) for one in run.iterations if one.result.name in chain)
     return range(first, first + len(iteration.steps))
 

@@ -44,7 +44,7 @@ class Decisions:
             _, first, which = np.unique(self.episode[rows], return_index=True, return_inverse=True)
             success = self.success[rows[first]]
             advantage[rows] = group_advantage(torch.from_numpy(success)).numpy()[which]
-            usable[rows] &= settings.keep_low <= success.mean() <= settings.keep_high
+            usable[rows] &= settings.keeps(success.mean().item())
         weight = np.zeros(len(mask), np.float32)
         if usable.any():
             weight[usable] = episode_weight(torch.from_numpy(mask[usable]), torch.from_numpy(self.episode[usable])).numpy()

@@ -197,6 +197,10 @@ class GroupParams(Section):
             raise ValueError(f"keep_low is {self.keep_low} and keep_high is {self.keep_high}; expected keep_low to be at most keep_high")
         return self
 
+    def keeps(self, success: float) -> bool:
+        """Whether a group of that mean success is one to learn from."""
+        return self.keep_low <= success <= self.keep_high
+
 
 class ClipParams(Section):
     """GRPO's ratio is clipped to [1 - clip_low, 1 + clip_high]."""
@@ -331,6 +335,13 @@ class Params(Section):
     def updates(self) -> dict[str, str]:
         """Every iteration, of either kind: the checkpoint that it starts from."""
         return {**self.iterations, **self.reinforcements}
+
+    def chain(self, checkpoint: str) -> list[str]:
+        """A checkpoint and all that it came from, back to the one that finetune made."""
+        names = [checkpoint]
+        while names[-1] in self.updates:
+            names.append(self.updates[names[-1]])
+        return names
 
     def depth(self, iteration: str) -> int:
         """How many iterations of the same kind come right before it on its chain; one of the other kind begins a schedule of its own."""

@@ -9,8 +9,8 @@ import safetensors.torch
 from jaxtyping import Bool, Int
 from torch import nn
 
-from vla_opd.artifacts import Draft
-from vla_opd.checkpoint import WEIGHTS, save_weights
+from vla_opd.artifacts import Draft, Manifest
+from vla_opd.checkpoint import WEIGHTS, Checkpoint, save_weights
 from vla_opd.params import UpdateParams
 from vla_opd.tracking import Log
 from vla_opd.training import Budget, Evidence, Loss, Schedule, batches, train, write_rows
@@ -39,6 +39,12 @@ def probed(mask: Bool[np.ndarray, "N K"]) -> Int[np.ndarray, " R"]:
     """The states on which a policy is measured before and after: a fixed selection of those with a valid token."""
     usable = np.flatnonzero(mask.any(1))
     return usable[np.linspace(0, len(usable) - 1, min(PROBE, len(usable))).astype(int)]
+
+
+def require_own_rollouts(student: Checkpoint, visited: Manifest, where: Path) -> None:
+    """ValueError unless the student sampled these trajectories."""
+    if visited.parents["student"] != student.digest:
+        raise ValueError(f"{where}: sampled by {visited.parents['student'][:12]}; expected {student.digest[:12]}, the student in {student.folder}")
 
 
 def learn(policy: nn.Module, loss: Loss, plan: Budget, work: Draft, student: Path | None, label: str, log: Log, evidence: Evidence) -> None:
