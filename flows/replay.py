@@ -87,10 +87,10 @@ def _stage(store: Store, artifact: Artifact, params: Params) -> Callable[..., Ma
             wanted = DemonstrationSet(tasks=tuple(its["environment"]["tasks"]), episodes=its["episodes"])
             return partial(demonstrate.run, again.model_copy(update={"demonstrations": {its["set"]: wanted}}), its["set"])
         case "trajectories" if "explore" in its:
-            again = _with(params, run={"seed": its["seed"]}, explore=its["explore"], environment=its["environment"])
+            again = _with(params, run={"learning_seed": its["seed"]}, explore=its["explore"], environment=its["environment"])
             return partial(explore.run, again, its["iteration"], _parent(store, artifact, "student"))
         case "trajectories":
-            again = _with(params, run={"seed": its["seed"]}, sample=its["sample"], environment=its["environment"])
+            again = _with(params, run={"learning_seed": its["seed"]}, sample=its["sample"], environment=its["environment"])
             student = _parent(store, artifact, "student")
             teacher = _parent(store, artifact, "teacher") if "teacher" in artifact.manifest.parents else student
             return partial(sample.run, again, its["iteration"], student, teacher)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from io import StringIO
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import AfterValidator, Field, WithJsonSchema, create_model
 from ruamel.yaml import YAML
@@ -19,7 +19,10 @@ from vla_opd import params
 def _fields() -> Iterator[tuple[str, Any]]:
     """`section.key` for every key of every section of the schema that has fixed keys, with the key's own type and constraints."""
     for section, field in params.Params.model_fields.items():
-        kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type) and issubclass(kind, params.Section)]
+        annotated = (
+            () if get_origin(field.annotation) is Mapping else (field.annotation, *get_args(field.annotation))
+        )  # of a mapping the keys are free
+        kinds = [kind for kind in annotated if isinstance(kind, type) and issubclass(kind, params.Section)]
         for key, info in kinds[0].model_fields.items() if kinds else ():
             kind = Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
             yield f"{section}__{key}", (kind, Field(default=None, alias=f"{section}.{key}", title=f"{section}.{key}", description=info.description))

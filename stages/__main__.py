@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         host = this_host(options.workers, options.device, options.tracking, METRICS)
         key = getattr(options, "key", None)
         finished = execution(host, params.run.name, options.verb, key or options.verb)
-        digest = _run(options.verb, key, params, host)
+        digest = _report_study(params, options.study) if getattr(options, "study", None) else _run(options.verb, key, params, host)
         finished(digest)
     except ValueError as mistake:
         print(f"{options.verb}: {mistake}", file=sys.stderr)
@@ -75,6 +75,8 @@ def _parser() -> argparse.ArgumentParser:
         command = verbs.add_parser(verb)
         if key:
             command.add_argument(key, dest="key", required=True)
+        if verb == "report":
+            command.add_argument("--study", metavar="NAME", help="of this study's table, not of the run")
         command.add_argument("--set", action="append", default=[], metavar="section.key=value", help="override a setting of params.yaml")
         command.add_argument("--workers", type=int, default=os.environ.get("OPD_WORKERS", "0"), help="simulator processes (0: one a core)")
         command.add_argument("--device", default=os.environ.get("OPD_DEVICE", "auto"), help="torch device (auto: a GPU if there is one)")
@@ -110,6 +112,12 @@ def _run(verb: str, key: str | None, params: Params, host: Host) -> str:
         case _:
             made = _run_iteration(verb, _known(key, params.iterations, "iterations"), params, root, host)
     return made.digest
+
+
+def _report_study(params: Params, study: str) -> str:
+    from vla_opd import study_page
+
+    return study_page.run(Path("artifacts") / params.run.name, study).digest
 
 
 def _run_iteration(verb: str, iteration: str, params: Params, root: Path, host: Host) -> Manifest:

@@ -19,13 +19,16 @@ from vla_opd.tracking import track
 
 
 def run(params: Params, checkpoint: Path, out: Path, host: Host) -> Manifest:
-    """Score a checkpoint: `episodes.jsonl` holds a record an episode, the manifest the success per task and overall with Wilson intervals."""
+    """Score a checkpoint: `episodes.jsonl` holds a record an episode, the manifest the success per task and overall with Wilson intervals.
+
+    Overall are the run's own tasks; those of `evaluate.unseen` have a score of their own.
+    """
     policy, how = open_checkpoint(checkpoint), params.evaluate
     if not how.allow_mismatch:
         require_environment(policy.facts, params.environment, str(checkpoint))
     settings = {
         "seed": params.run.seed,
-        "evaluate": how.model_dump(),
+        "evaluate": how.model_dump(exclude_none=True),
         "environment": params.environment.model_dump(),
         "device": host.device,
     }
@@ -37,15 +40,23 @@ def run(params: Params, checkpoint: Path, out: Path, host: Host) -> Manifest:
         records = _records(params, load_policy(policy, host.device), work, host, tally)
         with work.part(EPISODES) as path:
             path.write_text("".join(_line(record) for record in records))
-        tasks = {task: score((r.success for r in records if r.task == task), how.confidence).model_dump() for task in params.environment.tasks}
-        overall = score((r.success for r in records), how.confidence).model_dump()
+        tasks = {task: score((r.success for r in records if r.task == task), how.confidence).model_dump() for task in _tasks(params)}
+        overall = score((r.success for r in records if r.task in params.environment.tasks), how.confidence).model_dump()
         log({**overall, **tally.as_metrics()}, 0)
-        return work.publish({"overall": overall, "tasks": tasks, "env_steps": sum(r.steps for r in records), "horizon": how.horizon})
+        facts = {"overall": overall, "tasks": tasks, "env_steps": sum(r.steps for r in records), "horizon": how.horizon}
+        if how.unseen:
+            facts["unseen"] = score((r.success for r in records if r.task in how.unseen), how.confidence).model_dump()
+        return work.publish(facts)
+
+
+def _tasks(params: Params) -> tuple[str, ...]:
+    """Those of the run, then those that it doesn't train on."""
+    return (*params.environment.tasks, *(params.evaluate.unseen or ()))
 
 
 def _records(params: Params, policy: Policy, work: Draft, host: Host, tally: Tally) -> list[Record]:
     """All records in order of task and state; finished episodes of a killed run are read from the draft's journal."""
-    how, tasks = params.evaluate, params.environment.tasks
+    how, tasks = params.evaluate, _tasks(params)
     journal = work.scratch / "journal.jsonl"
     known = {(r.task, r.state): r for r in _read_journal(journal)}
     wanted = [(task, how.first_state + i) for task in tasks for i in range(how.episodes)]
@@ -53,7 +64,8 @@ def _records(params: Params, policy: Policy, work: Draft, host: Host, tally: Tal
     settings = RolloutSettings(how.horizon, None, None, how.inference_batch)
     if known:
         print(f"{work.target.name}: reusing {len(known)} of {len(wanted)} episodes", file=sys.stderr)
-    episodes = rollout(policy, jobs, params.environment, settings, PoolSettings(host.workers, host.timeout_s), tally)
+    environment = params.environment.model_copy(update={"tasks": tasks})
+    episodes = rollout(policy, jobs, environment, settings, PoolSettings(host.workers, host.timeout_s), tally)
     with journal.open("a") as stream:
         for episode in tqdm(episodes, total=len(wanted), initial=len(known), desc="evaluate", unit="episode", mininterval=5):
             work.remember(tally.environment)

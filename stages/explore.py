@@ -20,7 +20,7 @@ def run(params: Params, iteration: str, student: Path, out: Path, host: Host) ->
     checkpoint, its = open_checkpoint(student), params.explore
     require_environment(checkpoint.facts, params.environment, str(student))
     settings = {
-        "seed": params.run.seed,
+        "seed": params.run.learning_seed,
         "iteration": iteration,
         "explore": its.model_dump(),
         "environment": params.environment.model_dump(),
@@ -52,7 +52,7 @@ def _round(params: Params, iteration: str, number: int) -> dict[str, list[Job]]:
     prompts = params.explore.prompts
     for index, task in enumerate(params.environment.tasks):
         for prompt in range(number * prompts, (number + 1) * prompts):
-            seed = derive(params.run.seed, "explore", iteration, task, prompt)
+            seed = derive(params.run.learning_seed, "explore", iteration, task, prompt)
             placement = Placement(task, "training", seed)
             groups[shard_name(index, prompt)] = [Job(placement, member, derive(seed, "member", member)) for member in range(params.explore.group)]
     return groups

@@ -86,7 +86,7 @@ def run(params: Params, iteration: str, student: Path, trajectories: Path, logit
     parents = _require_alignment(checkpoint, trajectories, logits)
     anchor = _anchor(checkpoint, initial) if opt.anchor else None
     parents |= {} if anchor is None else {"anchor": anchor.digest}
-    settings = {"seed": params.run.seed, "iteration": iteration, "optimize": opt.model_dump(), "device": host.device}
+    settings = {"seed": params.run.learning_seed, "iteration": iteration, "optimize": opt.model_dump(), "device": host.device}
     torch.set_num_threads(opt.threads)
     data = _read(opt, trajectories, logits, checkpoint.facts.action_space.chunk)
     depth = params.depth(iteration)
@@ -94,7 +94,7 @@ def run(params: Params, iteration: str, student: Path, trajectories: Path, logit
         policy = load_policy(checkpoint, host.device)
         data = data if anchor is None else replace(data, initial=_scores(load_policy(anchor, host.device), data, opt))
         before = _probe(policy, data, opt)
-        seed = derive(params.run.seed, "optimize", iteration)
+        seed = derive(params.run.learning_seed, "optimize", iteration)
         plan = budget(opt, depth, len(data.usable))
         evidence = Evidence(host.not_finite(params.run.name), lambda step: data.at(order(data.usable, opt.batch_size, seed)(step)))
         going_on = student if depth else None  # another kind of update left its own moments there

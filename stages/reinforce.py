@@ -59,12 +59,12 @@ def run(params: Params, iteration: str, student: Path, trajectories: Path, out: 
     checkpoint, its = open_checkpoint(student), params.reinforce
     visited = open_artifact(trajectories, "trajectories")
     require_own_rollouts(checkpoint, visited, trajectories)
-    settings = {"seed": params.run.seed, "iteration": iteration, "reinforce": its.model_dump(), "device": host.device}
+    settings = {"seed": params.run.learning_seed, "iteration": iteration, "reinforce": its.model_dump(), "device": host.device}
     torch.set_num_threads(its.threads)
     data, depth = _read(visited.params["explore"], trajectories, checkpoint.facts.action_space.chunk), params.depth(iteration)
     parents = {"student": checkpoint.digest, "trajectories": visited.digest}
     with draft(out, "checkpoint", parents, settings) as work, track(host, params.run.name, "reinforce", iteration, settings) as log:
-        policy, seed = load_policy(checkpoint, host.device), derive(params.run.seed, "reinforce", iteration)
+        policy, seed = load_policy(checkpoint, host.device), derive(params.run.learning_seed, "reinforce", iteration)
         before, plan = _probe(policy, data), budget(its, depth, len(data.usable))
         evidence = Evidence(host.not_finite(params.run.name), lambda step: data.at(order(data.usable, its.batch_size, seed)(step)))
         going_on = student if depth else None  # another kind of update left its own moments there

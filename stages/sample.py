@@ -29,7 +29,7 @@ def run(params: Params, iteration: str, student: Path, teacher: Path, out: Path,
     parents = {"student": checkpoint.digest} | ({"teacher": actor.digest} if by_teacher else {})
     require_environment(actor.facts, params.environment, str(actor.folder))
     settings = {
-        "seed": params.run.seed,
+        "seed": params.run.learning_seed,
         "iteration": iteration,
         "sample": params.sample.model_dump(),
         "environment": params.environment.model_dump(),
@@ -55,7 +55,7 @@ def _groups(params: Params, iteration: str) -> dict[str, list[Job]]:
     for number, task in enumerate(params.environment.tasks):
         states = _benchmark_states(params, iteration, task) if params.sample.protocol == "benchmark" else None
         for prompt in range(params.sample.prompts):
-            index = derive(params.run.seed, "sample", iteration, task, prompt)
+            index = derive(params.run.learning_seed, "sample", iteration, task, prompt)
             placement = Placement(task, "training", index) if states is None else Placement(task, "evaluation", int(states[prompt]))
             jobs = [Job(placement, member, derive(index, "member", member)) for member in range(params.sample.group)]
             groups[shard_name(number, prompt)] = jobs
@@ -64,4 +64,4 @@ def _groups(params: Params, iteration: str) -> dict[str, list[Job]]:
 
 def _benchmark_states(params: Params, iteration: str, task: str) -> Int[np.ndarray, " S"]:
     """The evaluation's own initial states in random order: no two prompts of an iteration share one."""
-    return np.random.default_rng(derive(params.run.seed, "sample", iteration, task, "states")).permutation(EVALUATION_STATES)
+    return np.random.default_rng(derive(params.run.learning_seed, "sample", iteration, task, "states")).permutation(EVALUATION_STATES)

@@ -6,7 +6,7 @@ from pathlib import Path
 import stages.__main__ as command
 
 PARAMS = """
-run: {name: small, seed: 3}
+run: {name: small, seed: 3, learning_seed: 3}
 environment: {family: "tests.out_of_tree:make", tasks: [red, blue], image_size: 32, settle: 0}
 policy: {chunk: 4, bins: 32, crop: 32, width: 32, layers: 1, heads: 2, channels: 8}
 demonstrations: {main: {episodes: 12}}

@@ -162,7 +162,7 @@ def test_params_deps_are_what_the_stage_reads(name: str) -> None:
     """Every section that the stage's file reads as `params.<section>` is among its params, whole or for its own item."""
     text = "".join(path.read_text() for path in (ROOT / "stages").glob(f"{verb(name)}.*"))  # its template too, if it has one
     read = set(re.findall(r"\bparams\.([a-z_]+)", text)) & set(Params.model_fields)
-    seed = {"run"} if re.search(r"params\.run\.seed", text) else set()
+    seed = {"run"} if re.search(r"params\.run\.(learning_)?seed", text) else set()
     wanted = (read - {"run"}) | seed
     if name in REFERENCE:
         wanted = (wanted | {name}) - ({"policy"} if run_sections()[name].get("parent") else set())

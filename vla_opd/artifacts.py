@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-Kind = Literal["demonstrations", "checkpoint", "trajectories", "logits", "evaluation", "report"]
+Kind = Literal["demonstrations", "checkpoint", "trajectories", "logits", "evaluation", "report", "study"]
 MANIFEST = "manifest.json"
 SCRATCH = ".scratch"
 NOTE = f"{SCRATCH}/made_with.json"

@@ -1,41 +1,12 @@
 """How far a student is from its teacher, and in what: means over valid tokens, of all of them, by chunk position and by action dimension."""
 
 from jaxtyping import Bool, Float
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from vla_opd.distance import Distance, Profile
 from vla_opd.objectives import TokenBatch, entropy, forward_kl, masked_mean, reverse_kl
 
 TOP = 5
-
-
-class Profile(BaseModel):
-    """Means in nats a token, of the tokens of each action of a chunk or of each action dimension; None where no token is valid."""
-
-    model_config = ConfigDict(frozen=True)
-    reverse_kl: tuple[float | None, ...]
-    student_entropy: tuple[float | None, ...]
-    teacher_entropy: tuple[float | None, ...]
-
-
-class Distance(BaseModel):
-    """Student and teacher on the same states, both at the objective's temperatures.
-
-    reverse_kl, forward_kl: KL(p_S || p_T) and KL(p_T || p_S), in nats a token; student_entropy, teacher_entropy: in nats a token.
-    teacher_rank: sum_v p_S(v) rank_T(v), where the teacher's most likely bin has rank 0: how far down the teacher's list the student's tokens are.
-    top_overlap:  the share of the student's 5 most likely bins that are among the teacher's.
-    by_position:  by action of the chunk, the first to be executed first. by_dimension: by action dimension.
-    """
-
-    model_config = ConfigDict(frozen=True)
-    reverse_kl: float
-    forward_kl: float
-    student_entropy: float
-    teacher_entropy: float
-    teacher_rank: float
-    top_overlap: float
-    by_position: Profile
-    by_dimension: Profile
 
 
 def distance(batch: TokenBatch, mask: Bool[Tensor, "N K"], chunk: int) -> Distance:

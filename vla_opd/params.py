@@ -23,7 +23,7 @@ SHORTER.maxstring = SHORTER.maxother = 200
 SHORTER.maxlevel = 2
 
 
-def _once_each(names: tuple[str, ...]) -> tuple[str, ...]:
+def _once_each(names: tuple[Any, ...]) -> tuple[Any, ...]:
     again = [name for name in dict.fromkeys(names) if names.count(name) > 1]
     if again:
         raise PydanticCustomError("duplicate", "expected each name once; {again} come again", {"again": str(again)})
@@ -51,10 +51,17 @@ class Section(BaseModel):
 
 
 class RunParams(Section):
-    """What the whole run shares. The run's name is the folder under `artifacts/`; its seed is the root of every other seed."""
+    """What the whole run shares.
+
+    name:          the folder under `artifacts/`.
+    seed:          the root of the seeds of demonstrations, fine-tuning and evaluation.
+    learning_seed: the root of the seeds of the iterations: of their rollouts and their updates. With another one the same students learn from the
+                   same teacher again, on other placements and by other draws.
+    """
 
     name: Name
     seed: int = Field(default=0, ge=0)
+    learning_seed: int = Field(default=0, ge=0)
 
 
 class EnvironmentParams(Section):
@@ -275,8 +282,12 @@ class ReinforceParams(UpdateParams, ClipParams):
 
 
 class EvaluateParams(Section):
-    """Greedy rollouts from the benchmark's fixed initial states `first_state ... first_state + episodes - 1` of every task."""
+    """Greedy rollouts from the benchmark's fixed initial states `first_state ... first_state + episodes - 1` of every task.
 
+    unseen: tasks that the run doesn't train on, scored besides and apart: what the student could do before, and may forget.
+    """
+
+    unseen: Names | None = None
     episodes: int = Field(default=10, ge=1)
     first_state: int = Field(default=0, ge=0)
     horizon: int = Field(default=280, ge=1)
@@ -302,6 +313,65 @@ class ReportParams(Section):
     teacher: Name = "teacher"
 
 
+class ArmParams(Section):
+    """One way to learn: so many iterations with the teacher, then so many of GRPO.
+
+    after:    the arm that it goes on from, with the same seed and the same settings; if none is named, it starts from the run's student.
+    settings: `section.key: value`, in which the arm differs from the run. Some of `student` give it a student of its own; without iterations, it is
+              that student: offline fine-tuning, for example on all demonstrations (`student.per_task: null`).
+    """
+
+    after: Name | None = None
+    distill: int = Field(default=0, ge=0)
+    reinforce: int = Field(default=0, ge=0)
+    settings: Mapping[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _learns(self) -> "ArmParams":
+        if not self.distill + self.reinforce and not self.own_student:
+            raise ValueError("distill and reinforce are 0; expected at least one iteration of either kind, or settings of `student`")
+        return self
+
+    @property
+    def own_student(self) -> bool:
+        """Whether it starts from another student than the run's."""
+        return any(dotted.startswith("student.") for dotted in self.settings)
+
+
+class StudyParams(Section):
+    """Arms x seeds: every arm learns once with every seed, from the run's own student and teacher, and is scored on the same initial states.
+
+    seeds:         values of `run.learning_seed`.
+    every:         checkpoints are scored after every that many iterations, and at the end.
+    keep_rollouts: keep what the iterations saw, and the labels. By default they go once a member is done; its checkpoints name their digests, and DVC
+                   can make them again.
+    """
+
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), AfterValidator(_once_each)] = (0, 1, 2, 3, 4)
+    every: int = Field(default=1, ge=1)
+    keep_rollouts: bool = False
+    arms: Mapping[Name, ArmParams] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _arms_follow_arms(self) -> "StudyParams":
+        before = {name: arm.after for name, arm in self.arms.items() if arm.after is not None}
+        for name, other in before.items():
+            if other not in self.arms:
+                raise ValueError(f"arms.{name}.after is {other!r}; expected another arm, one of {sorted(self.arms)}")
+        if circle := _circle(before):
+            raise ValueError(f"arms: {' after '.join(circle)} is a circle; expected an arm that starts from the run's student")
+        return self
+
+    def lineage(self, arm: str) -> list[ArmParams]:
+        """The arm and all that it goes on from, the first of them first."""
+        its = self.arms[arm]
+        return [*(self.lineage(its.after) if its.after else []), its]
+
+    def own_student(self, arm: str) -> bool:
+        """Whether it starts from another student than the run's."""
+        return any(one.own_student for one in self.lineage(arm))
+
+
 class Params(Section):
     """The run, whole: every section of `params.yaml`."""
 
@@ -324,12 +394,18 @@ class Params(Section):
     iterations: Mapping[Name, Name] = Field(description="iteration: the checkpoint it starts from")
     reinforcements: Mapping[Name, Name] = Field(default_factory=dict, description="iteration of GRPO: the checkpoint it starts from")
     evaluations: Mapping[Name, Name] = Field(description="evaluation: the checkpoint it scores")
+    studies: Mapping[Name, StudyParams] = Field(default_factory=dict)
 
     @property
     def finetuned(self) -> dict[str, CheckpointParams]:
         """The checkpoints that `finetune` makes, by name."""
         made = {"base": self.base, "teacher": self.teacher, "student": self.student}
         return {name: checkpoint for name, checkpoint in made.items() if checkpoint is not None}
+
+    @property
+    def reference(self) -> dict[str, str]:
+        """The evaluations of what `finetune` makes: those that need no iteration."""
+        return {name: checkpoint for name, checkpoint in self.evaluations.items() if checkpoint in self.finetuned}
 
     @property
     def updates(self) -> dict[str, str]:
@@ -426,6 +502,8 @@ def _at_odds(params: Params) -> Iterator[str]:
     if chunk % every:
         divisors = [n for n in range(1, chunk + 1) if chunk % n == 0]
         yield f"sample.observe_every is {every}; expected a divisor of policy.chunk, which is {chunk}: one of {divisors}"
+    if both := [task for task in params.evaluate.unseen or () if task in params.environment.tasks]:
+        yield f"evaluate.unseen has {both[0]!r}; expected other tasks than environment.tasks, which are trained on"
     yield from _objective_at_odds(params)
     yield from _temperatures_at_odds(params)
     for field, name in params.report.model_dump().items():

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 PARAMS = """\
 # a comment that must survive
-run: {name: toy, seed: 0}
+run: {name: toy, seed: 0, learning_seed: 0}
 environment: {tasks: [reach]}
 demonstrations:
   pre: {episodes: 1}

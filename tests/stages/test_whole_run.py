@@ -22,6 +22,7 @@ import stages.__main__ as command
 from tests.small_run import HOST, PARAMS, STAGES, run_stage
 from vla_opd.artifacts import Kind, draft, open_artifact
 from vla_opd.checkpoint import WEIGHTS, open_checkpoint, save_weights
+from vla_opd.evaluation import read_records
 from vla_opd.objectives import tempered
 from vla_opd.policies import load_policy
 from vla_opd.trajectory import Observations, read_shard, shards
@@ -103,6 +104,23 @@ def test_rollouts_by_the_benchmarks_own_protocol_say_so(undisturbed: Path, tmp_p
     out = _all_but("trajectories/it001", undisturbed, tmp_path)
     run_stage(tmp_path, [*STAGES["trajectories/it001"], "--set", "sample.protocol=benchmark", "--set", "sample.group=1"], workers=1)
     assert _manifest(out)["params"]["sample"]["protocol"] == "benchmark"
+
+
+def test_unseen_tasks_are_scored_apart(small: Path) -> None:
+    """The run's own score stays what it was, to the episode; and a report of the run still is of its own tasks."""
+    folder = small / "evaluations/final"
+    before, own = open_artifact(folder, "evaluation").facts, read_records(folder)
+    assert command.main(["evaluate", "--name", "final", "--set", "evaluate.unseen=[green]", "--workers", "2", *HOST]) == 0
+    after = open_artifact(folder, "evaluation").facts
+    assert (after["overall"], after["tasks"]["red"]) == (before["overall"], before["tasks"]["red"])
+    assert [record for record in read_records(folder) if record.task != "green"] == list(own)
+    assert after["unseen"] == after["tasks"]["green"]
+    assert after["unseen"]["episodes"] == 10
+    assert command.main(["report", *HOST]) == 0
+    page = (small / "report/page/index.html").read_text()
+    assert "green" in page
+    results = json.loads((small / "report/page/results.json").read_text())
+    assert results["final"] == before["overall"]
 
 
 def test_the_teachers_states_are_a_control(small: Path) -> None:

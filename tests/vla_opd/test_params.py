@@ -151,6 +151,12 @@ def test_a_circle_of_both_kinds_is_refused(minimal: Path) -> None:
         load(minimal, ["iterations.it001=rl001", "reinforcements.rl001=it001"])
 
 
+def test_unseen_tasks_are_other_tasks(minimal: Path) -> None:
+    own = load(minimal).environment.tasks[0]
+    with pytest.raises(ValueError, match=rf"evaluate\.unseen has '{own}'; expected other tasks than environment\.tasks, which are trained on"):
+        load(minimal, [f"evaluate.unseen=[other, {own}]"])
+
+
 def test_an_objective_is_asked_for_what_it_reads(minimal: Path) -> None:
     load(minimal, ["optimize.objective=jsd", "optimize.beta=0.3"])
     load(minimal, ["optimize.objective=a.b:c", "optimize.beta=0.3", "optimize.clamp=1"])  # nobody knows what it reads
