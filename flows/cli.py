@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows import pipeline, serve, server, settings, summary, terminal
+from flows import members, pipeline, serve, server, settings, summary, terminal
 from flows.pipeline import Busy, StageFailed
 from vla_opd import params
 from vla_opd.host import METRICS, this_host
@@ -83,6 +83,35 @@ def run(targets: Stages = None, changes: Changes = None) -> None:
     folder = Path("artifacts") / params.load().run.name
     if "report" in (targets or ["report"]) and (told := summary.read(folder)):
         print(terminal.closing(folder, told, url.removesuffix("/api")))
+
+
+@app.command()
+def study(
+    name: Annotated[str, typer.Argument(help="a study of params.yaml")],
+    arms: Annotated[list[str] | None, typer.Option("--arm", help="only this arm; may be said again")] = None,
+    seeds: Annotated[list[int] | None, typer.Option("--seed", min=0, help="only this seed; may be said again")] = None,
+    parallel: Annotated[int, typer.Option(min=1, help="members at the same time; each gets its share of the cores")] = 1,
+) -> None:
+    """Bring a study up to date: every arm with every seed, then its table and its page."""
+    run = params.load()
+    members.members(name, run, arms or (), seeds or ())  # a name that isn't there is refused before a server is started
+    for setting, value in PREFECT.items():
+        os.environ.setdefault(setting, value)
+    with server.in_use():
+        from httpx import HTTPError
+
+        from flows.study import study as flow
+
+        try:
+            flow(name, arms, seeds, parallel)
+        except KeyboardInterrupt:
+            print(f"\n\n  interrupted; go on with  opd study {name}", file=sys.stderr)
+            raise typer.Exit(130) from None
+        except HTTPError as error:
+            LOST.set()
+            raise RuntimeError(f"Prefect's server does not answer any more ({error}); what is done stays, go on with  opd study {name}") from error
+    folder = Path("artifacts") / run.run.name
+    print(f"\n  table      {folder / 'studies' / name}\n  page       {folder / 'report' / name / 'index.html'}")
 
 
 @app.command()

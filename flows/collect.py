@@ -67,7 +67,8 @@ def _planned(artifact: Artifact, params: Params) -> bool:
         "logits": set(params.iterations),
         "demonstrations": set(params.demonstrations),
         "evaluations": set(params.evaluations),
-        "report": {"page"},
+        "report": {"page", *params.studies},
+        "studies": set(params.studies),
     }
     return name in planned.get(folder, ())
 

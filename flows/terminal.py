@@ -41,7 +41,7 @@ class StageLine:
 
     def ran(self) -> None:
         """The stage ran and succeeded; its last words stand as its result."""
-        self._end("✓", f"{_clock(time.monotonic() - self._began):>7}  {self._said if self._live else ''}")
+        self._end("✓", f"{clock(time.monotonic() - self._began):>7}  {self._said if self._live else ''}")
 
     def unchanged(self, why: str) -> None:
         """Nothing had to be done."""
@@ -49,7 +49,7 @@ class StageLine:
 
     def failed(self) -> None:
         """The stage failed."""
-        self._end("✗", f"{_clock(time.monotonic() - self._began):>7}  failed")
+        self._end("✗", f"{clock(time.monotonic() - self._began):>7}  failed")
 
     def _end(self, mark: str, text: str) -> None:
         line = f"  {mark} {self.name:<20} {text}".rstrip()
@@ -89,7 +89,7 @@ def _row(label: str, score: dict[str, float]) -> str:
 
 def closing(folder: Path, summary: dict[str, Any], interface: str) -> str:
     """What stands at the end of a run: the table, what it cost, where the report is, and what one may do next."""
-    cost = f"{summary['env_steps']:,} environment steps and {summary['teacher_queries']:,} teacher queries in {_clock(summary['seconds'])}"
+    cost = f"{summary['env_steps']:,} environment steps and {summary['teacher_queries']:,} teacher queries in {clock(summary['seconds'])}"
     return "\n".join(
         [
             f"\n{folder.name}: before, after, teacher\n{table(summary)}\n",
@@ -105,6 +105,6 @@ def closing(folder: Path, summary: dict[str, Any], interface: str) -> str:
     )
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}:{rest:02d}"

@@ -1,6 +1,7 @@
 """A project that is served on a real Prefect server, and the means to kill any process of it."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,22 @@ def watch(event, arguments):
                 log.write(f"{event} {address} by {sys.argv}\\n")
 sys.addaudithook(watch)
 """
+
+
+def checkout(settings: str, folder: Path) -> Toy:
+    """What git has of this project, as it is in the working tree, but for the reference and its lock."""
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
+    for name in filter(None, files):
+        if (
+            name.startswith(("flows/", "stages/", "vla_opd/", ".dvc", "dvc.yaml", "prefect.yaml", ".gitignore", "artifacts/.gitignore"))
+            and (ROOT / name).is_file()
+        ):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    (folder / "params.yaml").write_text(settings)
+    project = Toy(folder)
+    project.git("init", "-q")
+    return project
 
 
 @dataclass

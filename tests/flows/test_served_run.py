@@ -6,7 +6,6 @@ The environment and the policy are the smallest; W&B keeps its runs offline, as 
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from functools import reduce
@@ -16,8 +15,7 @@ import psutil
 import pytest
 
 from flows.server import free_port
-from tests.flows.served import Served, wait_for
-from tests.flows.toy import ROOT, Toy
+from tests.flows.served import Served, checkout, wait_for
 from tests.small_run import PARAMS, STAGES, run_stage
 from vla_opd.tracking import executions
 
@@ -36,22 +34,6 @@ label: {teacher: teacher}
 report: {start: final, final: final, teacher: final}
 """
 SETTINGS = reduce(lambda text, change: text.replace(*change), CHANGES.items(), PARAMS) + MORE
-
-
-def checkout(folder: Path) -> Toy:
-    """What git has of this project, as it is in the working tree, but for the reference and its lock."""
-    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
-    for name in filter(None, files):
-        if (
-            name.startswith(("flows/", "stages/", "vla_opd/", ".dvc", "dvc.yaml", "prefect.yaml", ".gitignore", "artifacts/.gitignore"))
-            and (ROOT / name).is_file()
-        ):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
-    (folder / "params.yaml").write_text(SETTINGS)
-    project = Toy(folder)
-    project.git("init", "-q")
-    return project
 
 
 LOOPBACK = re.compile(r"127\..*|::1|::ffff:127\..*")
@@ -93,7 +75,7 @@ def test_everything_killed_in_the_middle_of_an_optimisation_the_retry_ends_with_
     secret = f"hunter2-{os.urandom(8).hex()}"
     for name in ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "PREFECT_API_KEY"):
         monkeypatch.setenv(name, secret)
-    project = Served(checkout(tmp_path / "project"), free_port())
+    project = Served(checkout(SETTINGS, tmp_path / "project"), free_port())
     run = tmp_path / "project/artifacts/small"
     listening: set[str] = set()
 

@@ -1,0 +1,218 @@
+"""The members of a study: for each arm and seed a project of its own, cloned from this one at its reference.
+
+A member lies in `artifacts/.studies/<study>/<arm>/<seed>`, with its own params.yaml, dvc.lock and artifacts, and this project's code. What can be
+done with a run can be done with it, from its folder: `dvc repro`, `opd run`, `opd lineage`.
+"""
+
+import os
+import shutil
+from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from flows.store import ROOT
+from vla_opd.artifacts import MANIFEST
+from vla_opd.params import ArmParams, Params, StudyParams, load
+from vla_opd.results import DISCARDED
+
+STUDIES = ROOT / ".studies"
+COPIED = ("dvc.yaml", ".dvcignore")
+LOCK = "dvc.lock"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One arm with one seed of a study of this folder's run."""
+
+    study: str
+    arm: str
+    seed: int
+
+    @property
+    def folder(self) -> Path:
+        return STUDIES / self.study / self.arm / str(self.seed)
+
+    def before(self, study: StudyParams) -> "Member | None":
+        """The member that it goes on from."""
+        after = study.arms[self.arm].after
+        return None if after is None else Member(self.study, after, self.seed)
+
+    def lineage(self, study: StudyParams) -> "list[Member]":
+        """Itself, and all that it goes on from."""
+        before = self.before(study)
+        return [self, *(before.lineage(study) if before else [])]
+
+    def __str__(self) -> str:
+        return f"{self.arm}, seed {self.seed}"
+
+
+def members(study: str, run: Params, arms: Iterable[str] = (), seeds: Iterable[int] = ()) -> tuple[Member, ...]:
+    """The members, seed by seed, so that a study that was stopped has all arms of some seeds. ValueError names an unknown arm or seed."""
+    if study not in run.studies:
+        raise ValueError(f"studies has no {study!r}; expected one of {sorted(run.studies)}")
+    its = run.studies[study]
+    wanted_arms, wanted_seeds = list(arms) or list(its.arms), list(seeds) or list(its.seeds)
+    for field, wanted, known in (("arms", wanted_arms, list(its.arms)), ("seeds", wanted_seeds, list(its.seeds))):
+        if unknown := [one for one in wanted if one not in known]:
+            raise ValueError(f"studies.{study}.{field} has no {unknown[0]!r}; expected some of {known}")
+    return tuple(Member(study, arm, seed) for seed in wanted_seeds for arm in wanted_arms)
+
+
+def reference(run: Params) -> list[str]:
+    """The stages of the run that all members share: what `finetune` makes, and the evaluations of it."""
+    return [*run.finetuned, *(f"evaluate@{name}" for name in run.reference)]
+
+
+def prepare(member: Member, run: Params) -> Path:
+    """Lay the member's folder out, or bring it up to this project's settings and reference; what it has made stays. Returns the folder.
+
+    ValueError if the arm's settings make no valid run.
+    """
+    folder = member.folder
+    (folder / ".dvc").mkdir(parents=True, exist_ok=True)
+    (folder / ".dvc/config").write_text("[core]\n    no_scm = true\n    analytics = false\n    check_update = false\n")
+    for name in COPIED:
+        shutil.copyfile(name, folder / name)
+    for package in _code():
+        (folder / package).unlink(missing_ok=True)  # it may lead to where this project was before
+        (folder / package).symlink_to(Path(package).resolve(), target_is_directory=True)
+    study = run.studies[member.study]
+    _settings(member, run)
+    demonstrations = {f"demonstrate@{name}" for name in run.demonstrations}
+    _take(Path(), folder, {*reference(run), *demonstrations}, data=study.own_student(member.arm))
+    if before := member.before(study):
+        _go_on(before.folder, folder, run.run.name)
+    return folder
+
+
+def _code() -> set[str]:
+    """The top-level folders of the code that dvc.yaml names."""
+    stages = _parsed(Path("dvc.yaml"))["stages"].values()
+    deps = {Path(dep).parts[0] for stage in stages for dep in stage.get("do", stage)["deps"]}
+    return deps - {ROOT.name}
+
+
+def _settings(member: Member, run: Params) -> None:
+    """The member's params.yaml; written only if it is another, under a temporary name until it is found valid."""
+    path = member.folder / "params.yaml"
+    text = _yaml(tree(member, run))
+    if path.is_file() and path.read_text() == text:
+        return
+    new = path.with_name(".params.yaml")
+    new.write_text(text)
+    try:
+        load(new)
+    except ValueError as error:
+        raise ValueError(f"studies.{member.study}.arms.{member.arm}: {error}") from error
+    new.rename(path)
+
+
+def tree(member: Member, run: Params) -> dict[str, Any]:
+    """What the member's params.yaml says: this project's, with the arm's settings, its chain of iterations, the seed, and what is to be scored."""
+    settings = _parsed(Path("params.yaml"))
+    settings.pop("studies")
+    study = run.studies[member.study]
+    arms = study.lineage(member.arm)
+    for dotted, value in (one for arm in arms for one in arm.settings.items()):
+        section, _, key = dotted.partition(".")
+        if not key:
+            raise ValueError(f"studies.{member.study}.arms.{member.arm}.settings has {dotted!r}; expected section.key, as in optimize.objective")
+        settings.setdefault(section, {})[key] = value
+    settings["run"]["learning_seed"] = member.seed
+    distilled, reinforced = chains(arms)
+    evaluations = run.reference | {name: name for name in _scored(arms, study.every)}
+    settings |= {"iterations": distilled, "reinforcements": reinforced, "evaluations": evaluations}
+    settings["report"] = {**settings.get("report", {}), "final": list(evaluations)[-1]}
+    return settings
+
+
+def chains(arms: Sequence[ArmParams]) -> tuple[dict[str, str], dict[str, str]]:
+    """The iterations of arms that follow each other, of either kind: each by its name, with the checkpoint that it starts from."""
+    names = [name for part in _parts(arms) for name in part]
+    starts = dict(zip(names, ["student", *names], strict=False))
+    distilled = {name: start for name, start in starts.items() if name.startswith("it")}
+    return distilled, {name: start for name, start in starts.items() if name not in distilled}
+
+
+def _parts(arms: Sequence[ArmParams]) -> Iterator[list[str]]:
+    """The names of each stretch of iterations of one kind."""
+    done = {"it": 0, "rl": 0}
+    for arm in arms:
+        for kind, count in (("it", arm.distill), ("rl", arm.reinforce)):
+            yield [f"{kind}{number:03d}" for number in range(done[kind] + 1, done[kind] + count + 1)]
+            done[kind] += count
+
+
+def _scored(arms: Sequence[ArmParams], every: int) -> list[str]:
+    """Every so many iterations of a stretch, and at its end."""
+    return [name for part in _parts(arms) for number, name in enumerate(part, 1) if number % every == 0 or number == len(part)]
+
+
+def _take(source: Path, target: Path, wanted: Container[str], *, data: bool = False) -> None:
+    """Give one project the outs of some of another's stages, and what its dvc.lock says of how they were made; not what its settings make otherwise.
+
+    data: the demonstrations too. They are large and never written to, so they are linked.
+    """
+    theirs, ours = _locked(target / LOCK), _locked(source / LOCK)
+    shared = _holding({name: entry for name, entry in ours.items() if name in wanted}, _parsed(target / "params.yaml"))
+    for out in (Path(out["path"]) for entry in shared.values() for out in entry["outs"]):
+        large = "demonstrations" in out.parts
+        if (source / out / MANIFEST).is_file() and (data or not large) and not _same(source / out, target / out):
+            shutil.rmtree(target / out, ignore_errors=True)
+            shutil.copytree(source / out, target / out, copy_function=os.link if large else shutil.copy2)
+    if any(theirs.get(name) != entry for name, entry in shared.items()):
+        (target / LOCK).write_text(_yaml({"schema": "2.0", "stages": theirs | shared}))
+
+
+def _holding(entries: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Of dvc.lock's entries those that these settings would make too, and so would all that they depend on."""
+    other = {name for name, entry in entries.items() if any(_at(settings, key) != value for key, value in _params(entry).items())}
+    while True:
+        made = {out["path"] for name in other for out in entries[name]["outs"]}
+        more = {name for name, entry in entries.items() if any(dep["path"] in made for dep in entry.get("deps", ()))} - other
+        if not more:
+            return {name: entry for name, entry in entries.items() if name not in other}
+        other |= more
+
+
+def _params(entry: dict[str, Any]) -> dict[str, Any]:
+    return entry.get("params", {}).get("params.yaml", {})
+
+
+def _at(settings: Any, dotted: str) -> Any:
+    """`settings["section"]["key"]` for `section.key`; None where there is nothing."""
+    for key in dotted.split("."):
+        settings = settings.get(key) if isinstance(settings, dict) else None
+    return settings
+
+
+def _go_on(source: Path, target: Path, run: str) -> None:
+    """Give a member all that the one before it has made, and what is known of discarded rollouts."""
+    _take(source, target, _locked(source / LOCK), data=True)
+    known = ROOT / run / DISCARDED
+    if (source / known).is_dir():
+        shutil.copytree(source / known, target / known, dirs_exist_ok=True)
+
+
+def _yaml(tree: dict[str, Any]) -> str:
+    stream, yaml = StringIO(), YAML(typ="safe")
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]
+    yaml.dump(tree, stream)
+    return stream.getvalue()
+
+
+def _same(one: Path, other: Path) -> bool:
+    return (other / MANIFEST).is_file() and (one / MANIFEST).read_bytes() == (other / MANIFEST).read_bytes()
+
+
+def _locked(path: Path) -> dict[str, Any]:
+    return _parsed(path)["stages"] if path.is_file() else {}
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    return YAML(typ="safe").load(path.read_text())

@@ -1,0 +1,174 @@
+"""The members of a study: which there are, what each is told, and what it is given."""
+
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from flows import pipeline
+from flows.members import STUDIES, Member, chains, members, prepare, reference
+from tests.flows.manifests import publish
+from tests.flows.toy import REFERENCE, Toy
+from vla_opd.artifacts import Kind
+from vla_opd.params import ArmParams, Params, load
+
+STUDY = """
+studies:
+  which:
+    seeds: [3, 5]
+    every: 2
+    arms:
+      plain: {distill: 3}
+      other: {distill: 3, settings: {optimize.steps: 9, sample.group: 4}}
+      both: {after: other, reinforce: 3}
+"""
+
+
+KINDS: dict[str, Kind] = {"checkpoints/teacher": "checkpoint", "checkpoints/student": "checkpoint", "evaluations/start": "evaluation"}
+TEACHER = {"parent": "base", "demonstrations": "main", "steps": 3, "learning_rate": 0.1}
+STUDENT = TEACHER | {"steps": 2}
+
+
+@pytest.fixture
+def run(toy: Toy) -> Params:
+    with Path("params.yaml").open("a") as file:
+        file.write(STUDY)
+    return load()
+
+
+def told(member: Member) -> Params:
+    return load(member.folder / "params.yaml")
+
+
+def test_seed_by_seed(run: Params) -> None:
+    found = [(member.arm, member.seed) for member in members("which", run)]
+    assert found == [("plain", 3), ("other", 3), ("both", 3), ("plain", 5), ("other", 5), ("both", 5)]
+    assert [(m.arm, m.seed) for m in members("which", run, ["both"], [5])] == [("both", 5)]
+
+
+@pytest.mark.parametrize(
+    ("study", "arms", "seeds", "said"),
+    [
+        ("what", [], [], r"studies has no 'what'; expected one of \['which'\]"),
+        ("which", ["plane"], [], r"studies\.which\.arms has no 'plane'; expected some of \['plain', 'other', 'both'\]"),
+        ("which", [], [4], r"studies\.which\.seeds has no 4; expected some of \[3, 5\]"),
+    ],
+)
+def test_who_is_not_there_is_named(run: Params, study: str, arms: list[str], seeds: list[int], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        members(study, run, arms, seeds)
+
+
+def test_a_member_is_told_its_arm_and_its_seed(run: Params) -> None:
+    prepare(Member("which", "other", 5), run)
+    its = told(Member("which", "other", 5))
+    assert (its.run.seed, its.run.learning_seed, its.optimize.steps, its.sample.group) == (0, 5, 9, 4)
+    assert dict(its.iterations) == {"it001": "student", "it002": "it001", "it003": "it002"}
+    assert dict(its.evaluations) == {"start": "student", "teacher": "teacher", "it002": "it002", "it003": "it003"}
+    assert (its.report.final, its.studies, its.teacher) == ("it003", {}, run.teacher)
+    assert Member("which", "other", 5).folder == STUDIES / "which/other/5"
+
+
+def test_an_arm_goes_on_from_another_with_its_settings(run: Params) -> None:
+    prepare(Member("which", "both", 3), run)
+    its = told(Member("which", "both", 3))
+    assert its.optimize.steps == 9
+    assert dict(its.reinforcements) == {"rl001": "it003", "rl002": "rl001", "rl003": "rl002"}
+    assert list(its.evaluations) == ["start", "teacher", "it002", "it003", "rl002", "rl003"]
+
+
+def test_an_arm_may_be_a_student_of_its_own(run: Params) -> None:
+    arm = ArmParams(settings={"student.steps": 7})
+    study = run.studies["which"].model_copy(update={"arms": {"sft": arm}})
+    prepare(Member("which", "sft", 3), run.model_copy(update={"studies": {"which": study}}))
+    its = told(Member("which", "sft", 3))
+    assert its.student.steps == 7
+    assert (its.iterations, its.reinforcements, dict(its.evaluations)) == ({}, {}, {"start": "student", "teacher": "teacher"})
+    assert study.own_student("sft")
+    assert not run.studies["which"].own_student("both")
+
+
+def test_chains_follow_each_other() -> None:
+    distilled, reinforced = chains([ArmParams(distill=1, reinforce=1), ArmParams(distill=1)])
+    assert distilled == {"it001": "student", "it002": "rl001"}
+    assert reinforced == {"rl001": "it001"}
+
+
+def test_an_arm_that_makes_no_valid_run_is_refused_and_nothing_is_written(run: Params) -> None:
+    arm = ArmParams(distill=1, settings={"optimize.stepz": 9})
+    wrong = run.model_copy(update={"studies": {"which": run.studies["which"].model_copy(update={"arms": {"wrong": arm}})}})
+    with pytest.raises(ValueError, match=r"studies\.which\.arms\.wrong: (?s:.*)optimize\.stepz is 9 \(no such key\)"):
+        prepare(Member("which", "wrong", 3), wrong)
+    assert not (STUDIES / "which/wrong/3/params.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("arms", "said"),
+    [
+        ({"a": {}}, "expected at least one iteration"),
+        ({"a": {"distill": 1, "after": "b"}}, r"arms\.a\.after is 'b'; expected another arm"),
+        ({"a": {"distill": 1, "after": "b"}, "b": {"distill": 1, "after": "a"}}, "is a circle"),
+        ({}, "at least 1"),
+    ],
+)
+def test_studies_that_make_no_sense_are_refused(run: Params, arms: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Params.model_validate({**run.model_dump(), "studies": {"which": {"arms": arms}}})
+
+
+def test_a_member_has_the_reference_and_need_not_make_it(clone: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The toy's stages write no manifests, by which artifacts are known: they get some here."""
+    with Path("params.yaml").open("a") as file:
+        file.write(STUDY)
+    run = load()
+    assert reference(run) == ["base", "teacher", "student", *REFERENCE]
+    member = Member("which", "plain", 3)
+    folder = prepare(member, run).resolve()
+    assert not (folder / "artifacts").exists()  # what has no manifest isn't whole, and isn't handed on
+    monkeypatch.chdir(folder)
+    lock = YAML(typ="safe").load(Path("dvc.lock").read_text())["stages"]
+    assert sorted(lock) == sorted([*reference(run), "demonstrate@main", "demonstrate@pre"])
+    states = {step.name: step for step in pipeline.plan(["evaluate@it003"])}
+    assert not states["teacher"].stale
+    assert states["sample@it001"].stale
+
+
+def lock(entries: dict[str, object], folder: Path = Path()) -> None:
+    with (folder / "dvc.lock").open("w") as file:
+        YAML(typ="safe").dump({"schema": "2.0", "stages": entries}, file)
+
+
+def test_what_its_settings_make_otherwise_is_its_own_and_stays(run: Params) -> None:
+    """An arm with another student is given the teacher, but neither the student nor the evaluation of it: those it makes, once."""
+    made = Path("artifacts/toy")
+    digests = {name: publish(made / name, kind, {}, name=name) for name, kind in KINDS.items()}
+    outs = {name: {"cmd": "x", "outs": [{"path": str(made / name), "md5": "y"}]} for name in KINDS}
+    shared = {
+        "teacher": outs["checkpoints/teacher"] | {"params": {"params.yaml": {"teacher": {**TEACHER}}}},
+        "student": outs["checkpoints/student"] | {"params": {"params.yaml": {"student": {**STUDENT}}}},
+        "evaluate@start": outs["evaluations/start"] | {"deps": [{"path": str(made / "checkpoints/student"), "md5": "y"}]},
+    }
+    lock(shared)
+    study = run.studies["which"].model_copy(update={"arms": {"sft": ArmParams(settings={"student.steps": 7})}})
+    changed = run.model_copy(update={"studies": {"which": study}})
+    folder = prepare(Member("which", "sft", 3), changed)
+    assert list(YAML(typ="safe").load((folder / "dvc.lock").read_text())["stages"]) == ["teacher"]
+    own = publish(folder / made / "checkpoints/student", "checkpoint", {}, name="own")
+    prepare(Member("which", "sft", 3), changed)
+    assert own in (folder / made / "checkpoints/student/manifest.json").read_text()
+    assert digests["checkpoints/teacher"] in (folder / made / "checkpoints/teacher/manifest.json").read_text()
+    assert not (folder / made / "evaluations/start").exists()
+
+
+def test_what_the_reference_made_is_copied_once(run: Params) -> None:
+    digest = publish(Path("artifacts/toy/checkpoints/teacher"), "checkpoint", {}, name="teacher")
+    lock({"teacher": {"cmd": "x", "outs": [{"path": "artifacts/toy/checkpoints/teacher", "md5": "y"}]}})
+    folder = prepare(Member("which", "plain", 3), run)
+    copied = folder / "artifacts/toy/checkpoints/teacher/manifest.json"
+    assert digest in copied.read_text()
+    before = copied.stat().st_ino
+    prepare(Member("which", "plain", 3), run)
+    assert copied.stat().st_ino == before
+    publish(Path("artifacts/toy/checkpoints/teacher"), "checkpoint", {}, name="another")
+    prepare(Member("which", "plain", 3), run)
+    assert copied.read_text() == Path("artifacts/toy/checkpoints/teacher/manifest.json").read_text()

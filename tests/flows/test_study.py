@@ -1,0 +1,130 @@
+"""A study on the real stages: members side by side as subflows, one that goes on from another, one that fails, and the same command again."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.server import free_port
+from tests.flows.served import Served, checkout
+from tests.small_run import PARAMS
+from vla_opd import study
+from vla_opd.artifacts import open_artifact
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+CHANGES = {
+    "teacher: {": "teacher: {parent: base, ",
+    "student: {parent: teacher": "student: {parent: base",
+    "evaluate: {episodes: 10": "evaluate: {episodes: 2",
+    "evaluations: {start: student, final: it001, teacher: teacher}": "evaluations: {start: student, teacher: teacher}",
+}
+MORE = """
+base: {demonstrations: main, steps: 3, learning_rate: 1.0e-3}
+label: {teacher: teacher}
+report: {start: start, final: start, teacher: teacher}
+studies:
+  which:
+    seeds: [4]
+    arms:
+      plain: {distill: 1}
+      broken: {distill: 1, settings: {optimize.objective: "nowhere:nothing"}}
+      longer: {after: plain, reinforce: 1}
+"""
+SETTINGS = reduce(lambda text, change: text.replace(*change), CHANGES.items(), PARAMS) + MORE
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    its = Served(checkout(SETTINGS, tmp_path_factory.mktemp("study")), free_port())
+    yield its
+    its.kill_everything()
+
+
+def bring(served: Served, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "flows", "study", "which", "--parallel", "2", *words]
+    return subprocess.run(command, cwd=served.toy.folder, env=served.environment, text=True, capture_output=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def first(served: Served) -> subprocess.CompletedProcess[str]:
+    return bring(served)
+
+
+def member(served: Served, arm: str) -> Path:
+    return served.toy.folder / "artifacts/.studies/which" / arm / "4"
+
+
+def table(served: Served) -> study.Table:
+    folder = served.toy.folder / "artifacts/small/studies/which"
+    open_artifact(folder, "study")
+    return study.read(folder)
+
+
+def test_a_member_that_fails_is_named_and_the_others_are_done(served: Served, first: subprocess.CompletedProcess[str]) -> None:
+    assert first.returncode == 1
+    assert "1 of 3 members failed: broken, seed 4 (see artifacts/.studies/which/broken/4/study.log)" in first.stderr
+    assert "optimize.objective is 'nowhere:nothing'" in (member(served, "broken") / "study.log").read_text()
+    made = table(served)
+    assert [(row.arm, row.iteration) for row in made.updates] == [("plain", "it001"), ("longer", "it001"), ("longer", "rl001")]
+    assert {(row.arm, row.checkpoint, row.iterations) for row in made.episodes} == {
+        (None, "student", 0),
+        (None, "teacher", 0),
+        ("plain", "it001", 1),
+        ("longer", "it001", 1),
+        ("longer", "rl001", 2),
+    }
+    assert all(row.seconds for row in made.updates)
+
+
+def test_what_it_goes_on_from_is_taken_over_and_not_made_again(served: Served, first: subprocess.CompletedProcess[str]) -> None:
+    assert first.returncode == 1
+    log = (member(served, "longer") / "study.log").read_text()
+    assert "optimize@it001" in log
+    assert "✓ reinforce@rl001" in log
+    assert "✓ optimize@it001" not in log
+    assert "✓ teacher" not in log
+    digests = {row.arm: row.digest for row in table(served).updates if row.iteration == "it001"}
+    assert digests["plain"] == digests["longer"]
+
+
+def test_members_are_subflows(served: Served, first: subprocess.CompletedProcess[str]) -> None:
+    assert first.returncode == 1
+    runs: dict[str, Any] = {run["name"]: run for run in served.ask("flow_runs/filter", {"limit": 50})}
+    (whole,) = [run for run in runs.values() if run["parent_task_run_id"] is None]
+    assert whole["state_type"] == "FAILED"
+    states = {name: runs[name]["state_type"] for name in ("plain, seed 4", "longer, seed 4", "broken, seed 4", "reference")}
+    assert states == {"plain, seed 4": "COMPLETED", "longer, seed 4": "COMPLETED", "broken, seed 4": "FAILED", "reference": "COMPLETED"}
+    parent = served.ask("task_runs/" + runs["plain, seed 4"]["parent_task_run_id"])
+    assert parent["flow_run_id"] == whole["id"]
+
+
+def test_rollouts_go_and_their_manifests_stay(served: Served, first: subprocess.CompletedProcess[str]) -> None:
+    assert first.returncode == 1
+    run = member(served, "plain") / "artifacts/small"
+    assert not (run / "trajectories/it001").exists()
+    assert (run / ".discarded/logits/it001/manifest.json").is_file()
+    assert not (member(served, "plain") / ".dvc/cache").exists()
+
+
+def test_again_nothing_is_made_and_the_page_is_there(served: Served, first: subprocess.CompletedProcess[str]) -> None:
+    assert first.returncode == 1
+    before = table(served)
+    served.toy.edit("params.yaml", '      broken: {distill: 1, settings: {optimize.objective: "nowhere:nothing"}}\n', "")
+    logged = {arm: len((member(served, arm) / "study.log").read_text()) for arm in ("plain", "longer")}
+    again = bring(served)
+    assert again.returncode == 0, again.stderr
+    for arm, length in logged.items():
+        assert "✓" not in (member(served, arm) / "study.log").read_text()[length:]
+    assert table(served) == before  # to the seconds, which nobody but the record of executions knows
+    assert "plain has" in (served.toy.folder / "artifacts/small/report/which/index.html").read_text().replace("</strong>", "")
+
+
+def test_an_arm_that_is_not_there_is_refused_before_a_server_is_asked(served: Served) -> None:
+    refused = bring(served, "--arm", "plane")
+    assert refused.returncode == 1
+    assert "studies.which.arms has no 'plane'" in refused.stderr
