@@ -84,9 +84,18 @@ def prepare(member: Member, run: Params) -> Path:
     _settings(member, run)
     demonstrations = {f"demonstrate@{name}" for name in run.demonstrations}
     _take(Path(), folder, {*reference(run), *demonstrations}, data=study.own_student(member.arm))
-    if before := member.before(study):
-        _go_on(before.folder, folder, run.run.name)
     return folder
+
+
+def go_on(member: Member, run: Params) -> None:
+    """Give a prepared member all that the one before it, if there is one, has made, and what is known of discarded rollouts."""
+    if (before := member.before(run.studies[member.study])) is None:
+        return
+    source, target = before.folder, member.folder
+    _take(source, target, _locked(source / LOCK), data=True)
+    known = ROOT / run.run.name / DISCARDED
+    if (source / known).is_dir():
+        shutil.copytree(source / known, target / known, dirs_exist_ok=True)
 
 
 def _code() -> set[str]:
@@ -188,14 +197,6 @@ def _at(settings: Any, dotted: str) -> Any:
     for key in dotted.split("."):
         settings = settings.get(key) if isinstance(settings, dict) else None
     return settings
-
-
-def _go_on(source: Path, target: Path, run: str) -> None:
-    """Give a member all that the one before it has made, and what is known of discarded rollouts."""
-    _take(source, target, _locked(source / LOCK), data=True)
-    known = ROOT / run / DISCARDED
-    if (source / known).is_dir():
-        shutil.copytree(source / known, target / known, dirs_exist_ok=True)
 
 
 def _yaml(tree: dict[str, Any]) -> str:

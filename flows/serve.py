@@ -54,8 +54,10 @@ def crash_orphans() -> list[str]:
             deployment_filter=DeploymentFilter.model_validate({"name": {"any_": [DEPLOYMENT]}}),
         )
         orphans += [run.id for run in deployed if run.id not in orphans and not presence.alive(str(run.id))]
-        iterations = found(parent_flow_run_id={"any_": orphans}) if orphans else []
-        for run in [*iterations, *orphans]:
+        below = [orphans]
+        while below[-1]:  # iterations; of a study its members, their runs, and the iterations of those
+            below.append(found(parent_flow_run_id={"any_": below[-1]}))
+        for run in [run for level in reversed(below) for run in level]:
             client.set_flow_run_state(run, Crashed(message="its process is gone"), force=True)
     for run in died:
         presence.forget(run)

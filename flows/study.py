@@ -16,10 +16,11 @@ from typing import Annotated
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.flow_engine import run_flow_in_subprocess
+from prefect.runtime import flow_run
 from pydantic import Field
 
-from flows import terminal
-from flows.members import STUDIES, Member, members, prepare, reference
+from flows import presence, terminal
+from flows.members import STUDIES, Member, go_on, members, prepare, reference
 from flows.store import ROOT
 from flows.train import opd
 from vla_opd import study_page
@@ -36,7 +37,7 @@ TABLE = Path("table")  # in a member's folder: its rows
 DONE = Path(".done")  # there while its last process has come to its end; Prefect ends a process whose flow has failed with exit code 0
 
 
-@flow(name="study")
+@flow(name="study", flow_run_name="{name}")
 def study(
     name: str,
     arms: list[str] | None = None,
@@ -57,17 +58,24 @@ def study(
     """
     run = load()
     wanted = members(name, run, arms or (), seeds or ())
-    opd.with_options(flow_run_name="reference")(targets=reference(run))
-    for member in wanted:
+    with presence.held(str(flow_run.get_id())):
+        opd.with_options(flow_run_name="reference")(targets=reference(run))
+        failed = _bring_all(wanted, run, parallel)
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(wanted)} members failed: {'; '.join(f'{one} (see {one.folder / LOG})' for one in failed)}")
+
+
+def _bring_all(wanted: Sequence[Member], run: Params, parallel: int) -> list[Member]:
+    """Bring members up to date, and table and page after each. Returns those that failed."""
+    for member in wanted:  # all of them first: params.yaml may be another by the time the last one's turn comes
         prepare(member, run)
     failed: list[Member] = []
     for member in _side_by_side(wanted, run, parallel):
         failed += [] if (member.folder / DONE).is_file() else [member]
-        table = tabulate.with_options(task_run_name="table")(name, run)
+        table = tabulate.with_options(task_run_name="table")(member.study, run)
         if table.facts["members"]:
-            page.with_options(task_run_name="page")(name, run)
-    if failed:
-        raise RuntimeError(f"{len(failed)} of {len(wanted)} members failed: {'; '.join(f'{one} (see {one.folder / LOG})' for one in failed)}")
+            page.with_options(task_run_name="page")(member.study, run)
+    return failed
 
 
 def _side_by_side(wanted: Sequence[Member], run: Params, parallel: int) -> Iterator[Member]:
@@ -81,7 +89,8 @@ def _side_by_side(wanted: Sequence[Member], run: Params, parallel: int) -> Itera
         ready = [one for one in waiting if one.before(its) not in (*waiting, *running)]
         for member in ready[: parallel - len(running)]:
             waiting.remove(member)
-            (prepare(member, run) / DONE).unlink(missing_ok=True)  # once more: what it goes on from is made by now
+            go_on(member, run)
+            (member.folder / DONE).unlink(missing_ok=True)
             parameters = {"folders": [str(one.folder.resolve()) for one in member.lineage(its)], "arm": member.arm, "seed": member.seed}
             parameters |= {"own_student": its.own_student(member.arm), "keep_rollouts": its.keep_rollouts}
             named = member_run.with_options(flow_run_name=str(member))

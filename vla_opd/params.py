@@ -30,9 +30,17 @@ def _once_each(names: tuple[Any, ...]) -> tuple[Any, ...]:
     return names
 
 
+def _rising(rates: tuple[float, float]) -> tuple[float, float]:
+    low, high = rates
+    if not 0 < low < high < 1:
+        raise PydanticCustomError("rates", "expected two success rates between 0 and 1, the lower one first")
+    return rates
+
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+Rates = Annotated[tuple[float, float], AfterValidator(_rising)]
 Names = Annotated[tuple[str, ...], AfterValidator(_once_each)]
 
 
@@ -285,15 +293,26 @@ class EvaluateParams(Section):
     """Greedy rollouts from the benchmark's fixed initial states `first_state ... first_state + episodes - 1` of every task.
 
     unseen: tasks that the run doesn't train on, scored besides and apart: what the student could do before, and may forget.
+    decide: stop as soon as the episodes decide between two success rates, at `confidence`; tasks then take turns, state by state. That takes about
+            half of the episodes, but the success of those is no fair estimate of the rate, and no pair for another evaluation's.
     """
 
     unseen: Names | None = None
+    decide: Rates | None = None
     episodes: int = Field(default=10, ge=1)
     first_state: int = Field(default=0, ge=0)
     horizon: int = Field(default=280, ge=1)
     inference_batch: int = Field(default=1, ge=1)
     confidence: float = Field(default=0.95, gt=0, lt=1)
     allow_mismatch: bool = Field(default=False, description="evaluate under another stepping, render or camera setting than trained with")
+
+    @model_validator(mode="after")
+    def _decides_one_thing(self) -> "EvaluateParams":
+        if self.decide is not None and (self.unseen or self.confidence <= 0.5):
+            raise ValueError(
+                f"decide is set, unseen is {self.unseen} and confidence is {self.confidence}; expected no unseen tasks, and a confidence above 0.5"
+            )
+        return self
 
     @model_validator(mode="after")
     def _states_exist(self) -> "EvaluateParams":

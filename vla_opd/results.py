@@ -23,10 +23,14 @@ class Read(BaseModel):
 
 
 class Evaluated(Read):
-    """The facts of an evaluation. overall: of the tasks that the run trains on; unseen: of those that it doesn't."""
+    """The facts of an evaluation.
+
+    overall: of the tasks that the run trains on; unseen: of those that it doesn't. decided: for which of the rates of `evaluate.decide`.
+    """
 
     overall: Score
     unseen: Score | None = None
+    decided: float | None = None
     tasks: dict[str, Score]
     horizon: int
 
@@ -106,6 +110,11 @@ class Evaluation:
     facts: Evaluated
     records: tuple[Record, ...]
     unseen: tuple[Record, ...]
+
+    @property
+    def asked(self) -> tuple[float, float] | None:
+        """Between which rates it was to decide, and so stopped early."""
+        return self.manifest.params["evaluate"].get("decide")
 
     @property
     def confidence(self) -> float:

@@ -5,7 +5,7 @@ crash on the way: every forward pass has the same number of rows, every decision
 """
 
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -52,7 +52,7 @@ def rollout(
     settings: RolloutSettings,
     pool_settings: PoolSettings | None = None,
     tally: Tally | None = None,
-) -> Iterator[Episode]:
+) -> Generator[Episode]:
     """Episodes of `policy`, in the order in which they finish.
 
     A decision is made every S = `policy.chunk` control steps and executed open loop, cut off at success or at the horizon.
@@ -139,7 +139,7 @@ class _Playing:
 
 def _roll(
     policy: Policy, jobs: Sequence[Job], environment: EnvironmentParams, settings: RolloutSettings, *, pool_settings: PoolSettings, tally: Tally
-) -> Iterator[Episode]:
+) -> Generator[Episode]:
     playing: dict[Job, _Playing] = {}
     ready: list[_Playing] = []
 

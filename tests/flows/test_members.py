@@ -6,7 +6,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from flows import pipeline
-from flows.members import STUDIES, Member, chains, members, prepare, reference
+from flows.members import STUDIES, Member, chains, go_on, members, prepare, reference
 from tests.flows.manifests import publish
 from tests.flows.toy import REFERENCE, Toy
 from vla_opd.artifacts import Kind
@@ -172,3 +172,19 @@ def test_what_the_reference_made_is_copied_once(run: Params) -> None:
     publish(Path("artifacts/toy/checkpoints/teacher"), "checkpoint", {}, name="another")
     prepare(Member("which", "plain", 3), run)
     assert copied.read_text() == Path("artifacts/toy/checkpoints/teacher/manifest.json").read_text()
+
+
+def test_what_the_arm_before_has_made_is_taken_over(run: Params) -> None:
+    before, after = Member("which", "other", 3), Member("which", "both", 3)
+    for member in (before, after):
+        prepare(member, run)
+    go_on(before, run)  # from nothing
+    made, known = Path("artifacts/toy/checkpoints/it001"), Path("artifacts/toy/.discarded/logits/it001")
+    digest = publish(before.folder / made, "checkpoint", {}, name="it001")
+    lock({"optimize@it001": {"cmd": "x", "outs": [{"path": str(made), "md5": "y"}]}}, before.folder)
+    (before.folder / known).mkdir(parents=True)
+    (before.folder / known / "manifest.json").write_text("{}")
+    go_on(after, run)
+    assert digest in (after.folder / made / "manifest.json").read_text()
+    assert (after.folder / known / "manifest.json").is_file()
+    assert "optimize@it001" in (after.folder / "dvc.lock").read_text()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from flows.server import free_port
-from tests.flows.served import Served, checkout
+from tests.flows.served import Served, checkout, wait_for
 from tests.small_run import PARAMS
 from vla_opd import study
 from vla_opd.artifacts import open_artifact
@@ -128,3 +128,23 @@ def test_an_arm_that_is_not_there_is_refused_before_a_server_is_asked(served: Se
     refused = bring(served, "--arm", "plane")
     assert refused.returncode == 1
     assert "studies.which.arms has no 'plane'" in refused.stderr
+
+
+def test_a_killed_study_takes_its_members_along_and_all_are_declared_crashed(served: Served, first: subprocess.CompletedProcess[str]) -> None:
+    assert first.returncode == 1
+    served.toy.edit("params.yaml", "    seeds: [4]", "    seeds: [4, 5]")
+    command = [sys.executable, "-m", "flows", "study", "which", "--seed", "5", "--arm", "plain"]
+    process = subprocess.Popen(command, cwd=served.toy.folder, env=served.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    under_way = {"flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}}}
+
+    def running() -> set[str]:
+        return {run["name"] for run in served.ask("flow_runs/filter", under_way)}
+
+    wait_for(lambda: {"which", "plain, seed 5", "it001"} <= running(), 180, lambda: str(running()))
+    process.kill()
+    process.wait()
+    wait_for(lambda: not served.with_words("spawn_main"), 30, lambda: str(served.with_words("")))
+    assert "it001" in running()
+    served.serve()
+    assert served.log.count("its process is gone") == 1
+    assert running() == set()

@@ -123,6 +123,20 @@ def test_unseen_tasks_are_scored_apart(small: Path) -> None:
     assert results["final"] == before["overall"]
 
 
+def test_an_evaluation_that_only_decides_stops_early_at_the_same_episode(small: Path) -> None:
+    """With one worker or two, killed or not: what decides are the first episodes in order, not the first to finish."""
+    made = []
+    for workers in ("1", "2"):
+        decide = ["--set", "evaluate.episodes=40", "--set", "evaluate.decide=[0.5, 0.95]"]
+        assert command.main(["evaluate", "--name", "teacher", *decide, "--workers", workers, *HOST]) == 0
+        made.append(open_artifact(small / "evaluations/teacher", "evaluation"))
+    assert made[0].digest == made[1].digest
+    assert made[0].facts["decided"] in (0.5, 0.95)
+    assert len(read_records(small / "evaluations/teacher")) == made[0].facts["overall"]["episodes"] < 80
+    assert command.main(["report", *HOST]) == 0
+    assert "teacher only decides" in (small / "report/page/index.html").read_text()
+
+
 def test_the_teachers_states_are_a_control(small: Path) -> None:
     """The teacher acts; its states are labelled and learned from as the student's are, and every manifest says whose they were."""
     for verb in ("sample", "label", "optimize"):

@@ -151,6 +151,15 @@ def test_a_circle_of_both_kinds_is_refused(minimal: Path) -> None:
         load(minimal, ["iterations.it001=rl001", "reinforcements.rl001=it001"])
 
 
+def test_a_decision_is_between_two_rates_and_about_the_run_s_own_tasks(minimal: Path) -> None:
+    load(minimal, ["evaluate.decide=[0.8, 0.9]"])
+    for wrong in ("[0.9, 0.8]", "[0.8, 1.0]", "[0, 0.5]"):
+        with pytest.raises(ValueError, match=r"evaluate\.decide is .*: expected two success rates between 0 and 1, the lower one first"):
+            load(minimal, [f"evaluate.decide={wrong}"])
+    with pytest.raises(ValueError, match=r"expected no unseen tasks, and a confidence above 0\.5"):
+        load(minimal, ["evaluate.decide=[0.8, 0.9]", "evaluate.unseen=[other]"])
+
+
 def test_unseen_tasks_are_other_tasks(minimal: Path) -> None:
     own = load(minimal).environment.tasks[0]
     with pytest.raises(ValueError, match=rf"evaluate\.unseen has '{own}'; expected other tasks than environment\.tasks, which are trained on"):
