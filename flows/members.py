@@ -6,7 +6,7 @@ done with a run can be done with it, from its folder: `dvc repro`, `opd run`, `o
 
 import os
 import shutil
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -16,12 +16,14 @@ from ruamel.yaml import YAML
 
 from flows.store import ROOT
 from vla_opd.artifacts import MANIFEST
-from vla_opd.params import ArmParams, Params, StudyParams, load
+from vla_opd.params import Params, StudyParams, load
 from vla_opd.results import DISCARDED
+from vla_opd.study import read
 
 STUDIES = ROOT / ".studies"
 COPIED = ("dvc.yaml", ".dvcignore")
 LOCK = "dvc.lock"
+TABLE = "table"  # in a member's folder: its rows of the study's table
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,11 @@ def prepare(member: Member, run: Params) -> Path:
 
 def go_on(member: Member, run: Params) -> None:
     """Give a prepared member all that the one before it, if there is one, has made, and what is known of discarded rollouts."""
-    if (before := member.before(run.studies[member.study])) is None:
+    study = run.studies[member.study]
+    if (before := member.before(study)) is None:
         return
+    if study.arms[member.arm].switch is not None:
+        _settings(member, run)  # where it switches is known by now
     source, target = before.folder, member.folder
     _take(source, target, _locked(source / LOCK), data=True)
     known = ROOT / run.run.name / DISCARDED
@@ -121,9 +126,8 @@ def _settings(member: Member, run: Params) -> None:
 
 
 def tree(member: Member, run: Params) -> dict[str, Any]:
-    """What the member's params.yaml says: this project's, with the arm's settings, its chain of iterations, the seed, and what is to be scored."""
-    settings = _parsed(Path("params.yaml"))
-    settings.pop("studies")
+    """What the member's params.yaml says: this run, with the arm's settings, its chain of iterations, the seed, and what is to be scored."""
+    settings = run.model_dump(mode="json", exclude={"studies"}, exclude_unset=True)
     study = run.studies[member.study]
     arms = study.lineage(member.arm)
     for dotted, value in (one for arm in arms for one in arm.settings.items()):
@@ -132,33 +136,37 @@ def tree(member: Member, run: Params) -> dict[str, Any]:
             raise ValueError(f"studies.{member.study}.arms.{member.arm}.settings has {dotted!r}; expected section.key, as in optimize.objective")
         settings.setdefault(section, {})[key] = value
     settings["run"]["learning_seed"] = member.seed
-    distilled, reinforced = chains(arms)
-    evaluations = run.reference | {name: name for name in _scored(arms, study.every)}
-    settings |= {"iterations": distilled, "reinforcements": reinforced, "evaluations": evaluations}
+    names, scored = chain(member, study)
+    starts = dict(zip(names, ["student", *names], strict=False))
+    evaluations = run.reference | {name: name for name in scored}
+    for section, prefix in (("iterations", "it"), ("reinforcements", "rl")):
+        settings[section] = {name: start for name, start in starts.items() if name.startswith(prefix)}
+    settings["evaluations"] = evaluations
     settings["report"] = {**settings.get("report", {}), "final": list(evaluations)[-1]}
     return settings
 
 
-def chains(arms: Sequence[ArmParams]) -> tuple[dict[str, str], dict[str, str]]:
-    """The iterations of arms that follow each other, of either kind: each by its name, with the checkpoint that it starts from."""
-    names = [name for part in _parts(arms) for name in part]
-    starts = dict(zip(names, ["student", *names], strict=False))
-    distilled = {name: start for name, start in starts.items() if name.startswith("it")}
-    return distilled, {name: start for name, start in starts.items() if name not in distilled}
+def chain(member: Member, study: StudyParams) -> tuple[list[str], list[str]]:
+    """The names of its iterations, from the student on, and those of them that are scored: every so many of a stretch of one kind, and its last."""
+    its, before = study.arms[member.arm], member.before(study)
+    names, scored = chain(before, study) if before else ([], [])
+    if before and its.switch is not None:
+        names = names[: _switched(before, its.switch)]
+        scored = [name for name in scored if name in names[:-1]] + names[-1:]
+    for prefix, count in (("it", its.distill), ("rl", its.reinforce)):
+        done = sum(name.startswith(prefix) for name in names)
+        stretch = [f"{prefix}{number:03d}" for number in range(done + 1, done + count + 1)]
+        names = names + stretch
+        scored = scored + [name for number, name in enumerate(stretch, 1) if number in (*range(study.every, count, study.every), count)]
+    return names, scored
 
 
-def _parts(arms: Sequence[ArmParams]) -> Iterator[list[str]]:
-    """The names of each stretch of iterations of one kind."""
-    done = {"it": 0, "rl": 0}
-    for arm in arms:
-        for kind, count in (("it", arm.distill), ("rl", arm.reinforce)):
-            yield [f"{kind}{number:03d}" for number in range(done[kind] + 1, done[kind] + count + 1)]
-            done[kind] += count
-
-
-def _scored(arms: Sequence[ArmParams], every: int) -> list[str]:
-    """Every so many iterations of a stretch, and at its end."""
-    return [name for part in _parts(arms) for number, name in enumerate(part, 1) if number % every == 0 or number == len(part)]
+def _switched(before: Member, success: float) -> int | None:
+    """How many iterations it had made when the rollouts of one first had that success; None, if they never had, or it isn't done."""
+    if not (before.folder / TABLE).is_dir():
+        return None
+    updates = sorted(read(before.folder / TABLE).updates, key=lambda row: row.position)
+    return next((row.position for row in updates if row.success >= success), None)
 
 
 def _take(source: Path, target: Path, wanted: Container[str], *, data: bool = False) -> None:

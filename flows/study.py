@@ -20,7 +20,7 @@ from prefect.runtime import flow_run
 from pydantic import Field
 
 from flows import presence, terminal
-from flows.members import STUDIES, Member, go_on, members, prepare, reference
+from flows.members import STUDIES, TABLE, Member, go_on, members, prepare, reference
 from flows.store import ROOT
 from flows.train import opd
 from vla_opd import study_page
@@ -33,7 +33,6 @@ from vla_opd.study import FILES, joined, member_rows, read, shared_rows, write
 from vla_opd.tracking import executions
 
 LOG = "study.log"
-TABLE = Path("table")  # in a member's folder: its rows
 DONE = Path(".done")  # there while its last process has come to its end; Prefect ends a process whose flow has failed with exit code 0
 
 
@@ -120,7 +119,7 @@ def member_run(folders: list[str], arm: str, seed: int, *, own_student: bool, ke
     root = ROOT / run.run.name
     known = [one for folder in folders for one in executions(Path(folder) / METRICS / run.run.name)]
     seconds = {one.digest: (one.ended - one.began).total_seconds() for one in known}
-    temporary = TABLE.with_name(".table")
+    temporary = Path(f".{TABLE}")
     write(member_rows(read_run(run, root), arm, seed, seconds, own_student=own_student), temporary)
     shutil.rmtree(TABLE, ignore_errors=True)
     temporary.rename(TABLE)

@@ -336,17 +336,21 @@ class ArmParams(Section):
     """One way to learn: so many iterations with the teacher, then so many of GRPO.
 
     after:    the arm that it goes on from, with the same seed and the same settings; if none is named, it starts from the run's student.
+    switch:   from where on: from the checkpoint of that arm's first iteration whose rollouts had at least this success, not from its last one.
     settings: `section.key: value`, in which the arm differs from the run. Some of `student` give it a student of its own; without iterations, it is
               that student: offline fine-tuning, for example on all demonstrations (`student.per_task: null`).
     """
 
     after: Name | None = None
+    switch: Fraction | None = None
     distill: int = Field(default=0, ge=0)
     reinforce: int = Field(default=0, ge=0)
     settings: Mapping[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _learns(self) -> "ArmParams":
+        if self.switch is not None and self.after is None:
+            raise ValueError(f"switch is {self.switch} and after is null; expected the arm after which it switches")
         if not self.distill + self.reinforce and not self.own_student:
             raise ValueError("distill and reinforce are 0; expected at least one iteration of either kind, or settings of `student`")
         return self

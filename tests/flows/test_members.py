@@ -6,11 +6,13 @@ import pytest
 from ruamel.yaml import YAML
 
 from flows import pipeline
-from flows.members import STUDIES, Member, chains, go_on, members, prepare, reference
+from flows.members import STUDIES, Member, chain, go_on, members, prepare, reference
 from tests.flows.manifests import publish
 from tests.flows.toy import REFERENCE, Toy
+from tests.vla_opd.test_curves import update
 from vla_opd.artifacts import Kind
 from vla_opd.params import ArmParams, Params, load
+from vla_opd.study import Table, write
 
 STUDY = """
 studies:
@@ -88,10 +90,31 @@ def test_an_arm_may_be_a_student_of_its_own(run: Params) -> None:
     assert not run.studies["which"].own_student("both")
 
 
-def test_chains_follow_each_other() -> None:
-    distilled, reinforced = chains([ArmParams(distill=1, reinforce=1), ArmParams(distill=1)])
-    assert distilled == {"it001": "student", "it002": "rl001"}
-    assert reinforced == {"rl001": "it001"}
+def arms(run: Params, **changes: ArmParams) -> Params:
+    study = run.studies["which"]
+    return run.model_copy(update={"studies": {"which": study.model_copy(update={"arms": {**study.arms, **changes}})}})
+
+
+def test_stretches_follow_each_other_and_are_scored_apart(run: Params) -> None:
+    third = arms(run, third=ArmParams(after="both", distill=2)).studies["which"]
+    names, scored = chain(Member("which", "third", 3), third)
+    assert names == ["it001", "it002", "it003", "rl001", "rl002", "rl003", "it004", "it005"]
+    assert scored == ["it002", "it003", "rl002", "rl003", "it005"]
+
+
+def test_an_arm_switches_where_the_other_s_rollouts_first_were_good_enough(run: Params) -> None:
+    changed = arms(run, early=ArmParams(after="plain", switch=0.6, reinforce=1), never=ArmParams(after="plain", switch=0.9, reinforce=1))
+    plain, early, never = (Member("which", arm, 3) for arm in ("plain", "early", "never"))
+    for member in (plain, early, never):
+        prepare(member, changed)
+    assert list(told(early).iterations) == ["it001", "it002", "it003"]  # as far as one knows by now
+    rows = [update("plain", 3, position, 1.0).model_copy(update={"success": 0.35 * position}) for position in (1, 2)]
+    write(Table((), (*rows, update("plain", 3, 3, 1.0))), plain.folder / "table")
+    for member in (early, never):
+        go_on(member, changed)
+    assert (list(told(early).iterations), dict(told(early).reinforcements)) == (["it001", "it002"], {"rl001": "it002"})
+    assert list(told(never).iterations) == ["it001", "it002", "it003"]
+    assert list(told(early).evaluations) == ["start", "teacher", "it002", "rl001"]
 
 
 def test_an_arm_that_makes_no_valid_run_is_refused_and_nothing_is_written(run: Params) -> None:
@@ -108,6 +131,7 @@ def test_an_arm_that_makes_no_valid_run_is_refused_and_nothing_is_written(run: P
         ({"a": {}}, "expected at least one iteration"),
         ({"a": {"distill": 1, "after": "b"}}, r"arms\.a\.after is 'b'; expected another arm"),
         ({"a": {"distill": 1, "after": "b"}, "b": {"distill": 1, "after": "a"}}, "is a circle"),
+        ({"a": {"distill": 1, "switch": 0.5}}, r"switch is 0\.5 and after is null; expected the arm after which it switches"),
         ({}, "at least 1"),
     ],
 )
