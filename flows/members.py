@@ -56,6 +56,10 @@ def members(study: str, run: Params, arms: Iterable[str] = (), seeds: Iterable[i
     """The members, seed by seed, so that a study that was stopped has all arms of some seeds. ValueError names an unknown arm or seed."""
     if study not in run.studies:
         raise ValueError(f"studies has no {study!r}; expected one of {sorted(run.studies)}")
+    if run.label.teacher not in run.finetuned:
+        raise ValueError(
+            f"label.teacher is {run.label.teacher!r}; expected one of {sorted(run.finetuned)}: what iterations make, members don't share"
+        )
     its = run.studies[study]
     wanted_arms, wanted_seeds = list(arms) or list(its.arms), list(seeds) or list(its.seeds)
     for field, wanted, known in (("arms", wanted_arms, list(its.arms)), ("seeds", wanted_seeds, list(its.seeds))):

@@ -61,6 +61,11 @@ def test_who_is_not_there_is_named(run: Params, study: str, arms: list[str], see
         members(study, run, arms, seeds)
 
 
+def test_a_teacher_that_iterations_made_is_refused(run: Params) -> None:
+    with pytest.raises(ValueError, match=r"label\.teacher is 'it001'; expected one of \['base', 'student', 'teacher'\]"):
+        members("which", run.model_copy(update={"label": run.label.model_copy(update={"teacher": "it001"})}))
+
+
 def test_a_member_is_told_its_arm_and_its_seed(run: Params) -> None:
     prepare(Member("which", "other", 5), run)
     its = told(Member("which", "other", 5))

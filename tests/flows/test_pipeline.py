@@ -53,6 +53,15 @@ def test_an_iteration_of_grpo_has_no_labels(toy: Toy) -> None:
     assert due(pipeline.plan(["reinforce@rl002"])) == []
 
 
+def test_a_teacher_may_be_made_by_grpo(toy: Toy) -> None:
+    """As the paper's was: fine-tuned, then reinforced; whoever labels comes after that."""
+    toy.edit("params.yaml", "reinforcements: {}", "reinforcements: {rl001: teacher, rl002: rl001}")
+    toy.edit("params.yaml", "label: {teacher: teacher}", "label: {teacher: rl002}")
+    names = [step.name for step in pipeline.plan(["optimize@it001"])]
+    assert names.index("teacher") < names.index("reinforce@rl001") < names.index("reinforce@rl002") < names.index("label@it001")
+    assert "reinforce@rl002" in next(step for step in pipeline.plan(["label@it001"]) if step.name == "label@it001").parents
+
+
 def test_the_plan_to_a_target_ends_there(toy: Toy) -> None:
     assert pipeline.plan(["sample@it001"])[-1].name == "sample@it001"
     with pytest.raises(ValueError, match="it009"):
