@@ -70,7 +70,7 @@ def main() -> None:
     """Print the table, and write the numbers as JSON if a file is named."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("iteration")
-    parser.add_argument("--length", type=float, default=1e-3, help="of the step, in lengths of all weights together")
+    parser.add_argument("--length", type=float, default=1e-4, help="of the step, in lengths of all weights together")
     parser.add_argument("--states", type=int, default=1024, help="at most so many decisions")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

@@ -80,7 +80,8 @@ def _run(params: Params, first: int, seed: int, overrides: list[str]) -> Path:
     if note.is_file() and note.read_text() != made_from:
         raise SystemExit(f"{run} was made with other settings, or from another base or teacher: remove it")
     note.write_text(made_from)
-    common = [f"--set={s}" for s in (*overrides, f"run.name={run.name}", f"run.seed={seed}", f"evaluate.first_state={first}")]
+    own = (f"run.name={run.name}", f"run.seed={seed}", f"run.learning_seed={seed}", f"evaluate.first_state={first}")
+    common = [f"--set={s}" for s in (*overrides, *own)]
     for folder, *command in _stages(params):
         if not (run / folder / "manifest.json").is_file() and stage([*command, "--tracking=none", *common]):
             raise SystemExit(f"seed {seed}: {' '.join(command)} failed")

@@ -6,7 +6,7 @@ done with a run can be done with it, from its folder: `dvc repro`, `opd run`, `o
 
 import os
 import shutil
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from flows.store import ROOT
-from vla_opd.artifacts import MANIFEST
+from vla_opd.artifacts import MANIFEST, canonical, read_manifest, sha256
 from vla_opd.params import Params, StudyParams, load
 from vla_opd.results import DISCARDED
 from vla_opd.study import read
@@ -23,6 +23,7 @@ from vla_opd.study import read
 STUDIES = ROOT / ".studies"
 COPIED = ("dvc.yaml", ".dvcignore")
 LOCK = "dvc.lock"
+DONE = ".done"  # in a member's folder, while its last process has come to its end: the fingerprint of what it is made from
 TABLE = "table"  # in a member's folder: its rows of the study's table
 
 
@@ -56,6 +57,8 @@ def members(study: str, run: Params, arms: Iterable[str] = (), seeds: Iterable[i
     """The members, seed by seed, so that a study that was stopped has all arms of some seeds. ValueError names an unknown arm or seed."""
     if study not in run.studies:
         raise ValueError(f"studies has no {study!r}; expected one of {sorted(run.studies)}")
+    if run.evaluate.decide is not None:
+        raise ValueError(f"evaluate.decide is {list(run.evaluate.decide)}; expected null in a study: its evaluations are compared episode by episode")
     if run.label.teacher not in run.finetuned:
         raise ValueError(
             f"label.teacher is {run.label.teacher!r}; expected one of {sorted(run.finetuned)}: what iterations make, members don't share"
@@ -74,7 +77,7 @@ def reference(run: Params) -> list[str]:
 
 
 def prepare(member: Member, run: Params) -> Path:
-    """Lay the member's folder out, or bring it up to this project's settings and reference; what it has made stays. Returns the folder.
+    """Lay the member's folder out, or bring it up to this project's settings; what it has made stays. Returns the folder.
 
     ValueError if the arm's settings make no valid run.
     """
@@ -86,25 +89,51 @@ def prepare(member: Member, run: Params) -> Path:
     for package in _code():
         (folder / package).unlink(missing_ok=True)  # it may lead to where this project was before
         (folder / package).symlink_to(Path(package).resolve(), target_is_directory=True)
-    study = run.studies[member.study]
     _settings(member, run)
-    demonstrations = {f"demonstrate@{name}" for name in run.demonstrations}
-    _take(Path(), folder, {*reference(run), *demonstrations}, data=study.own_student(member.arm))
     return folder
 
 
+def hand_over(member: Member, run: Params) -> None:
+    """Give a prepared member the reference: copies of what it made, and what dvc.lock says of how."""
+    _take(Path(), member.folder, _handed(run), data=run.studies[member.study].own_student(member.arm))
+
+
+def _handed(run: Params) -> set[str]:
+    return {*reference(run), *(f"demonstrate@{name}" for name in run.demonstrations)}
+
+
 def go_on(member: Member, run: Params) -> None:
-    """Give a prepared member all that the one before it, if there is one, has made, and what is known of discarded rollouts."""
+    """Give a prepared member all that the one before it, if there is one, has made, and what is known of discarded rollouts.
+
+    ValueError if where to switch is a question of what that one made, and it isn't done.
+    """
     study = run.studies[member.study]
     if (before := member.before(study)) is None:
         return
     if study.arms[member.arm].switch is not None:
+        if not is_done(before, run):
+            raise ValueError(f"{member} switches by the rollouts of {before}, which isn't done; expected it first")
         _settings(member, run)  # where it switches is known by now
     source, target = before.folder, member.folder
-    _take(source, target, _locked(source / LOCK), data=True)
+    theirs = _locked(source / LOCK)
+    own = theirs.keys() - _holding({name: entry for name, entry in theirs.items() if name in _handed(run)}, _parsed(target / "params.yaml")).keys()
+    _take(source, target, own, data=True)
     known = ROOT / run.run.name / DISCARDED
     if (source / known).is_dir():
         shutil.copytree(source / known, target / known, dirs_exist_ok=True)
+
+
+def fingerprint(member: Member, run: Params) -> str:
+    """Of what a member is made from: its settings, and the checkpoints of the reference."""
+    made = [Path(ROOT / run.run.name / "checkpoints" / name / MANIFEST) for name in run.finetuned]
+    digests = [read_manifest(path.parent, "checkpoint").digest for path in made if path.is_file()]
+    return sha256(canonical([_yaml(tree(member, run)), digests]))
+
+
+def is_done(member: Member, run: Params) -> bool:
+    """Whether it has come to its end, made from what it would be made from now."""
+    mark = member.folder / DONE
+    return mark.is_file() and mark.read_text() == fingerprint(member, run)
 
 
 def _code() -> set[str]:
@@ -166,7 +195,7 @@ def chain(member: Member, study: StudyParams) -> tuple[list[str], list[str]]:
 
 
 def _switched(before: Member, success: float) -> int | None:
-    """How many iterations it had made when the rollouts of one first had that success; None, if they never had, or it isn't done."""
+    """How many iterations it had made when the rollouts of one first had that success; None if they never had, or it has made none yet."""
     if not (before.folder / TABLE).is_dir():
         return None
     updates = sorted(read(before.folder / TABLE).updates, key=lambda row: row.position)
@@ -183,10 +212,20 @@ def _take(source: Path, target: Path, wanted: Container[str], *, data: bool = Fa
     for out in (Path(out["path"]) for entry in shared.values() for out in entry["outs"]):
         large = "demonstrations" in out.parts
         if (source / out / MANIFEST).is_file() and (data or not large) and not _same(source / out, target / out):
-            shutil.rmtree(target / out, ignore_errors=True)
-            shutil.copytree(source / out, target / out, copy_function=os.link if large else shutil.copy2)
+            _copy(source / out, target / out, os.link if large else shutil.copy2)
     if any(theirs.get(name) != entry for name, entry in shared.items()):
-        (target / LOCK).write_text(_yaml({"schema": "2.0", "stages": theirs | shared}))
+        new = target / f".{LOCK}"
+        new.write_text(_yaml({"schema": "2.0", "stages": theirs | shared}))
+        new.rename(target / LOCK)
+
+
+def _copy(source: Path, target: Path, one: Callable[[str, str], object]) -> None:
+    """Under a hidden name first: whoever is killed meanwhile leaves nothing that looks whole."""
+    hidden = target.with_name(f".{target.name}.taken")
+    shutil.rmtree(hidden, ignore_errors=True)
+    shutil.copytree(source, hidden, copy_function=one)
+    shutil.rmtree(target, ignore_errors=True)
+    hidden.rename(target)
 
 
 def _holding(entries: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:

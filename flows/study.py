@@ -4,11 +4,13 @@ Each member is brought up to date by the flow `opd` in a folder and a process of
 where it was, and members can run side by side.
 """
 
+import multiprocessing
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Annotated
@@ -20,11 +22,11 @@ from prefect.runtime import flow_run
 from pydantic import Field
 
 from flows import presence, terminal
-from flows.members import STUDIES, TABLE, Member, go_on, members, prepare, reference
+from flows.members import DONE, TABLE, Member, fingerprint, go_on, hand_over, is_done, members, prepare, reference
 from flows.store import ROOT
 from flows.train import opd
 from vla_opd import study_page
-from vla_opd.artifacts import Manifest, draft
+from vla_opd.artifacts import BusyError, Manifest, draft
 from vla_opd.host import METRICS
 from vla_opd.lifeline import die_with_parent
 from vla_opd.params import Params, load
@@ -33,7 +35,6 @@ from vla_opd.study import FILES, joined, member_rows, read, shared_rows, write
 from vla_opd.tracking import executions
 
 LOG = "study.log"
-DONE = Path(".done")  # there while its last process has come to its end; Prefect ends a process whose flow has failed with exit code 0
 
 
 @flow(name="study", flow_run_name="{name}")
@@ -57,59 +58,82 @@ def study(
     """
     run = load()
     wanted = members(name, run, arms or (), seeds or ())
+    for member in wanted:  # before anything is made: a mistake in the last of them is one now
+        prepare(member, run)
     with presence.held(str(flow_run.get_id())):
         opd.with_options(flow_run_name="reference")(targets=reference(run))
-        failed = _bring_all(wanted, run, parallel)
+        for member in wanted:
+            hand_over(member, run)
+        with closing(_side_by_side(wanted, run, parallel)) as ended:
+            failed = [member for member in ended if not _noted(member, run)]
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(wanted)} members failed: {'; '.join(f'{one} (see {one.folder / LOG})' for one in failed)}")
 
 
-def _bring_all(wanted: Sequence[Member], run: Params, parallel: int) -> list[Member]:
-    """Bring members up to date, and table and page after each. Returns those that failed."""
-    for member in wanted:  # all of them first: params.yaml may be another by the time the last one's turn comes
-        prepare(member, run)
-    failed: list[Member] = []
-    for member in _side_by_side(wanted, run, parallel):
-        failed += [] if (member.folder / DONE).is_file() else [member]
-        table = tabulate.with_options(task_run_name="table")(member.study, run)
-        if table.facts["members"]:
+def _noted(member: Member, run: Params) -> bool:
+    """Bring table and page up to date once a member has ended. Whether it is done."""
+    try:
+        if tabulate.with_options(task_run_name="table")(member.study, run).facts["members"]:
             page.with_options(task_run_name="page")(member.study, run)
-    return failed
+    except BusyError as error:  # another command of this study: it has the members that are done, and so will the next
+        print(f"  {error}", file=sys.stderr)
+    return is_done(member, run)
 
 
-def _side_by_side(wanted: Sequence[Member], run: Params, parallel: int) -> Iterator[Member]:
-    """Each member once its process has ended, well or not. One that goes on from another waits for it."""
-    workers = os.environ.get("OPD_WORKERS") or str(max(1, len(os.sched_getaffinity(0)) // parallel))
-    path = os.pathsep.join([str(Path.cwd()), *filter(None, [os.environ.get("PYTHONPATH")])])  # a module of this folder is found from theirs too
-    environment: dict[str, str | None] = {"OPD_WORKERS": workers, "PYTHONPATH": path}
+def _side_by_side(wanted: Sequence[Member], run: Params, parallel: int) -> Generator[Member]:
+    """Each member once its process has ended, well or not. One that goes on from another waits for it. Closed early, it ends the processes."""
     its = run.studies[wanted[0].study]
-    waiting, running = list(wanted), dict[Member, tuple[SpawnProcess, float]]()
-    while waiting or running:
-        ready = [one for one in waiting if one.before(its) not in (*waiting, *running)]
-        for member in ready[: parallel - len(running)]:
-            waiting.remove(member)
-            go_on(member, run)
-            (member.folder / DONE).unlink(missing_ok=True)
-            parameters = {"folders": [str(one.folder.resolve()) for one in member.lineage(its)], "arm": member.arm, "seed": member.seed}
-            parameters |= {"own_student": its.own_student(member.arm), "keep_rollouts": its.keep_rollouts}
-            named = member_run.with_options(flow_run_name=str(member))
-            running[member] = run_flow_in_subprocess(named, parameters=parameters, env=environment), time.monotonic()
-        time.sleep(0.2)
-        for member, (process, began) in list(running.items()):
-            if process.exitcode is not None:
-                del running[member]
-                mark, took = "✓" if (member.folder / DONE).is_file() else "✗", terminal.clock(time.monotonic() - began)
-                print(f"  {mark} {member!s:<32} {took:>7}", flush=True)
-                yield member
+    waiting, running = list(wanted), dict[Member, tuple[SpawnProcess | None, float]]()
+    try:
+        while waiting or running:
+            ready = [one for one in waiting if one.before(its) not in (*waiting, *running)]
+            for member in ready[: parallel - len(running)]:
+                waiting.remove(member)
+                running[member] = _started(member, run, parallel), time.monotonic()
+            time.sleep(0.2)
+            for member, (process, began) in list(running.items()):
+                if process is None or process.exitcode is not None:
+                    del running[member]
+                    mark, took = "✓" if is_done(member, run) else "✗", terminal.clock(time.monotonic() - began)
+                    print(f"  {mark} {member!s:<32} {took:>7}", flush=True)
+                    yield member
+    finally:
+        for process, _ in running.values():
+            if process is not None:
+                process.terminate()
+
+
+def _started(member: Member, run: Params, parallel: int) -> SpawnProcess | None:
+    """The process that brings a member up to date; none, and a line in its log, if what it is to go on from isn't there."""
+    (member.folder / DONE).unlink(missing_ok=True)
+    try:
+        go_on(member, run)
+    except ValueError as error:
+        (member.folder / LOG).write_text(f"{error}\n")
+        return None
+    its, cores = run.studies[member.study], len(os.sched_getaffinity(0))
+    path = os.pathsep.join([str(Path.cwd()), *filter(None, [os.environ.get("PYTHONPATH")])])  # a module of this folder is found from theirs too
+    environment: dict[str, str | None] = {"OPD_WORKERS": os.environ.get("OPD_WORKERS") or str(max(1, cores // parallel)), "PYTHONPATH": path}
+    parameters = {
+        "folders": [str(one.folder.resolve()) for one in member.lineage(its)],
+        "arm": member.arm,
+        "seed": member.seed,
+        "own_student": its.own_student(member.arm),
+        "keep_rollouts": its.keep_rollouts,
+        "made_from": fingerprint(member, run),
+    }
+    return run_flow_in_subprocess(member_run.with_options(flow_run_name=str(member)), parameters=parameters, env=environment)
 
 
 @flow(name="member", validate_parameters=False)
-def member_run(folders: list[str], arm: str, seed: int, *, own_student: bool, keep_rollouts: bool) -> None:
+def member_run(folders: list[str], arm: str, seed: int, *, own_student: bool, keep_rollouts: bool, made_from: str) -> None:
     """Bring one member up to date, and note its rows of the study's table. What it says goes to `study.log` in its folder.
 
     folders: its own, then those of the members that it goes on from, which know how long their stages took.
+    made_from: its fingerprint, which is left behind at the end: Prefect ends a process whose flow has failed with exit code 0.
     """
-    die_with_parent()
+    starter = multiprocessing.parent_process()
+    die_with_parent(parent=starter.pid if starter else None)
     os.chdir(folders[0])
     with Path(LOG).open("ab") as log:
         os.dup2(log.fileno(), sys.stdout.fileno())
@@ -125,7 +149,7 @@ def member_run(folders: list[str], arm: str, seed: int, *, own_student: bool, ke
     temporary.rename(TABLE)
     if not keep_rollouts:
         _discard_rollouts(root)
-    DONE.touch()
+    Path(DONE).write_text(made_from)
 
 
 def _discard_rollouts(root: Path) -> None:
@@ -139,13 +163,14 @@ def _discard_rollouts(root: Path) -> None:
 @task(cache_policy=NO_CACHE)
 def tabulate(name: str, run: Params) -> Manifest:
     """`artifacts/<run>/studies/<name>`: the rows of all members that are done, in the order of arms and seeds, and those of what they share."""
-    root = ROOT / run.run.name
-    folders = [STUDIES / name / arm / str(seed) / TABLE for arm in run.studies[name].arms for seed in run.studies[name].seeds]
-    done = [read(folder) for folder in folders if folder.is_dir()]
+    root, its = ROOT / run.run.name, run.studies[name]
+    every = [Member(name, arm, seed) for arm in its.arms for seed in its.seeds]
+    done = [read(member.folder / TABLE) for member in every if is_done(member, run)]
     shared = read_run(run.model_copy(update={"iterations": {}, "reinforcements": {}, "evaluations": run.reference}), root)
     table = joined(done)
     parents = {f"checkpoints/{checkpoint}": manifest.digest for checkpoint, manifest in shared.checkpoints.items()}
-    with draft(root / "studies" / name, "study", parents, {"parameters": run.model_dump(mode="json")}) as work:
+    parameters = run.model_copy(update={"studies": {name: its}}).model_dump(mode="json")
+    with draft(root / "studies" / name, "study", parents, {"parameters": parameters}) as work:
         write(table.with_shared(shared_rows(shared.evaluations.values())), work.scratch / "table")
         for file in FILES.values():
             with work.part(file) as path:

@@ -35,7 +35,7 @@ def run(params: Params, root: Path, out: Path, host: Host) -> Manifest:
     _require_names(params)
     found = read_run(params, root)
     results = found.results
-    settings = {"parameters": params.model_dump(mode="json")}
+    settings = {"parameters": params.model_dump(mode="json", exclude={"studies"})}
     with draft(out, "report", found.parents, settings) as work, track(host, params.run.name, "report", out.name, settings) as log:
         log({role: getattr(results, role).success for role in ("start", "final", "teacher")}, 0)
         with work.part("results.json") as path:
@@ -72,7 +72,7 @@ def render(run: Run) -> str:
         horizons=_horizons(list(seen.values())),
         figures=_figures(run),
         axes=AXES,
-        parameters=_yaml(run.params.model_dump(mode="json")),
+        parameters=_yaml(run.params.model_dump(mode="json", exclude={"studies"})),
         settings={name: _yaml(manifest.params) for name, manifest in run.checkpoints.items()},
     )
 

@@ -33,7 +33,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Curve:
-    """One arm: S seeds, P checkpoints that were scored, the start first, E episodes each.
+    """One arm: S seeds, P checkpoints that were scored, E episodes each. The first is the start, or the arm's own student if it has one.
 
     outcomes: whether an episode succeeded. costs: by name, what it had cost to come to a checkpoint.
     """
@@ -60,12 +60,14 @@ class Curve:
         return None if not last or None in last.values() else float(np.mean(list(last.values())))
 
     def by_position(self, quantity: str) -> dict[int, float]:
-        """The mean over seeds for each iteration that says it."""
+        """The mean over seeds for each iteration that says it; not where one seed distils and another doesn't any more."""
         said: dict[int, list[float]] = {}
+        kinds: dict[int, set[str]] = {}
         for row in self.updates:
+            kinds.setdefault(row.position, set()).add(row.kind)
             if (value := getattr(row, quantity)) is not None:
                 said.setdefault(row.position, []).append(value)
-        return {position: float(np.mean(values)) for position, values in sorted(said.items())}
+        return {position: float(np.mean(values)) for position, values in sorted(said.items()) if len(kinds[position]) == 1}
 
 
 @dataclass(frozen=True)
@@ -130,20 +132,20 @@ class Study:
     def ratio(self, one: Curve, other: Curve, cost: str, share: float = SHARE) -> Estimate | None:
         """`reach` of the other over that of the one, over the seeds that both have.
 
-        Where the other never came so far, what it has spent stands in for it: at least so much. None if the one itself never came so far, it cost it
-        nothing, or they share no seed.
+        Where the other never came so far, what it has spent stands in for it: at least so much. None if the one itself doesn't come so far in one of
+        ten resamples or more, it cost it nothing, or they share no seed. The interval is that of the resamples in which it does.
         """
         one, other = _paired(one, other)
         if not one.seeds:
             return None
         value, resampled = self._reached(one, cost, share)
-        if not 0 < value < np.inf:
+        came = (resampled > 0) & (resampled < np.inf)
+        if not 0 < value < np.inf or came.mean() < 0.9:
             return None
         its_value, its_resampled = self._reached(other, cost, share)
         spent = self._seeds(other) @ other.costs[cost][:, -1]
         least = np.where(np.isinf(its_resampled), spent, its_resampled)
-        parts = np.divide(least, resampled, out=np.full(RESAMPLES, np.inf), where=resampled > 0)
-        return _estimate((float(other.cost(cost)[-1]) if np.isinf(its_value) else its_value) / value, parts)
+        return _estimate((float(other.cost(cost)[-1]) if np.isinf(its_value) else its_value) / value, least[came] / resampled[came])
 
     def _reached(self, curve: Curve, cost: str, share: float) -> tuple[float, Float[np.ndarray, " R"]]:
         value = _crossing(curve.outcomes.mean((0, 2))[None], curve.cost(cost)[None], np.array([share * self.teacher.mean()]))
@@ -167,9 +169,14 @@ def _crossing(success: Float[np.ndarray, "R P"], spent: Float[np.ndarray, "R P"]
     return np.where(above.any(1), np.where(first == 0, spent[rows, 0], at), np.inf)
 
 
+def shared_seeds(one: Curve, other: Curve) -> tuple[int, ...]:
+    """The seeds that both have."""
+    return tuple(sorted({*one.seeds} & {*other.seeds}))
+
+
 def _paired(one: Curve, other: Curve) -> tuple[Curve, Curve]:
     """Both with the seeds that both have."""
-    common = sorted({*one.seeds} & {*other.seeds})
+    common = shared_seeds(one, other)
     return _only(one, common), _only(other, common)
 
 
@@ -204,11 +211,11 @@ def _curve(arm: str, rows: Sequence[EpisodeRow], updates: Sequence[UpdateRow], s
     common = set.intersection(*(set(its) for its in scored.values()))
     first = next(iter(scored.values()))
     checkpoints = sorted((name for name in first if name in common), key=lambda name: (first[name][0].iterations, first[name][0].optimizer_steps))
-    outcomes = [[start, *(_outcomes(its[name], episodes) for name in checkpoints)] for its in scored.values()]
-    costs = {
-        name: np.array([[0.0, *(_number(getattr(its[c][0], name)) for c in checkpoints)] for its in scored.values()], dtype=float) for name in COSTS
-    }
-    return Curve(arm, tuple(scored), ("start", *checkpoints), np.array(outcomes), costs, tuple(updates))
+    own = first[checkpoints[0]][0].iterations == 0  # a student of its own: it never was at the start
+    outcomes = [[*([] if own else [start]), *(_outcomes(its[name], episodes) for name in checkpoints)] for its in scored.values()]
+    spent = {name: [[_number(getattr(its[c][0], name)) for c in checkpoints] for its in scored.values()] for name in COSTS}
+    costs = {name: np.array([[*([] if own else [0.0]), *row] for row in rows], dtype=float) for name, rows in spent.items()}
+    return Curve(arm, tuple(scored), (*(() if own else ("start",)), *checkpoints), np.array(outcomes), costs, tuple(updates))
 
 
 def _number(value: float | None) -> float:

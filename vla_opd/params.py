@@ -332,6 +332,10 @@ class ReportParams(Section):
     teacher: Name = "teacher"
 
 
+LEARNING = ("sample", "label", "optimize", "explore", "reinforce")
+"""The sections in which the arms of a study may differ; in `student` too, but then not all of them have one start."""
+
+
 class ArmParams(Section):
     """One way to learn: so many iterations with the teacher, then so many of GRPO.
 
@@ -349,11 +353,18 @@ class ArmParams(Section):
 
     @model_validator(mode="after")
     def _learns(self) -> "ArmParams":
+        if other := [dotted for dotted in self.settings if dotted.partition(".")[0] not in (*LEARNING, "student")]:
+            raise ValueError(f"settings has {other[0]!r}; expected section.key with one of the sections {[*LEARNING, 'student']}")
         if self.switch is not None and self.after is None:
             raise ValueError(f"switch is {self.switch} and after is null; expected the arm after which it switches")
         if not self.distill + self.reinforce and not self.own_student:
             raise ValueError("distill and reinforce are 0; expected at least one iteration of either kind, or settings of `student`")
         return self
+
+    @property
+    def sections(self) -> tuple[str, ...]:
+        """What its iterations read."""
+        return (*LEARNING[:3],) * bool(self.distill) + (*LEARNING[3:],) * bool(self.reinforce)
 
     @property
     def own_student(self) -> bool:
@@ -383,6 +394,10 @@ class StudyParams(Section):
                 raise ValueError(f"arms.{name}.after is {other!r}; expected another arm, one of {sorted(self.arms)}")
         if circle := _circle(before):
             raise ValueError(f"arms: {' after '.join(circle)} is a circle; expected an arm that starts from the run's student")
+        for name, other in before.items():
+            used = {section for arm in self.lineage(other) for section in ("student", *arm.sections)}
+            if changed := [dotted for dotted in self.arms[name].settings if dotted.partition(".")[0] in used]:
+                raise ValueError(f"arms.{name}.settings has {changed[0]!r}; expected those of {other}, which it goes on from, for what that made")
         return self
 
     def lineage(self, arm: str) -> list[ArmParams]:
@@ -417,7 +432,7 @@ class Params(Section):
     iterations: Mapping[Name, Name] = Field(description="iteration: the checkpoint it starts from")
     reinforcements: Mapping[Name, Name] = Field(default_factory=dict, description="iteration of GRPO: the checkpoint it starts from")
     evaluations: Mapping[Name, Name] = Field(description="evaluation: the checkpoint it scores")
-    studies: Mapping[Name, StudyParams] = Field(default_factory=dict)
+    studies: Mapping[Name, StudyParams] = Field(default_factory=dict, description="each is `report/<name>` beside the run's own, `report/page`")
 
     @property
     def finetuned(self) -> dict[str, CheckpointParams]:
@@ -447,6 +462,12 @@ class Params(Section):
         chain = self.iterations if iteration in self.iterations else self.reinforcements
         parent = chain[iteration]
         return self.depth(parent) + 1 if parent in chain else 0
+
+    @model_validator(mode="after")
+    def _no_study_takes_the_reports_place(self) -> "Params":
+        if "page" in self.studies:
+            raise ValueError("studies has 'page': that is where the run's own report is; expected another name")
+        return self
 
     @model_validator(mode="after")
     def _names_exist(self) -> "Params":

@@ -159,8 +159,8 @@ class Run:
 
     @property
     def updates(self) -> tuple[Iteration | Reinforcement, ...]:
-        """Iterations of either kind."""
-        return self.iterations + self.reinforcements
+        """Iterations of either kind, each after all that it came from."""
+        return tuple(sorted(self.iterations + self.reinforcements, key=lambda one: len(self.params.chain(one.result.name))))
 
     @property
     def parents(self) -> dict[str, str]:
@@ -216,6 +216,7 @@ def discard(root: Path, kind: Literal["trajectories", "logits"], name: str) -> N
     kept.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(folder / MANIFEST, kept / MANIFEST)
     hidden = folder.with_name(f".{name}.removed")
+    shutil.rmtree(hidden, ignore_errors=True)  # what a killed process has left
     folder.rename(hidden)
     shutil.rmtree(hidden)
 

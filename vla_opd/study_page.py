@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from vla_opd import page
 from vla_opd.artifacts import Manifest, draft, open_artifact
-from vla_opd.curves import COSTS, SHARE, Curve, Estimate, Study, read_study
+from vla_opd.curves import COSTS, SHARE, Curve, Estimate, Study, read_study, shared_seeds
 from vla_opd.page import DRAWN_WITH, GRID, INK, SERIES, TEACHER, draw, percent
 from vla_opd.params import Params, StudyParams
 from vla_opd.study import Table, read
@@ -35,8 +35,9 @@ MARKERS = "osD^vPX*"
 class ArmResult(BaseModel):
     """One arm at its end. success: the mean over seeds; reach: what it cost to come to SHARE of the teacher's success, None if it never came so far.
 
-    difference: of its success, to the first arm's. unseen: the success on tasks that the run doesn't train on, if any were scored;
-    forgotten: by how much that is less than the start's. ratios: of `reach`, to the first arm's; at least so much where `reach` is None.
+    difference: of its success, to the first arm's, over the `compared` seeds that both have. ratios: of `reach`, to the first arm's; at least so much
+                where `reach` is None.
+    unseen:     the success on tasks that the run doesn't train on, if any were scored; forgotten: by how much that is less than the start's.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -50,6 +51,7 @@ class ArmResult(BaseModel):
     teacher_entropy: float | None
     reverse_kl: float | None
     reach: dict[str, Estimate | None]
+    compared: int
     difference: Estimate | None
     unseen: Estimate | None
     forgotten: Estimate | None
@@ -122,6 +124,7 @@ def _arm(study: Study, curve: Curve, unseen: Study | None) -> ArmResult:
         teacher_entropy=curve.at_end("teacher_entropy_after"),
         reverse_kl=curve.at_end("reverse_kl_after"),
         reach={name: one if math.isfinite(one.value) else None for name, one in reached.items()},
+        compared=len(shared_seeds(first, curve)),
         difference=study.difference(first, curve) if others else None,
         unseen=unseen.success(its)[-1] if unseen and its else None,
         forgotten=unseen.forgotten(its) if unseen and its else None,
@@ -167,6 +170,8 @@ def _told(study: StudyParams, arm: str) -> str:
         return ""
     its = study.arms[arm]
     said = [f"after {its.after}"] if its.after else []
+    said += [f"from where its rollouts had {percent(its.switch)}"] if its.switch is not None else []
+    said += ["a student of its own"] if its.own_student else []
     said += [f"{its.distill} iterations with the teacher"] if its.distill else []
     said += [f"{its.reinforce} of GRPO"] if its.reinforce else []
     return ", ".join([*said, *(f"{key} {value}" for key, value in its.settings.items())])

@@ -114,7 +114,8 @@ def git(*words: str) -> str:
 def _head() -> tuple[str, bool]:
     """The commit that is checked out, and whether its code was edited since."""
     commit = git("rev-parse", "HEAD").strip()
-    return commit, bool(commit and git("status", "--porcelain", "--", *CODE).strip())
+    code = [str(Path(name).resolve()) for name in CODE]  # the member of a study has links to it
+    return commit, bool(commit and git("status", "--porcelain", "--", *code).strip())
 
 
 def _user() -> str:

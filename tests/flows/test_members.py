@@ -1,12 +1,13 @@
 """The members of a study: which there are, what each is told, and what it is given."""
 
 from pathlib import Path
+from shutil import copyfile
 
 import pytest
 from ruamel.yaml import YAML
 
 from flows import pipeline
-from flows.members import STUDIES, Member, chain, go_on, members, prepare, reference
+from flows.members import DONE, STUDIES, Member, chain, fingerprint, go_on, hand_over, is_done, members, prepare, reference
 from tests.flows.manifests import publish
 from tests.flows.toy import REFERENCE, Toy
 from tests.vla_opd.test_curves import update
@@ -59,6 +60,50 @@ def test_seed_by_seed(run: Params) -> None:
 def test_who_is_not_there_is_named(run: Params, study: str, arms: list[str], seeds: list[int], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         members(study, run, arms, seeds)
+
+
+def test_what_a_study_cannot_do_is_refused(run: Params) -> None:
+    with pytest.raises(ValueError, match=r"evaluate\.decide is \[0\.8, 0\.9\]; expected null in a study"):
+        members("which", run.model_copy(update={"evaluate": run.evaluate.model_copy(update={"decide": (0.8, 0.9)})}))
+    with pytest.raises(ValueError, match="studies has 'page': that is where the run's own report is"):
+        Params.model_validate({**run.model_dump(), "studies": {"page": {"arms": {"a": {"distill": 1}}}}})
+
+
+def test_settings_of_another_section_do_not_touch_what_goes_before(run: Params) -> None:
+    its = {"a": {"distill": 1}, "b": {"after": "a", "reinforce": 1, "settings": {"reinforce.steps": 9}}}
+    assert Params.model_validate({**run.model_dump(), "studies": {"which": {"arms": its}}}).studies["which"].arms["b"].settings == {
+        "reinforce.steps": 9
+    }
+
+
+def test_a_member_is_done_while_it_is_made_from_what_it_would_be_made_from(run: Params) -> None:
+    member = Member("which", "plain", 3)
+    prepare(member, run)
+    assert not is_done(member, run)
+    (member.folder / DONE).write_text(fingerprint(member, run))
+    assert is_done(member, run)
+    assert not is_done(member, run.model_copy(update={"optimize": run.optimize.model_copy(update={"steps": 5})}))
+    publish(Path("artifacts/toy/checkpoints/teacher"), "checkpoint", {}, name="teacher")
+    assert not is_done(member, run)
+
+
+def test_a_copy_that_was_killed_does_not_count(run: Params) -> None:
+    """The manifest may arrive before the weights: so a copy has another name until it is whole."""
+    publish(Path("artifacts/toy/checkpoints/teacher"), "checkpoint", {}, name="teacher")
+    lock({"teacher": {"cmd": "x", "outs": [{"path": "artifacts/toy/checkpoints/teacher", "md5": "y"}]}})
+    member = Member("which", "plain", 3)
+    target = prepare(member, run) / "artifacts/toy/checkpoints/teacher"
+
+    def killed(source: str, to: str) -> None:
+        copyfile(source, to)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("shutil.copy2", killed)
+        hand_over(member, run)
+    assert not target.exists()
+    hand_over(member, run)
+    assert (target / "file").is_file()
 
 
 def test_a_teacher_that_iterations_made_is_refused(run: Params) -> None:
@@ -115,6 +160,9 @@ def test_an_arm_switches_where_the_other_s_rollouts_first_were_good_enough(run: 
     assert list(told(early).iterations) == ["it001", "it002", "it003"]  # as far as one knows by now
     rows = [update("plain", 3, position, 1.0).model_copy(update={"success": 0.35 * position}) for position in (1, 2)]
     write(Table((), (*rows, update("plain", 3, 3, 1.0))), plain.folder / "table")
+    with pytest.raises(ValueError, match=r"early, seed 3 switches by the rollouts of plain, seed 3, which isn't done; expected it first"):
+        go_on(early, changed)
+    (plain.folder / DONE).write_text(fingerprint(plain, changed))
     for member in (early, never):
         go_on(member, changed)
     assert (list(told(early).iterations), dict(told(early).reinforcements)) == (["it001", "it002"], {"rl001": "it002"})
@@ -136,6 +184,14 @@ def test_an_arm_that_makes_no_valid_run_is_refused_and_nothing_is_written(run: P
         ({"a": {}}, "expected at least one iteration"),
         ({"a": {"distill": 1, "after": "b"}}, r"arms\.a\.after is 'b'; expected another arm"),
         ({"a": {"distill": 1, "after": "b"}, "b": {"distill": 1, "after": "a"}}, "is a circle"),
+        (
+            {"a": {"distill": 1, "settings": {"evaluate.horizon": 9}}},
+            r"settings has 'evaluate\.horizon'; expected section\.key with one of the sections",
+        ),
+        (
+            {"a": {"distill": 1}, "b": {"after": "a", "reinforce": 1, "settings": {"optimize.steps": 9}}},
+            r"arms\.b\.settings has 'optimize\.steps'; expected those of a, which it goes on from",
+        ),
         ({"a": {"distill": 1, "switch": 0.5}}, r"switch is 0\.5 and after is null; expected the arm after which it switches"),
         ({}, "at least 1"),
     ],
@@ -153,6 +209,7 @@ def test_a_member_has_the_reference_and_need_not_make_it(clone: Toy, monkeypatch
     assert reference(run) == ["base", "teacher", "student", *REFERENCE]
     member = Member("which", "plain", 3)
     folder = prepare(member, run).resolve()
+    hand_over(member, run)
     assert not (folder / "artifacts").exists()  # what has no manifest isn't whole, and isn't handed on
     monkeypatch.chdir(folder)
     lock = YAML(typ="safe").load(Path("dvc.lock").read_text())["stages"]
@@ -181,9 +238,10 @@ def test_what_its_settings_make_otherwise_is_its_own_and_stays(run: Params) -> N
     study = run.studies["which"].model_copy(update={"arms": {"sft": ArmParams(settings={"student.steps": 7})}})
     changed = run.model_copy(update={"studies": {"which": study}})
     folder = prepare(Member("which", "sft", 3), changed)
+    hand_over(Member("which", "sft", 3), changed)
     assert list(YAML(typ="safe").load((folder / "dvc.lock").read_text())["stages"]) == ["teacher"]
     own = publish(folder / made / "checkpoints/student", "checkpoint", {}, name="own")
-    prepare(Member("which", "sft", 3), changed)
+    hand_over(Member("which", "sft", 3), changed)
     assert own in (folder / made / "checkpoints/student/manifest.json").read_text()
     assert digests["checkpoints/teacher"] in (folder / made / "checkpoints/teacher/manifest.json").read_text()
     assert not (folder / made / "evaluations/start").exists()
@@ -193,13 +251,14 @@ def test_what_the_reference_made_is_copied_once(run: Params) -> None:
     digest = publish(Path("artifacts/toy/checkpoints/teacher"), "checkpoint", {}, name="teacher")
     lock({"teacher": {"cmd": "x", "outs": [{"path": "artifacts/toy/checkpoints/teacher", "md5": "y"}]}})
     folder = prepare(Member("which", "plain", 3), run)
+    hand_over(Member("which", "plain", 3), run)
     copied = folder / "artifacts/toy/checkpoints/teacher/manifest.json"
     assert digest in copied.read_text()
     before = copied.stat().st_ino
-    prepare(Member("which", "plain", 3), run)
+    hand_over(Member("which", "plain", 3), run)
     assert copied.stat().st_ino == before
     publish(Path("artifacts/toy/checkpoints/teacher"), "checkpoint", {}, name="another")
-    prepare(Member("which", "plain", 3), run)
+    hand_over(Member("which", "plain", 3), run)
     assert copied.read_text() == Path("artifacts/toy/checkpoints/teacher/manifest.json").read_text()
 
 

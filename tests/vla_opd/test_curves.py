@@ -114,6 +114,19 @@ def test_who_never_came_so_far_counts_with_what_it_spent(study: Study) -> None:
     assert study.ratio(slow, fast, "env_steps", 0.75) is None
 
 
+def test_no_ratio_to_an_arm_that_may_not_come_so_far_itself(study: Study) -> None:
+    """At 90 % of two tasks of ten states, a resample in which it doesn't come to 90 % is none of rare ones."""
+    fast, slow = study.curves
+    assert study.reach(fast, "env_steps", 0.9).high == math.inf
+    assert study.ratio(fast, slow, "env_steps", 0.9) is None
+
+
+def test_where_one_seed_distils_and_another_does_not_any_more_nothing_is_averaged() -> None:
+    whole = table()
+    other = [row.model_copy(update={"kind": "reinforce"}) if (row.seed, row.position) == (1, 4) else row for row in whole.updates]
+    assert list(read_study(Table(whole.episodes, tuple(other)), "start", "teacher").curves[0].by_position("student_entropy_after")) == [1, 2, 3]
+
+
 def test_differences_are_paired(study: Study) -> None:
     """Both arms succeed in the same states, and one in more of them: so no resample has the other ahead."""
     fast, slow = study.curves
@@ -136,8 +149,8 @@ def test_unseen_tasks_are_a_study_of_their_own() -> None:
 def test_an_arm_without_iterations_is_one_checkpoint() -> None:
     rows = episodes("sft", 0, "start", (8, 8), Cost(optimizer_steps=400))
     curve = read_study(Table((*table().episodes, *rows), table().updates), "start", "teacher").curves[-1]
-    assert (curve.arm, curve.checkpoints) == ("sft", ("start", "start"))
-    assert curve.cost("optimizer_steps").tolist() == [0, 400]
+    assert (curve.arm, curve.checkpoints) == ("sft", ("start",))  # its own, not the one that the others start from
+    assert curve.cost("optimizer_steps").tolist() == [400]
     assert curve.at_end("student_entropy_after") is None
     assert curve.by_position("student_entropy_after") == {}
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.made_run import params, publish_reinforcement, publish_run
+from tests.made_run import params, publish_finetuned, publish_iteration, publish_reinforcement, publish_run
 from vla_opd import study
 from vla_opd.artifacts import read_manifest
 from vla_opd.params import Params
@@ -131,3 +131,20 @@ def test_rows_are_the_same_once_the_rollouts_are_discarded(tmp_path: Path) -> No
             discard(tmp_path / "small", kind, folder.name)
     assert not (tmp_path / "small/logits/it001").exists()
     assert member_rows(read_run(its, tmp_path / "small"), "arm", 0, {}) == before
+
+
+def test_a_distillation_may_follow_grpo(tmp_path: Path) -> None:
+    root = tmp_path / "small"
+    made = {name: publish_finetuned(root / "checkpoints" / name) for name in ("teacher", "student")}
+    made["rl001"] = publish_reinforcement(root, "rl001", made["student"])
+    publish_iteration(root, "it001", 1, made["rl001"], made["teacher"])
+    its = params(iterations={"it001": "rl001"}, reinforcements={"rl001": "student"}, evaluations={})
+    rows = member_rows(read_run(its, root), "arm", 0, {})
+    assert [(row.iteration, row.position) for row in rows.updates] == [("rl001", 1), ("it001", 2)]
+
+
+def test_what_a_killed_discard_left_is_no_hindrance(tmp_path: Path) -> None:
+    grown(tmp_path / "small")
+    (tmp_path / "small/logits/.it001.removed/left").mkdir(parents=True)
+    discard(tmp_path / "small", "logits", "it001")
+    assert [path.name for path in (tmp_path / "small/logits").glob("*it001*")] == [".it001.lock"]
