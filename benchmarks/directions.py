@@ -114,7 +114,7 @@ def _compared(batch: Batch, halves: tuple[np.ndarray, np.ndarray], length: float
             continue
         whole = _unit(first + second)
         exact = whole if exact is None else exact
-        after = _measured(batch, _moved(batch.policy, first * size), halves[1])
+        after = _measured(batch, _moved(batch.policy, (first * size).float()), halves[1])
         yield {
             "objective": arm,
             "agreement": float(first @ second),
@@ -136,7 +136,7 @@ def _direction(batch: Batch, arm: str, rows: np.ndarray, seed: int) -> Tensor:
 
 
 def _unit(direction: Tensor) -> Tensor:
-    return direction / direction.norm()
+    return direction.double() / direction.double().norm()
 
 
 def _moved(policy: Policy, step: Tensor) -> Policy:

@@ -133,10 +133,10 @@ class Study:
         """`reach` of the other over that of the one, over the seeds that both have.
 
         Where the other never came so far, what it has spent stands in for it: at least so much. None if the one itself doesn't come so far in one of
-        ten resamples or more, it cost it nothing, or they share no seed. The interval is that of the resamples in which it does.
+        ten resamples or more, it cost either nothing, or they share no seed. The interval is that of the resamples in which it does.
         """
         one, other = _paired(one, other)
-        if not one.seeds:
+        if not one.seeds or not other.cost(cost)[-1] > 0:
             return None
         value, resampled = self._reached(one, cost, share)
         came = (resampled > 0) & (resampled < np.inf)

@@ -11,7 +11,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, TypeVar
 
-import duckdb
 from pydantic import BaseModel, ConfigDict
 
 from vla_opd.distance import Means
@@ -214,6 +213,8 @@ def read(folder: Path) -> Table:
 
 
 def _write(rows: Iterable[BaseModel], kind: type[BaseModel], folder: Path) -> None:
+    import duckdb  # the command `opd` can do without
+
     columns = {name: _type(info.annotation) for name, info in kind.model_fields.items()}
     with TemporaryDirectory(dir=folder, prefix=".rows-") as temporary, duckdb.connect(":memory:") as base:
         lines = Path(temporary) / "rows.jsonl"
@@ -228,6 +229,8 @@ def _type(annotation: Any) -> str:
 
 
 def _read(kind: type[Row], folder: Path) -> tuple[Row, ...]:
+    import duckdb  # as above
+
     path = folder / FILES[kind]
     if not path.is_file():
         raise ValueError(f"{path} does not exist; expected a study's table (opd study NAME makes it)")

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from vla_opd import page
 from vla_opd.artifacts import Manifest, draft, open_artifact
 from vla_opd.curves import COSTS, SHARE, Curve, Estimate, Study, read_study, shared_seeds
-from vla_opd.page import DRAWN_WITH, GRID, INK, SERIES, TEACHER, draw, percent
+from vla_opd.page import DRAWN_WITH, INK, MUTED, SERIES, TEACHER, draw, percent
 from vla_opd.params import Params, StudyParams
 from vla_opd.study import Table, read
 
@@ -195,7 +195,7 @@ def _success(study: Study, found: StudyResults, cost: str) -> Markup:
 
     def paint(axes: "Axes") -> None:
         axes.axhline(found.teacher.value, color=TEACHER, linewidth=1.5)
-        axes.axhline(SHARE * found.teacher.value, color=GRID, linewidth=1.5, linestyle=(0, (4, 3)))
+        axes.axhline(SHARE * found.teacher.value, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
         for number, curve in shown:
             spent, means, colour = curve.cost(cost), study.success(curve), SERIES[number % len(SERIES)]
             axes.fill_between(spent, [m.low for m in means], [m.high for m in means], color=colour, alpha=0.13, linewidth=0)
