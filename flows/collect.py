@@ -42,9 +42,9 @@ def kept(store: Store, params: Params, more: Iterable[Artifact] = ()) -> set[str
 
 
 def garbage(store: Store, params: Params, more: Iterable[Artifact] = ()) -> Garbage:
-    """What isn't kept. Errors as of `kept`."""
+    """What isn't kept, but for the tables of studies, which are small and can't be made again without all their members. Errors as of `kept`."""
     needed = kept(store, params, more)
-    unneeded = tuple(a for a in store.artifacts if a.digest not in needed)
+    unneeded = tuple(a for a in store.artifacts if a.digest not in needed and a.manifest.kind != "study")
     return Garbage(unneeded, sum(a.size for a in unneeded))
 
 

@@ -30,6 +30,11 @@ def test_what_the_run_is_made_of_stays_and_the_rest_may_go(run: Path) -> None:
     assert unneeded() == ["older/checkpoints/student", "small/checkpoints/it002", "small/trajectories/it002"]
 
 
+def test_the_table_of_a_study_stays_although_what_it_came_from_is_not_here(run: Path) -> None:
+    publish(run.parent / "other/studies/objectives", "study", {"checkpoints/teacher": "7" * 64})
+    assert unneeded() == ["older/checkpoints/student", "small/checkpoints/it002", "small/trajectories/it002"]
+
+
 def test_what_is_named_stays_with_all_that_it_came_from(run: Path) -> None:
     assert unneeded("checkpoints/it002") == ["older/checkpoints/student"]
     assert unneeded("older/checkpoints/student") == ["small/checkpoints/it002", "small/trajectories/it002"]
