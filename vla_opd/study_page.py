@@ -196,7 +196,7 @@ def _success(study: Study, found: StudyResults, cost: str) -> Markup:
     def paint(axes: "Axes") -> None:
         axes.axhline(found.teacher.value, color=TEACHER, linewidth=1.5)
         axes.axhline(SHARE * found.teacher.value, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-        for number, curve in shown:
+        for number, curve in reversed(shown):  # the first on top: another may begin as it does
             spent, means, colour = curve.cost(cost), study.success(curve), SERIES[number % len(SERIES)]
             axes.fill_between(spent, [m.low for m in means], [m.high for m in means], color=colour, alpha=0.13, linewidth=0)
             axes.plot(spent, [m.value for m in means], color=colour, linewidth=2, marker=MARKERS[number % len(MARKERS)], markersize=5)
