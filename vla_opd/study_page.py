@@ -247,7 +247,7 @@ def _forgetting(study: Study, unseen: Study) -> Markup:
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(lambda value, _: f"{value:.0%}")
 
-    return draw("forgetting", alt, (620, 420), paint)
+    return draw("forgetting", alt, (920, 440), paint)
 
 
 def _path(study: Study, curve: Curve, unseen: Study, other: Curve) -> list[tuple[float, float]]:
