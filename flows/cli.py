@@ -62,8 +62,7 @@ def _obey(arguments: Sequence[str] | None) -> int:
 @app.command()
 def run(targets: Stages = None, changes: Changes = None) -> None:
     """Bring the run that params.yaml describes up to date, as a Prefect flow."""
-    for name, value in PREFECT.items():
-        os.environ.setdefault(name, value)  # before Prefect reads it
+    _quiet()
     settings.write(_changes(changes or ()))
     with server.in_use() as url:
         from httpx import HTTPError
@@ -95,8 +94,7 @@ def study(
     """Bring a study up to date: every arm with every seed, then its table and its page."""
     run = params.load()
     members.members(name, run, arms or (), seeds or ())  # a name that isn't there is refused before a server is started
-    for setting, value in PREFECT.items():
-        os.environ.setdefault(setting, value)
+    _quiet()
     with server.in_use():
         from httpx import HTTPError
 
@@ -112,6 +110,12 @@ def study(
             raise RuntimeError(f"Prefect's server does not answer any more ({error}); what is done stays, go on with  opd study {name}") from error
     folder = Path("artifacts") / run.run.name
     print(f"\n  table      {folder / 'studies' / name}\n  page       {folder / 'report' / name / 'index.html'}")
+
+
+def _quiet() -> None:
+    """What Prefect is told where the terminal is for something else. It has to be there before Prefect is imported."""
+    for name, value in PREFECT.items():
+        os.environ.setdefault(name, value)
 
 
 @app.command()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flows.store import ROOT, SHORT, Artifact, Store
+from vla_opd import artifacts
 from vla_opd.params import Params
 
 
@@ -53,9 +54,7 @@ def remove(found: Garbage, root: Path = ROOT) -> None:
     for leftover in root.rglob(".*.removed"):
         shutil.rmtree(leftover)
     for artifact in found.artifacts:
-        hidden = artifact.folder.with_name(f".{artifact.folder.name}.removed")
-        artifact.folder.rename(hidden)
-        shutil.rmtree(hidden)
+        artifacts.remove(artifact.folder)
 
 
 def _planned(artifact: Artifact, params: Params) -> bool:

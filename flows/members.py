@@ -125,8 +125,8 @@ def go_on(member: Member, run: Params) -> None:
 
 def fingerprint(member: Member, run: Params) -> str:
     """Of what a member is made from: its settings, and the checkpoints of the reference."""
-    made = [Path(ROOT / run.run.name / "checkpoints" / name / MANIFEST) for name in run.finetuned]
-    digests = [read_manifest(path.parent, "checkpoint").digest for path in made if path.is_file()]
+    made = [ROOT / run.run.name / "checkpoints" / name for name in run.finetuned]
+    digests = [read_manifest(folder, "checkpoint").digest for folder in made if (folder / MANIFEST).is_file()]
     return sha256(canonical([_yaml(tree(member, run)), digests]))
 
 
@@ -165,8 +165,6 @@ def tree(member: Member, run: Params) -> dict[str, Any]:
     arms = study.lineage(member.arm)
     for dotted, value in (one for arm in arms for one in arm.settings.items()):
         section, _, key = dotted.partition(".")
-        if not key:
-            raise ValueError(f"studies.{member.study}.arms.{member.arm}.settings has {dotted!r}; expected section.key, as in optimize.objective")
         settings.setdefault(section, {})[key] = value
     settings["run"]["learning_seed"] = member.seed
     names, scored = chain(member, study)

@@ -31,7 +31,7 @@ from vla_opd.host import METRICS
 from vla_opd.lifeline import die_with_parent
 from vla_opd.params import Params, load
 from vla_opd.results import discard, read_run
-from vla_opd.study import FILES, joined, member_rows, read, shared_rows, write
+from vla_opd.study import joined, member_rows, read, shared_rows, write
 from vla_opd.tracking import executions
 
 LOG = "study.log"
@@ -171,10 +171,7 @@ def tabulate(name: str, run: Params) -> Manifest:
     parents = {f"checkpoints/{checkpoint}": manifest.digest for checkpoint, manifest in shared.checkpoints.items()}
     parameters = run.model_copy(update={"studies": {name: its}}).model_dump(mode="json")
     with draft(root / "studies" / name, "study", parents, {"parameters": parameters}) as work:
-        write(table.with_shared(shared_rows(shared.evaluations.values())), work.scratch / "table")
-        for file in FILES.values():
-            with work.part(file) as path:
-                (work.scratch / "table" / file).rename(path)
+        write(table.with_shared(shared_rows(shared.evaluations.values())), work.folder)
         facts = {name: _made(manifest) for name, manifest in shared.checkpoints.items()}
         return work.publish({**facts, "members": len(done), "episodes": len(table.episodes), "iterations": len(table.updates)})
 

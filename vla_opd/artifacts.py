@@ -232,6 +232,14 @@ def draft(target: Path, kind: Kind, parents: Mapping[str, str], params: Mapping[
         yield work
 
 
+def remove(folder: Path) -> None:
+    """Delete an artifact. It is renamed out of sight first, so that what a kill leaves behind is no half artifact."""
+    hidden = folder.with_name(f".{folder.name}.removed")
+    _remove(hidden)  # what a kill has left
+    folder.rename(hidden)
+    _remove(hidden)
+
+
 def _versions() -> dict[str, str]:
     return {name: version(name) for name in VERSIONED}
 

@@ -353,7 +353,7 @@ class ArmParams(Section):
 
     @model_validator(mode="after")
     def _learns(self) -> "ArmParams":
-        if other := [dotted for dotted in self.settings if dotted.partition(".")[0] not in (*LEARNING, "student")]:
+        if other := [dotted for dotted in self.settings if dotted.partition(".")[0] not in (*LEARNING, "student") or "." not in dotted]:
             raise ValueError(f"settings has {other[0]!r}; expected section.key with one of the sections {[*LEARNING, 'student']}")
         if self.switch is not None and self.after is None:
             raise ValueError(f"switch is {self.switch} and after is null; expected the arm after which it switches")

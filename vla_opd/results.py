@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from vla_opd.artifacts import MANIFEST, Manifest, open_artifact, read_manifest
+from vla_opd.artifacts import MANIFEST, Manifest, open_artifact, read_manifest, remove
 from vla_opd.distance import Distance, Means
 from vla_opd.evaluation import Record, Score, read_records, score
 from vla_opd.params import Params
@@ -17,7 +17,7 @@ DISCARDED = ".discarded"  # in a run's folder: the manifests of what was removed
 
 
 class Read(BaseModel):
-    """What is read from an artifact, as far as the page needs it."""
+    """What is read from an artifact, as far as anything asks for it."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -149,7 +149,7 @@ class Reinforcement:
 
 @dataclass(frozen=True)
 class Run:
-    """All that the page shows. Evaluations in the order of their columns; iterations in the order of their depth, of GRPO too."""
+    """A run, whole. Evaluations in the order of their columns; iterations in the order of their depth, of GRPO too."""
 
     params: Params
     checkpoints: Mapping[str, Manifest]
@@ -215,16 +215,13 @@ def discard(root: Path, kind: Literal["trajectories", "logits"], name: str) -> N
     folder, kept = root / kind / name, root / DISCARDED / kind / name
     kept.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(folder / MANIFEST, kept / MANIFEST)
-    hidden = folder.with_name(f".{name}.removed")
-    shutil.rmtree(hidden, ignore_errors=True)  # what a killed process has left
-    folder.rename(hidden)
-    shutil.rmtree(hidden)
+    remove(folder)
 
 
 def _manifest(root: Path, kind: Literal["trajectories", "logits"], name: str) -> Manifest:
     """Of the artifact that is there, or of the one that was."""
-    there = (root / kind / name, root / DISCARDED / kind / name)
-    return read_manifest(there[1] if not there[0].exists() and there[1].exists() else there[0], kind)
+    folder, kept = root / kind / name, root / DISCARDED / kind / name
+    return read_manifest(kept if kept.exists() and not folder.exists() else folder, kind)
 
 
 def _iteration(name: str, root: Path, depth: int) -> Iteration:

@@ -216,7 +216,7 @@ def _write(rows: Iterable[BaseModel], kind: type[BaseModel], folder: Path) -> No
     import duckdb  # the command `opd` can do without
 
     columns = {name: _type(info.annotation) for name, info in kind.model_fields.items()}
-    with TemporaryDirectory(dir=folder, prefix=".rows-") as temporary, duckdb.connect(":memory:") as base:
+    with TemporaryDirectory(dir=folder, prefix=".tmp-rows-") as temporary, duckdb.connect(":memory:") as base:
         lines = Path(temporary) / "rows.jsonl"
         lines.write_text("".join(json.dumps(row.model_dump()) + "\n" for row in rows))
         source = base.read_json(str(lines), columns=columns, format="newline_delimited")

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 from pydantic import BaseModel, ConfigDict
@@ -197,15 +197,20 @@ def _success(study: Study, found: StudyResults, cost: str) -> Markup:
         axes.axhline(found.teacher.value, color=TEACHER, linewidth=1.5)
         axes.axhline(SHARE * found.teacher.value, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
         for number, curve in reversed(shown):  # the first on top: another may begin as it does
-            spent, means, colour = curve.cost(cost), study.success(curve), SERIES[number % len(SERIES)]
-            axes.fill_between(spent, [m.low for m in means], [m.high for m in means], color=colour, alpha=0.13, linewidth=0)
-            axes.plot(spent, [m.value for m in means], color=colour, linewidth=2, marker=MARKERS[number % len(MARKERS)], markersize=5)
+            spent, means, look = curve.cost(cost), study.success(curve), _look(number)
+            axes.fill_between(spent, [m.low for m in means], [m.high for m in means], color=look["color"], alpha=0.13, linewidth=0)
+            axes.plot(spent, [m.value for m in means], linewidth=2, markersize=5, **look)
         axes.set(xlabel=NAMES[cost], ylabel="success", ylim=(-0.03, 1.03), xlim=(0, None))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axes.xaxis.set_major_formatter(lambda value, _: _thousands(value))
         axes.locator_params(axis="x", nbins=6, integer=cost == "iterations")
 
     return draw(f"by-{cost}", alt, (450, 300), paint)
+
+
+def _look(number: int) -> dict[str, Any]:
+    """The colour and the marker of an arm, the same in every drawing."""
+    return {"color": SERIES[number % len(SERIES)], "marker": MARKERS[number % len(MARKERS)]}
 
 
 def _thousands(value: float) -> str:
@@ -222,7 +227,7 @@ def _towards(study: Study, quantity: str) -> Markup:
         if quantity == "student_entropy_after" and (teacher := _teacher_entropy(study.curves)):
             axes.plot(list(teacher), list(teacher.values()), color=TEACHER, linewidth=1.5)
         for number, _, values in shown:
-            axes.plot(list(values), list(values.values()), color=SERIES[number % len(SERIES)], linewidth=2, marker=MARKERS[number % 8], markersize=5)
+            axes.plot(list(values), list(values.values()), linewidth=2, markersize=5, **_look(number))
         axes.set(xlabel="iteration", ylabel=TOWARDS[quantity], xlim=(0.5, None))
         axes.set_ylim(bottom=0 if quantity.startswith("reverse_kl") else None)
         axes.locator_params(axis="x", nbins=8, integer=True)
@@ -241,7 +246,7 @@ def _forgetting(study: Study, unseen: Study) -> Markup:
         axes.plot(*teacher, marker="*", markersize=13, color=TEACHER, linestyle="none")
         for number, curve in enumerate(study.curves):
             if path := paths.get(curve.arm):
-                axes.plot(*zip(*path, strict=True), color=SERIES[number % len(SERIES)], linewidth=1.5, marker=MARKERS[number % 8], markersize=6)
+                axes.plot(*zip(*path, strict=True), linewidth=1.5, markersize=6, **_look(number))
         axes.plot(*start, marker="o", markersize=10, color=INK, fillstyle="none", linestyle="none")
         axes.set(xlabel="success on the tasks that are trained", ylabel="success on unseen tasks", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
         for axis in (axes.xaxis, axes.yaxis):

@@ -193,6 +193,7 @@ def test_an_arm_that_makes_no_valid_run_is_refused_and_nothing_is_written(run: P
             r"arms\.b\.settings has 'optimize\.steps'; expected those of a, which it goes on from",
         ),
         ({"a": {"distill": 1, "switch": 0.5}}, r"switch is 0\.5 and after is null; expected the arm after which it switches"),
+        ({"a": {"distill": 1, "settings": {"optimize": {"steps": 9}}}}, r"settings has 'optimize'; expected section\.key with one of the sections"),
         ({}, "at least 1"),
     ],
 )
