@@ -37,7 +37,7 @@ NO_ROOM = (
     "{free:.0f} MB are free here. What was finished is kept: make room (`opd gc --dry-run` lists artifacts that nothing needs), "
     "and run the same command again"
 )
-SIMULATED = ("demonstrate", "sample", "explore", "evaluate")
+SIMULATED = ("demonstrate", "sample", "label", "explore", "evaluate")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,6 +1,9 @@
-"""label: teacher, trajectories -> logits, eq. (4). The teacher is asked at every kept state of the rollouts."""
+"""label: teacher, trajectories -> logits, eq. (4): the teacher is asked at every kept state of the rollouts; or, for DAgger, the scripted expert."""
 
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -10,11 +13,16 @@ from tqdm import tqdm
 from vla_opd.artifacts import Manifest, draft, open_artifact
 from vla_opd.checkpoint import open_checkpoint, require_environment
 from vla_opd.host import Host
-from vla_opd.logits import normalised, write_shard
-from vla_opd.params import EnvironmentParams, Params
+from vla_opd.logits import Cost, Labels, normalised, read_cost, read_recoverable, spread, write_shard
+from vla_opd.params import EnvironmentParams, LabelParams, Params
 from vla_opd.policies import Policy, load_policy
+from vla_opd.rollout import Job, PoolSettings, RolloutSettings, Tally, threads
+from vla_opd.takeover import Recorded, ask, take_over
+from vla_opd.tokens import ActionSpace
 from vla_opd.tracking import track
-from vla_opd.trajectory import Observations, read_states, shards
+from vla_opd.trajectory import read_shard, read_states, shards
+
+Result = TypeVar("Result")
 
 
 def run(params: Params, teacher: Path, trajectories: Path, out: Path, host: Host) -> Manifest:
@@ -27,30 +35,114 @@ def run(params: Params, teacher: Path, trajectories: Path, out: Path, host: Host
         raise ValueError(
             f"{trajectories}: the student's action space is {source.facts['action_space'][:12]}; expected the teacher's, {space.digest[:12]}"
         )
-    settings = {"label": params.label.model_dump(), "device": host.device}
+    label, expert = params.label, params.demonstrate.expert
+    settings = {"label": label.model_dump(), "device": host.device} | ({"expert": expert} if label.by == "expert" else {})
     parents = {"teacher": checkpoint.digest, "trajectories": source.digest}
     with draft(out, "logits", parents, settings) as work, track(host, params.run.name, "label", out.name, settings) as log:
-        torch.set_num_threads(params.label.threads)
-        policy = load_policy(checkpoint, host.device)
+        torch.set_num_threads(label.threads)
+        simulation = _Simulation(environment, source.params["sample"]["horizon"], PoolSettings(host.workers, host.timeout_s), Tally())
+        asked = _Asked(label, load_policy(checkpoint, host.device), space, expert, trajectories, simulation)
         names = [shard.name for shard in shards(trajectories)]
         missing = work.missing(names)
-        for name in tqdm(missing, initial=len(names) - len(missing), total=len(names), desc="label", unit="shard", mininterval=5):
+        found, there = asked.about(missing), len(names) - len(missing)
+        for name, labels in tqdm(found, initial=there, total=len(names), desc="label", unit="shard", mininterval=5):
             with work.part(name) as path:
-                write_shard(path, _label(policy, read_states([trajectories / name]).observations, params, name))
-        queries = int(source.facts["states"])
-        log({"teacher_queries": queries}, 0)
-        return work.publish({"teacher_queries": queries, "action_space": space.model_dump(), "environment": environment.model_dump()})
+                write_shard(path, labels)
+            simulation.tally.states += len(labels.log_probs)
+            if simulation.tally.environment:
+                work.remember(simulation.tally.environment)
+        facts = _facts([work.folder / name for name in names], int(source.facts["states"]), label)
+        log({**facts, **simulation.tally.as_metrics()}, 0)
+        return work.publish({**facts, "action_space": space.model_dump(), "environment": environment.model_dump()})
 
 
-def _label(policy: Policy, observations: Observations, params: Params, name: str) -> Float[np.ndarray, "N K V"]:
-    """A shard's labels. FloatingPointError at the first state whose label is not finite."""
-    batches = np.array_split(np.arange(len(observations)), max(1, -(-len(observations) // params.label.batch_size)))
-    with torch.inference_mode():
-        labels = np.concatenate([normalised(policy.logits(observations.at(rows)), params.label.dtype) for rows in batches])
-    spoilt = np.flatnonzero(~np.isfinite(labels).all((1, 2)))
-    if len(spoilt):
-        raise FloatingPointError(
-            f"the teacher's log-probabilities of {len(spoilt)} states of {name} are not finite in {params.label.dtype}, the first of them state "
-            f"{spoilt[0]}; expected finite numbers (nothing of this shard is kept)"
-        )
-    return labels
+def _facts(paths: Sequence[Path], states: int, label: LabelParams) -> dict[str, float]:
+    """What the labels cost, and of how many states the teacher still succeeds."""
+    costs = [read_cost(path) for path in paths]
+    facts: dict[str, float] = {"teacher_queries": states + sum(one.decisions for one in costs), "env_steps": sum(one.env_steps for one in costs)}
+    if label.recover_every is None:
+        return facts
+    return facts | {"recoverable": float(np.concatenate([read_recoverable(path) for path in paths]).mean())}
+
+
+@dataclass(frozen=True)
+class _Simulation:
+    """How the simulators are set up, where any are needed."""
+
+    environment: EnvironmentParams
+    horizon: int
+    pool: PoolSettings
+    tally: Tally
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Whoever labels, and the rollouts that are labelled."""
+
+    label: LabelParams
+    teacher: Policy
+    space: ActionSpace
+    expert: str
+    trajectories: Path
+    simulation: _Simulation
+
+    def about(self, names: Sequence[str]) -> Iterator[tuple[str, Labels]]:
+        """The labels of some shards, as they are known."""
+        if self.label.by == "expert":
+            return self._by_expert(names)
+        return ((name, Labels(self._log_probs(name))) for name in names) if self.label.recover_every is None else self._recovered(names)
+
+    def _log_probs(self, name: str) -> Float[np.ndarray, "N K V"]:
+        """The teacher's, of a shard. FloatingPointError at the first state whose label is not finite."""
+        observations, dtype = read_states([self.trajectories / name]).observations, self.label.dtype
+        batches = np.array_split(np.arange(len(observations)), max(1, -(-len(observations) // self.label.batch_size)))
+        with torch.inference_mode(), threads(self.label.threads):
+            labels = np.concatenate([normalised(self.teacher.logits(observations.at(rows)), dtype) for rows in batches])
+        spoilt = np.flatnonzero(~np.isfinite(labels).all((1, 2)))
+        if len(spoilt):
+            raise FloatingPointError(
+                f"the teacher's log-probabilities of {len(spoilt)} states of {name} are not finite in {dtype}, the first of them state "
+                f"{spoilt[0]}; expected finite numbers (nothing of this shard is kept)"
+            )
+        return labels
+
+    def _recovered(self, names: Sequence[str]) -> Iterator[tuple[str, Labels]]:
+        """The teacher's labels, and from which states it still succeeds, greedily."""
+        recorded, its = self._recorded(names), self.simulation
+        settings, every = RolloutSettings(its.horizon, None), self.label.recover_every or 1
+        found = take_over(self.teacher, _all(recorded), its.environment, settings, every, its.pool, its.tally)
+        for name, ones in _by_shard(recorded, found):
+            cost = Cost(sum(one.env_steps for one in ones), sum(one.decisions for one in ones))
+            yield name, Labels(self._log_probs(name), np.concatenate([one.recoverable for one in ones]), cost)
+
+    def _by_expert(self, names: Sequence[str]) -> Iterator[tuple[str, Labels]]:
+        """The expert's actions, as distributions around their bins."""
+        recorded, its, space = self._recorded(names), self.simulation, self.space
+        found = ask(_all(recorded), its.environment, self.expert, space.chunk, its.pool, its.tally)
+        for name, ones in _by_shard(recorded, found):
+            actions = np.concatenate(ones)
+            labels = spread(space.encode(actions), space.bins, self.label.smoothing, self.label.dtype)
+            yield name, Labels(labels, cost=Cost(env_steps=actions.shape[0] * space.chunk))
+
+    def _recorded(self, names: Sequence[str]) -> dict[str, dict[Job, Recorded]]:
+        """What leads to the states of some shards again."""
+        return {
+            name: {Job(e.placement, e.member, 0): Recorded(e.placement, e.success, e.actions, e.step, e.proprio) for e in read_shard(path)}
+            for name, path in ((name, self.trajectories / name) for name in names)
+        }
+
+
+def _all(recorded: Mapping[str, Mapping[Job, Recorded]]) -> dict[Job, Recorded]:
+    return {job: one for episodes in recorded.values() for job, one in episodes.items()}
+
+
+def _by_shard(recorded: Mapping[str, Mapping[Job, Recorded]], found: Iterable[tuple[Job, Result]]) -> Iterator[tuple[str, list[Result]]]:
+    """What was found of the episodes of each shard, in their order, as soon as it is all there."""
+    home = {job: name for name, episodes in recorded.items() for job in episodes}
+    arrived: dict[str, dict[Job, Result]] = {name: {} for name in recorded}
+    for job, result in found:
+        name = home[job]
+        arrived[name][job] = result
+        if len(arrived[name]) == len(recorded[name]):
+            there = arrived.pop(name)
+            yield name, [there[one] for one in recorded[name]]

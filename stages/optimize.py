@@ -14,7 +14,7 @@ from vla_opd.checkpoint import Checkpoint, open_checkpoint, require_same_actions
 from vla_opd.decisions import Decisions, Graded, failed_share, read_decisions
 from vla_opd.diagnostics import Distance, distance
 from vla_opd.host import Host
-from vla_opd.logits import read_shard
+from vla_opd.logits import read_recoverable, read_shard
 from vla_opd.objectives import (
     OBJECTIVES,
     ON_DECISIONS,
@@ -46,6 +46,7 @@ from vla_opd.update import budget, learn, order, probed, require_own_rollouts
 class Labelled:
     """Student-visited states, and what the teacher says there.
 
+    kept:    which of the states are to be learnt from, if not all.
     initial: what the student that the run began with says there; only for the anchor.
     on_policy: what the rollout did there; only for objectives that learn from it.
     """
@@ -53,13 +54,20 @@ class Labelled:
     observations: Observations
     mask: Bool[np.ndarray, "N K"]
     teacher: Float[np.ndarray, "N K V"]
+    kept: Bool[np.ndarray, " N"] | None = None
     initial: Float[np.ndarray, "N K V"] | None = None
     on_policy: "OnPolicy | None" = None
 
     @property
     def usable(self) -> Int[np.ndarray, " U"]:
-        """The states to learn from: those with a valid token, among those that the objective can be asked at."""
-        return np.flatnonzero(self.mask.any(1) if self.on_policy is None else self.on_policy.graded.usable)
+        """The states to learn from: those kept with a valid token, among those that the objective can be asked at."""
+        there = self.mask.any(1) if self.on_policy is None else self.on_policy.graded.usable
+        return np.flatnonzero(there if self.kept is None else there & self.kept)
+
+    @property
+    def learnt(self) -> Bool[np.ndarray, "N K"]:
+        """Which tokens count, of the states that are kept."""
+        return self.mask if self.kept is None else self.mask & self.kept[:, None]
 
     def at(self, rows: Int[np.ndarray, " B"]) -> dict[str, np.ndarray]:
         """Some states, by name, and which they are."""
@@ -95,17 +103,18 @@ def run(params: Params, iteration: str, student: Path, trajectories: Path, logit
         data = data if anchor is None else replace(data, initial=_scores(load_policy(anchor, host.device), data, opt))
         before = _probe(policy, data, opt)
         seed = derive(params.run.learning_seed, "optimize", iteration)
+        data = data if opt.states is None else replace(data, kept=_drawn(data, opt.states, seed))
         plan = budget(opt, depth, len(data.usable))
         evidence = Evidence(host.not_finite(params.run.name), lambda step: data.at(order(data.usable, opt.batch_size, seed)(step)))
         going_on = student if depth else None  # another kind of update left its own moments there
         learn(policy, _loss(policy, data, params, seed), plan, work, going_on, f"optimize {iteration}", log, evidence)
-        after, failed = _probe(policy, data, opt), failed_share(shards(trajectories), data.mask)
+        after, failed = _probe(policy, data, opt), failed_share(shards(trajectories), data.learnt)
         log(
             {f"{when}/{name}": value for when, it in (("before", before), ("after", after)) for name, value in it if isinstance(value, float)},
             plan.end,
         )
         facts = {"checkpoint": checkpoint.facts.model_dump(), "before": before.model_dump(), "after": after.model_dump(), "failed_share": failed}
-        return work.publish({**facts, "depth": depth, "states": len(data.mask)})
+        return work.publish({**facts, "depth": depth, "states": len(data.mask), "learnt_from": len(data.usable)})
 
 
 def _require_alignment(student: Checkpoint, trajectories: Path, logits: Path) -> dict[str, str]:
@@ -134,6 +143,7 @@ def _read(opt: OptimizeParams, trajectories: Path, logits: Path, chunk: int) -> 
         observations=whole.observations,
         mask=whole.mask,
         teacher=np.concatenate([read_shard(logits / path.name, len(s)) for path, s in zip(paths, states, strict=True)]),
+        kept=np.concatenate([read_recoverable(logits / path.name) for path in paths]) if opt.recoverable else None,
     )
     if opt.objective not in ON_DECISIONS:
         return data
@@ -141,6 +151,16 @@ def _read(opt: OptimizeParams, trajectories: Path, logits: Path, chunk: int) -> 
     if "teacher" in visited.parents:
         raise ValueError(f"{trajectories}: the teacher acted (sample.visited_by); expected the student, whose own tokens {opt.objective} learns from")
     return replace(data, on_policy=_on_policy(data, read_decisions(paths, chunk), opt, visited.params["sample"]["temperature"]))
+
+
+def _drawn(data: Labelled, states: int, seed: int) -> Bool[np.ndarray, " N"]:
+    """So many of the states to learn from, at random. ValueError if there are fewer."""
+    usable = data.usable
+    if states > len(usable):
+        raise ValueError(f"optimize.states is {states}; expected at most the {len(usable)} states that there are to learn from (see sample.prompts)")
+    kept = np.zeros(len(data.mask), np.bool_)
+    kept[np.random.default_rng(derive(seed, "states")).choice(usable, states, replace=False)] = True
+    return kept
 
 
 def _on_policy(data: Labelled, decisions: Decisions, opt: OptimizeParams, temperature: float) -> OnPolicy:

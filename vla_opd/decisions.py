@@ -83,7 +83,7 @@ def _group(path: Path, number: int, chunk: int) -> Decisions:
 
 
 def failed_share(paths: Sequence[Path], mask: Bool[np.ndarray, "N K"]) -> float:
-    """The share of the valid tokens of all states of some shards, and so of the labels' say, that lies in episodes that failed."""
+    """The share of the valid tokens of all states of some shards, and so of the labels' say, that lies in episodes that failed; 0 of none."""
     columns = [arrays.read(path, ("states", "success"))[0] for path in paths]
     failed = np.concatenate([np.repeat(~one["success"], one["states"]) for one in columns])
-    return float(mask[failed].sum() / mask.sum())
+    return float(mask[failed].sum() / max(1, mask.sum()))

@@ -1,21 +1,41 @@
-"""The teacher's log-probabilities over all V bins, at every kept state of a trajectory artifact, aligned shard by shard and row by row.
+"""The teacher's log-probabilities over all V bins, at every kept state of a trajectory artifact, aligned shard by shard and row by row; and, where it
+was asked, from which of the states it still succeeds.
 
 A shard of a logit store labels the shard of its name of the trajectories whose digest the manifest names. Full, not top-k: 32 of 256 bins hold only
 81 % of a broad teacher's mass. In float16 a token's KL is off by up to 1e-3 nats, its mean over 64 states by less than 5e-6 (measured: docs/log.md).
 """
 
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 
 from vla_opd import arrays
 
 
-def write_shard(path: Path, log_probs: Float[np.ndarray, "N K V"]) -> None:
-    """Write normalised log-probabilities (nats, temperature 1) of one shard's N states."""
-    arrays.write(path, {"log_probs": log_probs}, {"format": 1})
+class Cost(NamedTuple):
+    """What was simulated to label: control steps, without those that led to the labelled states again, and the teacher's decisions in them."""
+
+    env_steps: int = 0
+    decisions: int = 0
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Of N states: normalised log-probabilities (nats, temperature 1); whether the teacher still succeeds from there, if that was tried; the cost."""
+
+    log_probs: Float[np.ndarray, "N K V"]
+    recoverable: Bool[np.ndarray, " N"] | None = None
+    cost: Cost = field(default_factory=Cost)
+
+
+def write_shard(path: Path, labels: Labels) -> None:
+    """Write the labels of one shard."""
+    columns = {"log_probs": labels.log_probs} | ({} if labels.recoverable is None else {"recoverable": labels.recoverable})
+    arrays.write(path, columns, {"format": 1} | (labels.cost._asdict() if any(labels.cost) else {}))
 
 
 def read_shard(path: Path, states: int) -> Float[np.ndarray, "N K V"]:
@@ -25,6 +45,27 @@ def read_shard(path: Path, states: int) -> Float[np.ndarray, "N K V"]:
     if len(log_probs) != states:
         raise ValueError(f"{path}: labels {len(log_probs)} states; expected the {states} of the trajectory shard of that name")
     return log_probs
+
+
+def read_recoverable(path: Path) -> Bool[np.ndarray, " N"]:
+    """From which states of a shard the teacher still succeeds. ValueError if it wasn't asked."""
+    columns, _ = arrays.read(path, ("recoverable",))
+    if not columns:
+        raise ValueError(f"{path}: doesn't say from which states the teacher still succeeds; expected labels made with label.recover_every")
+    return columns["recoverable"]
+
+
+def read_cost(path: Path) -> Cost:
+    """What was simulated for a shard."""
+    attributes = arrays.read(path, ())[1]
+    return Cost(*(int(attributes.get(name, 0)) for name in Cost._fields))
+
+
+def spread(bins: Int[np.ndarray, "N K"], width: int, sigma: float, dtype: str) -> Float[np.ndarray, "N K V"]:
+    """Around one of V = `width` bins a token: log p(v) = -(v - bin)^2 / (2 sigma^2) - log Z, as stored; finite everywhere."""
+    away = np.arange(width) - bins[..., None].astype(np.float64)
+    log_probs = torch.from_numpy(-(away**2) / (2 * sigma**2)).log_softmax(-1).numpy()
+    return log_probs.clip(min=np.finfo(dtype).min).astype(dtype)
 
 
 def normalised(logits: Float[torch.Tensor, "N K V"], dtype: str) -> Float[np.ndarray, "N K V"]:

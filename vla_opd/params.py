@@ -192,9 +192,18 @@ class SampleParams(Section):
 
 
 class LabelParams(Section):
-    """Teacher log-probabilities, eq. (4), of all V bins at every kept state, stored as float16 or float32."""
+    """Teacher log-probabilities, eq. (4), of all V bins at every kept state, stored as float16 or float32.
+
+    by:            who is asked. `expert`: the scripted one of `demonstrate.expert`, DAgger's oracle. It acts for a chunk from every kept state, in a
+                   simulator that is led there again; its bins are spread by a Gaussian of standard deviation `smoothing`, in bins.
+    recover_every: in episodes that failed, the teacher takes over at every so manieth decision, for `sample.horizon` control steps: whether it still
+                   succeeds is stored beside the labels.
+    """
 
     teacher: Name = "teacher"
+    by: Literal["teacher", "expert"] = "teacher"
+    smoothing: float = Field(default=1.5, gt=0)
+    recover_every: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=64, ge=1)
     dtype: Literal["float16", "float32"] = "float16"
     threads: int = Field(default=2, ge=1, description="CPU threads; the last bits of a logit depend on it")
@@ -247,6 +256,8 @@ class OptimizeParams(UpdateParams, GroupParams, ClipParams):
     confidence:  tokens are weighted by (1 - H(p_T) / log V) to this power.
     anchor:      weight of KL(p_S || p_0) at the same states, p_0 the checkpoint `student` that the run began with, whatever the objective.
     beta:        of `jsd`. distill: weight of the reverse KL in `mixed`.
+    recoverable: only states from which the teacher still succeeds are learnt from (`label.recover_every`).
+    states:      only so many of the states are learnt from, drawn at random: as many in every arm, however long its episodes are.
     clamp, centre: the reward of the sampled forms is cut to [-clamp, clamp]; its mean under the student is taken off.
     ratio, reward, discount: of `reverse_kl_rollout`: an importance ratio in place of the log-probability; the student in r as it is now, or as the
                  rollout recorded it; the discount of the rewards of later decisions.
@@ -264,6 +275,8 @@ class OptimizeParams(UpdateParams, GroupParams, ClipParams):
     ratio: bool = False
     reward: Literal["fresh", "rollout"] = "fresh"
     discount: Fraction = 0.0
+    recoverable: bool = False
+    states: int | None = Field(default=None, ge=1)
 
 
 class ExploreParams(GroupParams):
@@ -533,6 +546,10 @@ OPTIONS_OF = {
 """Settings of `optimize` that only these objectives read: with another one they would be silently without effect."""
 
 
+WITH_MEMORY = {"libero"}
+"""Scripted experts that remember what they did, and so can't be asked at a state to which somebody else came."""
+
+
 FROM_STUDENT = {"reverse_kl_rollout", "mixed"}
 """Objectives that take the rollout's tokens for the student's: `vla_opd.objectives.ON_DECISIONS`, as a test says."""
 
@@ -548,11 +565,22 @@ def _at_odds(params: Params) -> Iterator[str]:
         yield f"sample.observe_every is {every}; expected a divisor of policy.chunk, which is {chunk}: one of {divisors}"
     if both := [task for task in params.evaluate.unseen or () if task in params.environment.tasks]:
         yield f"evaluate.unseen has {both[0]!r}; expected other tasks than environment.tasks, which are trained on"
+    yield from _labels_at_odds(params)
     yield from _objective_at_odds(params)
     yield from _temperatures_at_odds(params)
     for field, name in params.report.model_dump().items():
         if params.evaluations and name not in params.evaluations:  # without any, there is nothing to report
             yield f"report.{field} is {name!r}; expected one of the evaluations {sorted(params.evaluations)}"
+
+
+def _labels_at_odds(params: Params) -> Iterator[str]:
+    label, expert = params.label, params.demonstrate.expert
+    if label.by == "expert" and expert in WITH_MEMORY:
+        yield f"demonstrate.expert is {expert}, which remembers what it did; expected one with label.by expert that can take over anywhere"
+    if label.by == "expert" and label.recover_every is not None:
+        yield f"label.recover_every is {label.recover_every}; expected null with label.by expert: it is the teacher that takes over"
+    if params.optimize.recoverable and label.recover_every is None:
+        yield "label.recover_every is null; expected a number with optimize.recoverable true, which learns from what it finds"
 
 
 def _objective_at_odds(params: Params) -> Iterator[str]:

@@ -51,6 +51,7 @@ class IterationResult(Read):
     """What an iteration did and cost. `success` is that of its rollouts: sampled, and before its update. depth: iterations before it, of either kind.
 
     failed_share: the share of valid tokens, and so of the labels' say, that lies in rollouts that failed.
+    recoverable:  the share of states from which the teacher still succeeds, where it was tried.
     """
 
     name: str
@@ -61,6 +62,7 @@ class IterationResult(Read):
     env_steps: int
     teacher_queries: int
     failed_share: float
+    recoverable: float | None = None
     before: Means
     after: Means
 
@@ -230,7 +232,9 @@ def _iteration(name: str, root: Path, depth: int) -> Iteration:
     trajectories, logits = _manifest(root, "trajectories", name), _manifest(root, "logits", name)
     for role, manifest in {"trajectories": trajectories, "logits": logits}.items():
         _require_parent(folder, checkpoint, role, manifest)
-    facts = {**checkpoint.facts, **trajectories.facts, "teacher_queries": logits.facts["teacher_queries"], "name": name, "depth": depth}
+    asked = {key: logits.facts[key] for key in ("teacher_queries", "recoverable") if key in logits.facts}
+    steps = trajectories.facts["env_steps"] + logits.facts.get("env_steps", 0)
+    facts = {**checkpoint.facts, **trajectories.facts, **asked, "env_steps": steps, "name": name, "depth": depth}
     steps = tuple(Step.model_validate_json(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
     made = {"checkpoints": checkpoint, "trajectories": trajectories, "logits": logits}
     before, after = (Distance.model_validate(facts[when]) for when in ("before", "after"))

@@ -5,7 +5,7 @@ crash on the way: every forward pass has the same number of rows, every decision
 """
 
 import time
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -18,7 +18,7 @@ from vla_opd.policies.protocol import Observations, Policy
 from vla_opd.trajectory import Episode
 from vla_opd.workers import Command, Forward, Job, Outcome, Pool, PoolSettings, Reset, Tally
 
-__all__ = ["Job", "PoolSettings", "RolloutSettings", "Tally", "choose", "rollout", "sample_tokens"]
+__all__ = ["Job", "PoolSettings", "RolloutSettings", "Tally", "choose", "rollout", "sample_tokens", "threads"]
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,19 @@ def rollout(
     settings: RolloutSettings,
     pool_settings: PoolSettings | None = None,
     tally: Tally | None = None,
+    first: Callable[[Job], Command] = lambda job: Reset(job.placement),
 ) -> Generator[Episode]:
     """Episodes of `policy`, in the order in which they finish.
 
     A decision is made every S = `policy.chunk` control steps and executed open loop, cut off at success or at the horizon.
+    `first` starts a job: one observation, of step 0.
     `tally` counts crashes and seconds while the episodes come. Close the iterator (or exhaust it) to end the simulators.
     ValueError if `observe_every` does not divide the chunk, and for mistakes that the environment reports; RuntimeError when the simulator crashes
     too often in one episode; FloatingPointError when a logit is not finite.
     """
     _check_observe_every(settings.observe_every, policy.chunk)
-    return _roll(policy, list(jobs), environment, settings, pool_settings=pool_settings or PoolSettings(), tally=tally or Tally())
+    pool_settings, tally = pool_settings or PoolSettings(), tally or Tally()
+    return _roll(policy, list(jobs), environment, settings, pool_settings=pool_settings, tally=tally, first=first)
 
 
 def _check_observe_every(observe_every: int | None, chunk: int) -> None:
@@ -138,17 +141,25 @@ class _Playing:
 
 
 def _roll(
-    policy: Policy, jobs: Sequence[Job], environment: EnvironmentParams, settings: RolloutSettings, *, pool_settings: PoolSettings, tally: Tally
+    policy: Policy,
+    jobs: Sequence[Job],
+    environment: EnvironmentParams,
+    settings: RolloutSettings,
+    *,
+    pool_settings: PoolSettings,
+    tally: Tally,
+    first: Callable[[Job], Command],
 ) -> Generator[Episode]:
     playing: dict[Job, _Playing] = {}
     ready: list[_Playing] = []
 
     def begin(job: Job) -> Command:
         playing[job] = _Playing(job, settings, policy.chunk, np.random.Generator(np.random.Philox(job.seed)))
-        return Reset(job.placement)
+        return first(job)
 
     capacity = policy.chunk // (settings.observe_every or policy.chunk)
-    with _one_thread(), Pool(environment, jobs, begin, capacity=capacity, settings=pool_settings, tally=tally) as pool:
+    # One thread: the simulators have the cores, and bits must not depend on how many there are.
+    with threads(1), Pool(environment, jobs, begin, capacity=capacity, settings=pool_settings, tally=tally) as pool:
         while pool.unfinished:
             finished: list[Episode] = []
             for job, outcome in pool.collect():
@@ -156,6 +167,7 @@ def _roll(
                 episode.see(outcome)
                 if episode.done:
                     finished.append(playing.pop(job).episode())
+                    tally.states += len(finished[-1].step)
                     pool.finish(job)
                 else:
                     ready.append(episode)
@@ -167,10 +179,10 @@ def _roll(
 
 
 @contextmanager
-def _one_thread() -> Generator[None]:
-    """One torch thread: the simulators have the cores, and the last bits of a logit must not depend on how many cores there are."""
+def threads(count: int) -> Generator[None]:
+    """So many torch threads for a while: the last bits of a logit depend on them."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:

@@ -76,6 +76,7 @@ class UpdateRow(Cost):
     position: int
     success: float
     failed_share: float | None = None
+    recoverable: float | None = None
     groups: int | None = None
     useful_groups: int | None = None
     reverse_kl_before: float | None = None
@@ -155,7 +156,7 @@ def _update(one: Iteration | Reinforcement, its: Cost, arm: str, seed: int, posi
     if isinstance(one, Iteration):
         for when, means in (("before", one.before), ("after", one.after)):
             more |= {f"{name}_{when}": getattr(means, name) for name in Means.model_fields}
-        more["failed_share"] = one.result.failed_share
+        more |= {"failed_share": one.result.failed_share, "recoverable": one.result.recoverable}
     else:
         more |= {"groups": one.result.groups, "useful_groups": one.result.useful_groups}
     return UpdateRow(

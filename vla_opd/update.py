@@ -51,7 +51,7 @@ def learn(policy: nn.Module, loss: Loss, plan: Budget, work: Draft, student: Pat
     """Train, and write weights, moments and metrics into the draft. The moments go on from those beside the checkpoint `student`, if it is given."""
     moments = safetensors.torch.load_file(student / MOMENTS) if student is not None and (student / MOMENTS).is_file() else None
     if not plan.steps:
-        print(f"{label}: no group of episodes to learn from (keep_low, keep_high); the student stays as it is", file=sys.stderr)
+        print(f"{label}: no state to learn from (keep_low, keep_high, recoverable); the student stays as it is", file=sys.stderr)
     rows, moments = train(policy, loss, plan, work.scratch, moments, label, log, evidence)
     with work.part(WEIGHTS) as path:
         save_weights(path, policy.state_dict())

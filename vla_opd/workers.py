@@ -67,17 +67,28 @@ class PoolSettings:
 
 @dataclass
 class Tally:
-    """What a run cost, current while it runs. Crashes of simulators are counted here, and are no failed episodes."""
+    """What a run cost, current while it runs. Crashes of simulators are counted here, and are no failed episodes.
+
+    states: kept, or labelled, by this process.
+    """
 
     crashes: int = 0
+    states: int = 0
     policy_s: float = 0.0  # in the policy's forward passes
     waiting_s: float = 0.0  # waiting for simulators
     simulator_s: float = 0.0  # in commands, summed over the workers
     environment: Mapping[str, str] = field(default_factory=dict)  # what the environment says of itself, for the manifest
+    began: float = field(default_factory=time.perf_counter)
 
     def as_metrics(self) -> dict[str, float]:
         """The numbers, by name."""
-        return {"crashes": self.crashes, "policy_seconds": self.policy_s, "waiting_seconds": self.waiting_s, "simulator_seconds": self.simulator_s}
+        return {
+            "crashes": self.crashes,
+            "policy_seconds": self.policy_s,
+            "waiting_seconds": self.waiting_s,
+            "simulator_seconds": self.simulator_s,
+            "states_per_second": self.states / (time.perf_counter() - self.began),
+        }
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 import stages.__main__ as command
 from stages.optimize import (
     Labelled,
+    _drawn,
     _loss,
     _on_policy,
     _probe,
@@ -22,6 +23,7 @@ from stages.optimize import (
     _to_go,
     _token_batch,
 )
+from tests.small_run import HOST
 from tests.vla_opd import small
 from tests.vla_opd.test_checkpoint import publish
 from vla_opd.artifacts import draft
@@ -296,7 +298,7 @@ def test_the_teachers_own_rollouts_are_no_students(small: Path, capsys: pytest.C
 def test_without_a_group_to_learn_from_the_student_stays_as_it_is(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--set", "optimize.objective=mixed", "--set", "optimize.keep_low=0.99", "--set", "optimize.keep_high=0.995"]
     assert command.main(["optimize", "--iteration", "it001", "--device", "cpu", "--tracking", "none", *arguments]) == 0
-    assert "no group of episodes to learn from (keep_low, keep_high); the student stays as it is" in capsys.readouterr().err
+    assert "no state to learn from (keep_low, keep_high, recoverable); the student stays as it is" in capsys.readouterr().err
     ours, theirs = (open_checkpoint(small / "checkpoints" / name).weights() for name in ("it001", "student"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
@@ -307,3 +309,27 @@ def test_the_anchor_is_a_parent(small: Path) -> None:
     rows = [json.loads(line) for line in (small / "checkpoints/it001/metrics.jsonl").read_text().splitlines()]
     assert rows[0]["anchor_kl"] == pytest.approx(0, abs=1e-4)  # the student is the one that the run began with
     assert rows[-1]["anchor_kl"] > 1e-3
+
+
+def test_as_many_states_as_told_are_learnt_from(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def optimize(states: int) -> int:
+        return command.main(["optimize", "--iteration", "it001", *HOST, "--set", f"optimize.states={states}"])
+
+    assert optimize(50) == 0
+    facts = open_checkpoint(small / "checkpoints/it001").manifest.facts
+    assert facts["learnt_from"] == 50 < facts["states"]
+    capsys.readouterr()
+    assert optimize(100_000) == 2
+    assert f"optimize.states is 100000; expected at most the {facts['states']} states that there are to learn from" in capsys.readouterr().err
+
+
+def test_a_drawn_state_is_one_to_learn_from() -> None:
+    data = labelled(30)
+    kept = _drawn(data, 12, seed=1)
+    assert kept.sum() == 12
+    assert set(np.flatnonzero(kept)) < set(data.usable)
+    assert replace(data, kept=kept).usable.tolist() == np.flatnonzero(kept).tolist()
+    assert not (replace(data, kept=kept).learnt & ~kept[:, None]).any()
+    assert kept.tolist() != _drawn(data, 12, seed=2).tolist()
+    some = replace(data, kept=data.mask[:, 0])
+    assert not (_drawn(some, 3, seed=1) & ~data.mask[:, 0]).any()

@@ -90,7 +90,7 @@ def test_without_a_group_to_learn_from_the_student_stays_as_it_is(small: Path, c
     settings = ["--set", "explore.keep_low=0.99", "--set", "explore.keep_high=0.995", "--set", "explore.rounds=1"]
     for verb in ("explore", "reinforce"):
         assert command.main([verb, "--iteration", "rl001", *HOST, *settings]) == 0
-    assert "reinforce rl001: no group of episodes to learn from (keep_low, keep_high); the student stays as it is" in capsys.readouterr().err
+    assert "reinforce rl001: no state to learn from (keep_low, keep_high, recoverable); the student stays as it is" in capsys.readouterr().err
     ours, theirs = (open_checkpoint(small / "checkpoints" / name).weights() for name in ("rl001", "it001"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert json.loads((small / "checkpoints/rl001/manifest.json").read_text())["facts"]["states"] == 0

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from vla_opd.logits import normalised, read_shard, write_shard
+from vla_opd.logits import Cost, Labels, normalised, read_cost, read_recoverable, read_shard, spread, write_shard
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_what_is_stored_is_normalised_and_read_back(tmp_path: Path, dtype: str) -> None:
     logits = 5 * torch.randn(20, 6, 8, generator=torch.Generator().manual_seed(0))
     stored = normalised(logits, dtype)
-    write_shard(tmp_path / "shard-0", stored)
+    write_shard(tmp_path / "shard-0", Labels(stored))
     found = read_shard(tmp_path / "shard-0", 20)
     assert found.dtype == dtype
     np.testing.assert_array_equal(found, stored)
@@ -22,6 +22,29 @@ def test_what_is_stored_is_normalised_and_read_back(tmp_path: Path, dtype: str) 
 
 @pytest.mark.parametrize("states", [19, 21])
 def test_another_number_of_states_is_refused(tmp_path: Path, states: int) -> None:
-    write_shard(tmp_path / "shard-7", np.zeros((20, 6, 8), np.float16))
+    write_shard(tmp_path / "shard-7", Labels(np.zeros((20, 6, 8), np.float16)))
     with pytest.raises(ValueError, match=f"shard-7: labels 20 states; expected the {states} of the trajectory shard"):
         read_shard(tmp_path / "shard-7", states)
+
+
+def test_what_was_simulated_is_kept_beside_the_labels(tmp_path: Path) -> None:
+    labels, recoverable = np.zeros((3, 6, 8), np.float16), np.array([True, True, False])
+    write_shard(tmp_path / "shard-0", Labels(labels, recoverable, Cost(env_steps=40, decisions=10)))
+    assert read_recoverable(tmp_path / "shard-0").tolist() == recoverable.tolist()
+    assert read_cost(tmp_path / "shard-0") == Cost(40, 10)
+    write_shard(tmp_path / "shard-1", Labels(labels))
+    assert read_cost(tmp_path / "shard-1") == Cost(0, 0)
+    with pytest.raises(ValueError, match=r"shard-1: doesn't say from which states .*; expected labels made with label\.recover_every"):
+        read_recoverable(tmp_path / "shard-1")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("sigma", [0.01, 1.5])
+def test_an_experts_bin_is_spread_over_its_neighbours(dtype: str, sigma: float) -> None:
+    bins = np.array([[0, 100, 255]])
+    found = spread(bins, 256, sigma, dtype)
+    assert found.dtype == dtype
+    assert np.isfinite(found).all()
+    np.testing.assert_array_equal(found.argmax(-1), bins)
+    exact = np.exp(-((np.arange(256) - bins[..., None]) ** 2) / (2 * sigma**2))
+    np.testing.assert_allclose(np.exp(found.astype(np.float64)), exact / exact.sum(-1, keepdims=True), atol=1e-3)

@@ -96,6 +96,8 @@ def test_later_overrides_win_and_deeper_ones_reach_in(minimal: Path) -> None:
         ("report.teacher=teacher", r"report\.teacher is 'teacher'; expected one of the evaluations \['final', 'start'\]"),
         ("sample.observe_every=3", r"sample\.observe_every is 3; expected a divisor of policy\.chunk, which is 8: one of \[1, 2, 4, 8\]"),
         ("sample.observe_every=16", r"sample\.observe_every is 16; expected a divisor of policy\.chunk"),
+        ("optimize.recoverable=true", r"label\.recover_every is null; expected a number with optimize\.recoverable true"),
+        ("label.by=expert", r"demonstrate\.expert is libero, which remembers what it did; expected one with label\.by expert that can take over"),
         ("optimize.beta=0.3", r"optimize\.beta is 0\.3; expected that with optimize\.objective one of \['jsd'\] only, and it is reverse_kl"),
         ("optimize.clamp=2", r"optimize\.clamp is 2\.0; expected that with .* \['reverse_kl_rollout', 'reverse_kl_sampled'\] only"),
         ("optimize.clip_high=0.3", r"optimize\.clip_high is 0\.3; expected that with .* \['mixed'\] only"),

@@ -265,3 +265,10 @@ def test_bursts_execute_random_xyz_and_leave_the_gripper() -> None:
     executed = disturbance.executed(step, np.array([1.0, 1.0, 1.0, 0.1, -0.1, 0.2, -1.0], np.float32))
     np.testing.assert_array_equal(executed[:3], disturbance.random[step])
     np.testing.assert_array_equal(executed[3:], np.array([0.1, -0.1, 0.2, -1.0], np.float32))
+
+
+def test_the_states_that_were_kept_are_counted() -> None:
+    tally = Tally()
+    found = list(rollout(Steering(), some_jobs(), ENVIRONMENT, SETTINGS, tally=tally))
+    assert tally.states == sum(len(episode.step) for episode in found)
+    assert 0 < tally.as_metrics()["states_per_second"] < 1e6

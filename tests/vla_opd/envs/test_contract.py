@@ -13,6 +13,7 @@ from tests.vla_opd.envs.episode import play, play_afresh
 from vla_opd.envs import Env, Observation, Placement, make_env
 from vla_opd.experts import make_expert
 from vla_opd.params import EnvironmentParams
+from vla_opd.takeover import Recorded, Resume
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,14 @@ def test_observing_nothing_changes_nothing(subject: Subject) -> None:
     subject.env.reset(subject.placement())
     assert subject.env.advance(actions[:5], observe_every=0).observations == ()
     assert _same(subject.env.advance(actions[5:], observe_every=1).observations[0], watched)
+
+
+def test_the_recorded_actions_lead_to_the_recorded_state(subject: Subject) -> None:
+    actions, placement = subject.actions(8), subject.placement()
+    seen = [subject.env.reset(placement), *subject.env.advance(actions, observe_every=2).observations]
+    play(subject.env, subject.placement(index=3), subject.actions(9, seed=1))
+    recorded = Recorded(placement, False, actions, np.arange(0, 10, 2, dtype=np.int32), np.stack([one.proprio for one in seen]))
+    assert all(_same(Resume(recorded, row).observed(subject.env), seen[row]) for row in (4, 0, 2))
 
 
 def test_an_episode_does_not_depend_on_earlier_ones_nor_on_the_chunks(subject: Subject) -> None:
