@@ -577,6 +577,8 @@ def _labels_at_odds(params: Params) -> Iterator[str]:
     label, expert = params.label, params.demonstrate.expert
     if label.by == "expert" and expert in WITH_MEMORY:
         yield f"demonstrate.expert is {expert}, which remembers what it did; expected one with label.by expert that can take over anywhere"
+    if label.by == "teacher" and label.smoothing != LabelParams.model_fields["smoothing"].default:
+        yield f"label.smoothing is {label.smoothing}; expected that with label.by expert only, and it is teacher"
     if label.by == "expert" and label.recover_every is not None:
         yield f"label.recover_every is {label.recover_every}; expected null with label.by expert: it is the teacher that takes over"
     if params.optimize.recoverable and label.recover_every is None:

@@ -233,8 +233,8 @@ def _iteration(name: str, root: Path, depth: int) -> Iteration:
     for role, manifest in {"trajectories": trajectories, "logits": logits}.items():
         _require_parent(folder, checkpoint, role, manifest)
     asked = {key: logits.facts[key] for key in ("teacher_queries", "recoverable") if key in logits.facts}
-    steps = trajectories.facts["env_steps"] + logits.facts.get("env_steps", 0)
-    facts = {**checkpoint.facts, **trajectories.facts, **asked, "env_steps": steps, "name": name, "depth": depth}
+    env_steps = trajectories.facts["env_steps"] + logits.facts.get("env_steps", 0)
+    facts = {**checkpoint.facts, **trajectories.facts, **asked, "env_steps": env_steps, "name": name, "depth": depth}
     steps = tuple(Step.model_validate_json(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
     made = {"checkpoints": checkpoint, "trajectories": trajectories, "logits": logits}
     before, after = (Distance.model_validate(facts[when]) for when in ("before", "after"))
