@@ -130,6 +130,16 @@ def fingerprint(member: Member, run: Params) -> str:
     return sha256(canonical([_yaml(tree(member, run)), digests]))
 
 
+def environment(member: Member, run: Params, parallel: int) -> dict[str, str | None]:
+    """What a member's process is told: its share of the cores, where this folder's modules are, and what W&B is to call its runs."""
+    cores = len(os.sched_getaffinity(0))
+    return {
+        "OPD_WORKERS": os.environ.get("OPD_WORKERS") or str(max(1, cores // parallel)),
+        "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "WANDB_RUN_GROUP": f"{run.run.name}/{member.study}/{member.arm}/{member.seed}",
+    }
+
+
 def is_done(member: Member, run: Params) -> bool:
     """Whether it has come to its end, made from what it would be made from now."""
     mark = member.folder / DONE

@@ -22,7 +22,7 @@ from prefect.runtime import flow_run
 from pydantic import Field
 
 from flows import presence, terminal
-from flows.members import DONE, TABLE, Member, fingerprint, go_on, hand_over, is_done, members, prepare, reference
+from flows.members import DONE, TABLE, Member, environment, fingerprint, go_on, hand_over, is_done, members, prepare, reference
 from flows.store import ROOT
 from flows.train import opd
 from vla_opd import study_page
@@ -111,9 +111,7 @@ def _started(member: Member, run: Params, parallel: int) -> SpawnProcess | None:
     except ValueError as error:
         (member.folder / LOG).write_text(f"{error}\n")
         return None
-    its, cores = run.studies[member.study], len(os.sched_getaffinity(0))
-    path = os.pathsep.join([str(Path.cwd()), *filter(None, [os.environ.get("PYTHONPATH")])])  # a module of this folder is found from theirs too
-    environment: dict[str, str | None] = {"OPD_WORKERS": os.environ.get("OPD_WORKERS") or str(max(1, cores // parallel)), "PYTHONPATH": path}
+    its = run.studies[member.study]
     parameters = {
         "folders": [str(one.folder.resolve()) for one in member.lineage(its)],
         "arm": member.arm,
@@ -122,7 +120,7 @@ def _started(member: Member, run: Params, parallel: int) -> SpawnProcess | None:
         "keep_rollouts": its.keep_rollouts,
         "made_from": fingerprint(member, run),
     }
-    return run_flow_in_subprocess(member_run.with_options(flow_run_name=str(member)), parameters=parameters, env=environment)
+    return run_flow_in_subprocess(member_run.with_options(flow_run_name=str(member)), parameters=parameters, env=environment(member, run, parallel))
 
 
 @flow(name="member", validate_parameters=False)

@@ -35,13 +35,13 @@ def run(params: Params, teacher: Path, trajectories: Path, out: Path, host: Host
         raise ValueError(
             f"{trajectories}: the student's action space is {source.facts['action_space'][:12]}; expected the teacher's, {space.digest[:12]}"
         )
-    label, expert = params.label, params.demonstrate.expert
-    settings = {"label": label.model_dump(), "device": host.device} | ({"expert": expert} if label.by == "expert" else {})
+    label = params.label
+    settings = {"label": label.model_dump(), "device": host.device}
     parents = {"teacher": checkpoint.digest, "trajectories": source.digest}
     with draft(out, "logits", parents, settings) as work, track(host, params.run.name, "label", out.name, settings) as log:
         torch.set_num_threads(label.threads)
         simulation = _Simulation(environment, source.params["sample"]["horizon"], PoolSettings(host.workers, host.timeout_s), Tally())
-        asked = _Asked(label, load_policy(checkpoint, host.device), space, expert, trajectories, simulation)
+        asked = _Asked(label, load_policy(checkpoint, host.device), space, trajectories, simulation)
         names = [shard.name for shard in shards(trajectories)]
         missing = work.missing(names)
         found, there = asked.about(missing), len(names) - len(missing)
@@ -82,15 +82,16 @@ class _Asked:
     label: LabelParams
     teacher: Policy
     space: ActionSpace
-    expert: str
     trajectories: Path
     simulation: _Simulation
 
     def about(self, names: Sequence[str]) -> Iterator[tuple[str, Labels]]:
         """The labels of some shards, as they are known."""
-        if self.label.by == "expert":
-            return self._by_expert(names)
-        return ((name, Labels(self._log_probs(name))) for name in names) if self.label.recover_every is None else self._recovered(names)
+        if self.label.expert is not None:
+            return self._by_expert(names, self.label.expert)
+        if self.label.recover_every is not None:
+            return self._recovered(names, self.label.recover_every)
+        return ((name, Labels(self._log_probs(name))) for name in names)
 
     def _log_probs(self, name: str) -> Float[np.ndarray, "N K V"]:
         """The teacher's, of a shard. FloatingPointError at the first state whose label is not finite."""
@@ -106,19 +107,18 @@ class _Asked:
             )
         return labels
 
-    def _recovered(self, names: Sequence[str]) -> Iterator[tuple[str, Labels]]:
+    def _recovered(self, names: Sequence[str], every: int) -> Iterator[tuple[str, Labels]]:
         """The teacher's labels, and from which states it still succeeds, greedily."""
         recorded, its = self._recorded(names), self.simulation
-        settings, every = RolloutSettings(its.horizon, None), self.label.recover_every or 1
-        found = take_over(self.teacher, _all(recorded), its.environment, settings, every, its.pool, its.tally)
+        found = take_over(self.teacher, _all(recorded), its.environment, RolloutSettings(its.horizon, None), every, its.pool, its.tally)
         for name, ones in _by_shard(recorded, found):
             cost = Cost(sum(one.env_steps for one in ones), sum(one.decisions for one in ones))
             yield name, Labels(self._log_probs(name), np.concatenate([one.recoverable for one in ones]), cost)
 
-    def _by_expert(self, names: Sequence[str]) -> Iterator[tuple[str, Labels]]:
+    def _by_expert(self, names: Sequence[str], expert: str) -> Iterator[tuple[str, Labels]]:
         """The expert's actions, as distributions around their bins."""
         recorded, its, space = self._recorded(names), self.simulation, self.space
-        found = ask(_all(recorded), its.environment, self.expert, space.chunk, its.pool, its.tally)
+        found = ask(_all(recorded), its.environment, expert, space.chunk, its.pool, its.tally)
         for name, ones in _by_shard(recorded, found):
             actions = np.concatenate(ones)
             labels = spread(space.encode(actions), space.bins, self.label.smoothing, self.label.dtype)

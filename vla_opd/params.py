@@ -194,14 +194,14 @@ class SampleParams(Section):
 class LabelParams(Section):
     """Teacher log-probabilities, eq. (4), of all V bins at every kept state, stored as float16 or float32.
 
-    by:            who is asked. `expert`: the scripted one of `demonstrate.expert`, DAgger's oracle. It acts for a chunk from every kept state, in a
+    expert:        is asked in the teacher's place, as `demonstrate.expert` is: DAgger's oracle. It acts for a chunk from every kept state, in a
                    simulator that is led there again; its bins are spread by a Gaussian of standard deviation `smoothing`, in bins.
     recover_every: in episodes that failed, the teacher takes over at every so manieth decision, for `sample.horizon` control steps: whether it still
                    succeeds is stored beside the labels.
     """
 
     teacher: Name = "teacher"
-    by: Literal["teacher", "expert"] = "teacher"
+    expert: str | None = None
     smoothing: float = Field(default=1.5, gt=0)
     recover_every: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=64, ge=1)
@@ -574,13 +574,13 @@ def _at_odds(params: Params) -> Iterator[str]:
 
 
 def _labels_at_odds(params: Params) -> Iterator[str]:
-    label, expert = params.label, params.demonstrate.expert
-    if label.by == "expert" and expert in WITH_MEMORY:
-        yield f"demonstrate.expert is {expert}, which remembers what it did; expected one with label.by expert that can take over anywhere"
-    if label.by == "teacher" and label.smoothing != LabelParams.model_fields["smoothing"].default:
-        yield f"label.smoothing is {label.smoothing}; expected that with label.by expert only, and it is teacher"
-    if label.by == "expert" and label.recover_every is not None:
-        yield f"label.recover_every is {label.recover_every}; expected null with label.by expert: it is the teacher that takes over"
+    label = params.label
+    if label.expert in WITH_MEMORY:
+        yield f"label.expert is {label.expert}, which remembers what it did; expected one that can take over anywhere, or null"
+    if label.expert is None and label.smoothing != LabelParams.model_fields["smoothing"].default:
+        yield f"label.smoothing is {label.smoothing}; expected that with label.expert only, and it is null"
+    if label.expert is not None and label.recover_every is not None:
+        yield f"label.recover_every is {label.recover_every}; expected null with label.expert: it is the teacher that takes over"
     if params.optimize.recoverable and label.recover_every is None:
         yield "label.recover_every is null; expected a number with optimize.recoverable true, which learns from what it finds"
 

@@ -3,8 +3,8 @@
 Beside the curves stands a record of executions: which artifact which stage made, who ran it, where, when and from which commit.
 
 With an account (a key in the environment or in ~/.netrc) W&B is online; offline without one, or while it does not answer. `WANDB_MODE` decides
-where it is set. One W&B run per execution of a stage, grouped by the name of the run: resuming an offline run is not supported by W&B, and runs that
-share an id overwrite each other.
+where it is set. One W&B run per execution of a stage, grouped by the name of the run, or as `WANDB_RUN_GROUP` says: resuming an offline run is not
+supported by W&B, and runs that share an id overwrite each other.
 """
 
 import getpass
@@ -197,7 +197,7 @@ def _wandb(host: Host, run: str, stage: str, name: str, config: Mapping[str, Any
     try:
         return wandb.init(
             project="vla-opd",
-            group=run,
+            group=os.environ.get("WANDB_RUN_GROUP") or run,
             job_type=stage,
             name=f"{stage}-{name}",
             id=host.execution or None,

@@ -7,7 +7,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from flows import pipeline
-from flows.members import DONE, STUDIES, Member, chain, fingerprint, go_on, hand_over, is_done, members, prepare, reference
+from flows.members import DONE, STUDIES, Member, chain, environment, fingerprint, go_on, hand_over, is_done, members, prepare, reference
 from tests.flows.manifests import publish
 from tests.flows.toy import REFERENCE, Toy
 from tests.vla_opd.test_curves import update
@@ -47,6 +47,17 @@ def test_seed_by_seed(run: Params) -> None:
     found = [(member.arm, member.seed) for member in members("which", run)]
     assert found == [("plain", 3), ("other", 3), ("both", 3), ("plain", 5), ("other", 5), ("both", 5)]
     assert [(m.arm, m.seed) for m in members("which", run, ["both"], [5])] == [("both", 5)]
+
+
+def test_wandb_can_tell_members_apart_and_each_has_its_share_of_the_cores(run: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPD_WORKERS", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(8))
+    every = [environment(member, run, parallel=3) for member in members("which", run)]
+    assert every[2]["WANDB_RUN_GROUP"] == f"{run.run.name}/which/both/3"
+    assert len({one["WANDB_RUN_GROUP"] for one in every}) == 6
+    assert every[0]["OPD_WORKERS"] == "2"
+    monkeypatch.setenv("OPD_WORKERS", "5")
+    assert environment(members("which", run)[0], run, parallel=3)["OPD_WORKERS"] == "5"
 
 
 @pytest.mark.parametrize(

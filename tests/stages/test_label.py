@@ -55,7 +55,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-SIMULATED = [("label.by=expert",), ("label.recover_every=3",)]
+SIMULATED = [("label.expert=tests.out_of_tree:expert",), ("label.recover_every=3",)]
 
 
 @pytest.mark.parametrize("settings", SIMULATED)
@@ -81,10 +81,10 @@ def test_simulated_labels_are_the_same_by_two_workers_and_after_a_kill(small: Pa
 
 
 def test_the_experts_labels_are_what_it_would_do_there(small: Path) -> None:
-    assert label_it("label.by=expert") == 0
+    assert label_it("label.expert=tests.out_of_tree:expert") == 0
     space = open_checkpoint(small / "checkpoints/student").facts.action_space
     manifest = read_manifest(small / "logits/it001", "logits")
-    assert manifest.params["expert"] == "tests.out_of_tree:expert"
+    assert manifest.params["label"]["expert"] == "tests.out_of_tree:expert"
     states = read_manifest(small / "trajectories/it001", "trajectories").facts["states"]
     assert (manifest.facts["teacher_queries"], manifest.facts["env_steps"]) == (states, states * space.chunk)
     env = out_of_tree.make(load("params.yaml").environment)
@@ -96,7 +96,7 @@ def test_the_experts_labels_are_what_it_would_do_there(small: Path) -> None:
             env.hand = states.observations.proprio[row].astype(np.float64)
             wanted = space.encode(np.tile(out_of_tree.expert(env).act(), (1, space.chunk, 1)))[0, :2]
             assert np.abs(labels[row, :2].argmax(-1) - wanted).max() <= 1  # the recorded hand is rounded to float32
-    assert command.main(["optimize", "--iteration", "it001", *HOST, "--set", "label.by=expert", "--set", "optimize.objective=forward_kl"]) == 0
+    assert command.main(["optimize", "--iteration", "it001", *HOST, "--set", "optimize.objective=forward_kl"]) == 0
     facts = read_manifest(small / "checkpoints/it001", "checkpoint").facts
     assert facts["after"]["forward_kl"] < 0.8 * facts["before"]["forward_kl"]
 

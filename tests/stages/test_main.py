@@ -54,6 +54,9 @@ def test_what_label_and_optimize_would_refuse_stops_before_any_rollout(
     assert command.main([*arguments, "optimize.objective=mse"]) == 2
     assert "optimize.objective is 'mse'; expected one of" in capsys.readouterr().err
 
+    assert command.main([*arguments, "label.expert=mse"]) == 2
+    assert "label.expert is 'mse'; expected one of ['libero', 'metaworld'] or" in capsys.readouterr().err
+
     same = ["environment.cameras=[front, side]", "--set", "environment.image_size=20", "--set", "policy.crop=16"]
     assert command.main([*arguments, *same]) == 2
     assert "checkpoints/teacher: no manifest.json; expected a complete artifact of kind 'checkpoint'" in capsys.readouterr().err

@@ -123,6 +123,14 @@ def test_wandb_is_told_run_stage_and_name(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.usefixtures("_stranger")
+def test_the_environment_names_another_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeWandb(monkeypatch)
+    monkeypatch.setenv("WANDB_RUN_GROUP", "objectives/grpo/3")
+    record(host(tmp_path, "wandb"))
+    assert fake.asked["group"] == "objectives/grpo/3"
+
+
+@pytest.mark.usefixtures("_stranger")
 @pytest.mark.parametrize(
     ("variables", "netrc", "mode"),
     [
