@@ -27,6 +27,7 @@ studies:
 """
 
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 KINDS: dict[str, Kind] = {"checkpoints/teacher": "checkpoint", "checkpoints/student": "checkpoint", "evaluations/start": "evaluation"}
 TEACHER = {"parent": "base", "demonstrations": "main", "steps": 3, "learning_rate": 0.1}
 STUDENT = TEACHER | {"steps": 2}
@@ -288,3 +289,16 @@ def test_what_the_arm_before_has_made_is_taken_over(run: Params) -> None:
     assert digest in (after.folder / made / "manifest.json").read_text()
     assert (after.folder / known / "manifest.json").is_file()
     assert "optimize@it001" in (after.folder / "dvc.lock").read_text()
+
+
+@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_arm_of_an_example_is_a_whole_run(example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    copyfile(example, "params.yaml")
+    for name in ("dvc.yaml", ".dvcignore"):
+        copyfile(EXAMPLES.parent / name, name)
+    run = load()
+    for study in run.studies:
+        for member in members(study, run):
+            prepare(member, run)
+            assert len(told(member).updates) == len(chain(member, run.studies[study])[0])
