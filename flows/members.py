@@ -54,7 +54,10 @@ class Member:
 
 
 def members(study: str, run: Params, arms: Iterable[str] = (), seeds: Iterable[int] = ()) -> tuple[Member, ...]:
-    """The members, seed by seed, so that a study that was stopped has all arms of some seeds. ValueError names an unknown arm or seed."""
+    """The members, seed by seed, so that a study that was stopped has all arms of some seeds. ValueError names an unknown arm or seed.
+
+    An arm without iterations draws nothing by these seeds, and has one member, with the first of them.
+    """
     if study not in run.studies:
         raise ValueError(f"studies has no {study!r}; expected one of {sorted(run.studies)}")
     if run.evaluate.decide is not None:
@@ -68,7 +71,11 @@ def members(study: str, run: Params, arms: Iterable[str] = (), seeds: Iterable[i
     for field, wanted, known in (("arms", wanted_arms, list(its.arms)), ("seeds", wanted_seeds, list(its.seeds))):
         if unknown := [one for one in wanted if one not in known]:
             raise ValueError(f"studies.{study}.{field} has no {unknown[0]!r}; expected some of {known}")
-    return tuple(Member(study, arm, seed) for seed in wanted_seeds for arm in wanted_arms)
+    learning = {arm: any(one.distill + one.reinforce for one in its.lineage(arm)) for arm in wanted_arms}
+    found = tuple(Member(study, arm, seed) for seed in wanted_seeds for arm in wanted_arms if learning[arm] or seed == its.seeds[0])
+    if not found:
+        raise ValueError(f"seeds is {wanted_seeds}; expected {its.seeds[0]} among them: arms without iterations, as {wanted_arms}, have only that")
+    return found
 
 
 def reference(run: Params) -> list[str]:

@@ -12,9 +12,10 @@ from tqdm import tqdm
 
 from vla_opd.artifacts import Manifest, draft, open_artifact
 from vla_opd.checkpoint import open_checkpoint, require_environment
+from vla_opd.experts import EXPERTS
 from vla_opd.host import Host
 from vla_opd.logits import Cost, Labels, normalised, read_cost, read_recoverable, spread, write_shard
-from vla_opd.params import EnvironmentParams, LabelParams, Params
+from vla_opd.params import EnvironmentParams, LabelParams, Params, named_function
 from vla_opd.policies import Policy, load_policy
 from vla_opd.rollout import Job, PoolSettings, RolloutSettings, Tally, threads
 from vla_opd.takeover import Recorded, ask, take_over
@@ -36,6 +37,8 @@ def run(params: Params, teacher: Path, trajectories: Path, out: Path, host: Host
             f"{trajectories}: the student's action space is {source.facts['action_space'][:12]}; expected the teacher's, {space.digest[:12]}"
         )
     label = params.label
+    if label.expert is not None:
+        named_function(label.expert, EXPERTS, "label.expert")
     settings = {"label": label.model_dump(), "device": host.device}
     parents = {"teacher": checkpoint.digest, "trajectories": source.digest}
     with draft(out, "logits", parents, settings) as work, track(host, params.run.name, "label", out.name, settings) as log:
@@ -46,11 +49,11 @@ def run(params: Params, teacher: Path, trajectories: Path, out: Path, host: Host
         missing = work.missing(names)
         found, there = asked.about(missing), len(names) - len(missing)
         for name, labels in tqdm(found, initial=there, total=len(names), desc="label", unit="shard", mininterval=5):
+            if simulation.tally.environment:
+                work.remember(simulation.tally.environment)
             with work.part(name) as path:
                 write_shard(path, labels)
             simulation.tally.states += len(labels.log_probs)
-            if simulation.tally.environment:
-                work.remember(simulation.tally.environment)
         facts = _facts([work.folder / name for name in names], int(source.facts["states"]), label)
         log({**facts, **simulation.tally.as_metrics()}, 0)
         return work.publish({**facts, "action_space": space.model_dump(), "environment": environment.model_dump()})
@@ -113,16 +116,16 @@ class _Asked:
         found = take_over(self.teacher, _all(recorded), its.environment, RolloutSettings(its.horizon, None), every, its.pool, its.tally)
         for name, ones in _by_shard(recorded, found):
             cost = Cost(sum(one.env_steps for one in ones), sum(one.decisions for one in ones))
-            yield name, Labels(self._log_probs(name), np.concatenate([one.recoverable for one in ones]), cost)
+            yield name, Labels(self._log_probs(name), np.concatenate([one.recoverable for one in ones]), cost=cost)
 
     def _by_expert(self, names: Sequence[str], expert: str) -> Iterator[tuple[str, Labels]]:
         """The expert's actions, as distributions around their bins."""
         recorded, its, space = self._recorded(names), self.simulation, self.space
         found = ask(_all(recorded), its.environment, expert, space.chunk, its.pool, its.tally)
         for name, ones in _by_shard(recorded, found):
-            actions = np.concatenate(ones)
-            labels = spread(space.encode(actions), space.bins, self.label.smoothing, self.label.dtype)
-            yield name, Labels(labels, cost=Cost(env_steps=actions.shape[0] * space.chunk))
+            labels = spread(space.encode(np.concatenate([one.actions for one in ones])), space.bins, self.label.smoothing, self.label.dtype)
+            executed = np.concatenate([one.executed for one in ones])
+            yield name, Labels(labels, given=executed, cost=Cost(env_steps=int(executed.sum())))
 
     def _recorded(self, names: Sequence[str]) -> dict[str, dict[Job, Recorded]]:
         """What leads to the states of some shards again."""

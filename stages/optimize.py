@@ -14,7 +14,7 @@ from vla_opd.checkpoint import Checkpoint, open_checkpoint, require_same_actions
 from vla_opd.decisions import Decisions, Graded, failed_share, read_decisions
 from vla_opd.diagnostics import Distance, distance
 from vla_opd.host import Host
-from vla_opd.logits import read_recoverable, read_shard
+from vla_opd.logits import read_given, read_recoverable, read_shard
 from vla_opd.objectives import (
     OBJECTIVES,
     ON_DECISIONS,
@@ -141,7 +141,7 @@ def _read(opt: OptimizeParams, trajectories: Path, logits: Path, chunk: int) -> 
     whole = joined(states)
     data = Labelled(
         observations=whole.observations,
-        mask=whole.mask,
+        mask=np.concatenate([read_given(logits / path.name, s.mask) for path, s in zip(paths, states, strict=True)]),
         teacher=np.concatenate([read_shard(logits / path.name, len(s)) for path, s in zip(paths, states, strict=True)]),
         kept=np.concatenate([read_recoverable(logits / path.name) for path in paths]) if opt.recoverable else None,
     )
@@ -154,11 +154,13 @@ def _read(opt: OptimizeParams, trajectories: Path, logits: Path, chunk: int) -> 
 
 
 def _drawn(data: Labelled, states: int, seed: int) -> Bool[np.ndarray, " N"]:
-    """So many of the states to learn from, at random. ValueError if there are fewer."""
-    usable = data.usable
+    """So many of the states to learn from, at random; none of none. ValueError if there are some, but fewer."""
+    usable, kept = data.usable, np.zeros(len(data.mask), np.bool_)
+    if not len(usable):
+        return kept
     if states > len(usable):
-        raise ValueError(f"optimize.states is {states}; expected at most the {len(usable)} states that there are to learn from (see sample.prompts)")
-    kept = np.zeros(len(data.mask), np.bool_)
+        more = "sample.prompts makes more; optimize.recoverable leaves some out"
+        raise ValueError(f"optimize.states is {states}; expected at most the {len(usable)} states that there are to learn from ({more})")
     kept[np.random.default_rng(derive(seed, "states")).choice(usable, states, replace=False)] = True
     return kept
 
@@ -166,7 +168,7 @@ def _drawn(data: Labelled, states: int, seed: int) -> Bool[np.ndarray, " N"]:
 def _on_policy(data: Labelled, decisions: Decisions, opt: OptimizeParams, temperature: float) -> OnPolicy:
     """Without an advantage, and every decision with the same weight, where the objective is the teacher's alone."""
     if opt.objective == "mixed":
-        graded = decisions.graded(data.mask, opt)
+        graded = decisions.graded(data.learnt, opt)
     else:
         ones = np.ones(len(data.mask), np.float32)
         graded = Graded(0 * ones, decisions.decided & data.mask.any(1), ones)

@@ -111,7 +111,9 @@ def demonstrate(
         while pool.unfinished:
             for job, outcome in pool.collect():
                 pool.finish(job)
-                yield _demonstration(job, outcome)
+                episode = _demonstration(job, outcome)
+                tally.states += len(episode.step)
+                yield episode
 
 
 def _demonstration(job: Job, outcome: Outcome) -> "Episode":

@@ -25,17 +25,23 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class Labels:
-    """Of N states: normalised log-probabilities (nats, temperature 1); whether the teacher still succeeds from there, if that was tried; the cost."""
+    """Of N states: normalised log-probabilities (nats, temperature 1), and what they cost.
+
+    recoverable: whether the teacher still succeeds from there, if that was tried.
+    given:       which of the chunk's S actions were labelled at all, if not every one.
+    """
 
     log_probs: Float[np.ndarray, "N K V"]
     recoverable: Bool[np.ndarray, " N"] | None = None
+    given: Bool[np.ndarray, "N S"] | None = None
     cost: Cost = field(default_factory=Cost)
 
 
 def write_shard(path: Path, labels: Labels) -> None:
     """Write the labels of one shard."""
-    columns = {"log_probs": labels.log_probs} | ({} if labels.recoverable is None else {"recoverable": labels.recoverable})
-    arrays.write(path, columns, {"format": 1} | (labels.cost._asdict() if any(labels.cost) else {}))
+    columns = {"log_probs": labels.log_probs, "recoverable": labels.recoverable, "given": labels.given}
+    there = {name: values for name, values in columns.items() if values is not None}
+    arrays.write(path, there, {"format": 1} | (labels.cost._asdict() if any(labels.cost) else {}))
 
 
 def read_shard(path: Path, states: int) -> Float[np.ndarray, "N K V"]:
@@ -53,6 +59,12 @@ def read_recoverable(path: Path) -> Bool[np.ndarray, " N"]:
     if not columns:
         raise ValueError(f"{path}: doesn't say from which states the teacher still succeeds; expected labels made with label.recover_every")
     return columns["recoverable"]
+
+
+def read_given(path: Path, mask: Bool[np.ndarray, "N K"]) -> Bool[np.ndarray, "N K"]:
+    """Of the valid tokens of a shard's states, those that were labelled."""
+    columns, _ = arrays.read(path, ("given",))
+    return mask & np.repeat(columns["given"], mask.shape[1] // columns["given"].shape[1], axis=1) if columns else mask
 
 
 def read_cost(path: Path) -> Cost:

@@ -202,11 +202,16 @@ class LabelParams(Section):
 
     teacher: Name = "teacher"
     expert: str | None = None
-    smoothing: float = Field(default=1.5, gt=0)
+    smoothing: float = Field(default=1.5, ge=0.01)
     recover_every: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=64, ge=1)
     dtype: Literal["float16", "float32"] = "float16"
     threads: int = Field(default=2, ge=1, description="CPU threads; the last bits of a logit depend on it")
+
+    @property
+    def simulates(self) -> bool:
+        """Whether simulators are needed to label."""
+        return self.expert is not None or self.recover_every is not None
 
 
 class GroupParams(Section):
@@ -257,7 +262,8 @@ class OptimizeParams(UpdateParams, GroupParams, ClipParams):
     anchor:      weight of KL(p_S || p_0) at the same states, p_0 the checkpoint `student` that the run began with, whatever the objective.
     beta:        of `jsd`. distill: weight of the reverse KL in `mixed`.
     recoverable: only states from which the teacher still succeeds are learnt from (`label.recover_every`).
-    states:      only so many of the states are learnt from, drawn at random: as many in every arm, however long its episodes are.
+    states:      only so many of the states are learnt from, drawn at random: as many in every arm, however long its episodes are. An iteration
+                 that has some, but fewer, fails.
     clamp, centre: the reward of the sampled forms is cut to [-clamp, clamp]; its mean under the student is taken off.
     ratio, reward, discount: of `reverse_kl_rollout`: an importance ratio in place of the log-probability; the student in r as it is now, or as the
                  rollout recorded it; the discount of the rewards of later decisions.
@@ -577,6 +583,8 @@ def _labels_at_odds(params: Params) -> Iterator[str]:
     label = params.label
     if label.expert in WITH_MEMORY:
         yield f"label.expert is {label.expert}, which remembers what it did; expected one that can take over anywhere, or null"
+    if {label.expert, params.environment.family} == {"metaworld", "libero"}:
+        yield f"label.expert is {label.expert}; expected one for environment.family {params.environment.family}"
     if label.expert is None and label.smoothing != LabelParams.model_fields["smoothing"].default:
         yield f"label.smoothing is {label.smoothing}; expected that with label.expert only, and it is null"
     if label.expert is not None and label.recover_every is not None:
@@ -593,6 +601,8 @@ def _objective_at_odds(params: Params) -> Iterator[str]:
             yield f"optimize.{field} is {set_to}; expected that with optimize.objective one of {sorted(objectives)} only, and it is {opt.objective}"
     if opt.objective in FROM_STUDENT and params.sample.visited_by == "teacher":
         yield f"sample.visited_by is teacher; expected student with optimize.objective {opt.objective}, which learns from the student's own tokens"
+    if opt.objective == "mixed" and opt.states is not None:
+        yield f"optimize.states is {opt.states}; expected null with optimize.objective mixed: GRPO's means are over whole episodes"
     if opt.objective == "mixed" and params.sample.group < 2:
         yield f"sample.group is {params.sample.group}; expected at least 2 with optimize.objective mixed: an advantage is one over the others"
 

@@ -50,7 +50,7 @@ class Step(Read):
 class IterationResult(Read):
     """What an iteration did and cost. `success` is that of its rollouts: sampled, and before its update. depth: iterations before it, of either kind.
 
-    failed_share: the share of valid tokens, and so of the labels' say, that lies in rollouts that failed.
+    failed_share: the share of the tokens that are learnt from, and so of the labels' say, that lies in rollouts that failed.
     recoverable:  the share of states from which the teacher still succeeds, where it was tried.
     """
 

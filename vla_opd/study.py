@@ -66,7 +66,8 @@ class UpdateRow(Cost):
     """One iteration; the costs are its own. position: it is the arm's so manieth, from 1.
 
     success: of its rollouts, sampled and before its update. Of `groups`, `useful_groups` are those that GRPO learns from.
-    `*_before` and `*_after`: what `vla_opd.distance.Means` says of the student before and after the update, on the iteration's states.
+    `*_before` and `*_after`: what `vla_opd.distance.Means` says of the student before and after the update, on the iteration's states; where a
+    scripted expert labelled, of the student alone.
     """
 
     arm: str
@@ -134,7 +135,7 @@ def member_rows(run: Run, arm: str, seed: int, seconds: Mapping[str, float], *, 
             seconds=_took(one, seconds),
         )
         behind[one.result.name] = behind[run.params.updates[one.result.name]] + its
-        updates.append(_update(one, its, arm, seed, position))
+        updates.append(_update(one, its, arm, seed, position, of_teacher=run.params.label.expert is None))
     own = [one for one in run.evaluations.values() if one.checkpoint in run.params.updates or (own_student and one.checkpoint == "student")]
     rows = [row for one in own for row in _episodes(one, behind[one.checkpoint], arm, seed)]
     return Table(tuple(rows), tuple(updates))
@@ -150,11 +151,12 @@ def _took(one: Iteration | Reinforcement, seconds: Mapping[str, float]) -> float
     return None if None in known else sum(value for value in known if value is not None)
 
 
-def _update(one: Iteration | Reinforcement, its: Cost, arm: str, seed: int, position: int) -> UpdateRow:
+def _update(one: Iteration | Reinforcement, its: Cost, arm: str, seed: int, position: int, *, of_teacher: bool) -> UpdateRow:
+    """of_teacher: the labels were the teacher's, so that distances to them can be compared between arms."""
     result = one.result
     more: dict[str, Any] = {"student_entropy_before": result.before.student_entropy, "student_entropy_after": result.after.student_entropy}
     if isinstance(one, Iteration):
-        for when, means in (("before", one.before), ("after", one.after)):
+        for when, means in (("before", one.before), ("after", one.after)) if of_teacher else ():
             more |= {f"{name}_{when}": getattr(means, name) for name in Means.model_fields}
         more |= {"failed_share": one.result.failed_share, "recoverable": one.result.recoverable}
     else:

@@ -172,7 +172,7 @@ def _told(study: StudyParams, arm: str) -> str:
     said = [f"after {its.after}"] if its.after else []
     said += [f"from where its rollouts had {percent(its.switch)}"] if its.switch is not None else []
     said += ["a student of its own"] if its.own_student else []
-    said += [f"{its.distill} iterations with the teacher"] if its.distill else []
+    said += [f"{its.distill} iterations of distillation"] if its.distill else []
     said += [f"{its.reinforce} of GRPO"] if its.reinforce else []
     return ", ".join([*said, *(f"{key} {value}" for key, value in its.settings.items())])
 

@@ -70,7 +70,7 @@ class Resume:
 class Ask:
     """What a scripted expert would do from every kept state of a recorded episode: S = `chunk` actions from each, executed and closed loop.
 
-    `Outcome.actions` are N x S rows; after a success the last action is repeated.
+    `Outcome.actions` are N x S rows; `clean` where they were executed: after a success the last action is repeated.
     """
 
     episode: Recorded
@@ -78,30 +78,41 @@ class Ask:
     chunk: int
 
     def __call__(self, env: Env) -> Outcome:
-        answers = np.concatenate([self._answer(env, row) for row in range(len(self.episode.step))])
-        return outcome(0, [], np.zeros(0, np.int32), success=False, actions=answers)
+        answers = [self._answer(env, row) for row in range(len(self.episode.step))]
+        padded = [np.concatenate([actions, np.repeat(actions[-1:], self.chunk - len(actions), axis=0)]) for actions in answers]
+        executed = np.concatenate([np.arange(self.chunk) < len(actions) for actions in answers])
+        return outcome(0, [], np.zeros(0, np.int32), success=False, actions=np.concatenate(padded), clean=executed)
 
-    def _answer(self, env: Env, row: int) -> Float32[np.ndarray, "S A"]:
+    def _answer(self, env: Env, row: int) -> Float32[np.ndarray, "s A"]:
         Resume(self.episode, row).observed(env)
         expert = make_expert(self.expert, env)
         expert.reset()
         actions: list[Float32[np.ndarray, " A"]] = []
-        while len(actions) < self.chunk:
+        success = False
+        while len(actions) < self.chunk and not success:
             actions.append(np.asarray(expert.act(), dtype=np.float32).copy())
-            if env.advance(actions[-1][None], 0).success:
-                break
-        return np.stack([*actions, *[actions[-1]] * (self.chunk - len(actions))])
+            success = env.advance(actions[-1][None], 0).success
+        return np.stack(actions)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """An expert's S actions from each of N states, and which of them it executed: after a success the last one is repeated."""
+
+    actions: Float32[np.ndarray, "N S A"]
+    executed: Bool[np.ndarray, "N S"]
 
 
 def ask(
     episodes: Mapping[Job, Recorded], environment: EnvironmentParams, expert: str, chunk: int, pool_settings: PoolSettings, tally: Tally
-) -> Iterator[tuple[Job, Float32[np.ndarray, "N S A"]]]:
+) -> Iterator[tuple[Job, Answers]]:
     """What the scripted expert would do at every kept state of every episode, as it is known. Errors as in `rollout.rollout`, and `Resume`'s."""
     with Pool(environment, episodes, lambda job: Ask(episodes[job], expert, chunk), capacity=1, settings=pool_settings, tally=tally) as pool:
         while pool.unfinished:
             for job, answered in pool.collect():
                 pool.finish(job)
-                yield job, answered.actions.reshape(len(episodes[job].step), chunk, -1)
+                states = len(episodes[job].step)
+                yield job, Answers(answered.actions.reshape(states, chunk, -1), answered.clean.reshape(states, chunk))
 
 
 @dataclass(frozen=True)

@@ -82,12 +82,13 @@ class Tally:
 
     def as_metrics(self) -> dict[str, float]:
         """The numbers, by name."""
+        rate = {"states_per_second": self.states / (time.perf_counter() - self.began)} if self.states else {}
         return {
             "crashes": self.crashes,
             "policy_seconds": self.policy_s,
             "waiting_seconds": self.waiting_s,
             "simulator_seconds": self.simulator_s,
-            "states_per_second": self.states / (time.perf_counter() - self.began),
+            **rate,
         }
 
 

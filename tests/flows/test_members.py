@@ -61,6 +61,14 @@ def test_wandb_can_tell_members_apart_and_each_has_its_share_of_the_cores(run: P
     assert environment(members("which", run)[0], run, parallel=3)["OPD_WORKERS"] == "5"
 
 
+def test_an_arm_without_iterations_has_one_member(run: Params) -> None:
+    arms = {**run.studies["which"].arms, "sft": ArmParams(settings={"student.steps": 7})}
+    its = run.model_copy(update={"studies": {"which": run.studies["which"].model_copy(update={"arms": arms})}})
+    assert [str(one) for one in members("which", its) if one.arm == "sft"] == ["sft, seed 3"]
+    with pytest.raises(ValueError, match=r"seeds is \[5\]; expected 3 among them: arms without iterations, as \['sft'\], have only that"):
+        members("which", its, ["sft"], [5])
+
+
 @pytest.mark.parametrize(
     ("study", "arms", "seeds", "said"),
     [

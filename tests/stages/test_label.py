@@ -7,6 +7,8 @@ import pytest
 
 import stages.__main__ as command
 from stages import label
+from stages.optimize import _read
+from stages.report import render
 from tests import out_of_tree
 from tests.small_run import HOST
 from tests.vla_opd import small as tiny
@@ -14,10 +16,11 @@ from tests.vla_opd.test_checkpoint import publish
 from vla_opd.artifacts import draft, read_manifest
 from vla_opd.checkpoint import open_checkpoint
 from vla_opd.host import Host
-from vla_opd.logits import Labels, read_recoverable, read_shard, write_shard
-from vla_opd.params import CheckpointParams, DemonstrationSet, EnvironmentParams, Params, RunParams, load
+from vla_opd.logits import Labels, read_given, read_recoverable, read_shard, write_shard
+from vla_opd.params import CheckpointParams, DemonstrationSet, EnvironmentParams, OptimizeParams, Params, RunParams, load
 from vla_opd.policies import build_policy
 from vla_opd.results import read_run
+from vla_opd.study import member_rows
 from vla_opd.trajectory import read_shard as read_episodes
 from vla_opd.trajectory import read_states, shards
 
@@ -86,19 +89,39 @@ def test_the_experts_labels_are_what_it_would_do_there(small: Path) -> None:
     manifest = read_manifest(small / "logits/it001", "logits")
     assert manifest.params["label"]["expert"] == "tests.out_of_tree:expert"
     states = read_manifest(small / "trajectories/it001", "trajectories").facts["states"]
-    assert (manifest.facts["teacher_queries"], manifest.facts["env_steps"]) == (states, states * space.chunk)
+    assert manifest.facts["teacher_queries"] == states
+    executed = 0
     env = out_of_tree.make(load("params.yaml").environment)
     for shard in shards(small / "trajectories/it001")[:3]:
         states, labels = read_states([shard]), read_shard(small / "logits/it001" / shard.name, len(read_states([shard])))
-        episode = read_episodes(shard)[0]
+        episode, every = read_episodes(shard)[0], np.ones_like(states.mask)
         env.reset(episode.placement)
         for row in range(len(episode.step)):
             env.hand = states.observations.proprio[row].astype(np.float64)
+            given = read_given(small / "logits/it001" / shard.name, every)[row].reshape(space.chunk, 2)
+            assert given.all(1).sum() == given.any(1).sum() == steps_to_success(env, states.observations.proprio[row], space.chunk)
+            executed += given.all(1).sum()
             wanted = space.encode(np.tile(out_of_tree.expert(env).act(), (1, space.chunk, 1)))[0, :2]
             assert np.abs(labels[row, :2].argmax(-1) - wanted).max() <= 1  # the recorded hand is rounded to float32
     assert command.main(["optimize", "--iteration", "it001", *HOST, "--set", "optimize.objective=forward_kl"]) == 0
+    assert command.main(["evaluate", "--name", "final", *HOST]) == 0
+    run = read_run(load("params.yaml", ["label.expert=tests.out_of_tree:expert"]).model_copy(update={"reinforcements": {}}), small)
+    assert "Labelled by a scripted expert</strong> (<code>label.expert: tests.out_of_tree:expert</code>)" in render(run)
+    row = member_rows(run, "dagger", 0, {}).updates[0]
+    assert (row.reverse_kl_before, row.teacher_entropy_after, row.failed_share is None) == (None, None, False)
+    assert row.student_entropy_after > 0
     facts = read_manifest(small / "checkpoints/it001", "checkpoint").facts
     assert facts["after"]["forward_kl"] < 0.8 * facts["before"]["forward_kl"]
+
+
+def steps_to_success(env: out_of_tree.PointMass, hand: np.ndarray, most: int) -> int:
+    """How many steps the expert needs from there, or `most`; the environment is left where it was."""
+    env.hand, taken, success = hand.astype(np.float64), 0, False
+    while taken < most and not success:
+        success = env.advance(out_of_tree.expert(env).act()[None], 0).success
+        taken += 1
+    env.hand = hand.astype(np.float64)
+    return taken
 
 
 def test_only_recoverable_states_are_learnt_from_if_so_told(small: Path) -> None:
@@ -117,3 +140,22 @@ def test_only_recoverable_states_are_learnt_from_if_so_told(small: Path) -> None
     run = read_run(load("params.yaml").model_copy(update={"reinforcements": {}}), small)
     assert run.results.iterations[0].recoverable == found["recoverable"]
     assert run.results.env_steps == visited["env_steps"] + found["env_steps"]
+    told = render(run)
+    assert "Recoverable: the states from which the teacher still succeeds" in told
+    assert f'<td class="number">{found["recoverable"]:.1%}</td></tr>' in told
+    assert "Labelled by a scripted expert" not in told
+
+
+def test_grpo_weighs_every_episode_alike_whatever_is_left_of_it(small: Path) -> None:
+    assert label_it("label.recover_every=2") == 0
+    opt = OptimizeParams(objective="mixed", recoverable=True, keep_low=0, keep_high=1)
+    data = _read(opt, small / "trajectories/it001", small / "logits/it001", 4)
+    assert data.on_policy is not None
+    rows, graded = data.usable, data.on_policy.graded
+    weight, episode = graded.weight[rows] * data.mask[rows].sum(1), data.on_policy.decisions.episode
+    each = [weight[episode[rows] == one].sum() for one in np.unique(episode[rows])]
+    assert len(each) > 3
+    np.testing.assert_allclose(each, each[0], rtol=1e-4)
+    assert data.kept is not None
+    assert any(0 < data.kept[episode == one].mean() < 1 for one in np.unique(episode)), "the fixture should show an episode that is cut"
+    assert len(rows) < (data.on_policy.decisions.decided & data.mask.any(1)).sum()  # some are left out

@@ -218,3 +218,16 @@ def test_the_command_itself_ends_with_2(project: Path) -> None:
     )
     assert ended.returncode == 2
     assert ended.stderr == "sample: iterations is 'it009'; expected one of ['it001', 'it002']\n"
+
+
+@pytest.mark.parametrize(("settings", "asked"), [([], False), (["label.recover_every=2"], True), (["label.expert=a.b:c"], True)])
+def test_labelling_needs_graphics_only_where_it_simulates(
+    called: list[tuple[Any, ...]], project: Path, monkeypatch: pytest.MonkeyPatch, settings: list[str], *, asked: bool
+) -> None:
+    looked = list[bool]()
+    monkeypatch.setattr(command, "use_backend", lambda: looked.append(True))
+    arguments = [part for setting in settings for part in ("--set", setting)]
+    assert command.main(["label", "--iteration", "it001", "--tracking", "none", *arguments]) == 0
+    assert bool(looked) is asked
+    assert len(called) == 1
+    assert project.is_dir()

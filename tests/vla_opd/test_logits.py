@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vla_opd.logits import Cost, Labels, normalised, read_cost, read_recoverable, read_shard, spread, write_shard
+from vla_opd.logits import Cost, Labels, normalised, read_cost, read_given, read_recoverable, read_shard, spread, write_shard
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -29,9 +29,16 @@ def test_another_number_of_states_is_refused(tmp_path: Path, states: int) -> Non
 
 def test_what_was_simulated_is_kept_beside_the_labels(tmp_path: Path) -> None:
     labels, recoverable = np.zeros((3, 6, 8), np.float16), np.array([True, True, False])
-    write_shard(tmp_path / "shard-0", Labels(labels, recoverable, Cost(env_steps=40, decisions=10)))
+    write_shard(tmp_path / "shard-0", Labels(labels, recoverable, cost=Cost(env_steps=40, decisions=10)))
     assert read_recoverable(tmp_path / "shard-0").tolist() == recoverable.tolist()
     assert read_cost(tmp_path / "shard-0") == Cost(40, 10)
+    mask = np.ones((3, 6), np.bool_)
+    assert read_given(tmp_path / "shard-0", mask) is mask
+    given = np.array([[True, True, True], [True, False, False], [True, True, False]])
+    write_shard(tmp_path / "shard-2", Labels(labels, given=given))
+    assert read_given(tmp_path / "shard-2", mask)[1].tolist() == [True, True, False, False, False, False]  # two dimensions an action
+    mask[2, 3] = False
+    assert read_given(tmp_path / "shard-2", mask)[2].tolist() == [True, True, True, False, False, False]
     write_shard(tmp_path / "shard-1", Labels(labels))
     assert read_cost(tmp_path / "shard-1") == Cost(0, 0)
     with pytest.raises(ValueError, match=r"shard-1: doesn't say from which states .*; expected labels made with label\.recover_every"):

@@ -98,6 +98,7 @@ def test_later_overrides_win_and_deeper_ones_reach_in(minimal: Path) -> None:
         ("sample.observe_every=16", r"sample\.observe_every is 16; expected a divisor of policy\.chunk"),
         ("optimize.recoverable=true", r"label\.recover_every is null; expected a number with optimize\.recoverable true"),
         ("label.smoothing=2", r"label\.smoothing is 2\.0; expected that with label\.expert only, and it is null"),
+        ("label.smoothing=1e-9", r"label\.smoothing is 1e-09: .*greater than or equal to 0\.01"),
         ("label.expert=libero", r"label\.expert is libero, which remembers what it did; expected one that can take over anywhere, or null"),
         ("optimize.beta=0.3", r"optimize\.beta is 0\.3; expected that with optimize\.objective one of \['jsd'\] only, and it is reverse_kl"),
         ("optimize.clamp=2", r"optimize\.clamp is 2\.0; expected that with .* \['reverse_kl_rollout', 'reverse_kl_sampled'\] only"),
@@ -172,6 +173,8 @@ def test_unseen_tasks_are_other_tasks(minimal: Path) -> None:
 def test_an_expert_that_can_take_over_labels_alone(minimal: Path) -> None:
     by_expert = ["label.expert=metaworld", "label.smoothing=2"]
     load(minimal, by_expert)
+    with pytest.raises(ValueError, match=r"label\.expert is metaworld; expected one for environment\.family libero"):
+        load(minimal, [*by_expert, "environment.family=libero"])
     with pytest.raises(ValueError, match=r"label\.recover_every is 4; expected null with label\.expert: it is the teacher that takes over"):
         load(minimal, [*by_expert, "label.recover_every=4"])
     load(minimal, ["label.recover_every=4", "optimize.recoverable=true"])
@@ -184,6 +187,8 @@ def test_an_objective_is_asked_for_what_it_reads(minimal: Path) -> None:
         load(minimal, [f"optimize.objective={name}", "sample.temperature=1"])
         with pytest.raises(ValueError, match=rf"sample\.visited_by is teacher; expected student with optimize\.objective {name}, which learns"):
             load(minimal, [f"optimize.objective={name}", "sample.temperature=1", "sample.visited_by=teacher"])
+    with pytest.raises(ValueError, match=r"optimize\.states is 9; expected null with optimize\.objective mixed: GRPO's"):
+        load(minimal, ["optimize.objective=mixed", "optimize.states=9"])
     with pytest.raises(ValueError, match=r"sample\.group is 1; expected at least 2 with optimize\.objective mixed"):
         load(minimal, ["optimize.objective=mixed", "sample.group=1"])
 

@@ -272,3 +272,10 @@ def test_the_states_that_were_kept_are_counted() -> None:
     found = list(rollout(Steering(), some_jobs(), ENVIRONMENT, SETTINGS, tally=tally))
     assert tally.states == sum(len(episode.step) for episode in found)
     assert 0 < tally.as_metrics()["states_per_second"] < 1e6
+
+
+def test_a_rate_of_nothing_is_not_told() -> None:
+    assert "states_per_second" not in Tally().as_metrics()
+    tally = Tally()
+    list(demonstrate(some_jobs(), ENVIRONMENT, DemonstrateParams(expert=EXPERT, horizon=20), tally=tally))
+    assert tally.as_metrics()["states_per_second"] > 0

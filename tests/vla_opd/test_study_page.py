@@ -51,7 +51,7 @@ def test_the_numbers_are_those_of_the_table(root: Path, page: str) -> None:
     said = re.sub(r"<[^>]*>|\s+", " ", page)
     assert "fast has 90.0% and slow has 40.0%" in re.sub(r" +", " ", said)
     assert "≥ 5.4 (" in page
-    assert "4 iterations with the teacher, optimize.objective hard_ce" in page
+    assert "4 iterations of distillation, optimize.objective hard_ce" in page
 
 
 def test_costs_that_nobody_knows_are_not_drawn(page: str) -> None:

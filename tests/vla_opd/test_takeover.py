@@ -62,12 +62,14 @@ def test_the_expert_is_asked_at_every_state(recorded: dict[Job, Recorded], worke
     answers = dict(ask(recorded, ENVIRONMENT, EXPERT, CHUNK, PoolSettings(workers=workers), Tally()))
     assert answers.keys() == recorded.keys()
     for job, one in recorded.items():
-        assert answers[job].shape == (len(one.step), CHUNK, DIMS)
+        actions, executed = answers[job].actions, answers[job].executed
+        assert actions.shape == (len(one.step), CHUNK, DIMS)
         ahead = one.proprio[:, 3:] - one.proprio[:, :3]
-        np.testing.assert_allclose(answers[job][:, 0, :3], ahead / np.linalg.norm(ahead, axis=1, keepdims=True), atol=1e-5)
-        followed = ahead - SPEED * answers[job][:, 0, :3]  # closed loop: the second action is from where the first led
-        np.testing.assert_allclose(answers[job][:, 1, :3], followed / np.linalg.norm(followed, axis=1, keepdims=True), atol=1e-5)
-        assert (answers[job][..., 3] == 1).all()
+        np.testing.assert_allclose(actions[:, 0, :3], ahead / np.linalg.norm(ahead, axis=1, keepdims=True), atol=1e-5)
+        followed = ahead - SPEED * actions[:, 0, :3]  # closed loop: the second action is from where the first led
+        on = executed[:, 1]
+        np.testing.assert_allclose(actions[on, 1, :3], followed[on] / np.linalg.norm(followed[on], axis=1, keepdims=True), atol=1e-5)
+        assert (actions[..., 3] == 1).all()
 
 
 def test_after_success_the_experts_last_action_stays(recorded: dict[Job, Recorded]) -> None:
@@ -82,9 +84,10 @@ def test_after_success_the_experts_last_action_stays(recorded: dict[Job, Recorde
     actions = np.append(straight, 0)[None].repeat(steps, 0).astype(np.float32)
     proprio = np.concatenate([env.position, env.goal]).astype(np.float32)[None]
     near = Recorded(job.placement, False, actions, np.array([steps], np.int32), proprio)
-    answer = Ask(near, EXPERT, CHUNK)(env).actions
-    assert answer.shape == (CHUNK, DIMS)
-    assert (answer == answer[0]).all()  # it is there after one step
+    answer = Ask(near, EXPERT, CHUNK)(env)
+    assert answer.actions.shape == (CHUNK, DIMS)
+    assert (answer.actions == answer.actions[0]).all()
+    assert answer.clean.tolist() == [True, False, False, False]  # it is there after one step
 
 
 @pytest.mark.parametrize("workers", [1, 2])

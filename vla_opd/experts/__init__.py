@@ -1,4 +1,4 @@
-"""Scripted experts: privileged simulator state in, one action out. They make demonstrations; they never act for a student."""
+"""Scripted experts: privileged simulator state in, one action out. They make demonstrations, and label if asked; they never act for a student."""
 
 from collections.abc import Callable
 from typing import Any

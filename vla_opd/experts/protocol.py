@@ -10,7 +10,7 @@ class Expert(Protocol):
     """A closed-loop controller for one environment. It may read everything that the simulator knows."""
 
     def reset(self) -> None:
-        """Plan for the episode that the environment has just been reset to. Deterministic."""
+        """Plan from the environment's present state, deterministically: the beginning of an episode, or, if it is to label, any state of one."""
         ...
 
     def act(self) -> Float32[np.ndarray, "A"]:
