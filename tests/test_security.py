@@ -23,7 +23,7 @@ from tests.vla_opd import small
 from tests.vla_opd.test_arrays import members, rewrite
 from vla_opd.artifacts import Kind, draft, open_artifact
 from vla_opd.checkpoint import open_checkpoint
-from vla_opd.logits import read_shard, write_shard
+from vla_opd.logits import Labels, read_shard, write_shard
 from vla_opd.params import load
 from vla_opd.trajectory import read_states
 
@@ -102,7 +102,7 @@ def test_a_checkpoint_that_names_code_of_its_own_is_refused(tmp_path: Path) -> N
 
 def shard(path: Path, **described: object) -> Path:
     """A shard with one array, whose description is then changed by hand."""
-    write_shard(path, np.zeros((1, 2, 3), np.float16))
+    write_shard(path, Labels(np.zeros((1, 2, 3), np.float16)))
     inside = members(path)
     description = json.loads(inside["log_probs/zarr.json"]) | described
     return rewrite(path, inside | {"log_probs/zarr.json": json.dumps(description).encode()})
@@ -153,7 +153,7 @@ def zeros(blocks: int, says_its_size: bool) -> bytes:
 def test_a_chunk_that_unpacks_to_more_than_a_chunk_is_refused_before_there_is_room_for_it(tmp_path: Path, says_its_size: bool) -> None:
     assert numcodecs.Zstd().decode(zeros(3, says_its_size)) == bytes(3 * 2**17)
     path = tmp_path / "shard-000"
-    write_shard(path, np.zeros((1, 2, 3), np.float16))
+    write_shard(path, Labels(np.zeros((1, 2, 3), np.float16)))
     frame = zeros(8192, says_its_size)  # a gigabyte in 33 kB
     rewrite(path, members(path) | {"log_probs/c/0/0/0": frame + google_crc32c.value(frame).to_bytes(4, "little")})
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
