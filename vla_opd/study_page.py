@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from vla_opd import page
 from vla_opd.artifacts import Manifest, draft, open_artifact
 from vla_opd.curves import COSTS, SHARE, Curve, Estimate, Study, read_study, shared_seeds
-from vla_opd.page import DRAWN_WITH, INK, MUTED, SERIES, TEACHER, draw, percent
+from vla_opd.page import DRAWN_WITH, INK, MUTED, PAPER, SERIES, TEACHER, draw, percent
 from vla_opd.params import Params, StudyParams
 from vla_opd.study import Table, read
 
@@ -209,8 +209,9 @@ def _success(study: Study, found: StudyResults, cost: str) -> Markup:
 
 
 def _look(number: int) -> dict[str, Any]:
-    """The colour and the marker of an arm, the same in every drawing."""
-    return {"color": SERIES[number % len(SERIES)], "marker": MARKERS[number % len(MARKERS)]}
+    """The colour and the marker of an arm, the same in every drawing; dashed and hollow where the colours begin anew."""
+    again = {"linestyle": (0, (3, 1.5)), "markerfacecolor": PAPER} if number >= len(SERIES) else {}
+    return {"color": SERIES[number % len(SERIES)], "marker": MARKERS[number % len(MARKERS)], **again}
 
 
 def _thousands(value: float) -> str:

@@ -104,3 +104,9 @@ def test_a_table_that_was_spoilt_is_refused(tmp_path: Path) -> None:
         file.write(b"x")
     with pytest.raises(ValueError, match=r"episodes\.parquet.*it is corrupt"):
         study_page.run(tmp_path, "speed")
+
+
+def test_sixteen_arms_can_be_told_apart() -> None:
+    looks = [study_page._look(number) for number in range(16)]
+    assert len({str(look) for look in looks}) == 16
+    assert [len({look["color"] for look in looks[:8]}), len({look["marker"] for look in looks[:8]})] == [8, 8]
