@@ -162,8 +162,7 @@ def _discard_rollouts(root: Path) -> None:
 def tabulate(name: str, run: Params) -> Manifest:
     """`artifacts/<run>/studies/<name>`: the rows of all members that are done, in the order of arms and seeds, and those of what they share."""
     root, its = ROOT / run.run.name, run.studies[name]
-    every = sorted(members(name, run), key=lambda one: (list(its.arms).index(one.arm), its.seeds.index(one.seed)))
-    done = [read(member.folder / TABLE) for member in every if is_done(member, run)]
+    done = [read(member.folder / TABLE) for arm in its.arms for member in members(name, run, [arm]) if is_done(member, run)]
     shared = read_run(run.model_copy(update={"iterations": {}, "reinforcements": {}, "evaluations": run.reference}), root)
     table = joined(done)
     parents = {f"checkpoints/{checkpoint}": manifest.digest for checkpoint, manifest in shared.checkpoints.items()}

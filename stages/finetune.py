@@ -20,7 +20,7 @@ from vla_opd.params import CheckpointParams, Params
 from vla_opd.policies import Policy, build_policy
 from vla_opd.policies.tiny import extend_vocabulary
 from vla_opd.seeds import derive
-from vla_opd.tokens import action_space
+from vla_opd.tokens import action_space, gaussian
 from vla_opd.tracking import track
 from vla_opd.training import Budget, Evidence, Loss, Row, Schedule, batches, train, write_rows
 from vla_opd.trajectory import States, read_states, shards
@@ -122,5 +122,4 @@ def smoothed_targets(bins: int, sigma: float) -> Float[Tensor, "V V"]:
     """Row v: the target distribution for bin v, proportional to exp(-(u - v)^2 / (2 sigma^2)); the one-hot for sigma = 0."""
     if sigma == 0:
         return torch.eye(bins)
-    distance = torch.arange(bins)[:, None] - torch.arange(bins)[None, :]
-    return torch.softmax(-(distance.float() ** 2) / (2 * sigma**2), -1)
+    return torch.softmax(torch.from_numpy(gaussian(bins, sigma)), -1)

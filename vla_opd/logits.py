@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from vla_opd import arrays
+from vla_opd.tokens import gaussian
 
 
 class Cost(NamedTuple):
@@ -75,9 +76,8 @@ def read_cost(path: Path) -> Cost:
 
 def spread(bins: Int[np.ndarray, "N K"], width: int, sigma: float, dtype: str) -> Float[np.ndarray, "N K V"]:
     """Around one of V = `width` bins a token: log p(v) = -(v - bin)^2 / (2 sigma^2) - log Z, as stored; finite everywhere."""
-    away = np.arange(width) - bins[..., None].astype(np.float64)
-    log_probs = torch.from_numpy(-(away**2) / (2 * sigma**2)).log_softmax(-1).numpy()
-    return log_probs.clip(min=np.finfo(dtype).min).astype(dtype)
+    log_probs = torch.from_numpy(gaussian(width, sigma)).log_softmax(-1).numpy()
+    return log_probs.clip(min=np.finfo(dtype).min).astype(dtype)[bins]
 
 
 def normalised(logits: Float[torch.Tensor, "N K V"], dtype: str) -> Float[np.ndarray, "N K V"]:

@@ -77,3 +77,9 @@ def action_space(actions: Float[np.ndarray, "L A"], chunk: int, bins: int) -> Ac
     q01, q99 = np.quantile(actions.astype(np.float64), [0.01, 0.99], axis=0)
     dims = actions.shape[1]
     return ActionSpace(q01=tuple(q01), q99=tuple(q99), normalised=(True,) * (dims - 1) + (False,), chunk=chunk, bins=bins)
+
+
+def gaussian(bins: int, sigma: float) -> Float32[np.ndarray, "V V"]:
+    """Row v: -(u - v)^2 / (2 sigma^2) for every bin u, the logits of a Gaussian around bin v."""
+    distance = np.arange(bins, dtype=np.float32)[:, None] - np.arange(bins, dtype=np.float32)[None, :]
+    return -(distance**2) / (2 * sigma**2)
