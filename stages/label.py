@@ -14,7 +14,7 @@ from vla_opd.artifacts import Manifest, draft, open_artifact
 from vla_opd.checkpoint import open_checkpoint, require_environment
 from vla_opd.experts import EXPERTS
 from vla_opd.host import Host
-from vla_opd.logits import Cost, Labels, normalised, read_cost, read_recoverable, spread, write_shard
+from vla_opd.logits import Cost, Labels, normalised, read_outcome, spread, write_shard
 from vla_opd.params import EnvironmentParams, LabelParams, Params, named_function
 from vla_opd.policies import Policy, load_policy
 from vla_opd.rollout import Job, PoolSettings, RolloutSettings, Tally, threads
@@ -54,18 +54,17 @@ def run(params: Params, teacher: Path, trajectories: Path, out: Path, host: Host
             with work.part(name) as path:
                 write_shard(path, labels)
             simulation.tally.states += len(labels.log_probs)
-        facts = _facts([work.folder / name for name in names], int(source.facts["states"]), label)
+        facts = _facts([work.folder / name for name in names], int(source.facts["states"]))
         log({**facts, **simulation.tally.as_metrics()}, 0)
         return work.publish({**facts, "action_space": space.model_dump(), "environment": environment.model_dump()})
 
 
-def _facts(paths: Sequence[Path], states: int, label: LabelParams) -> dict[str, float]:
-    """What the labels cost, and of how many states the teacher still succeeds."""
-    costs = [read_cost(path) for path in paths]
+def _facts(paths: Sequence[Path], states: int) -> dict[str, float]:
+    """What the labels cost, and from what share of the states the teacher still succeeds, if that was tried."""
+    costs, recoverable = zip(*map(read_outcome, paths), strict=True)
     facts: dict[str, float] = {"teacher_queries": states + sum(one.decisions for one in costs), "env_steps": sum(one.env_steps for one in costs)}
-    if label.recover_every is None:
-        return facts
-    return facts | {"recoverable": float(np.concatenate([read_recoverable(path) for path in paths]).mean())}
+    tried = [one for one in recoverable if one is not None]
+    return facts | ({"recoverable": float(np.concatenate(tried).mean())} if tried else {})
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """optimize: student, trajectories, logits -> checkpoint, eq. (5): a fixed budget of AdamW steps towards the teacher on the student's own states."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from vla_opd.checkpoint import Checkpoint, open_checkpoint, require_same_actions
 from vla_opd.decisions import Decisions, Graded, failed_share, read_decisions
 from vla_opd.diagnostics import Distance, distance
 from vla_opd.host import Host
-from vla_opd.logits import read_given, read_recoverable, read_shard
+from vla_opd.logits import Labels, read_shard
 from vla_opd.objectives import (
     OBJECTIVES,
     ON_DECISIONS,
@@ -138,12 +139,12 @@ def _anchor(student: Checkpoint, initial: Path) -> Checkpoint:
 def _read(opt: OptimizeParams, trajectories: Path, logits: Path, chunk: int) -> Labelled:
     paths = shards(trajectories)
     states = [read_states([path]) for path in paths]
-    whole = joined(states)
+    labels = [read_shard(logits / path.name, len(s)) for path, s in zip(paths, states, strict=True)]
     data = Labelled(
-        observations=whole.observations,
-        mask=np.concatenate([read_given(logits / path.name, s.mask) for path, s in zip(paths, states, strict=True)]),
-        teacher=np.concatenate([read_shard(logits / path.name, len(s)) for path, s in zip(paths, states, strict=True)]),
-        kept=np.concatenate([read_recoverable(logits / path.name) for path in paths]) if opt.recoverable else None,
+        observations=joined(states).observations,
+        mask=np.concatenate([one.labelled(s.mask) for one, s in zip(labels, states, strict=True)]),
+        teacher=np.concatenate([one.log_probs for one in labels]),
+        kept=_recoverable(labels, logits) if opt.recoverable else None,
     )
     if opt.objective not in ON_DECISIONS:
         return data
@@ -151,6 +152,13 @@ def _read(opt: OptimizeParams, trajectories: Path, logits: Path, chunk: int) -> 
     if "teacher" in visited.parents:
         raise ValueError(f"{trajectories}: the teacher acted (sample.visited_by); expected the student, whose own tokens {opt.objective} learns from")
     return replace(data, on_policy=_on_policy(data, read_decisions(paths, chunk), opt, visited.params["sample"]["temperature"]))
+
+
+def _recoverable(labels: Sequence[Labels], logits: Path) -> Bool[np.ndarray, " N"]:
+    tried = [one.recoverable for one in labels if one.recoverable is not None]
+    if len(tried) < len(labels):
+        raise ValueError(f"{logits}: doesn't say from which states the teacher still succeeds; expected labels made with label.recover_every")
+    return np.concatenate(tried)
 
 
 def _drawn(data: Labelled, states: int, seed: int) -> Bool[np.ndarray, " N"]:

@@ -5,9 +5,10 @@ A shard of a logit store labels the shard of its name of the trajectories whose 
 81 % of a broad teacher's mass. In float16 a token's KL is off by up to 1e-3 nats, its mean over 64 states by less than 5e-6 (measured: docs/log.md).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +38,10 @@ class Labels:
     given: Bool[np.ndarray, "N S"] | None = None
     cost: Cost = field(default_factory=Cost)
 
+    def labelled(self, mask: Bool[np.ndarray, "N K"]) -> Bool[np.ndarray, "N K"]:
+        """Of the valid tokens of the states, those that were labelled."""
+        return mask if self.given is None else mask & np.repeat(self.given, mask.shape[1] // self.given.shape[1], axis=1)
+
 
 def write_shard(path: Path, labels: Labels) -> None:
     """Write the labels of one shard."""
@@ -45,32 +50,23 @@ def write_shard(path: Path, labels: Labels) -> None:
     arrays.write(path, there, {"format": 1} | (labels.cost._asdict() if any(labels.cost) else {}))
 
 
-def read_shard(path: Path, states: int) -> Float[np.ndarray, "N K V"]:
-    """Log-probabilities of a shard of `states` states. ValueError if it labels another number of states."""
-    columns, _ = arrays.read(path)
-    log_probs = columns["log_probs"]
-    if len(log_probs) != states:
-        raise ValueError(f"{path}: labels {len(log_probs)} states; expected the {states} of the trajectory shard of that name")
-    return log_probs
+def read_shard(path: Path, states: int) -> Labels:
+    """The labels of a shard of `states` states. ValueError if it labels another number of states."""
+    columns, attributes = arrays.read(path, ("log_probs", "recoverable", "given"))
+    if "log_probs" not in columns:
+        raise ValueError(f"{path}: has no log_probs; expected the labels of {states} states")
+    if odd := next((len(values) for values in columns.values() if len(values) != states), None):
+        raise ValueError(f"{path}: labels {odd} states; expected the {states} of the trajectory shard of that name")
+    return Labels(**columns, cost=_cost(attributes))
 
 
-def read_recoverable(path: Path) -> Bool[np.ndarray, " N"]:
-    """From which states of a shard the teacher still succeeds. ValueError if it wasn't asked."""
-    columns, _ = arrays.read(path, ("recoverable",))
-    if not columns:
-        raise ValueError(f"{path}: doesn't say from which states the teacher still succeeds; expected labels made with label.recover_every")
-    return columns["recoverable"]
+def read_outcome(path: Path) -> tuple[Cost, Bool[np.ndarray, " N"] | None]:
+    """What a shard cost, and from which of its states the teacher still succeeds, if that was tried; without reading the log-probabilities."""
+    columns, attributes = arrays.read(path, ("recoverable",))
+    return _cost(attributes), columns.get("recoverable")
 
 
-def read_given(path: Path, mask: Bool[np.ndarray, "N K"]) -> Bool[np.ndarray, "N K"]:
-    """Of the valid tokens of a shard's states, those that were labelled."""
-    columns, _ = arrays.read(path, ("given",))
-    return mask & np.repeat(columns["given"], mask.shape[1] // columns["given"].shape[1], axis=1) if columns else mask
-
-
-def read_cost(path: Path) -> Cost:
-    """What was simulated for a shard."""
-    attributes = arrays.read(path, ())[1]
+def _cost(attributes: Mapping[str, Any]) -> Cost:
     return Cost(*(int(attributes.get(name, 0)) for name in Cost._fields))
 
 

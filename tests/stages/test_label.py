@@ -16,7 +16,7 @@ from tests.vla_opd.test_checkpoint import publish
 from vla_opd.artifacts import draft, read_manifest
 from vla_opd.checkpoint import open_checkpoint
 from vla_opd.host import Host
-from vla_opd.logits import Labels, read_given, read_recoverable, read_shard, write_shard
+from vla_opd.logits import Labels, read_outcome, read_shard, write_shard
 from vla_opd.params import CheckpointParams, DemonstrationSet, EnvironmentParams, OptimizeParams, Params, RunParams, load
 from vla_opd.policies import build_policy
 from vla_opd.results import read_run
@@ -93,16 +93,17 @@ def test_the_experts_labels_are_what_it_would_do_there(small: Path) -> None:
     executed = 0
     env = out_of_tree.make(load("params.yaml").environment)
     for shard in shards(small / "trajectories/it001")[:3]:
-        states, labels = read_states([shard]), read_shard(small / "logits/it001" / shard.name, len(read_states([shard])))
+        states = read_states([shard])
+        labels = read_shard(small / "logits/it001" / shard.name, len(states))
         episode, every = read_episodes(shard)[0], np.ones_like(states.mask)
         env.reset(episode.placement)
         for row in range(len(episode.step)):
             env.hand = states.observations.proprio[row].astype(np.float64)
-            given = read_given(small / "logits/it001" / shard.name, every)[row].reshape(space.chunk, 2)
+            given = labels.labelled(every)[row].reshape(space.chunk, 2)
             assert given.all(1).sum() == given.any(1).sum() == steps_to_success(env, states.observations.proprio[row], space.chunk)
             executed += given.all(1).sum()
             wanted = space.encode(np.tile(out_of_tree.expert(env).act(), (1, space.chunk, 1)))[0, :2]
-            assert np.abs(labels[row, :2].argmax(-1) - wanted).max() <= 1  # the recorded hand is rounded to float32
+            assert np.abs(labels.log_probs[row, :2].argmax(-1) - wanted).max() <= 1  # the recorded hand is rounded to float32
     assert command.main(["optimize", "--iteration", "it001", *HOST, "--set", "optimize.objective=forward_kl"]) == 0
     assert command.main(["evaluate", "--name", "final", *HOST]) == 0
     run = read_run(load("params.yaml", ["label.expert=tests.out_of_tree:expert"]).model_copy(update={"reinforcements": {}}), small)
@@ -124,16 +125,20 @@ def steps_to_success(env: out_of_tree.PointMass, hand: np.ndarray, most: int) ->
     return taken
 
 
-def test_only_recoverable_states_are_learnt_from_if_so_told(small: Path) -> None:
+def test_only_recoverable_states_are_learnt_from_if_so_told(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--set", "label.recover_every=2", "--set", "optimize.recoverable=true"]
+    assert label_it() == 0
+    assert command.main(["optimize", "--iteration", "it001", *HOST, *arguments]) == 2
+    assert "it001: doesn't say from which states the teacher still succeeds; expected labels made with label.recover_every" in capsys.readouterr().err
     assert label_it("label.recover_every=2") == 0
     found = read_manifest(small / "logits/it001", "logits").facts
-    recoverable = np.concatenate([read_recoverable(path) for path in sorted((small / "logits/it001").glob("shard-*"))])
+    tried = [read_outcome(path)[1] for path in sorted((small / "logits/it001").glob("shard-*"))]
+    recoverable = np.concatenate([one for one in tried if one is not None])
     assert found["recoverable"] == recoverable.mean()
     assert 0 < found["recoverable"] < 1
     visited = read_manifest(small / "trajectories/it001", "trajectories").facts
     assert found["env_steps"] > 0
     assert found["teacher_queries"] > visited["states"]
-    arguments = ["--set", "label.recover_every=2", "--set", "optimize.recoverable=true"]
     assert command.main(["optimize", "--iteration", "it001", *HOST, *arguments]) == 0
     assert read_manifest(small / "checkpoints/it001", "checkpoint").facts["learnt_from"] == recoverable.sum()
     assert command.main(["evaluate", "--name", "final", *HOST]) == 0

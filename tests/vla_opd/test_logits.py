@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from vla_opd.logits import Cost, Labels, normalised, read_cost, read_given, read_recoverable, read_shard, spread, write_shard
+from vla_opd import arrays
+from vla_opd.logits import Cost, Labels, normalised, read_outcome, read_shard, spread, write_shard
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -14,7 +15,7 @@ def test_what_is_stored_is_normalised_and_read_back(tmp_path: Path, dtype: str) 
     logits = 5 * torch.randn(20, 6, 8, generator=torch.Generator().manual_seed(0))
     stored = normalised(logits, dtype)
     write_shard(tmp_path / "shard-0", Labels(stored))
-    found = read_shard(tmp_path / "shard-0", 20)
+    found = read_shard(tmp_path / "shard-0", 20).log_probs
     assert found.dtype == dtype
     np.testing.assert_array_equal(found, stored)
     np.testing.assert_allclose(found, torch.log_softmax(logits.double(), -1).numpy(), rtol=1e-3 if dtype == "float16" else 1e-5, atol=1e-5)
@@ -30,19 +31,29 @@ def test_another_number_of_states_is_refused(tmp_path: Path, states: int) -> Non
 def test_what_was_simulated_is_kept_beside_the_labels(tmp_path: Path) -> None:
     labels, recoverable = np.zeros((3, 6, 8), np.float16), np.array([True, True, False])
     write_shard(tmp_path / "shard-0", Labels(labels, recoverable, cost=Cost(env_steps=40, decisions=10)))
-    assert read_recoverable(tmp_path / "shard-0").tolist() == recoverable.tolist()
-    assert read_cost(tmp_path / "shard-0") == Cost(40, 10)
+    cost, tried = read_outcome(tmp_path / "shard-0")
+    assert cost == read_shard(tmp_path / "shard-0", 3).cost == Cost(40, 10)
+    assert tried is not None
+    assert tried.tolist() == recoverable.tolist()
     mask = np.ones((3, 6), np.bool_)
-    assert read_given(tmp_path / "shard-0", mask) is mask
+    assert read_shard(tmp_path / "shard-0", 3).labelled(mask) is mask
     given = np.array([[True, True, True], [True, False, False], [True, True, False]])
     write_shard(tmp_path / "shard-2", Labels(labels, given=given))
-    assert read_given(tmp_path / "shard-2", mask)[1].tolist() == [True, True, False, False, False, False]  # two dimensions an action
+    labelled = read_shard(tmp_path / "shard-2", 3).labelled
+    assert labelled(mask)[1].tolist() == [True, True, False, False, False, False]  # two dimensions an action
     mask[2, 3] = False
-    assert read_given(tmp_path / "shard-2", mask)[2].tolist() == [True, True, True, False, False, False]
+    assert labelled(mask)[2].tolist() == [True, True, True, False, False, False]
     write_shard(tmp_path / "shard-1", Labels(labels))
-    assert read_cost(tmp_path / "shard-1") == Cost(0, 0)
-    with pytest.raises(ValueError, match=r"shard-1: doesn't say from which states .*; expected labels made with label\.recover_every"):
-        read_recoverable(tmp_path / "shard-1")
+    assert read_outcome(tmp_path / "shard-1") == (Cost(0, 0), None)
+
+
+@pytest.mark.parametrize(
+    ("columns", "wrong"), [({"given": (3, 2)}, "has no log_probs"), ({"log_probs": (3, 4, 8), "given": (2, 2)}, "labels 2 states")]
+)
+def test_a_shard_whose_arrays_are_of_no_labels_is_refused(tmp_path: Path, columns: dict[str, tuple[int, ...]], wrong: str) -> None:
+    arrays.write(tmp_path / "shard-0", {name: np.zeros(shape, np.float16) for name, shape in columns.items()}, {})
+    with pytest.raises(ValueError, match=f"shard-0: {wrong}"):
+        read_shard(tmp_path / "shard-0", 3)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
