@@ -261,6 +261,28 @@ def audit_(question: Annotated[str, typer.Argument(help="in SQL; a wrong one is 
 
 
 @app.command()
+def parity(
+    checkpoint: Annotated[Path, typer.Argument(help="a folder in OpenVLA-OFT's public layout")],
+    inputs: Annotated[Path, typer.Argument(metavar="INPUTS.npz", help="pictures and prompts")],
+    reference: Annotated[Path, typer.Argument(metavar="REFERENCE.npz", help="what the original makes of them")],
+    unnorm_key: Annotated[str | None, typer.Option(help="whose statistics the actions have, if there are several")] = None,
+    tolerance: Annotated[float, typer.Option(min=0, help="of features, logits and log-probabilities; pictures and ids are to be equal")] = 1e-3,
+    out: Annotated[Path | None, typer.Option("--out", help="write our arrays to this file")] = None,
+) -> None:
+    """Whether OpenVLA-OFT as it is here computes what the original does, step by step. Exit code 1 if an array is farther off than it may be."""
+    from flows import answers
+    from vla_opd import parity
+
+    found = parity.of_files(checkpoint, unnorm_key, inputs, reference, tolerance, out)
+    told = [(one.name, f"{one.difference:.1e}", f"{one.tolerance:.0e}", "" if one.holds else "too far") for one in found.compared]
+    print(answers.rows(["array", "largest difference", "allowed", ""], told))
+    if found.left:
+        print(f"  of the reference, not compared: {', '.join(found.left)}")
+    if not all(one.holds for one in found.compared):
+        raise typer.Exit(1)
+
+
+@app.command()
 def sign(artifact: Wanted, key: Annotated[Path, typer.Option(help="an Ed25519 private key (PEM)")], out: Out = None) -> None:
     """Sign an artifact's whole history."""
     from flows import exports

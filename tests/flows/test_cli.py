@@ -375,3 +375,18 @@ def test_what_can_be_done_while_a_server_comes_up_is_done_before_it_is_waited_fo
 def test_a_server_elsewhere_is_never_replaced_by_one_of_ours() -> None:
     with pytest.raises(ValueError, match="PREFECT_API_URL is http://prefect"):
         server.ensure("http://prefect.invalid:4200/api")
+
+
+def test_parity_with_the_original_is_told_array_by_array(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    golden = ROOT / "tests/data/openvla_oft"
+    files = [str(golden / "checkpoint"), str(golden / "inputs.npz"), str(golden / "outputs.npz")]
+    assert cli.main(["parity", *files]) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"jpeg_decoded +0\.0e\+00 +0e\+00\n", told)
+    assert re.search(r"logits_action_columns +\d\.\de-0\d +1e-03\n", told)
+    assert "not compared: logits_full_argmax" in told
+    assert cli.main(["parity", *files, "--tolerance", "1e-9", "--out", str(tmp_path / "ours.npz")]) == 1
+    assert re.search(r"vision_features +\d\.\de-0\d +1e-09 +too far\n", capsys.readouterr().out)
+    assert (tmp_path / "ours.npz").exists()
+    assert cli.main(["parity", *files, "--unnorm-key", "none"]) == 1
+    assert "--unnorm-key is 'none'; expected one of ['libero_spatial_no_noops']" in capsys.readouterr().err

@@ -1,0 +1,138 @@
+"""OpenVLA-OFT against the original: `tests/data/openvla_oft` is a tiny random checkpoint that the original code wrote, inputs, and its outputs at
+every step (openvla-oft 213c5ff, SimpleVLA-RL 7c51662, transformers 4.40.1 with the bidirectional Llama, TensorFlow's pictures).
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vla_opd.openvla import read_weights, renamed
+from vla_opd.parity import arrays, compare
+from vla_opd.policies.openvla_oft import OpenVLAOFT, from_public
+
+GOLDEN = Path(__file__).parents[2] / "data/openvla_oft"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def policy() -> OpenVLAOFT:
+    return from_public(GOLDEN / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def inputs() -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / "inputs.npz") as archive:
+        return dict(archive)
+
+
+@pytest.fixture(scope="module")
+def outputs() -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / "outputs.npz") as archive:
+        return dict(archive)
+
+
+def prompts(inputs: dict[str, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The golden prompts, whose padding is at the left, with it at the right."""
+    right = [np.roll(ids, -int((mask == 0).sum())) for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
+    return torch.from_numpy(np.stack(right)), torch.from_numpy(inputs["prompt_lengths"])
+
+
+def test_what_wrong_ports_answer_is_not_what_we_do(policy: OpenVLAOFT, inputs: dict[str, np.ndarray], outputs: dict[str, np.ndarray]) -> None:
+    ids = arrays(policy, inputs)["greedy_token_ids"]
+    np.testing.assert_array_equal(ids, outputs["greedy_token_ids"])
+    assert (ids == outputs["neg_causal_token_ids"]).mean() < 0.2
+    assert (ids == outputs["neg_shifted_token_ids"]).mean() < 0.5
+
+
+@pytest.mark.parametrize(
+    ("wrong", "first"),
+    [
+        ({"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}, "pixel_values"),  # what `means` and `stds` say
+        ({"crop": 1.0}, "center_cropped"),
+        ({"rope_theta": 5e5}, "action_hidden_states"),
+        ({"rms_epsilon": 1e-5}, "logits_action_columns"),  # Llama 2's
+        ({"vocabulary": 31999}, "logits_action_columns"),
+    ],
+)
+def test_a_wrong_constant_is_seen_where_it_first_matters(
+    policy: OpenVLAOFT, inputs: dict[str, np.ndarray], outputs: dict[str, np.ndarray], wrong: dict[str, float], first: str
+) -> None:
+    architecture = policy.architecture.model_copy(update=wrong)
+    other = OpenVLAOFT(architecture, policy.space).eval()
+    other.load_state_dict({name: tensor.float() for name, tensor in read_weights(GOLDEN / "checkpoint", architecture, 256).items()})
+    found = [one.name for one in compare(arrays(other, inputs), inputs | outputs, 5e-4) if not one.holds]
+    assert found[0] == first
+    assert "logits_action_columns" in found
+
+
+def test_gradients_are_the_originals(policy: OpenVLAOFT, inputs: dict[str, np.ndarray], outputs: dict[str, np.ndarray]) -> None:
+    told = json.loads((GOLDEN / "gradients.json").read_text(encoding="utf-8"))
+    with np.load(GOLDEN / "gradients.npz") as archive:
+        whole = dict(archive)
+    policy.zero_grad()
+    logits = policy.head(policy.hidden(policy.projector(policy.features(policy.normalised(inputs["center_cropped"]))), *prompts(inputs)))
+    sampled = torch.from_numpy(policy.architecture.vocabulary - 1 - outputs["sampled_token_ids"])
+    loss = -(logits / 1.6).log_softmax(-1).gather(-1, sampled.unsqueeze(-1)).mean()
+    loss.backward()
+    assert loss.item() == pytest.approx(told["loss"], abs=1e-5)
+    parameters, silent = dict(policy.named_parameters()), 0
+    for name, norm in told["grad_l2_norms"].items():
+        ours = renamed(name, policy.architecture)
+        if norm is None:
+            silent += 1
+            assert ours == (), name
+            continue
+        gradients = [parameters[one].grad for one in ours]
+        assert torch.stack([gradient.norm() for gradient in gradients if gradient is not None]).norm().item() == pytest.approx(norm, rel=1e-3), name
+        if name in whole:
+            (gradient,) = gradients
+            assert gradient is not None
+            np.testing.assert_allclose(gradient.numpy(), whole[name], rtol=0, atol=1e-3 * float(np.abs(whole[name]).max()), err_msg=name)
+    assert silent > 10
+    assert {one for name in told["grad_l2_norms"] for one in renamed(name, policy.architecture)} == set(parameters)
+
+
+def test_neither_padding_nor_neighbours_say_anything(policy: OpenVLAOFT, inputs: dict[str, np.ndarray]) -> None:
+    patches = torch.randn(3, 256, 64, generator=torch.Generator().manual_seed(0))
+    text, lengths = prompts(inputs)
+    with torch.inference_mode():
+        together = policy.hidden(patches, text, lengths)
+        for row, length in enumerate(lengths.tolist()):
+            alone = policy.hidden(patches[row : row + 1], text[row : row + 1, :length], lengths[row : row + 1])
+            torch.testing.assert_close(alone[0], together[row], rtol=0, atol=1e-4)
+        other = text.clone()
+        other[0, lengths[0] :] = 5
+        torch.testing.assert_close(policy.hidden(patches, other, lengths), together, rtol=0, atol=0)
+
+
+def test_rows_of_a_batch_can_change_places_bit_by_bit(policy: OpenVLAOFT, inputs: dict[str, np.ndarray]) -> None:
+    pixels, (text, lengths) = policy.normalised(inputs["center_cropped"]), prompts(inputs)
+    with torch.inference_mode():
+        there = policy.head(policy.hidden(policy.projector(policy.features(pixels)), text, lengths))
+        for order in ([2, 0, 1], [1, 0, 2]):
+            again = policy.head(policy.hidden(policy.projector(policy.features(pixels[order])), text[order], lengths[order]))
+            assert torch.equal(again, there[order])
+
+
+def test_an_open_hand_is_one_in_the_data_and_minus_one_in_the_simulator(policy: OpenVLAOFT) -> None:
+    closed, opened = np.zeros((2, policy.chunk, policy.action_dim), np.float32)
+    opened[:, -1] = 1
+    decoded = policy.decode(policy.space.encode(np.stack([closed, opened])))
+    assert decoded[0, :, -1].tolist() == [1] * policy.chunk
+    assert decoded[1, :, -1].tolist() == [-1] * policy.chunk
+
+
+def test_a_simulators_upright_picture_is_mirrored(policy: OpenVLAOFT, inputs: dict[str, np.ndarray]) -> None:
+    upright = inputs["raw_image"][:, ::-1]  # the simulator's own is upside down
+    np.testing.assert_array_equal(policy.pixels(upright).numpy(), inputs["pixel_values"])

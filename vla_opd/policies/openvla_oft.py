@@ -1,0 +1,194 @@
+"""OpenVLA-OFT with discrete action tokens (M. J. Kim, C. Finn and P. Liang, 2025), from stock parts: no forked transformers, no remote code.
+
+DINOv2's and SigLIP's patches, side by side, go through a projector into a Llama. The sequence is BOS, the patches, the rest of the prompt, one empty
+placeholder per action token, a stop token; every position sees every other. Action token k is read one position before its placeholder. Of the head
+there are only the rows of the V action tokens, turned so that bins ascend in action value.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float32, Int, UInt8
+from torch import Tensor, nn
+from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel, LlamaConfig, LlamaModel, SiglipVisionConfig, SiglipVisionModel
+from transformers.initialization import no_init_weights
+from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import Dinov2WithRegistersEmbeddings
+
+from vla_opd import pictures
+from vla_opd.openvla import Architecture, Tower, read_public, read_weights
+from vla_opd.tokens import ActionSpace
+
+SIZE, PATCH, REGISTERS = 224, 14, 4
+PATCHES = (SIZE // PATCH) ** 2
+BEGIN, PLACEHOLDER, STOP, PAD = 1, 1, 2, 32000
+SIGLIP_MLP = 3.7362  # hidden units per unit of width
+
+
+class OpenVLAOFT(nn.Module):
+    """The policy. `architecture` says how large it is and how pictures are put; `space` what its tokens mean."""
+
+    def __init__(self, architecture: Architecture, space: ActionSpace) -> None:
+        super().__init__()
+        self.architecture, self.space = architecture, space
+        self.chunk, self.action_dim = space.chunk, space.action_dim
+        self.dino, self.siglip = _dino(architecture.dino), _siglip(architecture.siglip)
+        self.projector = Projector(architecture.dino.width + architecture.siglip.width, architecture.hidden)
+        self.language_model = LlamaModel(
+            LlamaConfig(
+                vocab_size=architecture.rows,
+                hidden_size=architecture.hidden,
+                intermediate_size=architecture.intermediate,
+                num_hidden_layers=architecture.layers,
+                num_attention_heads=architecture.heads,
+                num_key_value_heads=architecture.key_value_heads,
+                rms_norm_eps=architecture.rms_epsilon,
+                rope_parameters={"rope_type": "default", "rope_theta": architecture.rope_theta},
+                max_position_embeddings=2048,
+                use_cache=False,
+                pad_token_id=None,  # the padding's row is a row as any other
+                bos_token_id=None,
+                eos_token_id=None,
+                attn_implementation="sdpa",  # pyright: ignore[reportCallIssue] - a keyword of the base class
+            )
+        )
+        self.head = nn.Linear(architecture.hidden, space.bins, bias=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.head.weight.device
+
+    def pixels(self, frames: UInt8[np.ndarray, "B H W 3"]) -> Float[Tensor, "B 6 S S"]:
+        """Upright frames -> DINOv2's and SigLIP's normalised pictures, one above the other on the channels.
+
+        The simulator's own picture is upside down, and the training data are that turned by half a circle: an upright one, mirrored.
+        """
+        seen = [pictures.lanczos(pictures.jpeg_round_trip(np.ascontiguousarray(frame[:, ::-1])), SIZE) for frame in frames]
+        cropped = np.stack([one if self.architecture.crop == 1 else pictures.centre_crop(one, self.architecture.crop) for one in seen])
+        return self.normalised(cropped)
+
+    def normalised(self, cropped: UInt8[np.ndarray, "B S S 3"]) -> Float[Tensor, "B 6 S S"]:
+        """Both towers' normalisation of pictures of the right size: (x / 255 - mean) / std."""
+        values = torch.from_numpy(cropped).permute(0, 3, 1, 2).float().div(255)
+        mean, std = (torch.tensor([*half, 0.5, 0.5, 0.5]).view(1, 6, 1, 1) for half in (self.architecture.mean, self.architecture.std))
+        return ((values.repeat(1, 2, 1, 1) - mean) / std).to(self.device, self.head.weight.dtype)
+
+    def features(self, pixels: Float[Tensor, "B 6 S S"]) -> Float[Tensor, "B P F"]:
+        """Both towers' patch features, of the last block but one, without a final norm."""
+        dino = self.dino(pixels[:, :3]).last_hidden_state[:, 1 + REGISTERS :]
+        return torch.cat([dino, self.siglip(pixels[:, 3:]).last_hidden_state], dim=-1)
+
+    def hidden(self, patches: Float[Tensor, "B P H"], prompts: Int[Tensor, "B L"], lengths: Int[Tensor, " B"]) -> Float[Tensor, "B K H"]:
+        """The language model's outputs at which the K action tokens are read. prompts: ids, from BOS on, padded at the right."""
+        sequence, seen = self.sequence(patches, prompts, lengths)
+        away = torch.zeros_like(seen, dtype=sequence.dtype).masked_fill(~seen, torch.finfo(sequence.dtype).min)
+        mask = away[:, None, None].expand(-1, 1, sequence.shape[1], -1)  # additive: every position sees every other but the padding
+        outputs = self.language_model(inputs_embeds=sequence, attention_mask=mask).last_hidden_state
+        places = (patches.shape[1] + lengths - 1).unsqueeze(1) + torch.arange(self.space.tokens, device=lengths.device)
+        return outputs.gather(1, places.unsqueeze(-1).expand(-1, -1, outputs.shape[-1]))
+
+    def sequence(
+        self, patches: Float[Tensor, "B P H"], prompts: Int[Tensor, "B L"], lengths: Int[Tensor, " B"]
+    ) -> tuple[Float[Tensor, "B N H"], Bool[Tensor, "B N"]]:
+        """What the language model is given: the patches after BOS, zeros where the placeholders are; and which of it isn't padding."""
+        tokens, empty, there = _text(prompts, lengths, self.space.tokens)
+        words = self.language_model.embed_tokens(tokens).masked_fill(empty.unsqueeze(-1), 0)
+        seen = torch.cat([there[:, :1], there.new_ones(patches.shape[:2]), there[:, 1:]], dim=1)
+        return torch.cat([words[:, :1], patches, words[:, 1:]], dim=1), seen
+
+    def decode(self, tokens: Int[np.ndarray, "B K"]) -> Float32[np.ndarray, "B S A"]:
+        """Bins -> actions in the environment's units. Its data close the gripper at 0 and open it at 1; the environment at 1 and -1."""
+        actions = self.space.decode(tokens)
+        actions[..., -1] = -np.sign(2 * actions[..., -1] - 1)
+        return actions
+
+
+def from_public(folder: Path, unnorm_key: str | None = None, dtype: torch.dtype = torch.float32) -> OpenVLAOFT:
+    """A public checkpoint's policy, on the CPU, in evaluation mode. ValueError says which of its files is not what it is to be."""
+    architecture, space = read_public(folder, unnorm_key)
+    weights = read_weights(folder, architecture, space.bins)
+    with no_init_weights():  # torch.empty takes no memory until it is written to, which it never is
+        policy = OpenVLAOFT(architecture, space)
+    try:
+        policy.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()}, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{folder}: its tensors are not those that its config.json describes: {error}") from error
+    return policy.eval()
+
+
+class Projector(nn.Module):
+    """Three layers, GELU between them: F -> 4 F -> H -> H."""
+
+    def __init__(self, features: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.fc3 = nn.Linear(features, 4 * features), nn.Linear(4 * features, hidden), nn.Linear(hidden, hidden)
+
+    def forward(self, features: Float[Tensor, "B P F"]) -> Float[Tensor, "B P H"]:
+        """Patches as words."""
+        gelu = nn.functional.gelu
+        return self.fc3(gelu(self.fc2(gelu(self.fc1(features)))))
+
+
+def _text(
+    prompts: Int[Tensor, "B L"], lengths: Int[Tensor, " B"], tokens: int
+) -> tuple[Int[Tensor, "B M"], Bool[Tensor, "B M"], Bool[Tensor, "B M"]]:
+    """Prompt, K placeholders, stop, padding; where the placeholders are, whose embeddings are zero; and what isn't padding."""
+    places = torch.arange(prompts.shape[1] + tokens + 1, device=prompts.device).expand(len(prompts), -1)
+    end = lengths.unsqueeze(1)
+    empty = (places >= end) & (places < end + tokens)
+    text = nn.functional.pad(prompts, (0, tokens + 1), value=PAD)
+    text = torch.where(empty, PLACEHOLDER, torch.where(places == end + tokens, STOP, torch.where(places > end + tokens, PAD, text)))
+    return text, empty, places <= end + tokens
+
+
+def _dino(tower: Tower) -> Dinov2WithRegistersModel:
+    """Without the last block and the final norm, which nobody reads."""
+    model = Dinov2WithRegistersModel(
+        Dinov2WithRegistersConfig(
+            hidden_size=tower.width,
+            num_hidden_layers=tower.depth - 1,
+            num_attention_heads=tower.heads,
+            num_register_tokens=REGISTERS,
+            image_size=SIZE,
+            patch_size=PATCH,
+            layer_norm_eps=1e-6,
+            attn_implementation="sdpa",  # pyright: ignore[reportCallIssue] - a keyword of the base class
+        )
+    )
+    model.embeddings = PatchPositions(model.config)
+    model.layernorm = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
+    return model
+
+
+class PatchPositions(Dinov2WithRegistersEmbeddings):
+    """As in the original, only patches have positions: stock embeddings have one for the class token too, which would learn."""
+
+    def __init__(self, config: Dinov2WithRegistersConfig) -> None:
+        super().__init__(config)
+        self.mask_token = None
+        self.position_embeddings = nn.Parameter(torch.zeros(1, PATCHES, config.hidden_size))
+
+    def interpolate_pos_encoding(self, embeddings: Float[Tensor, "B N W"], height: int, width: int) -> Float[Tensor, "1 N W"]:  # noqa: ARG002
+        """None to interpolate: pictures have one size."""
+        return nn.functional.pad(self.position_embeddings, (0, 0, 1, 0))
+
+
+def _siglip(tower: Tower) -> SiglipVisionModel:
+    """As the original, with the exact GELU. Without the last block, the final norm and pooling, which nobody reads."""
+    model = SiglipVisionModel(
+        SiglipVisionConfig(
+            hidden_size=tower.width,
+            intermediate_size=int(tower.width * SIGLIP_MLP),
+            num_hidden_layers=tower.depth - 1,
+            num_attention_heads=tower.heads,
+            image_size=SIZE,
+            patch_size=PATCH,
+            hidden_act="gelu",
+            layer_norm_eps=1e-6,
+            vision_use_head=False,
+            attn_implementation="sdpa",  # pyright: ignore[reportCallIssue] - a keyword of the base class
+        )
+    )
+    model.post_layernorm = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
+    return model
