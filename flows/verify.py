@@ -11,6 +11,7 @@ from vla_opd.logits import read_shard
 from vla_opd.params import EnvironmentParams
 from vla_opd.tokens import ActionSpace
 from vla_opd.trajectory import read_states, shards
+from vla_opd.transfer import require_comparable
 
 UNKNOWN = "unknown: its digest can't be read"
 
@@ -66,7 +67,7 @@ def _aligned(store: Store, artifact: Artifact) -> None:
             _same_actions(artifact, parents.get("teacher"))
         case "checkpoint":
             open_checkpoint(artifact.folder).weights()
-            _same_actions(parents.get("logits"), artifact)
+            _comparable(artifact, parents.get("logits"))
         case _:
             pass
 
@@ -77,10 +78,14 @@ def _same_environment(artifact: Artifact, student: Artifact | None) -> None:
         require_environment(open_checkpoint(student.folder).facts, environment, student.name)
 
 
-def _same_actions(labels: Artifact | None, policy: Artifact | None) -> None:
-    if labels is not None and policy is not None:
-        space = ActionSpace.model_validate(labels.manifest.facts["action_space"])
-        require_same_actions(open_checkpoint(policy.folder).facts, space, labels.name)
+def _same_actions(labels: Artifact, teacher: Artifact | None) -> None:
+    if teacher is not None:
+        require_same_actions(open_checkpoint(teacher.folder).facts, ActionSpace.model_validate(labels.manifest.facts["action_space"]), labels.name)
+
+
+def _comparable(student: Artifact, labels: Artifact | None) -> None:
+    if labels is not None:
+        require_comparable(open_checkpoint(student.folder).facts, labels.manifest, labels.name)
 
 
 def _same_space(trajectories: Artifact, student: Artifact | None) -> None:

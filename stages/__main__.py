@@ -141,13 +141,18 @@ def _check_what_follows(params: Params, student: Path, teacher: Path) -> None:
     from vla_opd.checkpoint import open_checkpoint, require_environment, require_same_actions  # these bring torch, and --help can do without
     from vla_opd.experts import EXPERTS
     from vla_opd.objectives import OBJECTIVES, ON_DECISIONS
+    from vla_opd.transfer import between
 
     named_function(params.optimize.objective, {**OBJECTIVES, **ON_DECISIONS}, "optimize.objective")
     if params.label.expert is not None:
         named_function(params.label.expert, EXPERTS, "label.expert")
     facts = open_checkpoint(teacher).facts
     require_environment(facts, params.environment, str(teacher))
-    require_same_actions(open_checkpoint(student).facts, facts.action_space, str(teacher))
+    ours = open_checkpoint(student).facts
+    if params.label.transfer:
+        between(facts.action_space, ours.action_space)
+    else:
+        require_same_actions(ours, facts.action_space, str(teacher))
 
 
 def _known(key: str | None, choices: object, field: str) -> str:

@@ -32,11 +32,12 @@ def run(params: Params, teacher: Path, trajectories: Path, out: Path, host: Host
     environment = EnvironmentParams.model_validate(source.params["environment"])
     require_environment(checkpoint.facts, environment, str(teacher))
     space = checkpoint.facts.action_space
-    if source.facts["action_space"] != space.digest:
-        raise ValueError(
-            f"{trajectories}: the student's action space is {source.facts['action_space'][:12]}; expected the teacher's, {space.digest[:12]}"
-        )
     label = params.label
+    if source.facts["action_space"] != space.digest and not label.transfer:
+        raise ValueError(
+            f"{trajectories}: the student's action space is {source.facts['action_space'][:12]}; expected the teacher's, {space.digest[:12]} "
+            "(or label.transfer true)"
+        )
     if label.expert is not None:
         named_function(label.expert, EXPERTS, "label.expert")
     settings = {"label": label.model_dump(), "device": host.device}

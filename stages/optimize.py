@@ -40,6 +40,7 @@ from vla_opd.tokens import ActionSpace
 from vla_opd.tracking import track
 from vla_opd.training import Evidence, Loss, Row
 from vla_opd.trajectory import Observations, joined, read_states, shards
+from vla_opd.transfer import Transfer, between, require_comparable
 from vla_opd.update import budget, learn, order, probed, require_own_rollouts
 
 
@@ -97,7 +98,9 @@ def run(params: Params, iteration: str, student: Path, trajectories: Path, logit
     parents |= {} if anchor is None else {"anchor": anchor.digest}
     settings = {"seed": params.run.learning_seed, "iteration": iteration, "optimize": opt.model_dump(), "device": host.device}
     torch.set_num_threads(opt.threads)
-    data = _read(opt, trajectories, logits, checkpoint.facts.action_space.chunk)
+    theirs = ActionSpace.model_validate(read_manifest(logits, "logits").facts["action_space"])  # its files were hashed when the alignment was proved
+    transfer = between(theirs, checkpoint.facts.action_space)
+    data = _read(opt, trajectories, logits, checkpoint.facts.action_space.chunk, transfer)
     depth = params.depth(iteration)
     with draft(out, "checkpoint", parents, settings) as work, track(host, params.run.name, "optimize", iteration, settings) as log:
         policy = load_policy(checkpoint, host.device)
@@ -115,6 +118,7 @@ def run(params: Params, iteration: str, student: Path, trajectories: Path, logit
             plan.end,
         )
         facts = {"checkpoint": checkpoint.facts.model_dump(), "before": before.model_dump(), "after": after.model_dump(), "failed_share": failed}
+        facts |= {} if transfer is None else {"transferred_from": theirs.digest}
         return work.publish({**facts, "depth": depth, "states": len(data.mask), "learnt_from": len(data.usable)})
 
 
@@ -126,7 +130,7 @@ def _require_alignment(student: Checkpoint, trajectories: Path, logits: Path) ->
             f"{logits}: labels trajectories {labels.parents['trajectories'][:12]}; expected {visited.digest[:12]}, those of {trajectories}"
         )
     require_own_rollouts(student, visited, trajectories)
-    require_same_actions(student.facts, ActionSpace.model_validate(labels.facts["action_space"]), str(logits))
+    require_comparable(student.facts, labels, str(logits))
     return {"student": student.digest, "trajectories": visited.digest, "logits": labels.digest}
 
 
@@ -136,19 +140,20 @@ def _anchor(student: Checkpoint, initial: Path) -> Checkpoint:
     return anchor
 
 
-def _read(opt: OptimizeParams, trajectories: Path, logits: Path, chunk: int) -> Labelled:
+def _read(opt: OptimizeParams, trajectories: Path, logits: Path, chunk: int, transfer: Transfer | None = None) -> Labelled:
+    """States and labels. transfer: from the teacher's bins to the student's, where they aren't the same."""
     paths = shards(trajectories)
     states = [read_states([path]) for path in paths]
     labels = [read_shard(logits / path.name, len(s)) for path, s in zip(paths, states, strict=True)]
     data = Labelled(
         observations=joined(states).observations,
         mask=np.concatenate([one.labelled(s.mask) for one, s in zip(labels, states, strict=True)]),
-        teacher=np.concatenate([one.log_probs for one in labels]),
+        teacher=np.concatenate([one.log_probs if transfer is None else transfer(one.log_probs) for one in labels]),
         kept=_recoverable(labels, logits) if opt.recoverable else None,
     )
     if opt.objective not in ON_DECISIONS:
         return data
-    visited = read_manifest(trajectories, "trajectories")  # its files were hashed when the alignment was proved
+    visited = read_manifest(trajectories, "trajectories")
     if "teacher" in visited.parents:
         raise ValueError(f"{trajectories}: the teacher acted (sample.visited_by); expected the student, whose own tokens {opt.objective} learns from")
     return replace(data, on_policy=_on_policy(data, read_decisions(paths, chunk), opt, visited.params["sample"]["temperature"]))

@@ -198,12 +198,15 @@ class LabelParams(Section):
                    simulator that is led there again; its bins are spread by a Gaussian of standard deviation `smoothing`, in bins.
     recover_every: in episodes that failed, the teacher takes over at every so manieth decision, for `sample.horizon` control steps: whether it still
                    succeeds is stored beside the labels.
+    transfer:      the teacher's action statistics may be others than the student's: `optimize` shares out its probabilities over the student's bins
+                   by the overlap of their intervals (vla_opd/transfer.py). Otherwise such a teacher is refused.
     """
 
     teacher: Name = "teacher"
     expert: str | None = None
     smoothing: float = Field(default=1.5, ge=0.01)
     recover_every: int | None = Field(default=None, ge=1)
+    transfer: bool = False
     batch_size: int = Field(default=64, ge=1)
     dtype: Literal["float16", "float32"] = "float16"
     threads: int = Field(default=2, ge=1, description="CPU threads; the last bits of a logit depend on it")
@@ -589,6 +592,10 @@ def _labels_at_odds(params: Params) -> Iterator[str]:
         yield f"label.smoothing is {label.smoothing}; expected that with label.expert only, and it is null"
     if label.expert is not None and label.recover_every is not None:
         yield f"label.recover_every is {label.recover_every}; expected null with label.expert: it is the teacher that takes over"
+    if label.transfer and label.expert is not None:
+        yield "label.transfer is true; expected false with label.expert, whose actions are put into the student's bins"
+    if label.transfer and params.sample.visited_by == "teacher":
+        yield "label.transfer is true; expected false with sample.visited_by teacher, whose tokens aren't the student's"
     if params.optimize.recoverable and label.recover_every is None:
         yield "label.recover_every is null; expected a number with optimize.recoverable true, which learns from what it finds"
 

@@ -56,19 +56,20 @@ class ActionSpace(BaseModel):
         """Actions in the environment's units -> bins, row-major [step][dimension]. Out-of-range actions are clipped."""
         low, span = np.array(self.q01), np.array(self.q99) - np.array(self.q01) + RANGE_FLOOR
         scaled = np.where(self.normalised, 2.0 * (actions.astype(np.float64) - low) / span - 1.0, actions)
-        bins = np.digitize(np.clip(scaled, -1.0, 1.0), self._edges) - 1
+        bins = np.digitize(np.clip(scaled, -1.0, 1.0), self.edges) - 1
         return bins.reshape(*actions.shape[:-2], self.tokens).astype(np.int16)
 
     def decode(self, bins: Int[np.ndarray, "*B K"]) -> Float32[np.ndarray, "*B S A"]:
         """Bins -> actions: a = 0.5 (x + 1) (q99 - q01 + 1e-8) + q01 of the bin's centre x where normalised, x elsewhere."""
-        edges = self._edges
+        edges = self.edges
         centres = 0.5 * (edges[:-1] + edges[1:])
         x = centres[np.clip(bins, 0, self.bins - 2)].reshape(*bins.shape[:-1], self.chunk, self.action_dim)
         low, span = np.array(self.q01), np.array(self.q99) - np.array(self.q01) + RANGE_FLOOR
         return np.where(self.normalised, 0.5 * (x + 1.0) * span + low, x).astype(np.float32)
 
     @property
-    def _edges(self) -> Float[np.ndarray, " V"]:
+    def edges(self) -> Float[np.ndarray, " V"]:
+        """linspace(-1, 1, V)."""
         return np.linspace(-1.0, 1.0, self.bins)
 
 

@@ -68,13 +68,13 @@ def test_an_edited_manifest_voids_what_was_made_from_it(run: Path) -> None:
     assert {"small/checkpoints/student", LABELS, *AFTER_LABELS} <= set(found()["small/checkpoints/teacher"].void)
 
 
-def republished(folder: Path, kind: str, **changes: object) -> None:
+def republished(folder: Path, kind: str, params: dict[str, object] | None = None, **changes: object) -> None:
     """Publish an artifact again, intact in itself, with something of its description changed."""
     old = read_manifest(folder, kind)  # pyright: ignore[reportArgumentType]
     kept = folder.with_name("kept")
     folder.rename(kept)
     facts = {**old.facts, **changes}
-    with draft(folder, old.kind, old.parents, old.params) as work:
+    with draft(folder, old.kind, old.parents, {**old.params, **(params or {})}) as work:
         for name in old.files:
             shutil.copyfile(kept / name, work.folder / name)
         work.publish(facts)
@@ -90,9 +90,11 @@ def test_labels_of_another_number_of_states_are_found_by_looking_deep(run: Path)
     assert "labels" in found(deep=True)[LABELS].what
 
 
-def test_a_teacher_whose_tokens_mean_other_actions_is_found_by_looking_deep(run: Path) -> None:
-    space = json.loads((run / LABELS / "manifest.json").read_text())["facts"]["action_space"]
-    republished(run / LABELS, "logits", action_space=space | {"q01": [value - 1 for value in space["q01"]]})
+@pytest.mark.parametrize("transfer", [False, True])
+def test_labels_whose_tokens_mean_other_actions_than_the_teachers_are_found_by_looking_deep(run: Path, transfer: bool) -> None:
+    manifest = json.loads((run / LABELS / "manifest.json").read_text())
+    space, label = manifest["facts"]["action_space"], manifest["params"]["label"] | {"transfer": transfer}
+    republished(run / LABELS, "logits", {"label": label}, action_space=space | {"q01": [value - 1 for value in space["q01"]]})
     assert found() == {}
     assert "action_space.q01" in found(deep=True)[LABELS].what
 

@@ -125,6 +125,22 @@ def steps_to_success(env: out_of_tree.PointMass, hand: np.ndarray, most: int) ->
     return taken
 
 
+def test_a_teacher_with_other_statistics_is_transferred_if_so_told(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher = open_checkpoint(small / "checkpoints/teacher")
+    ours = teacher.facts.action_space
+    theirs = ours.model_copy(update={"q01": tuple(q - 0.1 for q in ours.q01), "q99": tuple(q + 0.2 for q in ours.q99)})
+    facts = teacher.facts.model_copy(update={"action_space": theirs})
+    publish(small / "checkpoints/teacher", teacher.weights(), {"checkpoint": facts.model_dump()})
+    assert label_it() == 2
+    assert f"expected the teacher's, {theirs.digest[:12]} (or label.transfer true)" in capsys.readouterr().err
+    assert label_it("label.transfer=true") == 0
+    assert command.main(["optimize", "--iteration", "it001", *HOST, "--set", "label.transfer=true"]) == 0
+    found = read_manifest(small / "checkpoints/it001", "checkpoint").facts
+    assert found["transferred_from"] == theirs.digest
+    assert 0 < found["after"]["reverse_kl"] < 0.8 * found["before"]["reverse_kl"]
+    assert open_checkpoint(small / "checkpoints/it001").facts.action_space == ours
+
+
 def test_only_recoverable_states_are_learnt_from_if_so_told(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--set", "label.recover_every=2", "--set", "optimize.recoverable=true"]
     assert label_it() == 0

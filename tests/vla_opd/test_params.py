@@ -177,6 +177,10 @@ def test_an_expert_that_can_take_over_labels_alone(minimal: Path) -> None:
         load(minimal, [*by_expert, "environment.family=libero"])
     with pytest.raises(ValueError, match=r"label\.recover_every is 4; expected null with label\.expert: it is the teacher that takes over"):
         load(minimal, [*by_expert, "label.recover_every=4"])
+    with pytest.raises(ValueError, match=r"label\.transfer is true; expected false with label\.expert"):
+        load(minimal, [*by_expert, "label.transfer=true"])
+    with pytest.raises(ValueError, match=r"label\.transfer is true; expected false with sample\.visited_by teacher"):
+        load(minimal, ["sample.visited_by=teacher", "label.transfer=true"])
     load(minimal, ["label.recover_every=4", "optimize.recoverable=true"])
 
 
