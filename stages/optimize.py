@@ -1,6 +1,6 @@
 """optimize: student, trajectories, logits -> checkpoint, eq. (5): a fixed budget of AdamW steps towards the teacher on the student's own states."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from vla_opd.tokens import ActionSpace
 from vla_opd.tracking import track
 from vla_opd.training import Evidence, Loss, Row
 from vla_opd.trajectory import Observations, joined, read_states, shards
-from vla_opd.transfer import Transfer, between, require_comparable
+from vla_opd.transfer import between, require_comparable
 from vla_opd.update import budget, learn, order, probed, require_own_rollouts
 
 
@@ -98,27 +98,27 @@ def run(params: Params, iteration: str, student: Path, trajectories: Path, logit
     parents |= {} if anchor is None else {"anchor": anchor.digest}
     settings = {"seed": params.run.learning_seed, "iteration": iteration, "optimize": opt.model_dump(), "device": host.device}
     torch.set_num_threads(opt.threads)
-    theirs = ActionSpace.model_validate(read_manifest(logits, "logits").facts["action_space"])  # its files were hashed when the alignment was proved
-    transfer = between(theirs, checkpoint.facts.action_space)
-    data = _read(opt, trajectories, logits, checkpoint.facts.action_space.chunk, transfer)
+    own, earlier = _read(opt, trajectories, logits, checkpoint.facts.action_space), _earlier(params, iteration, trajectories, logits, out)
+    data = _together([own, *(_read(opt, *source, checkpoint.facts.action_space) for source in earlier)])
     depth = params.depth(iteration)
     with draft(out, "checkpoint", parents, settings) as work, track(host, params.run.name, "optimize", iteration, settings) as log:
         policy = load_policy(checkpoint, host.device)
         data = data if anchor is None else replace(data, initial=_scores(load_policy(anchor, host.device), data, opt))
-        before = _probe(policy, data, opt)
+        before = _probe(policy, own, opt)
         seed = derive(params.run.learning_seed, "optimize", iteration)
         data = data if opt.states is None else replace(data, kept=_drawn(data, opt.states, seed))
         plan = budget(opt, depth, len(data.usable))
         evidence = Evidence(host.not_finite(params.run.name), lambda step: data.at(order(data.usable, opt.batch_size, seed)(step)))
         going_on = student if depth else None  # another kind of update left its own moments there
         learn(policy, _loss(policy, data, params, seed), plan, work, going_on, f"optimize {iteration}", log, evidence)
-        after, failed = _probe(policy, data, opt), failed_share(shards(trajectories), data.learnt)
+        after, failed = _probe(policy, own, opt), failed_share(shards(trajectories), data.learnt[: len(own.mask)])
         log(
             {f"{when}/{name}": value for when, it in (("before", before), ("after", after)) for name, value in it if isinstance(value, float)},
             plan.end,
         )
         facts = {"checkpoint": checkpoint.facts.model_dump(), "before": before.model_dump(), "after": after.model_dump(), "failed_share": failed}
-        facts |= {} if transfer is None else {"transferred_from": theirs.digest}
+        labelled_in = _space(logits)
+        facts |= {} if labelled_in == checkpoint.facts.action_space else {"transferred_from": labelled_in.digest}
         return work.publish({**facts, "depth": depth, "states": len(data.mask), "learnt_from": len(data.usable)})
 
 
@@ -140,9 +140,40 @@ def _anchor(student: Checkpoint, initial: Path) -> Checkpoint:
     return anchor
 
 
-def _read(opt: OptimizeParams, trajectories: Path, logits: Path, chunk: int, transfer: Transfer | None = None) -> Labelled:
-    """States and labels. transfer: from the teacher's bins to the student's, where they aren't the same."""
-    paths = shards(trajectories)
+def _earlier(params: Params, iteration: str, trajectories: Path, logits: Path, out: Path) -> Iterator[tuple[Path, Path]]:
+    """Rollouts and labels of the `earlier` iterations before this one, the latest first. ValueError unless they are what those learnt from.
+
+    DVC needn't be told of them: they are behind the checkpoint that this iteration starts from.
+    """
+    for name in [one for one in params.chain(iteration)[1:] if one in params.iterations][: params.optimize.earlier]:
+        made, where = out.with_name(name), (trajectories.with_name(name), logits.with_name(name))
+        learnt = read_manifest(made, "checkpoint").parents
+        for kind, folder in zip(("trajectories", "logits"), where, strict=True):
+            if (found := open_artifact(folder, kind).digest) != learnt[kind]:
+                raise ValueError(f"{folder}: is {found[:12]}; expected {learnt[kind][:12]}, which {made} learnt from (optimize.earlier)")
+        yield where
+
+
+def _together(parts: Sequence[Labelled]) -> Labelled:
+    """All states of several iterations; of one, as they are."""
+    if len(parts) == 1:
+        return parts[0]
+    kept = [one.kept for one in parts if one.kept is not None]
+    return Labelled(
+        observations=Observations.joined([one.observations for one in parts]),
+        mask=np.concatenate([one.mask for one in parts]),
+        teacher=np.concatenate([one.teacher for one in parts]),
+        kept=np.concatenate(kept) if kept else None,
+    )
+
+
+def _space(logits: Path) -> ActionSpace:
+    return ActionSpace.model_validate(read_manifest(logits, "logits").facts["action_space"])  # its files were hashed when the alignment was proved
+
+
+def _read(opt: OptimizeParams, trajectories: Path, logits: Path, space: ActionSpace) -> Labelled:
+    """States and labels, these over the bins of `space`."""
+    paths, transfer = shards(trajectories), between(_space(logits), space)
     states = [read_states([path]) for path in paths]
     labels = [read_shard(logits / path.name, len(s)) for path, s in zip(paths, states, strict=True)]
     data = Labelled(
@@ -156,7 +187,7 @@ def _read(opt: OptimizeParams, trajectories: Path, logits: Path, chunk: int, tra
     visited = read_manifest(trajectories, "trajectories")
     if "teacher" in visited.parents:
         raise ValueError(f"{trajectories}: the teacher acted (sample.visited_by); expected the student, whose own tokens {opt.objective} learns from")
-    return replace(data, on_policy=_on_policy(data, read_decisions(paths, chunk), opt, visited.params["sample"]["temperature"]))
+    return replace(data, on_policy=_on_policy(data, read_decisions(paths, space.chunk), opt, visited.params["sample"]["temperature"]))
 
 
 def _recoverable(labels: Sequence[Labels], logits: Path) -> Bool[np.ndarray, " N"]:

@@ -267,6 +267,8 @@ class OptimizeParams(UpdateParams, GroupParams, ClipParams):
     recoverable: only states from which the teacher still succeeds are learnt from (`label.recover_every`).
     states:      only so many of the states are learnt from, drawn at random: as many in every arm, however long its episodes are. An iteration
                  that has some, but fewer, fails.
+    earlier:     states and labels of so many iterations before this one are learnt from too, all of them alike: DAgger's aggregation. What is
+                 measured before and after is measured on this iteration's states.
     clamp, centre: the reward of the sampled forms is cut to [-clamp, clamp]; its mean under the student is taken off.
     ratio, reward, discount: of `reverse_kl_rollout`: an importance ratio in place of the log-probability; the student in r as it is now, or as the
                  rollout recorded it; the discount of the rewards of later decisions.
@@ -286,6 +288,7 @@ class OptimizeParams(UpdateParams, GroupParams, ClipParams):
     discount: Fraction = 0.0
     recoverable: bool = False
     states: int | None = Field(default=None, ge=1)
+    earlier: int = Field(default=0, ge=0)
 
 
 class ExploreParams(GroupParams):
@@ -608,6 +611,8 @@ def _objective_at_odds(params: Params) -> Iterator[str]:
             yield f"optimize.{field} is {set_to}; expected that with optimize.objective one of {sorted(objectives)} only, and it is {opt.objective}"
     if opt.objective in FROM_STUDENT and params.sample.visited_by == "teacher":
         yield f"sample.visited_by is teacher; expected student with optimize.objective {opt.objective}, which learns from the student's own tokens"
+    if opt.objective in FROM_STUDENT and opt.earlier:
+        yield f"optimize.earlier is {opt.earlier}; expected 0 with optimize.objective {opt.objective}, which learns from the student's own tokens"
     if opt.objective == "mixed" and opt.states is not None:
         yield f"optimize.states is {opt.states}; expected null with optimize.objective mixed: GRPO's means are over whole episodes"
     if opt.objective == "mixed" and params.sample.group < 2:

@@ -35,6 +35,12 @@ class Observations:
         """Some of the rows."""
         return Observations(self.frames[rows], self.proprio[rows], tuple(self.instructions[i] for i in rows))
 
+    @staticmethod
+    def joined(parts: "Sequence[Observations]") -> "Observations":
+        """Several batches as one, in the order given."""
+        frames, proprio = np.concatenate([p.frames for p in parts]), np.concatenate([p.proprio for p in parts])
+        return Observations(frames, proprio, tuple(i for p in parts for i in p.instructions))
+
 
 @dataclass(frozen=True)
 class Episode:
@@ -203,11 +209,7 @@ def joined(parts: Sequence[States]) -> States:
     """The states of several shards as one, in the order given."""
     offsets = np.cumsum([0] + [int(p.episode[-1]) + 1 for p in parts])
     return States(
-        observations=Observations(
-            frames=np.concatenate([p.observations.frames for p in parts]),
-            proprio=np.concatenate([p.observations.proprio for p in parts]),
-            instructions=tuple(i for p in parts for i in p.observations.instructions),
-        ),
+        observations=Observations.joined([p.observations for p in parts]),
         mask=np.concatenate([p.mask for p in parts]),
         labels=np.concatenate([p.labels for p in parts]),
         episode=np.concatenate([p.episode + offset for p, offset in zip(parts, offsets, strict=False)]).astype(np.int32),

@@ -170,7 +170,7 @@ def test_only_recoverable_states_are_learnt_from_if_so_told(small: Path, capsys:
 def test_grpo_weighs_every_episode_alike_whatever_is_left_of_it(small: Path) -> None:
     assert label_it("label.recover_every=2") == 0
     opt = OptimizeParams(objective="mixed", recoverable=True, keep_low=0, keep_high=1)
-    data = _read(opt, small / "trajectories/it001", small / "logits/it001", 4)
+    data = _read(opt, small / "trajectories/it001", small / "logits/it001", open_checkpoint(small / "checkpoints/student").facts.action_space)
     assert data.on_policy is not None
     rows, graded = data.usable, data.on_policy.graded
     weight, episode = graded.weight[rows] * data.mask[rows].sum(1), data.on_policy.decisions.episode

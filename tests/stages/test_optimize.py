@@ -1,6 +1,8 @@
 """The update: where it stands on the schedule, what it refuses to put together, and that it makes the student more like the teacher."""
 
 import json
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +28,7 @@ from stages.optimize import (
 from tests.small_run import HOST
 from tests.vla_opd import small
 from tests.vla_opd.test_checkpoint import publish
-from vla_opd.artifacts import draft
+from vla_opd.artifacts import draft, read_manifest
 from vla_opd.checkpoint import open_checkpoint
 from vla_opd.decisions import Decisions
 from vla_opd.objectives import OBJECTIVES, DecisionBatch, TokenBatch, confidence, group_advantage, masked_mean, mixed, of, tempered
@@ -272,7 +274,7 @@ def test_the_trainers_log_probabilities_are_the_rollouts_own(small: Path, settin
     """On a real run: before the first step no ratio is off by more than the arithmetic of another batch size."""
     run = load("params.yaml", settings)
     student = open_checkpoint(small / "checkpoints/student")
-    data = _read(run.optimize, small / "trajectories/it001", small / "logits/it001", student.facts.action_space.chunk)
+    data = _read(run.optimize, small / "trajectories/it001", small / "logits/it001", student.facts.action_space)
     assert len(data.usable) > 50
     policy = load_policy(student, "cpu")
     batch, _ = _token_batch(policy, data, data.usable, run.optimize, 0)
@@ -333,3 +335,32 @@ def test_a_drawn_state_is_one_to_learn_from() -> None:
     assert kept.tolist() != _drawn(data, 12, seed=2).tolist()
     some = replace(data, kept=data.mask[:, 0])
     assert not (_drawn(some, 3, seed=1) & ~data.mask[:, 0]).any()
+
+
+def test_states_of_earlier_iterations_are_learnt_from_too_if_so_told(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["--set", "iterations.it002=it001", "--device", "cpu", "--tracking", "none"]
+
+    def stage(verb: str, *settings: str, iteration: str = "it002") -> int:
+        return command.main([verb, "--iteration", iteration, *more, *(part for setting in settings for part in ("--set", setting))])
+
+    assert [stage("sample"), stage("label"), stage("optimize")] == [0, 0, 0]
+    alone = read_manifest(small / "checkpoints/it002", "checkpoint")
+    assert stage("optimize", "optimize.earlier=1") == 0
+    both = read_manifest(small / "checkpoints/it002", "checkpoint")
+    before = read_manifest(small / "checkpoints/it001", "checkpoint").facts
+    assert both.facts["states"] == alone.facts["states"] + before["states"]
+    assert both.facts["learnt_from"] == alone.facts["learnt_from"] + before["learnt_from"]
+    assert both.facts["before"] == alone.facts["before"]  # of this iteration's states alone
+    assert both.facts["failed_share"] == alone.facts["failed_share"]
+    assert both.files["model.safetensors"] != alone.files["model.safetensors"]
+    assert stage("optimize", "optimize.earlier=5") == 0  # there is only one
+    assert read_manifest(small / "checkpoints/it002", "checkpoint").files["model.safetensors"] == both.files["model.safetensors"]
+    assert stage("optimize", "optimize.earlier=1", f"optimize.states={both.facts['learnt_from']}") == 0
+    assert stage("label", "label.dtype=float32", iteration="it001") == 0
+    assert stage("optimize", "optimize.earlier=1") == 2
+    assert re.search(r"logits/it001: is \w{12}; expected \w{12}, which \S+checkpoints/it001 learnt from", capsys.readouterr().err)
+    shutil.rmtree(small / "trajectories/it001")
+    assert stage("optimize", "optimize.earlier=1") == 2
+    assert "trajectories/it001: no manifest.json; expected a complete artifact of kind 'trajectories'" in capsys.readouterr().err
+    assert stage("optimize", "optimize.earlier=1", "optimize.objective=mixed") == 2
+    assert "optimize.earlier is 1; expected 0 with optimize.objective mixed" in capsys.readouterr().err
