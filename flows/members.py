@@ -147,6 +147,15 @@ def environment(member: Member, run: Params, parallel: int) -> dict[str, str | N
     }
 
 
+def crowded(run: Params, parallel: int) -> str | None:
+    """What to say if members at the same time would fight for the cores: threads are a setting, for results depend on them, and aren't shared out."""
+    cores, threads = len(os.sched_getaffinity(0)), {f"{name}.threads": getattr(run, name).threads for name in ("label", "optimize", "reinforce")}
+    if parallel == 1 or max(threads.values()) * parallel <= cores:
+        return None
+    told = ", ".join(f"{field} is {count}" for field, count in threads.items())
+    return f"{parallel} members at the same time on {cores} cores, but {told}: they get in each other's way. Expect less of it than of --parallel 1"
+
+
 def is_done(member: Member, run: Params) -> bool:
     """Whether it has come to its end, made from what it would be made from now."""
     mark = member.folder / DONE

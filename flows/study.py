@@ -22,7 +22,7 @@ from prefect.runtime import flow_run
 from pydantic import Field
 
 from flows import presence, terminal
-from flows.members import DONE, TABLE, Member, environment, fingerprint, go_on, hand_over, is_done, members, prepare, reference
+from flows.members import DONE, TABLE, Member, crowded, environment, fingerprint, go_on, hand_over, is_done, members, prepare, reference
 from flows.store import ROOT
 from flows.train import opd
 from vla_opd import study_page
@@ -60,6 +60,8 @@ def study(
     wanted = members(name, run, arms or (), seeds or ())
     for member in wanted:  # before anything is made: a mistake in the last of them is one now
         prepare(member, run)
+    if told := crowded(run, parallel):
+        print(f"  {told}", file=sys.stderr)
     with presence.held(str(flow_run.get_id())):
         opd.with_options(flow_run_name="reference")(targets=reference(run))
         for member in wanted:

@@ -7,7 +7,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from flows import pipeline
-from flows.members import DONE, STUDIES, Member, chain, environment, fingerprint, go_on, hand_over, is_done, members, prepare, reference
+from flows.members import DONE, STUDIES, Member, chain, crowded, environment, fingerprint, go_on, hand_over, is_done, members, prepare, reference
 from tests.flows.manifests import publish
 from tests.flows.toy import REFERENCE, Toy
 from tests.vla_opd.test_curves import update
@@ -59,6 +59,16 @@ def test_wandb_can_tell_members_apart_and_each_has_its_share_of_the_cores(run: P
     assert every[0]["OPD_WORKERS"] == "2"
     monkeypatch.setenv("OPD_WORKERS", "5")
     assert environment(members("which", run)[0], run, parallel=3)["OPD_WORKERS"] == "5"
+
+
+def test_members_that_would_fight_for_the_cores_are_warned_of(run: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(4))
+    its = run.model_copy(update={"optimize": run.optimize.model_copy(update={"threads": 3}), "label": run.label.model_copy(update={"threads": 1})})
+    assert crowded(its, parallel=1) is None
+    assert crowded(its.model_copy(update={"optimize": its.label}), parallel=2) is None
+    said = crowded(its, parallel=2)
+    assert said is not None
+    assert said.startswith("2 members at the same time on 4 cores, but label.threads is 1, optimize.threads is 3, reinforce.threads is 2")
 
 
 def test_an_arm_without_iterations_has_one_member(run: Params) -> None:
