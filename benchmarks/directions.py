@@ -90,7 +90,7 @@ def _recorded(params: Params, iteration: str) -> Batch:
     student = open_checkpoint(root / "checkpoints" / params.iterations[iteration])
     trajectories, logits = root / "trajectories" / iteration, root / "logits" / iteration
     opt = OptimizeParams(objective="reverse_kl_rollout", temperature=params.sample.temperature)
-    return Batch(params, load_policy(student, "cpu"), _read(opt, trajectories, logits, student.facts.action_space.chunk))
+    return Batch(params, load_policy(student, "cpu"), _read(opt, trajectories, logits, student.facts.action_space))
 
 
 def _halves(batch: Batch, most: int) -> tuple[np.ndarray, np.ndarray]:

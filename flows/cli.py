@@ -266,14 +266,16 @@ def parity(
     inputs: Annotated[Path, typer.Argument(metavar="INPUTS.npz", help="pictures and prompts")],
     reference: Annotated[Path, typer.Argument(metavar="REFERENCE.npz", help="what the original makes of them")],
     unnorm_key: Annotated[str | None, typer.Option(help="whose statistics the actions have, if there are several")] = None,
-    tolerance: Annotated[float, typer.Option(min=0, help="of features, logits and log-probabilities; pictures and ids are to be equal")] = 1e-3,
+    crop: Annotated[float, typer.Option(min=0.01, max=1, help="share of a picture's area that is seen; 1 if it was trained without crops")] = 0.9,
+    tolerance: Annotated[float, typer.Option(min=0, help="of features, logits and log-probabilities; what is counted is to be equal")] = 5e-4,
     out: Annotated[Path | None, typer.Option("--out", help="write our arrays to this file")] = None,
 ) -> None:
     """Whether OpenVLA-OFT as it is here computes what the original does, step by step. Exit code 1 if an array is farther off than it may be."""
     from flows import answers
     from vla_opd import parity
+    from vla_opd.policies.openvla_oft import from_public
 
-    found = parity.of_files(checkpoint, unnorm_key, inputs, reference, tolerance, out)
+    found = parity.of_files(from_public(checkpoint, unnorm_key, crop=crop), inputs, reference, tolerance, out)
     told = [(one.name, f"{one.difference:.1e}", f"{one.tolerance:.0e}", "" if one.holds else "too far") for one in found.compared]
     print(answers.rows(["array", "largest difference", "allowed", ""], told))
     if found.left:

@@ -150,7 +150,7 @@ def _check_what_follows(params: Params, student: Path, teacher: Path) -> None:
     require_environment(facts, params.environment, str(teacher))
     ours = open_checkpoint(student).facts
     if params.label.transfer:
-        between(facts.action_space, ours.action_space)
+        between(facts.action_space, ours.action_space, str(teacher))
     else:
         require_same_actions(ours, facts.action_space, str(teacher))
 

@@ -98,7 +98,10 @@ class _Asked:
 
     def _log_probs(self, name: str) -> Float[np.ndarray, "N K V"]:
         """The teacher's, of a shard. FloatingPointError at the first state whose label is not finite."""
-        observations, dtype = read_states([self.trajectories / name]).observations, self.label.dtype
+        states, dtype = read_states([self.trajectories / name]), self.label.dtype
+        if states.mask.shape[1] != self.space.tokens:
+            raise ValueError(f"{self.trajectories / name}: has {states.mask.shape[1]} tokens a state; expected the teacher's {self.space.tokens}")
+        observations = states.observations
         batches = np.array_split(np.arange(len(observations)), max(1, -(-len(observations) // self.label.batch_size)))
         with torch.inference_mode(), threads(self.label.threads):
             labels = np.concatenate([normalised(self.teacher.logits(observations.at(rows)), dtype) for rows in batches])

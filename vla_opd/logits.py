@@ -55,7 +55,7 @@ def read_shard(path: Path, states: int) -> Labels:
     columns, attributes = arrays.read(path, ("log_probs", "recoverable", "given"))
     if "log_probs" not in columns:
         raise ValueError(f"{path}: has no log_probs; expected the labels of {states} states")
-    if odd := next((len(values) for values in columns.values() if len(values) != states), None):
+    if (odd := next((len(values) for values in columns.values() if len(values) != states), None)) is not None:
         raise ValueError(f"{path}: labels {odd} states; expected the {states} of the trajectory shard of that name")
     return Labels(**columns, cost=_cost(attributes))
 

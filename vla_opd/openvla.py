@@ -1,34 +1,30 @@
 """OpenVLA-OFT's public checkpoint layout: what its files say, and its tensors by the names of this package's module.
 
-`config.json`, `model*.safetensors` (one, or shards with an index), `dataset_statistics.json`, `tokenizer.json`. Nothing else is opened: no `auto_map`
-code, no pickles. Source of the layout: openvla-oft 213c5ff, transformers 4.40.1.
+`config.json`, `preprocessor_config.json`, `dataset_statistics.json` and `model*.safetensors` (one file, or shards with an index). Nothing else is
+opened: no `auto_map` code, no pickles. Source of the layout: openvla-oft 213c5ff, transformers 4.40.1.
 """
 
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import safetensors
 import safetensors.torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, model_validator
 from torch import Tensor
 
+from vla_opd.params import SHORTER
 from vla_opd.tokens import ActionSpace
 
 DINO, SIGLIP = "vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"
-CHUNKS = {"libero": (8, 7)}  # actions, and dimensions of an action
-WITHOUT = {"num_images_in_input": 1, "use_proprio": False, "use_film": False, "use_l1_regression": False, "use_diffusion": False}
-"""What some checkpoints say in config.json of inputs and outputs that distillation of tokens can't use, and what it has to say."""
-UNUSABLE = {  # what most of them don't say there: the original puts these weights into files of their own
+CHUNK, ACTION_DIM = 8, 7  # of LIBERO's checkpoints
+UNUSABLE = {  # what config.json mostly doesn't say: the original puts these weights into files of their own
     "action_head--*": "an L1 or diffusion head answers with actions, not with a distribution over action tokens, so there is nothing to distil",
     "noisy_action_projector--*": "a diffusion head answers with actions, not with a distribution over action tokens, so there is nothing to distil",
     "proprio_projector--*": "proprioception goes into its language model, by a projector that is stored as a pickle",
     "vision_backbone--*": "its vision towers are modulated by the instruction (FiLM), by weights that are stored as a pickle",
 }
-
-
 _DINO, _SIGLIP = r"vision_backbone\.featurizer\.", r"vision_backbone\.fused_featurizer\."
 NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (_DINO + "cls_token", ("dino.embeddings.cls_token",)),
@@ -57,37 +53,55 @@ class Tower(BaseModel):
     """A vision transformer's size."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    width: int = Field(ge=1)
-    depth: int = Field(ge=2)
+    width: int = Field(ge=1, le=4096)
+    depth: int = Field(ge=2, le=64)
     heads: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> "Tower":
+        if self.width % self.heads:
+            raise ValueError(f"width is {self.width} and heads is {self.heads}; expected a multiple of it")
+        return self
+
+
+TOWERS = {DINO: Tower(width=1024, depth=24, heads=16), SIGLIP: Tower(width=1152, depth=27, heads=16)}
 
 
 class Architecture(BaseModel):
-    """An OpenVLA-OFT policy with discrete tokens: sizes, and how a picture, a prompt and an action are put.
+    """An OpenVLA-OFT policy with discrete tokens: sizes, and how a picture is put. Defaults are those of transformers 4.40.1 and timm.
 
     dino, siglip:   the towers. Features are those of the last block but one.
     vocabulary:     ids of the language model; the V action tokens are the last of them, counted downwards (bin b is id vocabulary - 1 - b).
     rows:           of the word embedding and of the head, padding included.
+    rms_epsilon:    what the checkpoints were trained with; Llama 2's own is 1e-5.
     mean, std:      of DINOv2's half of the picture, per channel; SigLIP's is scaled to [-1, 1].
-    crop:           share of the picture's area that is seen (centre); 1 for a checkpoint that was trained without random crops.
+    crop:           share of the picture's area that is seen, from the centre; 1 for a checkpoint that was trained without random crops.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     family: Literal["openvla_oft"] = "openvla_oft"
-    dino: Tower = Tower(width=1024, depth=24, heads=16)
-    siglip: Tower = Tower(width=1152, depth=27, heads=16)
-    hidden: int = Field(default=4096, ge=1)
-    intermediate: int = Field(default=11008, ge=1)
-    layers: int = Field(default=32, ge=1)
+    dino: Tower = TOWERS[DINO]
+    siglip: Tower = TOWERS[SIGLIP]
+    hidden: int = Field(default=4096, ge=2, le=32768)
+    intermediate: int = Field(default=11008, ge=1, le=131072)
+    layers: int = Field(default=32, ge=1, le=256)
     heads: int = Field(default=32, ge=1)
     key_value_heads: int = Field(default=32, ge=1)
-    rms_epsilon: float = Field(default=1e-6, gt=0)  # transformers 4.40.1's default, which is what the checkpoints were trained with; Llama 2 has 1e-5
+    rms_epsilon: float = Field(default=1e-6, gt=0)
     rope_theta: float = Field(default=10000.0, gt=0)
-    vocabulary: int = Field(default=32000, ge=1)
-    rows: int = Field(default=32064, ge=1)
+    vocabulary: int = Field(default=32000, ge=256, le=1 << 20)
+    rows: int = Field(default=32064, ge=256, le=1 << 20)
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     crop: float = Field(default=0.9, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Architecture":
+        if self.hidden % (2 * self.heads) or self.heads % self.key_value_heads:
+            raise ValueError(f"hidden, heads and key_value_heads are {self.hidden}, {self.heads}, {self.key_value_heads}; expected each to divide")
+        if self.vocabulary > self.rows or min(self.std) <= 0:
+            raise ValueError(f"vocabulary, rows and std are {self.vocabulary}, {self.rows}, {self.std}; expected enough rows, and std above 0")
+        return self
 
 
 class Public(NamedTuple):
@@ -97,24 +111,117 @@ class Public(NamedTuple):
     space: ActionSpace
 
 
-def read_public(folder: Path, unnorm_key: str | None, platform: str = "libero") -> Public:
+class _File(BaseModel):
+    """What is read of a JSON file; other keys are left alone."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False, strict=True)
+
+
+class _Text(_File):
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: None = None
+    hidden_act: Literal["silu"] = "silu"
+    vocab_size: int = 32064
+
+
+class _Size(_File):
+    embed_dim: int
+    depth: int
+    num_heads: int
+
+    @property
+    def tower(self) -> Tower:
+        return Tower(width=self.embed_dim, depth=self.depth, heads=self.num_heads)
+
+
+class _Config(_File):
+    """golden_timm_overrides: of a checkpoint that was made small for tests; only that says how large its towers are."""
+
+    model_type: Literal["openvla"]
+    use_fused_vision_backbone: Literal[True]
+    timm_model_ids: tuple[Literal["vit_large_patch14_reg4_dinov2.lvd142m"], Literal["vit_so400m_patch14_siglip_224"]]
+    arch_specifier: Literal["no-align+fused-gelu-mlp"] = "no-align+fused-gelu-mlp"
+    image_resize_strategy: Literal["resize-naive"] = "resize-naive"
+    image_sizes: tuple[Literal[224], Literal[224]] = (224, 224)
+    n_action_bins: int = Field(default=256, ge=2, le=256)
+    pad_to_multiple_of: int = Field(default=64, ge=0)
+    text_config: _Text = _Text()
+    golden_timm_overrides: dict[str, _Size] = Field(default_factory=dict)
+    num_images_in_input: Literal[1] = 1
+    use_proprio: Literal[False] = False
+    use_film: Literal[False] = False
+    use_l1_regression: Literal[False] = False
+    use_diffusion: Literal[False] = False
+
+
+class _Normalisation(_File):
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+class _Half(_File):
+    mean: tuple[Literal[0.5], Literal[0.5], Literal[0.5]]  # pyright: ignore[reportInvalidTypeForm]
+    std: tuple[Literal[0.5], Literal[0.5], Literal[0.5]]  # pyright: ignore[reportInvalidTypeForm]
+
+
+class _Processor(_File):
+    """The constants that the original image processor really uses: those it stored of its transforms, rounded to bfloat16, not `means` and `stds`."""
+
+    tvf_normalize_params: tuple[_Normalisation, _Half]
+
+
+class _Action(_File):
+    """mask: which dimensions are normalised; all of them, as in the original, if it isn't there."""
+
+    q01: tuple[float, ...]
+    q99: tuple[float, ...]
+    mask: tuple[bool, ...] | None = None
+
+
+class _Dataset(_File):
+    action: _Action
+
+
+class _Index(_File):
+    weight_map: dict[str, str]
+
+
+def read_public(folder: Path, unnorm_key: str | None, crop: float = 0.9) -> Public:
     """What the files of a public checkpoint say, without its weights. ValueError for what isn't OpenVLA-OFT with discrete tokens.
 
-    unnorm_key: whose statistics the actions have; it may be left out where there is only one.
+    unnorm_key: whose statistics the actions have; it may be left out where there is only one. crop: see `Architecture`; no file says it.
     """
     for pattern, why in UNUSABLE.items():
         if found := sorted(path.name for path in folder.glob(pattern)):
             raise ValueError(f"{folder}: has {found[0]}: {why}; expected a checkpoint with discrete action tokens and one camera")
-    config = _json(folder / "config.json")
-    for field, wanted in {"model_type": "openvla", "use_fused_vision_backbone": True, "timm_model_ids": [DINO, SIGLIP], **WITHOUT}.items():
-        if config.get(field, WITHOUT.get(field)) != wanted:
-            raise ValueError(f"{folder / 'config.json'}: {field} is {config.get(field)!r}; expected {wanted!r}")
+    config, colours = _read(folder / "config.json", _Config), _read(folder / "preprocessor_config.json", _Processor).tvf_normalize_params[0]
+    text, towers = config.text_config, {**TOWERS, **{name: size.tower for name, size in config.golden_timm_overrides.items()}}
     try:
-        architecture = Architecture.model_validate({**_sizes(config), **_colours(_json(folder / "preprocessor_config.json"))})
-    except (ValidationError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder}: its files don't describe an OpenVLA-OFT: {error}") from error
-    space = _action_space(folder / "dataset_statistics.json", unnorm_key, CHUNKS[platform], int(config.get("n_action_bins", 256)))
-    return Public(architecture, space)
+        architecture = Architecture(
+            dino=towers[DINO],
+            siglip=towers[SIGLIP],
+            hidden=text.hidden_size,
+            intermediate=text.intermediate_size,
+            layers=text.num_hidden_layers,
+            heads=text.num_attention_heads,
+            key_value_heads=text.num_key_value_heads or text.num_attention_heads,
+            rms_epsilon=text.rms_norm_eps,
+            rope_theta=text.rope_theta,
+            vocabulary=text.vocab_size - config.pad_to_multiple_of,
+            rows=text.vocab_size,
+            mean=colours.mean,
+            std=colours.std,
+            crop=crop,
+        )
+    except ValidationError as error:
+        raise ValueError(f"{folder}: {_told(error)}") from error
+    return Public(architecture, _action_space(folder / "dataset_statistics.json", unnorm_key, config.n_action_bins))
 
 
 def read_weights(folder: Path, architecture: Architecture, bins: int) -> dict[str, Tensor]:
@@ -126,10 +233,15 @@ def read_weights(folder: Path, architecture: Architecture, bins: int) -> dict[st
     for path in _files(folder):
         try:
             tensors = safetensors.torch.load_file(path)
-        except safetensors.SafetensorError as error:
+        except (OSError, safetensors.SafetensorError) as error:
             raise ValueError(f"{path}: not safetensors ({error}); no other kind of file is read") from error
         for name, tensor in tensors.items():
-            found.update(zip(renamed(name, architecture), _parts(name, tensor, architecture, bins), strict=False))
+            if not tensor.is_floating_point():
+                raise ValueError(f"{path}: {name} is {tensor.dtype}; expected floating-point numbers")
+            try:
+                found.update(zip(renamed(name, architecture), _parts(name, tensor, architecture, bins), strict=False))
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
     return found
 
 
@@ -155,66 +267,51 @@ def _parts(name: str, tensor: Tensor, architecture: Architecture, bins: int) -> 
     return (tensor[0] if name == "vision_backbone.fused_featurizer.pos_embed" else tensor,)
 
 
-def _files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        return [folder / name for name in sorted(set(_json(index)["weight_map"].values()))]
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
-    raise ValueError(f"{folder}: has neither model.safetensors nor model.safetensors.index.json; no other kind of weights is read")
+def _files(folder: Path) -> Iterator[Path]:
+    """The whole file, or else the index's shards, none of which lies elsewhere."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if not whole.exists() and not index.exists():
+        merge = "; it holds an adapter, to be merged into its base first" if list(folder.glob("**/adapter_config.json")) else ""
+        raise ValueError(f"{folder}: has neither {whole.name} nor {index.name}; no other kind of weights is read{merge}")
+    for name in [whole.name] if whole.exists() else sorted(set(_read(index, _Index).weight_map.values())):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(f"{index}: weight_map names {name!r}; expected names of .safetensors files beside it")
+        yield folder / name
 
 
-def _json(path: Path) -> dict[str, Any]:
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def _read(path: Path, model: type[Model]) -> Model:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return model.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         raise ValueError(f"{path}: isn't there; expected the public layout of OpenVLA-OFT") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: isn't JSON ({error})") from error
+    except ValidationError as error:
+        raise ValueError(f"{path}: {_told(error)}") from error
 
 
-def _sizes(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Of what config.json leaves out, transformers 4.40.1 and timm have the defaults, which are those of `Architecture`."""
-    text = config.get("text_config", {})
-    names = {
-        "hidden": "hidden_size",
-        "intermediate": "intermediate_size",
-        "layers": "num_hidden_layers",
-        "heads": "num_attention_heads",
-        "key_value_heads": "num_key_value_heads",
-        "rms_epsilon": "rms_norm_eps",
-        "rope_theta": "rope_theta",
-        "rows": "vocab_size",
-    }
-    sizes = {ours: text[theirs] for ours, theirs in names.items() if theirs in text}
-    if "heads" in sizes:
-        sizes.setdefault("key_value_heads", sizes["heads"])
-    if "rows" in sizes:
-        sizes["vocabulary"] = sizes["rows"] - config.get("pad_to_multiple_of", 64)
-    small = config.get("golden_timm_overrides", {})  # only a checkpoint that was made small for tests says how small its towers are
-    tower = {
-        ours: {"width": said["embed_dim"], "depth": said["depth"], "heads": said["num_heads"]}
-        for ours, name in (("dino", DINO), ("siglip", SIGLIP))
-        if (said := small.get(name))
-    }
-    return {**sizes, **tower}
+def _told(error: ValidationError) -> str:
+    """Field, value and what was expected, of each mistake."""
+    found: list[str] = []
+    for one in error.errors():
+        field = ".".join(map(str, one["loc"])) or "it"
+        value = "missing" if one["type"] == "missing" else SHORTER.repr(one["input"])
+        found.append(f"{field} is {value}; {one['msg'].replace('Input should be', 'expected').removeprefix('Value error, ')}")
+    return "; ".join(found)
 
 
-def _colours(processor: Mapping[str, Any]) -> dict[str, Any]:
-    """The constants that the original image processor really uses: those it stored of its transforms, rounded to bfloat16, not `means` and `stds`."""
-    dino, siglip = processor["tvf_normalize_params"]
-    if siglip["mean"] != [0.5] * 3 or siglip["std"] != [0.5] * 3:
-        raise ValueError(f"tvf_normalize_params[1] is {siglip}; expected 0.5 for every mean and std")
-    return {"mean": dino["mean"], "std": dino["std"]}
-
-
-def _action_space(path: Path, key: str | None, size: tuple[int, int], bins: int) -> ActionSpace:
-    statistics, (chunk, dimensions) = _json(path), size
+def _action_space(path: Path, key: str | None, bins: int) -> ActionSpace:
+    statistics = _read(path, RootModel[dict[str, _Dataset]]).root
     key = next(iter(statistics)) if key is None and len(statistics) == 1 else key
     if key is None or key not in statistics:
         raise ValueError(f"{path}: --unnorm-key is {key!r}; expected one of {sorted(statistics)}")
-    action = statistics[key]["action"]
-    mask = action.get("mask", [True] * (dimensions - 1) + [False])
-    if not len(action["q01"]) == len(action["q99"]) == len(mask) == dimensions:
-        raise ValueError(f"{path}: {key} has {len(action['q01'])} action dimensions; expected {dimensions}")
-    return ActionSpace(q01=tuple(action["q01"]), q99=tuple(action["q99"]), normalised=tuple(mask), chunk=chunk, bins=bins)
+    action = statistics[key].action
+    mask = (True,) * ACTION_DIM if action.mask is None else action.mask
+    for name, values in {"q01": action.q01, "q99": action.q99, "mask": mask}.items():
+        if len(values) != ACTION_DIM:
+            raise ValueError(f"{path}: {key}.action.{name} has {len(values)} entries; expected {ACTION_DIM}, one an action dimension")
+    try:
+        return ActionSpace(q01=action.q01, q99=action.q99, normalised=mask, chunk=CHUNK, bins=bins)
+    except ValidationError as error:
+        raise ValueError(f"{path}: {key}.action: {_told(error)}") from error

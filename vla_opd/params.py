@@ -578,6 +578,7 @@ def _at_odds(params: Params) -> Iterator[str]:
     if both := [task for task in params.evaluate.unseen or () if task in params.environment.tasks]:
         yield f"evaluate.unseen has {both[0]!r}; expected other tasks than environment.tasks, which are trained on"
     yield from _labels_at_odds(params)
+    yield from _transfer_at_odds(params)
     yield from _objective_at_odds(params)
     yield from _temperatures_at_odds(params)
     for field, name in params.report.model_dump().items():
@@ -595,12 +596,21 @@ def _labels_at_odds(params: Params) -> Iterator[str]:
         yield f"label.smoothing is {label.smoothing}; expected that with label.expert only, and it is null"
     if label.expert is not None and label.recover_every is not None:
         yield f"label.recover_every is {label.recover_every}; expected null with label.expert: it is the teacher that takes over"
-    if label.transfer and label.expert is not None:
-        yield "label.transfer is true; expected false with label.expert, whose actions are put into the student's bins"
-    if label.transfer and params.sample.visited_by == "teacher":
-        yield "label.transfer is true; expected false with sample.visited_by teacher, whose tokens aren't the student's"
     if params.optimize.recoverable and label.recover_every is None:
         yield "label.recover_every is null; expected a number with optimize.recoverable true, which learns from what it finds"
+
+
+def _transfer_at_odds(params: Params) -> Iterator[str]:
+    """Bins are shared out as the teacher's probabilities are at temperature 1; at another they would have to be so before."""
+    if not params.label.transfer:
+        return
+    if params.label.expert is not None:
+        yield "label.transfer is true; expected false with label.expert, whose actions are put into the student's bins"
+    if params.sample.visited_by == "teacher":
+        yield "label.transfer is true; expected false with sample.visited_by teacher, whose tokens aren't the student's"
+    for field in ("temperature", "teacher_temperature"):
+        if (value := getattr(params.optimize, field)) not in {1.0, None}:
+            yield f"optimize.{field} is {value}; expected 1 with label.transfer, which shares out the teacher's probabilities as they are"
 
 
 def _objective_at_odds(params: Params) -> Iterator[str]:

@@ -5,21 +5,28 @@
 (id = vocabulary - 1 - bin), and so do the columns of `logits_action_columns`.
 """
 
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
-from zipfile import BadZipFile
+from zipfile import ZipFile
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vla_opd import pictures
-from vla_opd.policies.openvla_oft import PAD, SIZE, OpenVLAOFT, from_public
+from vla_opd.arrays import DAMAGED, LARGEST
+from vla_opd.policies.openvla_oft import PAD, OpenVLAOFT
 
-INPUTS = ("raw_image", "input_ids", "attention_mask")
 TEMPERATURES = (1.0, 1.6)
+INPUTS = ("raw_image", "input_ids", "attention_mask")
+STEPS = ("rot180", "jpeg_decoded", "resized224", "center_cropped", "pixel_values")
+OUTPUTS = (
+    *("vision_features", "projected_patch_embeddings", "multimodal_attention_mask", "action_hidden_states", "logits_action_columns"),
+    *("greedy_token_ids", "greedy_margin", "normalized_actions", "unnormalized_actions", "env_actions"),
+    *(f"{name}_T{temperature}" for name in ("logp_greedy", "logp_sampled", "entropy") for temperature in TEMPERATURES),
+)
 NEARLY = 1e-6  # the largest difference allowed of actions and normalised pictures; what is counted is to be equal
 Arrays = Mapping[str, np.ndarray]
 
@@ -44,42 +51,79 @@ class Found(NamedTuple):
     left: tuple[str, ...]
 
 
-def of_files(checkpoint: Path, unnorm_key: str | None, inputs: Path, reference: Path, tolerance: float, out: Path | None) -> Found:
-    """The comparison for a checkpoint in the public layout, in float32 on the CPU; our arrays are written to `out` first."""
-    given, theirs = _npz(inputs), _npz(reference)
-    ours = arrays(from_public(checkpoint, unnorm_key), given, theirs.get("sampled_token_ids"))
+def of_files(policy: OpenVLAOFT, inputs: Path, reference: Path, tolerance: float, out: Path | None) -> Found:
+    """The comparison for a policy, from files; our arrays are written to `out` first."""
+    given, (theirs, left) = _npz(inputs, (*INPUTS, *STEPS))[0], _npz(reference, (*STEPS, *OUTPUTS, "sampled_token_ids"))
+    if not theirs.keys() - {"sampled_token_ids"}:
+        raise ValueError(f"{reference}: has none of the arrays that can be compared; expected some of {', '.join((*STEPS, *OUTPUTS))}")
+    ours = arrays(policy, given, theirs.get("sampled_token_ids"))
     if out is not None:
         np.savez(out, allow_pickle=False, **ours)
-    steps = {name: array for name, array in given.items() if name in ours}
-    compared = tuple(compare(ours, steps | theirs, tolerance))
-    if not compared:
-        raise ValueError(f"{reference}: has none of the arrays that can be compared; expected some of {', '.join(ours)}")
-    return Found(compared, tuple(name for name in theirs if name not in ours))
+    steps = {name: given[name] for name in STEPS if name in given}
+    return Found(tuple(compare(ours, steps | theirs, tolerance)), left)
 
 
-def _npz(path: Path) -> dict[str, np.ndarray]:
+def _npz(path: Path, names: Collection[str]) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """The arrays of these names, and what others there are, which aren't read. ValueError for what is no archive of arrays, or too large a one."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return dict(archive)
-    except (OSError, ValueError, BadZipFile) as error:
+        with ZipFile(path) as archive:
+            sizes = {member.filename.removesuffix(".npy"): member.file_size for member in archive.infolist()}
+        if (wanted := sum(size for name, size in sizes.items() if name in names)) > LARGEST:
+            raise ValueError(f"its arrays would take {wanted // 10**9} GB, more than half of the memory")
+        with np.load(path, allow_pickle=False) as arrays_there:
+            return {name: arrays_there[name] for name in names if name in sizes}, tuple(name for name in sizes if name not in names)
+    except (*DAMAGED, MemoryError, zlib.error) as error:
         raise ValueError(f"{path}: not an archive of arrays ({error}); expected .npz without pickles") from error
 
 
 def arrays(policy: OpenVLAOFT, inputs: Arrays, sampled: Int[np.ndarray, "B K"] | None = None) -> dict[str, np.ndarray]:
-    """All arrays that can be compared. sampled: ids of which the log-probability is wanted too. ValueError for an input that isn't there."""
-    if lost := [name for name in INPUTS if name not in inputs]:
-        raise ValueError(f"the inputs have no {lost[0]}; expected {', '.join(INPUTS)}")
-    found = _pictures(policy, inputs["raw_image"])
+    """All arrays that can be compared. sampled: ids of which the log-probability is wanted too. ValueError names an input that can't be one."""
+    _require(policy, inputs, sampled)
+    seen = policy.pictures(inputs["raw_image"][:, ::-1])
     with torch.inference_mode():
-        features = policy.features(policy.normalised(found["center_cropped"]))
+        pixels = policy.normalised(seen.cropped)
+        features = policy.features(pixels)
         patches = policy.projector(features)
-        prompts, lengths = _prompts(inputs["input_ids"], inputs["attention_mask"])
-        _, seen = policy.sequence(patches, prompts.to(policy.device), lengths.to(policy.device))
-        hidden = policy.hidden(patches, prompts.to(policy.device), lengths.to(policy.device))
+        prompts, lengths = (one.to(policy.device) for one in _prompts(inputs["input_ids"], inputs["attention_mask"]))
+        _, there = policy.sequence(patches, prompts, lengths)
+        hidden = policy.hidden(patches, prompts, lengths)
         logits = policy.head(hidden)
-    found |= {"vision_features": _numpy(features), "projected_patch_embeddings": _numpy(patches), "multimodal_attention_mask": _numpy(seen)}
+    found = dict(zip(STEPS, (*seen, _numpy(pixels)), strict=True))
+    found |= {"vision_features": _numpy(features), "projected_patch_embeddings": _numpy(patches), "multimodal_attention_mask": _numpy(there)}
     found |= {"action_hidden_states": _numpy(hidden), "logits_action_columns": _numpy(logits)[..., ::-1]}
     return found | _answers(policy, logits.float().cpu(), sampled)
+
+
+def _require(policy: OpenVLAOFT, inputs: Arrays, sampled: np.ndarray | None) -> None:
+    if lost := [name for name in INPUTS if name not in inputs]:
+        raise ValueError(f"the inputs have no {lost[0]}; expected {', '.join(INPUTS)}")
+    pictures, ids, mask = (inputs[name] for name in INPUTS)
+    size, rows, highest = policy.space.tokens, policy.architecture.rows, policy.architecture.vocabulary
+    batch = len(pictures)
+    inputs_are = {
+        "raw_image": (pictures, "pictures [B, H, W, 3] of uint8", pictures.dtype == np.uint8 and pictures.ndim == 4 and pictures.shape[-1] == 3),
+        "input_ids": (ids, f"[{batch}, L] ids below {rows}", _ids(ids, 0, rows) and ids.ndim == 2 and len(ids) == batch),
+        "attention_mask": (
+            mask,
+            "1 for tokens of a prompt, 0 for padding",
+            _ids(mask, 0, 2) and mask.shape == ids.shape and _none_empty(mask),
+        ),
+    }
+    if sampled is not None:
+        lowest = highest - policy.space.bins
+        fits = sampled.shape == (batch, size) and _ids(sampled, lowest, highest)
+        inputs_are["sampled_token_ids"] = (sampled, f"[{batch}, {size}] ids from {lowest} to {highest - 1}, those of action tokens", fits)
+    for name, (array, expected, fits) in inputs_are.items():
+        if not fits:
+            raise ValueError(f"{name} is {array.dtype} {list(array.shape)}; expected {expected}")
+
+
+def _none_empty(mask: np.ndarray) -> bool:
+    return mask.ndim == 2 and bool(mask.any(1).all())
+
+
+def _ids(array: np.ndarray, low: int, high: int) -> bool:
+    return array.dtype.kind in "biu" and array.size > 0 and low <= int(array.min()) and int(array.max()) < high
 
 
 def compare(ours: Arrays, theirs: Arrays, tolerance: float) -> Iterator[Parity]:
@@ -87,18 +131,9 @@ def compare(ours: Arrays, theirs: Arrays, tolerance: float) -> Iterator[Parity]:
     for name in (name for name in ours if name in theirs):
         if ours[name].shape != theirs[name].shape:
             raise ValueError(f"{name}: is {list(ours[name].shape)} here; expected the reference's {list(theirs[name].shape)}")
-        exact = theirs[name].dtype.kind in "biu"
-        allowed = 0.0 if exact else NEARLY if "actions" in name or name == "pixel_values" else tolerance
+        exact = ours[name].dtype.kind in "biu"
+        allowed = 0.0 if exact else NEARLY if name.endswith("_actions") or name == "pixel_values" else tolerance
         yield Parity(name, float(np.abs(ours[name].astype(np.float64) - theirs[name].astype(np.float64)).max()), allowed)
-
-
-def _pictures(policy: OpenVLAOFT, raw: np.ndarray) -> dict[str, np.ndarray]:
-    turned = raw[:, ::-1, ::-1]
-    decoded = np.stack([pictures.jpeg_round_trip(np.ascontiguousarray(one)) for one in turned])
-    resized = np.stack([pictures.lanczos(one, SIZE) for one in decoded])
-    cropped = np.stack([pictures.centre_crop(one, policy.architecture.crop) for one in resized])
-    steps = {"rot180": turned, "jpeg_decoded": decoded, "resized224": resized, "center_cropped": cropped}
-    return steps | {"pixel_values": _numpy(policy.normalised(cropped))}
 
 
 def _prompts(ids: Int[np.ndarray, "B L"], mask: Int[np.ndarray, "B L"]) -> tuple[Int[Tensor, "B L"], Int[Tensor, " B"]]:

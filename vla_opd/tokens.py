@@ -22,7 +22,7 @@ class ActionSpace(BaseModel):
     normalised: dimensions scaled by them; the others (a gripper in [-1, 1]) pass through.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     q01: tuple[float, ...]
     q99: tuple[float, ...]
     normalised: tuple[bool, ...]
@@ -35,6 +35,8 @@ class ActionSpace(BaseModel):
             raise ValueError(
                 f"q01, q99 and normalised have {len(self.q01)}, {len(self.q99)}, {len(self.normalised)} entries; expected one an action dimension"
             )
+        if any(low > high for low, high in zip(self.q01, self.q99, strict=True)):
+            raise ValueError(f"q01 is {self.q01} and q99 is {self.q99}; expected q01 to be at most q99 in each dimension")
         return self
 
     @property

@@ -36,22 +36,25 @@ class Transfer:
         return np.log(floored).reshape(*log_probs.shape[:2], width).astype(np.float32)
 
 
-def between(teacher: ActionSpace, student: ActionSpace) -> Transfer | None:
+def between(teacher: ActionSpace, student: ActionSpace, where: str = "transfer") -> Transfer | None:
     """How to get from the one's bins to the other's; None if they are the same. ValueError where chunks or action dimensions differ."""
     if teacher == student:
         return None
     for field in ("chunk", "action_dim"):
         ours, theirs = getattr(student, field), getattr(teacher, field)
         if ours != theirs:
-            raise ValueError(f"action_space.{field} is {theirs} for the teacher; expected the student's {ours}: only bins can be transferred")
-    return Transfer(np.stack([overlap(t, s) for t, s in zip(edges(teacher), edges(student), strict=True)]))
+            raise ValueError(f"{where}: action_space.{field} is {theirs} for the teacher; expected the student's {ours}, for only bins can move")
+    overlaps = np.stack([overlap(t, s) for t, s in zip(edges(teacher), edges(student), strict=True)])
+    if not np.isfinite(overlaps).all():
+        raise ValueError(f"{where}: the teacher's bins have no width in float64 (action_space.q01, q99); expected statistics that tell them apart")
+    return Transfer(overlaps)
 
 
 def require_comparable(student: CheckpointFacts, labels: Manifest, where: str) -> None:
     """ValueError unless the labels' tokens mean the student's actions, or are to be transferred to them (`label.transfer`) and can be."""
     teacher = ActionSpace.model_validate(labels.facts["action_space"])
     if labels.params.get("label", {}).get("transfer"):
-        between(teacher, student.action_space)
+        between(teacher, student.action_space, where)
     else:
         require_same_actions(student, teacher, where)
 

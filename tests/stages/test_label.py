@@ -23,6 +23,7 @@ from vla_opd.results import read_run
 from vla_opd.study import member_rows
 from vla_opd.trajectory import read_shard as read_episodes
 from vla_opd.trajectory import read_states, shards
+from vla_opd.transfer import between
 
 TRAINED = CheckpointParams(demonstrations="main", steps=1, learning_rate=0.1)
 PARAMS = Params(
@@ -134,6 +135,14 @@ def test_a_teacher_with_other_statistics_is_transferred_if_so_told(small: Path, 
     assert label_it() == 2
     assert f"expected the teacher's, {theirs.digest[:12]} (or label.transfer true)" in capsys.readouterr().err
     assert label_it("label.transfer=true") == 0
+    stored = np.concatenate(
+        [read_shard(path, len(read_states([small / "trajectories/it001" / path.name]))).log_probs for path in shards(small / "logits/it001")]
+    )
+    transfer = between(theirs, ours)
+    assert transfer is not None
+    moved = _read(load("params.yaml").optimize, small / "trajectories/it001", small / "logits/it001", ours).teacher
+    np.testing.assert_array_equal(moved, transfer(stored))
+    assert np.abs(np.exp(moved) - np.exp(stored.astype(np.float32))).max() > 0.1
     assert command.main(["optimize", "--iteration", "it001", *HOST, "--set", "label.transfer=true"]) == 0
     found = read_manifest(small / "checkpoints/it001", "checkpoint").facts
     assert found["transferred_from"] == theirs.digest

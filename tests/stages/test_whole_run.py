@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 
 import stages.__main__ as command
+from benchmarks import directions
 from tests.small_run import HOST, PARAMS, STAGES, run_stage
 from vla_opd.artifacts import Kind, draft, open_artifact
 from vla_opd.checkpoint import WEIGHTS, open_checkpoint, save_weights
@@ -415,3 +416,14 @@ def _flip(content: bytes, bit: int) -> bytes:
     spoiled = bytearray(content)
     spoiled[bit // 8] ^= 1 << bit % 8
     return bytes(spoiled)
+
+
+def test_objectives_are_compared_on_one_recorded_batch(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(directions, "CHUNK", 16)
+    monkeypatch.setattr("sys.argv", ["directions", "it001", "--json", "rows.jsonl"])
+    directions.main()
+    rows = {row["objective"]: row for row in map(json.loads, (small.parents[1] / "rows.jsonl").read_text().splitlines())}
+    assert {"reverse_kl", "forward_kl", "hard_ce"} <= set(rows)
+    assert rows["reverse_kl"]["cosine"] == pytest.approx(1)
+    assert rows["forward_kl"]["cosine"] > 0.3
+    assert rows["reverse_kl"]["reverse_kl"] < 0 > rows["forward_kl"]["forward_kl"]

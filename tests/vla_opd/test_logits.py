@@ -48,7 +48,12 @@ def test_what_was_simulated_is_kept_beside_the_labels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("columns", "wrong"), [({"given": (3, 2)}, "has no log_probs"), ({"log_probs": (3, 4, 8), "given": (2, 2)}, "labels 2 states")]
+    ("columns", "wrong"),
+    [
+        ({"given": (3, 2)}, "has no log_probs"),
+        ({"log_probs": (3, 4, 8), "given": (2, 2)}, "labels 2 states"),
+        ({"log_probs": (0, 4, 8)}, "labels 0 states"),
+    ],
 )
 def test_a_shard_whose_arrays_are_of_no_labels_is_refused(tmp_path: Path, columns: dict[str, tuple[int, ...]], wrong: str) -> None:
     arrays.write(tmp_path / "shard-0", {name: np.zeros(shape, np.float16) for name, shape in columns.items()}, {})

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -46,6 +47,29 @@ def test_statistics_are_those_beside_the_weights_not_those_in_the_config(folder:
     assert (space.chunk, space.action_dim, space.bins) == (8, 7, 256)
     with pytest.raises(ValueError, match=r"dataset_statistics.json: --unnorm-key is 'bridge_orig'; expected one of \['libero_spatial_no_noops'\]"):
         read_public(folder, "bridge_orig")
+
+
+def test_without_a_mask_all_dimensions_are_normalised_as_in_the_original(folder: Path) -> None:
+    edit(folder / "dataset_statistics.json", lambda told: told[KEY]["action"].pop("mask"))
+    assert read_public(folder, KEY).space.normalised == (True,) * 7
+
+
+def test_a_whole_file_goes_before_an_index(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text("stale")
+    assert from_public(folder).head.weight.shape == (256, 64)
+
+
+def test_half_the_digits_give_much_the_same_tokens_and_the_crop_is_the_users(folder: Path) -> None:
+    policy, half, whole = from_public(folder), from_public(folder, dtype=torch.bfloat16), from_public(folder, crop=1.0)
+    pixels = policy.normalised(np.random.default_rng(0).integers(0, 256, (1, 224, 224, 3), np.uint8))
+    prompt, length = torch.tensor([[1, 50, 60, 29871]]), torch.tensor([4])
+    with torch.inference_mode():
+        ours, theirs = (one.head(one.hidden(one.projector(one.features(pixels.to(one.head.weight.dtype))), prompt, length)) for one in (policy, half))
+    assert theirs.dtype == torch.bfloat16
+    assert (ours.argmax(-1) == theirs.argmax(-1)).float().mean() > 0.7
+    frames = np.random.default_rng(0).integers(0, 256, (1, 256, 256, 3), np.uint8)
+    assert np.array_equal(whole.pictures(frames).cropped, whole.pictures(frames).resized)
+    assert not np.array_equal(policy.pictures(frames).cropped, policy.pictures(frames).resized)
 
 
 def test_of_several_statistics_one_has_to_be_named(folder: Path) -> None:
@@ -100,12 +124,21 @@ def test_parts_that_distillation_cannot_use_are_refused_unopened(folder: Path, f
         ({"model_type": "llava"}, "model_type is 'llava'; expected 'openvla'"),
         (
             {"timm_model_ids": ["vit_large_patch14_clip_224.openai"]},
-            r"timm_model_ids is \['vit_large.*'\]; expected \['vit_large_patch14_reg4_dinov2",
+            r"timm_model_ids\.0 is 'vit_large.*'; expected 'vit_large_patch14_reg4_dinov2",
         ),
         ({"use_fused_vision_backbone": False}, "use_fused_vision_backbone is False; expected True"),
         ({"num_images_in_input": 2}, "num_images_in_input is 2; expected 1"),
         ({"use_proprio": True}, "use_proprio is True; expected False"),
-        ({"text_config": {"hidden_size": "large"}}, "don't describe an OpenVLA-OFT.*hidden"),
+        ({"text_config": {"hidden_size": "large"}}, r"config\.json: text_config\.hidden_size is 'large'; expected a valid integer"),
+        ({"text_config": {"hidden_size": 4_000_000_000}}, r"hidden is 4000000000; expected less than or equal to 32768"),
+        ({"text_config": {"hidden_size": 66, "num_attention_heads": 4}}, "hidden, heads and key_value_heads are 66, 4, 4; expected each to divide"),
+        ({"text_config": {"rope_scaling": {"type": "linear", "factor": 4}}}, "rope_scaling is .*; expected null"),
+        ({"text_config": {"hidden_act": "relu"}}, "hidden_act is 'relu'; expected 'silu'"),
+        ({"image_sizes": [384, 384]}, "image_sizes.0 is 384; expected 224"),
+        ({"image_resize_strategy": "letterbox"}, "image_resize_strategy is 'letterbox'; expected 'resize-naive'"),
+        ({"arch_specifier": "gelu-mlp"}, "arch_specifier is 'gelu-mlp'; expected 'no-align"),
+        ({"n_action_bins": None}, "n_action_bins is None; expected a valid integer"),
+        ({"golden_timm_overrides": None}, "golden_timm_overrides is None"),
     ],
 )
 def test_a_config_of_something_else_is_refused(folder: Path, change: dict[str, Any], message: str) -> None:
@@ -127,15 +160,66 @@ def adapted(folder: Path) -> None:
     safetensors.torch.save_file({**tensors, "base_model.model.lora_A.weight": torch.zeros(2)}, folder / "model.safetensors")
 
 
+def integers(folder: Path) -> None:
+    """Quantise a tensor."""
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    bias = "projector.fc2.bias"
+    safetensors.torch.save_file({**tensors, bias: tensors[bias].to(torch.int8)}, folder / "model.safetensors")
+
+
+def sharded(folder: Path, name: str) -> None:
+    """Have an index name another file."""
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}), encoding="utf-8")
+
+
+def unmerged(folder: Path) -> None:
+    """An adapter, and not what it adapts."""
+    (folder / "model.safetensors").unlink()
+    (folder / "lora_adapter").mkdir()
+    (folder / "lora_adapter/adapter_config.json").write_text("{}")
+
+
+def action(folder: Path, **statistics: list[Any]) -> None:
+    """Say something else of the actions."""
+    edit(folder / "dataset_statistics.json", lambda told: told[KEY]["action"].update(statistics))
+
+
 DAMAGES: list[tuple[Callable[[Path], object], str]] = [
-    (without, r"its tensors are not those that its config.json describes: .*projector\.fc2\.weight"),
-    (adapted, r"there is a tensor 'base_model\.model\.lora_A\.weight'; expected those of an OpenVLA-OFT"),
-    (lambda folder: edit(folder / "config.json", lambda c: c["text_config"].update(hidden_size=32)), "its tensors are not those .*size mismatch"),
+    (without, r"the tensor that is projector\.fc2\.weight here is missing; by config\.json, expected \(64, 320\)"),
+    (adapted, r"model\.safetensors: there is a tensor 'base_model\.model\.lora_A\.weight'; expected those of an OpenVLA-OFT"),
+    (
+        lambda folder: edit(folder / "config.json", lambda c: c["text_config"].update(hidden_size=32)),
+        r"is of shape \[\d+.*\]; by config\.json, expected",
+    ),
     (lambda folder: (folder / "model.safetensors").unlink(), "has neither model.safetensors nor .*no other kind of weights is read"),
     (lambda folder: (folder / "model.safetensors").write_bytes(pickle.dumps({})), "model.safetensors: not safetensors"),
+    (lambda folder: (folder / "config.json").write_text("[]"), r"config\.json: it is \[\]; expected an object"),
+    (lambda folder: (folder / "config.json").write_text("[" * 100_000), r"config\.json: it is .*recursion limit"),
+    (lambda folder: edit(folder / "dataset_statistics.json", lambda s: s[KEY].pop("action")), f"{KEY}.action is missing"),
+    (lambda folder: action(folder, mask=["no"] * 7), "action.mask.0 is 'no'"),
+    (
+        lambda folder: edit(folder / "dataset_statistics.json", lambda s: s[KEY]["action"].update(mask=[True])),
+        "action.mask has 1 entries; expected 7",
+    ),
+    (lambda folder: action(folder, q01=[float("nan")] * 7), "q01.0 is nan"),
+    (lambda folder: action(folder, q01=[9.0] * 7), "expected q01 to be at most q99"),
+    (lambda folder: edit(folder / "preprocessor_config.json", lambda c: c["tvf_normalize_params"][0].update(std=[0.0] * 3)), "std above 0"),
+    (lambda folder: edit(folder / "preprocessor_config.json", lambda c: c["tvf_normalize_params"][1].update(std=[0.4] * 3)), "expected 0.5"),
+    (integers, "model.safetensors: projector.fc2.bias is torch.int8; expected floating-point numbers"),
+    (
+        lambda folder: sharded(folder, "../outside.safetensors"),
+        r"weight_map names '\.\./outside\.safetensors'; expected names of",
+    ),
+    (lambda folder: sharded(folder, "/etc/passwd"), "weight_map names '/etc/passwd'"),
+    (lambda folder: sharded(folder, "lost.safetensors"), "lost.safetensors: not safetensors .*No such file"),
+    (unmerged, "it holds an adapter, to be merged into its base first"),
     (lambda folder: (folder / "preprocessor_config.json").unlink(), "preprocessor_config.json: isn't there"),
-    (lambda folder: (folder / "config.json").write_text("{"), "config.json: isn't JSON"),
-    (lambda folder: edit(folder / "dataset_statistics.json", lambda s: s[KEY]["action"].update(q01=[0.0])), "has 1 action dimensions; expected 7"),
+    (lambda folder: (folder / "config.json").write_text("{"), "config.json: it is .*; Invalid JSON"),
+    (
+        lambda folder: edit(folder / "dataset_statistics.json", lambda s: s[KEY]["action"].update(q01=[0.0])),
+        r"dataset_statistics\.json: libero_spatial_no_noops\.action\.q01 has 1 entries; expected 7",
+    ),
 ]
 
 

@@ -181,6 +181,8 @@ def test_an_expert_that_can_take_over_labels_alone(minimal: Path) -> None:
         load(minimal, [*by_expert, "label.transfer=true"])
     with pytest.raises(ValueError, match=r"label\.transfer is true; expected false with sample\.visited_by teacher"):
         load(minimal, ["sample.visited_by=teacher", "label.transfer=true"])
+    with pytest.raises(ValueError, match=r"optimize\.temperature is 0\.6; expected 1 with label\.transfer"):
+        load(minimal, ["optimize.temperature=0.6", "label.transfer=true"])
     load(minimal, ["label.recover_every=4", "optimize.recoverable=true"])
 
 

@@ -1,27 +1,35 @@
 """The comparison with the original, from files."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from vla_opd.parity import Parity, compare, of_files
+from vla_opd.parity import Parity, arrays, compare, of_files
+from vla_opd.policies.openvla_oft import OpenVLAOFT, from_public
 
 GOLDEN = Path(__file__).parents[1] / "data/openvla_oft"
 
 
-def test_every_array_is_the_originals(tmp_path: Path) -> None:
-    found = of_files(GOLDEN / "checkpoint", None, GOLDEN / "inputs.npz", GOLDEN / "outputs.npz", 1e-3, tmp_path / "ours.npz")
+@pytest.fixture(scope="module")
+def policy() -> OpenVLAOFT:
+    return from_public(GOLDEN / "checkpoint")
+
+
+def test_every_array_is_the_originals(policy: OpenVLAOFT, tmp_path: Path) -> None:
+    found = of_files(policy, GOLDEN / "inputs.npz", GOLDEN / "outputs.npz", 5e-4, tmp_path / "ours.npz")
     assert [one for one in found.compared if not one.holds] == []
     assert len(found.compared) == 21
+    assert max(one.difference for one in found.compared) < 3e-4
     assert {one.name for one in found.compared if one.tolerance == 0} == {
         *("rot180", "jpeg_decoded", "resized224", "center_cropped", "multimodal_attention_mask", "greedy_token_ids"),
     }
     assert {"neg_causal_token_ids", "logits_full_argmax"} < set(found.left)
     with np.load(tmp_path / "ours.npz") as ours:
         assert {one.name for one in found.compared} <= set(ours)
-    again = of_files(GOLDEN / "checkpoint", None, GOLDEN / "inputs.npz", tmp_path / "ours.npz", 0.0, None)
+    again = of_files(policy, GOLDEN / "inputs.npz", tmp_path / "ours.npz", 0.0, None)
     assert all(one.difference == 0 for one in again.compared if "sampled" not in one.name)
 
 
@@ -33,7 +41,7 @@ def test_one_weight_that_is_off_is_seen_from_there_on(tmp_path: Path) -> None:
     tensors = safetensors.torch.load_file(path)
     tensors["projector.fc2.bias"][0] += 0.1
     safetensors.torch.save_file(tensors, path)
-    found = of_files(tmp_path / "checkpoint", None, GOLDEN / "inputs.npz", GOLDEN / "outputs.npz", 1e-3, None)
+    found = of_files(from_public(tmp_path / "checkpoint"), GOLDEN / "inputs.npz", GOLDEN / "outputs.npz", 5e-4, None)
     wrong = [one.name for one in found.compared if not one.holds]
     assert wrong[0] == "projected_patch_embeddings"
     assert "vision_features" not in wrong
@@ -46,24 +54,55 @@ def test_what_is_no_number_does_not_hold() -> None:
     assert Parity("logits", 0.5, 1.0).holds
 
 
-def test_other_shapes_and_other_files_are_refused(tmp_path: Path) -> None:
+def test_other_shapes_and_other_files_are_refused(policy: OpenVLAOFT, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"logits: is \[2\] here; expected the reference's \[3\]"):
         list(compare({"logits": np.zeros(2)}, {"logits": np.zeros(3)}, 1.0))
     (tmp_path / "text.npz").write_text("no")
-    with pytest.raises(ValueError, match=r"text.npz: not an archive of arrays .*; expected .npz without pickles"):
-        of_files(GOLDEN / "checkpoint", None, tmp_path / "text.npz", GOLDEN / "outputs.npz", 1e-3, None)
+    (tmp_path / "empty.npz").write_bytes(b"")
+    np.save(tmp_path / "one.npy", np.zeros(3))
     np.savez(tmp_path / "objects.npz", raw_image=np.array([print], dtype=object))
-    with pytest.raises(ValueError, match=r"objects.npz: not an archive of arrays"):
-        of_files(GOLDEN / "checkpoint", None, tmp_path / "objects.npz", GOLDEN / "outputs.npz", 1e-3, None)
-    np.savez(tmp_path / "few.npz", raw_image=np.zeros((1, 8, 8, 3), np.uint8))
+    for name in ("text.npz", "empty.npz", "one.npy", "objects.npz"):
+        with pytest.raises(ValueError, match=rf"{name}: not an archive of arrays .*; expected \.npz without pickles"):
+            of_files(policy, tmp_path / name, GOLDEN / "outputs.npz", 5e-4, None)
+
+
+def test_an_archive_that_promises_too_much_is_not_read(policy: OpenVLAOFT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vla_opd.parity.LARGEST", 100)
+    with pytest.raises(ValueError, match=r"inputs\.npz: .*its arrays would take 0 GB, more than half of the memory"):
+        of_files(policy, GOLDEN / "inputs.npz", GOLDEN / "outputs.npz", 5e-4, None)
+
+
+def test_a_reference_of_something_else_proves_nothing(policy: OpenVLAOFT) -> None:
+    with pytest.raises(ValueError, match=r"gradients\.npz: has none of the arrays that can be compared; expected some of rot180"):
+        of_files(policy, GOLDEN / "inputs.npz", GOLDEN / "gradients.npz", 5e-4, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "expected"),
+    [
+        ("raw_image", lambda a: a.astype(np.float32), r"raw_image is float32 \[3, 256, 256, 3\]; expected pictures"),
+        ("raw_image", lambda a: a[..., 0], r"raw_image is uint8 \[3, 256, 256\]"),
+        ("input_ids", lambda a: a + 32064, "input_ids is int64 .*ids below 32064"),
+        ("input_ids", lambda a: a[:2], r"input_ids is int64 \[2, 31\]; expected \[3, L\]"),
+        ("attention_mask", lambda a: a * 2, "attention_mask is int64 .*; expected 1 for tokens"),
+        ("attention_mask", lambda a: a * 0, "attention_mask is int64"),
+        ("attention_mask", lambda a: a[:, :-1], r"attention_mask is int64 \[3, 30\]"),
+        ("sampled_token_ids", lambda a: a - 200, r"sampled_token_ids is int64 .*; expected \[3, 56\] ids from 31744 to 31999"),
+    ],
+)
+def test_inputs_that_cannot_be_are_named(policy: OpenVLAOFT, name: str, change: Callable[[np.ndarray], np.ndarray], expected: str) -> None:
+    with np.load(GOLDEN / "inputs.npz") as inputs, np.load(GOLDEN / "outputs.npz") as outputs:
+        given = {**inputs, "sampled_token_ids": outputs["sampled_token_ids"]}
+    given[name] = change(given[name])
+    with pytest.raises(ValueError, match=expected):
+        arrays(policy, given, given["sampled_token_ids"])
+
+
+def test_an_input_that_is_missing_is_named(policy: OpenVLAOFT) -> None:
     with pytest.raises(ValueError, match="the inputs have no input_ids; expected raw_image, input_ids, attention_mask"):
-        of_files(GOLDEN / "checkpoint", None, tmp_path / "few.npz", GOLDEN / "outputs.npz", 1e-3, None)
-    with pytest.raises(ValueError, match=r"gradients.npz: has none of the arrays that can be compared; expected some of rot180"):
-        of_files(GOLDEN / "checkpoint", None, inputs_alone(tmp_path), GOLDEN / "gradients.npz", 1e-3, None)
+        arrays(policy, {"raw_image": np.zeros((1, 8, 8, 3), np.uint8)})
 
 
-def inputs_alone(folder: Path) -> Path:
-    """The golden inputs without the steps of the picture's way."""
-    with np.load(GOLDEN / "inputs.npz") as archive:
-        np.savez(folder / "alone.npz", **{name: archive[name] for name in ("raw_image", "input_ids", "attention_mask")})
-    return folder / "alone.npz"
+def test_counted_arrays_are_exact_whatever_type_the_reference_has() -> None:
+    (found,) = compare({"greedy_token_ids": np.array([5])}, {"greedy_token_ids": np.array([6.0])}, 1.0)
+    assert not found.holds

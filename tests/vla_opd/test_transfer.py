@@ -90,7 +90,7 @@ def test_tokens_are_moved_dimension_by_dimension_and_stay_finite() -> None:
 def test_only_bins_can_be_transferred(field: str, wanted: int) -> None:
     student = space((0.0, 1.0), chunk=wanted) if field == "chunk" else space((0.0, 1.0))
     teacher = space((0.0, 1.0)) if field == "chunk" else space((0.0, 1.0), (0.0, 1.0))
-    with pytest.raises(ValueError, match=rf"action_space\.{field} is \d for the teacher; expected the student's {wanted}: only bins"):
+    with pytest.raises(ValueError, match=rf"action_space\.{field} is \d for the teacher; expected the student's {wanted}, for only bins can move"):
         between(teacher, student)
 
 

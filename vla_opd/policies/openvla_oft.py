@@ -6,6 +6,7 @@ there are only the rows of the V action tokens, turned so that bins ascend in ac
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,8 +22,17 @@ from vla_opd.tokens import ActionSpace
 
 SIZE, PATCH, REGISTERS = 224, 14, 4
 PATCHES = (SIZE // PATCH) ** 2
-BEGIN, PLACEHOLDER, STOP, PAD = 1, 1, 2, 32000
+PLACEHOLDER, STOP, PAD = 1, 2, 32000
 SIGLIP_MLP = 3.7362  # hidden units per unit of width
+
+
+class Pictures(NamedTuple):
+    """The camera's pictures on their way to the policy: as the training data have them, after JPEG, at the towers' size, cropped."""
+
+    turned: UInt8[np.ndarray, "B H W 3"]
+    decoded: UInt8[np.ndarray, "B H W 3"]
+    resized: UInt8[np.ndarray, "B S S 3"]
+    cropped: UInt8[np.ndarray, "B S S 3"]
 
 
 class OpenVLAOFT(nn.Module):
@@ -64,9 +74,14 @@ class OpenVLAOFT(nn.Module):
 
         The simulator's own picture is upside down, and the training data are that turned by half a circle: an upright one, mirrored.
         """
-        seen = [pictures.lanczos(pictures.jpeg_round_trip(np.ascontiguousarray(frame[:, ::-1])), SIZE) for frame in frames]
-        cropped = np.stack([one if self.architecture.crop == 1 else pictures.centre_crop(one, self.architecture.crop) for one in seen])
-        return self.normalised(cropped)
+        return self.normalised(self.pictures(frames).cropped)
+
+    def pictures(self, frames: UInt8[np.ndarray, "B H W 3"]) -> Pictures:
+        """Upright frames, step by step to what is normalised."""
+        turned = np.ascontiguousarray(frames[:, :, ::-1])
+        decoded = np.stack([pictures.jpeg_round_trip(one) for one in turned])
+        resized = np.stack([pictures.lanczos(one, SIZE) for one in decoded])
+        return Pictures(turned, decoded, resized, np.stack([pictures.centre_crop(one, self.architecture.crop) for one in resized]))
 
     def normalised(self, cropped: UInt8[np.ndarray, "B S S 3"]) -> Float[Tensor, "B 6 S S"]:
         """Both towers' normalisation of pictures of the right size: (x / 255 - mean) / std."""
@@ -104,16 +119,22 @@ class OpenVLAOFT(nn.Module):
         return actions
 
 
-def from_public(folder: Path, unnorm_key: str | None = None, dtype: torch.dtype = torch.float32) -> OpenVLAOFT:
-    """A public checkpoint's policy, on the CPU, in evaluation mode. ValueError says which of its files is not what it is to be."""
-    architecture, space = read_public(folder, unnorm_key)
+def from_public(folder: Path, unnorm_key: str | None = None, dtype: torch.dtype = torch.float32, crop: float = 0.9) -> OpenVLAOFT:
+    """A public checkpoint's policy, on the CPU, in evaluation mode. ValueError says which of its files is not what it is to be.
+
+    crop: 1 for a checkpoint that was trained without random crops.
+    """
+    architecture, space = read_public(folder, unnorm_key, crop)
     weights = read_weights(folder, architecture, space.bins)
     with no_init_weights():  # torch.empty takes no memory until it is written to, which it never is
         policy = OpenVLAOFT(architecture, space)
-    try:
-        policy.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()}, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"{folder}: its tensors are not those that its config.json describes: {error}") from error
+    expected = {name: tuple(tensor.shape) for name, tensor in policy.state_dict().items()}
+    for name in (*expected, *weights):
+        found, wanted = weights.get(name), expected.get(name)
+        if found is None or tuple(found.shape) != wanted:
+            shape = "missing" if found is None else f"of shape {list(found.shape)}"
+            raise ValueError(f"{folder}: the tensor that is {name} here is {shape}; by config.json, expected {wanted or 'none'}")
+    policy.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()}, assign=True)
     return policy.eval()
 
 
