@@ -1,7 +1,7 @@
 """OpenVLA-OFT's public checkpoint layout: what its files say, and its tensors by the names of this package's module.
 
-`config.json`, `preprocessor_config.json`, `dataset_statistics.json` and `model*.safetensors` (one file, or shards with an index). Nothing else is
-opened: no `auto_map` code, no pickles. Source of the layout: openvla-oft 213c5ff, transformers 4.40.1.
+`config.json`, `preprocessor_config.json`, `dataset_statistics.json`, `model*.safetensors` (one file, or shards with an index) and `tokenizer.json`.
+Nothing else is opened: no `auto_map` code, no pickles. Source of the layout: openvla-oft 213c5ff, transformers 4.40.1.
 """
 
 import re
@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple, TypeVar
 import safetensors
 import safetensors.torch
 from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, model_validator
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from vla_opd.params import SHORTER
@@ -243,6 +244,17 @@ def read_weights(folder: Path, architecture: Architecture, bins: int) -> dict[st
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
     return found
+
+
+def read_tokenizer(folder: Path) -> Tokenizer | None:
+    """The checkpoint's tokenizer, if there is one. Of the files that it may come in, only `tokenizer.json` is read."""
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        return None
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises no other
+        raise ValueError(f"{path}: not a tokenizer ({error}); expected what the library `tokenizers` writes") from error
 
 
 def renamed(name: str, architecture: Architecture) -> tuple[str, ...]:

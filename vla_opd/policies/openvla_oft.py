@@ -11,18 +11,21 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, Int, UInt8
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel, LlamaConfig, LlamaModel, SiglipVisionConfig, SiglipVisionModel
 from transformers.initialization import no_init_weights
 from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import Dinov2WithRegistersEmbeddings
 
 from vla_opd import pictures
-from vla_opd.openvla import Architecture, Tower, read_public, read_weights
+from vla_opd.openvla import Architecture, Tower, read_public, read_tokenizer, read_weights
+from vla_opd.policies.protocol import Observations
 from vla_opd.tokens import ActionSpace
 
 SIZE, PATCH, REGISTERS = 224, 14, 4
 PATCHES = (SIZE // PATCH) ** 2
-PLACEHOLDER, STOP, PAD = 1, 2, 32000
+BEGIN, PLACEHOLDER, STOP, LAST, PAD = 1, 1, 2, 29871, 32000
+PROMPT = 64  # ids of every prompt, padding included: forward passes have one shape. LIBERO's longest instruction takes some 45
 SIGLIP_MLP = 3.7362  # hidden units per unit of width
 
 
@@ -36,10 +39,14 @@ class Pictures(NamedTuple):
 
 
 class OpenVLAOFT(nn.Module):
-    """The policy. `architecture` says how large it is and how pictures are put; `space` what its tokens mean."""
+    """The policy. `architecture` says how large it is and how pictures are put; `space` what its tokens mean.
 
-    def __init__(self, architecture: Architecture, space: ActionSpace) -> None:
+    tokenizer: of instructions. Without one there are no prompts, and only what takes ids can be asked.
+    """
+
+    def __init__(self, architecture: Architecture, space: ActionSpace, tokenizer: Tokenizer | None = None) -> None:
         super().__init__()
+        self.tokenizer = tokenizer
         self.architecture, self.space = architecture, space
         self.chunk, self.action_dim = space.chunk, space.action_dim
         self.dino, self.siglip = _dino(architecture.dino), _siglip(architecture.siglip)
@@ -68,6 +75,25 @@ class OpenVLAOFT(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.head.weight.device
+
+    def logits(self, observations: Observations) -> Float[Tensor, "B K V"]:
+        """Logits over the bins of one chunk. ValueError unless there is one camera, and room for every instruction."""
+        if observations.frames.shape[1] != 1:
+            raise ValueError(f"frames: {observations.frames.shape[1]} cameras; expected 1, the one that the checkpoint was trained with")
+        patches = self.projector(self.features(self.pixels(observations.frames[:, 0])))
+        prompts = [self.prompt(instruction) for instruction in observations.instructions]
+        padded = torch.tensor([ids + [PAD] * (PROMPT - len(ids)) for ids in prompts], device=self.device)
+        return self.head(self.hidden(patches, padded, torch.tensor([len(ids) for ids in prompts], device=self.device)))
+
+    def prompt(self, instruction: str) -> list[int]:
+        """The ids that put an instruction, from BOS to the last one before the action tokens. ValueError if they are more than `PROMPT`."""
+        if self.tokenizer is None:
+            raise ValueError("there is no tokenizer; expected tokenizer.json beside the weights")
+        ids = self.tokenizer.encode(f"In: What action should the robot take to {instruction.lower()}?\nOut:").ids
+        ids = ids if ids[-1] == LAST else [*ids, LAST]
+        if ids[0] != BEGIN or len(ids) > PROMPT:
+            raise ValueError(f"instruction {instruction!r}: {len(ids)} ids, the first of them {ids[0]}; expected at most {PROMPT}, from {BEGIN} on")
+        return ids
 
     def pixels(self, frames: UInt8[np.ndarray, "B H W 3"]) -> Float[Tensor, "B 6 S S"]:
         """Upright frames -> DINOv2's and SigLIP's normalised pictures, one above the other on the channels.
@@ -127,7 +153,7 @@ def from_public(folder: Path, unnorm_key: str | None = None, dtype: torch.dtype 
     architecture, space = read_public(folder, unnorm_key, crop)
     weights = read_weights(folder, architecture, space.bins)
     with no_init_weights():  # torch.empty takes no memory until it is written to, which it never is
-        policy = OpenVLAOFT(architecture, space)
+        policy = OpenVLAOFT(architecture, space, read_tokenizer(folder))
     expected = {name: tuple(tensor.shape) for name, tensor in policy.state_dict().items()}
     for name in (*expected, *weights):
         found, wanted = weights.get(name), expected.get(name)

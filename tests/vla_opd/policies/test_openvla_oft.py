@@ -3,16 +3,22 @@ every step (openvla-oft 213c5ff, SimpleVLA-RL 7c51662, transformers 4.40.1 with 
 """
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Punctuation, Sequence, WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 
 from vla_opd.openvla import read_weights, renamed
 from vla_opd.parity import arrays, compare
 from vla_opd.policies.openvla_oft import OpenVLAOFT, from_public
+from vla_opd.trajectory import Observations
 
 GOLDEN = Path(__file__).parents[2] / "data/openvla_oft"
 
@@ -136,3 +142,58 @@ def test_an_open_hand_is_one_in_the_data_and_minus_one_in_the_simulator(policy: 
 def test_a_simulators_upright_picture_is_mirrored(policy: OpenVLAOFT, inputs: dict[str, np.ndarray]) -> None:
     upright = inputs["raw_image"][:, ::-1]  # the simulator's own is upside down
     np.testing.assert_array_equal(policy.pixels(upright).numpy(), inputs["pixel_values"])
+
+
+@pytest.fixture
+def speaking(tmp_path: Path) -> OpenVLAOFT:
+    """The golden policy with a tokenizer of whole words, whose ids are those of Llama's special tokens."""
+    words = {
+        word: 100 + i
+        for i, word in enumerate(["In", ":", "What", "action", "should", "the", "robot", "take", "to", "pick", "up", "bowl", "?", "Out"])
+    }
+    tokenizer = Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, **words}, unk_token="<unk>"))  # noqa: S106
+    tokenizer.pre_tokenizer = Sequence([WhitespaceSplit(), Punctuation()])
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    folder = Path(shutil.copytree(GOLDEN / "checkpoint", tmp_path / "checkpoint"))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return from_public(folder)
+
+
+def seen(inputs: dict[str, np.ndarray], *instructions: str) -> Observations:
+    """The golden pictures, upright, from the one camera."""
+    return Observations(inputs["raw_image"][: len(instructions), None, ::-1], np.zeros((len(instructions), 8), np.float32), instructions)
+
+
+def test_an_instruction_is_put_as_in_training(speaking: OpenVLAOFT) -> None:
+    ids = speaking.prompt("Pick up the BOWL")
+    said = [speaking.tokenizer.id_to_token(one) for one in ids[:-1]] if speaking.tokenizer else []
+    assert " ".join(said) == "<s> In : What action should the robot take to pick up the bowl ? Out :"
+    assert (ids[0], ids[-1]) == (1, 29871)
+
+
+def test_observations_are_answered_as_pictures_and_ids_are(speaking: OpenVLAOFT, inputs: dict[str, np.ndarray]) -> None:
+    observations = seen(inputs, "pick up the bowl", "take the bowl to the robot")
+    with torch.inference_mode():
+        found = speaking.logits(observations)
+        assert found.shape == (2, 56, 256)
+        patches = speaking.projector(speaking.features(speaking.normalised(inputs["center_cropped"][:2])))
+        for row, instruction in enumerate(observations.instructions):
+            ids = torch.tensor([speaking.prompt(instruction)])
+            alone = speaking.head(speaking.hidden(patches[row : row + 1], ids, torch.tensor([ids.shape[1]])))
+            torch.testing.assert_close(found[row], alone[0], rtol=0, atol=2e-4)
+        same = speaking.logits(seen(inputs, "pick up the bowl", "pick up the bowl"))
+        assert torch.equal(same[0], found[0])  # whatever is asked in the other row
+        assert (same[1] - found[1]).abs().max() > 0.1
+
+
+def test_what_cannot_be_put_is_refused(speaking: OpenVLAOFT, policy: OpenVLAOFT, inputs: dict[str, np.ndarray], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"there is no tokenizer; expected tokenizer.json beside the weights"):
+        policy.logits(seen(inputs, "pick up the bowl"))
+    with pytest.raises(ValueError, match=r"instruction 'bowl bowl .*: 72 ids, the first of them 1; expected at most 64"):
+        speaking.logits(seen(inputs, " ".join(["bowl"] * 58)))
+    two = Observations(np.zeros((1, 2, 256, 256, 3), np.uint8), np.zeros((1, 8), np.float32), ("pick",))
+    with pytest.raises(ValueError, match="frames: 2 cameras; expected 1"):
+        speaking.logits(two)
+    (tmp_path / "checkpoint/tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer\.json: not a tokenizer"):
+        from_public(tmp_path / "checkpoint")
