@@ -15,7 +15,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Punctuation, Sequence, WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 
-from vla_opd.openvla import read_weights, renamed
+from vla_opd.openvla import Architecture, read_weights, renamed
 from vla_opd.parity import arrays, compare
 from vla_opd.policies.openvla_oft import OpenVLAOFT, from_public
 from vla_opd.trajectory import Observations
@@ -197,3 +197,19 @@ def test_what_cannot_be_put_is_refused(speaking: OpenVLAOFT, policy: OpenVLAOFT,
     (tmp_path / "checkpoint/tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json: not a tokenizer"):
         from_public(tmp_path / "checkpoint")
+
+
+def test_the_defaults_are_of_seven_and_a_half_billion(policy: OpenVLAOFT) -> None:
+    """With what the policy never reads: both towers' last blocks, their norms, SigLIP's pooling, and the other rows of the head."""
+    architecture = Architecture(mean=policy.architecture.mean, std=policy.architecture.std)
+    with torch.device("meta"):
+        used = sum(one.numel() for one in OpenVLAOFT(architecture, policy.space).parameters())
+    assert used == 7_367_871_136
+
+    def block(width: int, hidden: int) -> int:
+        return 4 * width * (width + 1) + 2 * width * hidden + width + hidden + 4 * width
+
+    dino = block(1024, 4096) + 2 * 1024 + 2 * 1024  # layer scales, final norm
+    siglip = block(1152, 4304) + 2 * 1152
+    pooling = 4 * 1152 * (1152 + 1) + 2 * 1152 * 4304 + 1152 + 4304 + 3 * 1152  # a norm, and what is asked
+    assert used + dino + siglip + pooling + (32064 - 256) * 4096 == 7_541_237_184
