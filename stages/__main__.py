@@ -138,21 +138,17 @@ def _run_iteration(verb: str, iteration: str, params: Params, root: Path, host: 
 
 def _check_what_follows(params: Params, student: Path, teacher: Path) -> None:
     """ValueError, before any rollout, for what `label` and `optimize` would refuse after it."""
-    from vla_opd.checkpoint import open_checkpoint, require_environment, require_same_actions  # these bring torch, and --help can do without
+    from vla_opd.checkpoint import open_checkpoint, require_environment  # these bring torch, and --help can do without
     from vla_opd.experts import EXPERTS
     from vla_opd.objectives import OBJECTIVES, ON_DECISIONS
-    from vla_opd.transfer import between
+    from vla_opd.transfer import require_actions
 
     named_function(params.optimize.objective, {**OBJECTIVES, **ON_DECISIONS}, "optimize.objective")
     if params.label.expert is not None:
         named_function(params.label.expert, EXPERTS, "label.expert")
     facts = open_checkpoint(teacher).facts
     require_environment(facts, params.environment, str(teacher))
-    ours = open_checkpoint(student).facts
-    if params.label.transfer:
-        between(facts.action_space, ours.action_space, str(teacher))
-    else:
-        require_same_actions(ours, facts.action_space, str(teacher))
+    require_actions(open_checkpoint(student).facts, facts.action_space, str(teacher), transfer=params.label.transfer)
 
 
 def _known(key: str | None, choices: object, field: str) -> str:

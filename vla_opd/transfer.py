@@ -53,7 +53,12 @@ def between(teacher: ActionSpace, student: ActionSpace, where: str = "transfer")
 def require_comparable(student: CheckpointFacts, labels: Manifest, where: str) -> None:
     """ValueError unless the labels' tokens mean the student's actions, or are to be transferred to them (`label.transfer`) and can be."""
     teacher = ActionSpace.model_validate(labels.facts["action_space"])
-    if labels.params.get("label", {}).get("transfer"):
+    require_actions(student, teacher, where, transfer=labels.params.get("label", {}).get("transfer", False))
+
+
+def require_actions(student: CheckpointFacts, teacher: ActionSpace, where: str, *, transfer: bool) -> None:
+    """ValueError unless the teacher's tokens mean the student's actions or, with `transfer`, can be made to."""
+    if transfer:
         between(teacher, student.action_space, where)
     else:
         require_same_actions(student, teacher, where)
