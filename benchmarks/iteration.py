@@ -23,7 +23,7 @@ from vla_opd.checkpoint import open_checkpoint
 from vla_opd.envs import Env, make_env
 from vla_opd.envs.graphics import use_backend
 from vla_opd.host import Host
-from vla_opd.params import Params, load
+from vla_opd.params import START, Params, load
 from vla_opd.policies import load_policy
 from vla_opd.trajectory import Episode, Observations, read_shard, shards
 
@@ -62,7 +62,7 @@ def _stages(params: Params, iteration: str, scratch: Path) -> Iterator[tuple[str
 
 def _parts(params: Params, iteration: str, scratch: Path) -> Iterator[tuple[str, float]]:
     trajectories, logits = (_run(params) / kind / iteration for kind in ("trajectories", "logits"))
-    student, teacher, initial = (_run(params) / "checkpoints" / name for name in (params.iterations[iteration], params.label.teacher, "student"))
+    student, teacher, initial = (_run(params) / "checkpoints" / name for name in (params.iterations[iteration], params.label.teacher, START))
     episodes = [episode for shard in shards(trajectories) for episode in read_shard(shard)]
     use_backend()
     env = make_env(params.environment)

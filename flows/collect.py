@@ -61,7 +61,7 @@ def _planned(artifact: Artifact, params: Params) -> bool:
     """Whether the run that params.yaml describes has an artifact of this name."""
     folder, _, name = artifact.name.partition("/")[2].partition("/")
     planned: dict[str, set[str]] = {
-        "checkpoints": {*params.finetuned, *params.updates},
+        "checkpoints": {*params.origins, *params.updates},
         "trajectories": set(params.updates),
         "logits": set(params.iterations),
         "demonstrations": set(params.demonstrations),

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 LIMIT = f"opd-gpu-{platform.node()}"
-STAGES = ("base", "teacher", "student", "sample", "label", "optimize", "explore", "reinforce", "evaluate")  # of dvc.yaml, those that run a policy
+STAGES = ("pretrain", "finetune", "sample", "label", "optimize", "explore", "reinforce", "evaluate")  # of dvc.yaml, those that run a policy
 DRIVER = Path("/proc/driver/nvidia/version")
 
 

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
+from functools import reduce
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from ruamel.yaml import YAML
 
 from flows.store import ROOT
 from vla_opd.artifacts import MANIFEST, canonical, read_manifest, sha256
-from vla_opd.params import Params, StudyParams, load
+from vla_opd.params import START, Params, StudyParams, load
 from vla_opd.results import DISCARDED
 from vla_opd.study import read
 
@@ -62,10 +63,8 @@ def members(study: str, run: Params, arms: Iterable[str] = (), seeds: Iterable[i
         raise ValueError(f"studies has no {study!r}; expected one of {sorted(run.studies)}")
     if run.evaluate.decide is not None:
         raise ValueError(f"evaluate.decide is {list(run.evaluate.decide)}; expected null in a study: its evaluations are compared episode by episode")
-    if run.label.teacher not in run.finetuned:
-        raise ValueError(
-            f"label.teacher is {run.label.teacher!r}; expected one of {sorted(run.finetuned)}: what iterations make, members don't share"
-        )
+    if run.label.teacher not in run.origins:
+        raise ValueError(f"label.teacher is {run.label.teacher!r}; expected one of {sorted(run.origins)}: what iterations make, members don't share")
     its = run.studies[study]
     wanted_arms, wanted_seeds = list(arms) or list(its.arms), list(seeds) or list(its.seeds)
     for field, wanted, known in (("arms", wanted_arms, list(its.arms)), ("seeds", wanted_seeds, list(its.seeds))):
@@ -79,8 +78,8 @@ def members(study: str, run: Params, arms: Iterable[str] = (), seeds: Iterable[i
 
 
 def reference(run: Params) -> list[str]:
-    """The stages of the run that all members share: what `finetune` makes, and the evaluations of it."""
-    return [*run.finetuned, *(f"evaluate@{name}" for name in run.reference)]
+    """The stages of the run that all members share: what no iteration makes, and the evaluations of it."""
+    return [*run.origins.values(), *(f"evaluate@{name}" for name in run.reference)]
 
 
 def prepare(member: Member, run: Params) -> Path:
@@ -132,7 +131,7 @@ def go_on(member: Member, run: Params) -> None:
 
 def fingerprint(member: Member, run: Params) -> str:
     """Of what a member is made from: its settings, and the checkpoints of the reference."""
-    made = [ROOT / run.run.name / "checkpoints" / name for name in run.finetuned]
+    made = [ROOT / run.run.name / "checkpoints" / name for name in run.origins]
     digests = [read_manifest(folder, "checkpoint").digest for folder in made if (folder / MANIFEST).is_file()]
     return sha256(canonical([_yaml(tree(member, run)), digests]))
 
@@ -190,11 +189,11 @@ def tree(member: Member, run: Params) -> dict[str, Any]:
     study = run.studies[member.study]
     arms = study.lineage(member.arm)
     for dotted, value in (one for arm in arms for one in arm.settings.items()):
-        section, _, key = dotted.partition(".")
-        settings.setdefault(section, {})[key] = value
+        *sections, key = dotted.split(".")
+        reduce(lambda node, section: node.setdefault(section, {}), sections, settings)[key] = value
     settings["run"]["learning_seed"] = member.seed
     names, scored = chain(member, study)
-    starts = dict(zip(names, ["student", *names], strict=False))
+    starts = dict(zip(names, [START, *names], strict=False))
     evaluations = run.reference | {name: name for name in scored}
     for section, prefix in (("iterations", "it"), ("reinforcements", "rl")):
         settings[section] = {name: start for name, start in starts.items() if name.startswith(prefix)}

@@ -19,7 +19,7 @@ from vla_opd.envs import ENVS
 from vla_opd.envs.graphics import use_backend
 from vla_opd.host import METRICS, Host, this_host
 from vla_opd.lifeline import die_with_parent
-from vla_opd.params import Params, load, named_function
+from vla_opd.params import START, Params, load, named_function
 from vla_opd.tracking import execution
 
 VERBS = {
@@ -97,10 +97,9 @@ def _run(verb: str, key: str | None, params: Params, host: Host) -> str:
             name = _known(key, params.demonstrations, "demonstrations")
             made = stage.run(params, name, root / "demonstrations" / name, host)
         case "finetune":
-            name = _known(key, params.finetuned, "checkpoint")
-            recipe = params.finetuned[name]
-            parent = checkpoints / recipe.parent if recipe.parent else None
-            made = stage.run(params, name, root / "demonstrations" / recipe.demonstrations, parent, checkpoints / name, host)
+            name = _known(key, params.trained, "checkpoint")
+            parent = checkpoints / params.finetuned[name].parent if name in params.finetuned else None
+            made = stage.run(params, name, root / "demonstrations" / params.trained[name].demonstrations, parent, checkpoints / name, host)
         case "evaluate":
             name = _known(key, params.evaluations, "evaluations")
             made = stage.run(params, checkpoints / params.evaluations[name], root / "evaluations" / name, host)
@@ -133,7 +132,7 @@ def _run_iteration(verb: str, iteration: str, params: Params, root: Path, host: 
         case "label":
             return stage.run(params, checkpoints / params.label.teacher, trajectories, logits, host)
         case _:
-            return stage.run(params, iteration, student, trajectories, logits, checkpoints / "student", checkpoints / iteration, host)
+            return stage.run(params, iteration, student, trajectories, logits, checkpoints / START, checkpoints / iteration, host)
 
 
 def _check_what_follows(params: Params, student: Path, teacher: Path) -> None:

@@ -16,7 +16,7 @@ from vla_opd.artifacts import Manifest, draft, open_artifact
 from vla_opd.checkpoint import WEIGHTS, Checkpoint, CheckpointFacts, open_checkpoint, require_environment, save_weights
 from vla_opd.host import Host
 from vla_opd.objectives import masked_mean
-from vla_opd.params import CheckpointParams, Params
+from vla_opd.params import Params, PretrainedParams
 from vla_opd.policies import Policy, build_policy
 from vla_opd.policies.tiny import extend_vocabulary
 from vla_opd.seeds import derive
@@ -28,13 +28,13 @@ from vla_opd.trajectory import States, read_states, shards
 
 def run(params: Params, name: str, demonstrations: Path, parent: Path | None, out: Path, host: Host) -> Manifest:
     """Train the checkpoint `name` on (some of) a set of demonstrations, from its parent's weights if it has one."""
-    made, sft = params.finetuned[name], params.finetune
+    made, sft = params.trained[name], params.finetune
     source, origin = open_artifact(demonstrations, "demonstrations"), open_checkpoint(parent) if parent else None
     parents = {"demonstrations": source.digest} | ({"parent": origin.digest} if origin else {})
     settings = {
         "seed": params.run.seed,
         "name": name,
-        "checkpoint": made.model_dump(),
+        "checkpoint": {"parent": None, **made.model_dump()},
         "finetune": sft.model_dump(),
         "policy": None if origin else params.policy.model_dump(),
         "environment": params.environment.model_dump(exclude={"tasks"}),
@@ -81,7 +81,7 @@ def _policy(facts: CheckpointFacts, parent: Checkpoint | None, seed: int, device
     return policy.to(device).train()
 
 
-def _budget(made: CheckpointParams, params: Params) -> Budget:
+def _budget(made: PretrainedParams, params: Params) -> Budget:
     sft = params.finetune
     peak = made.learning_rate
     schedule = Schedule(peak, peak * sft.final_fraction, round(made.steps * sft.warmup_fraction), made.steps)

@@ -11,8 +11,8 @@ environment: {family: "tests.out_of_tree:make", tasks: [red, blue], image_size: 
 policy: {chunk: 4, bins: 32, crop: 32, width: 32, layers: 1, heads: 2, channels: 8}
 demonstrations: {main: {episodes: 12}}
 demonstrate: {expert: "tests.out_of_tree:expert", horizon: 60}
-teacher: {demonstrations: main, steps: 30, learning_rate: 2.0e-3}
-student: {parent: teacher, demonstrations: main, per_task: 1, steps: 24, learning_rate: 2.5e-4}
+pretrained: {teacher: {demonstrations: main, steps: 30, learning_rate: 2.0e-3}}
+finetuned: {student: {parent: teacher, demonstrations: main, per_task: 1, steps: 24, learning_rate: 2.5e-4}}
 finetune: {save_every: 3, batch_size: 16, threads: 1}
 sample: {group: 3, horizon: 40, prompts: 4}
 optimize: {steps: 24, save_every: 3, schedule_iterations: 1, batch_size: 16, threads: 1}

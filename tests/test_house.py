@@ -19,7 +19,7 @@ from vla_opd.params import Params, load
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("flows", "stages", "vla_opd")
-REFERENCE = {"base", "teacher", "student"}  # dvc.yaml's names for the three runs of `finetune`
+VERB = {"pretrain": "finetune"}  # behind stages of dvc.yaml that are called otherwise
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "base"}
 # What these do is in no result (law 4): the machine, and where curves go.
 NOT_IN_RESULTS = {"vla_opd/host.py", "vla_opd/tracking.py"}
@@ -59,7 +59,7 @@ def pipeline() -> dict[str, Any]:
 
 def verb(name: str) -> str:
     """The stages file behind a stage of dvc.yaml."""
-    return "finetune" if name in REFERENCE else name
+    return VERB.get(name, name)
 
 
 def run_sections() -> dict[str, Any]:
@@ -79,8 +79,8 @@ def test_every_verb_has_its_stage_its_file_and_its_section() -> None:
         assert field.annotation.__name__ == f"{name.capitalize()}Params"
 
 
-def test_params_has_a_section_for_every_verb_and_reference_checkpoint() -> None:
-    assert {*VERBS, *REFERENCE} <= set(run_sections())
+def test_params_has_a_section_for_every_verb_and_every_foreach() -> None:
+    assert {*VERBS, *(stage["foreach"][2:-1] for stage in pipeline().values() if stage["foreach"])} <= set(run_sections())
 
 
 def test_the_deployment_knows_the_stages_by_name() -> None:
@@ -91,22 +91,14 @@ def test_the_deployment_knows_the_stages_by_name() -> None:
 def test_the_commands_of_dvc_yaml_are_the_stages_own() -> None:
     for name, stage in pipeline().items():
         option = VERBS[verb(name)]
-        item = {"--name": name if name in REFERENCE else "${key}", "--iteration": "${key}", None: ""}[option]
+        item = {"--name": "${key}", "--iteration": "${key}", None: ""}[option]
         assert stage["cmd"] == " ".join(filter(None, ["exec python -m stages", verb(name), option, item]))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
 def test_examples_are_whole_runs_that_dvc_yaml_can_read(path: Path) -> None:
     params = load(path)
-    assert params.base is not None
     assert {params.report.start, params.report.final, params.report.teacher} <= set(params.evaluations)
-
-
-def test_the_parents_of_the_reference_are_those_that_dvc_yaml_knows() -> None:
-    sections = run_sections()
-    for name in REFERENCE:
-        parents = {dep.rpartition("/")[2] for dep in pipeline()[name]["deps"] if "/checkpoints/" in dep}
-        assert parents == ({sections[name]["parent"]} if sections[name].get("parent") else set()), name
 
 
 # What dvc.yaml says about the code
@@ -164,11 +156,11 @@ def test_params_deps_are_what_the_stage_reads(name: str) -> None:
     read = set(re.findall(r"\bparams\.([a-z_]+)", text)) & set(Params.model_fields)
     seed = {"run"} if re.search(r"params\.run\.(learning_)?seed", text) else set()
     wanted = (read - {"run"}) | seed
-    if name in REFERENCE:
-        wanted = (wanted | {name}) - ({"policy"} if run_sections()[name].get("parent") else set())
+    if name == "finetune":
+        wanted -= {"policy"}  # its parent's
     listed = {entry.partition(".")[0] for entry in pipeline()[name]["params"]}
     assert listed >= wanted, f"dvc.yaml: {name} reads {sorted(wanted - listed)} and doesn't list them"
-    assert listed <= wanted | {"iterations", "reinforcements", "evaluations"}, (
+    assert listed <= wanted | {"pretrained", "finetuned", "iterations", "reinforcements", "evaluations"}, (
         f"dvc.yaml: {name} lists {sorted(listed - wanted)} and doesn't read them"
     )
 

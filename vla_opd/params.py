@@ -14,6 +14,9 @@ from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+START = "student"
+"""The checkpoint that the run begins with. The arms of a study start from it, and `optimize.anchor` holds on to it."""
+
 EVALUATION_STATES = 50
 """Fixed initial states of a task, numbered from 0: both families have so many, and others are to have them too."""
 
@@ -158,17 +161,22 @@ class FinetuneParams(Section):
     threads: int = Field(default=2, ge=1, description="CPU threads of the optimiser; the last bits of the weights depend on it")
 
 
-class CheckpointParams(Section):
-    """One checkpoint made by `finetune`: from which demonstrations, how many per task, for how long, from which parent.
-
-    action_statistics (q01, q99) and the vocabulary come from the parent where there is one: a token then means the same action in both.
-    """
+class PretrainedParams(Section):
+    """One checkpoint made by `finetune` from nothing: from which demonstrations, how many per task, for how long."""
 
     demonstrations: Name
     per_task: int | None = Field(default=None, ge=1, description="demonstrations per task; all of them if null")
-    parent: Name | None = None
     steps: int = Field(ge=1)
     learning_rate: float = Field(gt=0)
+
+
+class FinetunedParams(PretrainedParams):
+    """One checkpoint made by `finetune` from another, its parent.
+
+    action_statistics (q01, q99) and the vocabulary come from the parent: a token then means the same action in both.
+    """
+
+    parent: Name
 
 
 class SampleParams(Section):
@@ -358,7 +366,8 @@ class ReportParams(Section):
 
 
 LEARNING = ("sample", "label", "optimize", "explore", "reinforce")
-"""The sections in which the arms of a study may differ; in `student` too, but then not all of them have one start."""
+OWN = f"finetuned.{START}"
+"""The sections in which the arms of a study may differ; in how the student is fine-tuned too, but then not all of them have one start."""
 
 
 class ArmParams(Section):
@@ -366,8 +375,8 @@ class ArmParams(Section):
 
     after:    the arm that it goes on from, with the same seed and the same settings; if none is named, it starts from the run's student.
     switch:   from where on: from the checkpoint of that arm's first iteration whose rollouts had at least this success, not from its last one.
-    settings: `section.key: value`, in which the arm differs from the run. Some of `student` give it a student of its own; without iterations, it is
-              that student: offline fine-tuning, for example on all demonstrations (`student.per_task: null`).
+    settings: `section.key: value`, in which the arm differs from the run. Some of `finetuned.student` give it a student of its own; without
+              iterations, it is that student: offline fine-tuning, for example on all demonstrations (`finetuned.student.per_task: null`).
     """
 
     after: Name | None = None
@@ -378,12 +387,12 @@ class ArmParams(Section):
 
     @model_validator(mode="after")
     def _learns(self) -> "ArmParams":
-        if other := [dotted for dotted in self.settings if dotted.partition(".")[0] not in (*LEARNING, "student") or "." not in dotted]:
-            raise ValueError(f"settings has {other[0]!r}; expected section.key with one of the sections {[*LEARNING, 'student']}")
+        if other := [dotted for dotted in self.settings if dotted.rpartition(".")[0] not in (*LEARNING, OWN)]:
+            raise ValueError(f"settings has {other[0]!r}; expected section.key with one of the sections {[*LEARNING, OWN]}")
         if self.switch is not None and self.after is None:
             raise ValueError(f"switch is {self.switch} and after is null; expected the arm after which it switches")
         if not self.distill + self.reinforce and not self.own_student:
-            raise ValueError("distill and reinforce are 0; expected at least one iteration of either kind, or settings of `student`")
+            raise ValueError(f"distill and reinforce are 0; expected at least one iteration of either kind, or settings of {OWN}")
         return self
 
     @property
@@ -394,7 +403,7 @@ class ArmParams(Section):
     @property
     def own_student(self) -> bool:
         """Whether it starts from another student than the run's."""
-        return any(dotted.startswith("student.") for dotted in self.settings)
+        return any(dotted.startswith(OWN) for dotted in self.settings)
 
 
 class StudyParams(Section):
@@ -420,8 +429,8 @@ class StudyParams(Section):
         if circle := _circle(before):
             raise ValueError(f"arms: {' after '.join(circle)} is a circle; expected an arm that starts from the run's student")
         for name, other in before.items():
-            used = {section for arm in self.lineage(other) for section in ("student", *arm.sections)}
-            if changed := [dotted for dotted in self.arms[name].settings if dotted.partition(".")[0] in used]:
+            used = {section for arm in self.lineage(other) for section in (OWN, *arm.sections)}
+            if changed := [dotted for dotted in self.arms[name].settings if dotted.rpartition(".")[0] in used]:
                 raise ValueError(f"arms.{name}.settings has {changed[0]!r}; expected those of {other}, which it goes on from, for what that made")
         return self
 
@@ -451,24 +460,27 @@ class Params(Section):
     evaluate: EvaluateParams = EvaluateParams()
     report: ReportParams = ReportParams()
     demonstrations: Mapping[Name, DemonstrationSet] = Field(default_factory=dict)
-    base: CheckpointParams | None = None
-    teacher: CheckpointParams
-    student: CheckpointParams
+    pretrained: Mapping[Name, PretrainedParams] = Field(default_factory=dict)
+    finetuned: Mapping[Name, FinetunedParams] = Field(default_factory=dict)
     iterations: Mapping[Name, Name] = Field(description="iteration: the checkpoint it starts from")
     reinforcements: Mapping[Name, Name] = Field(default_factory=dict, description="iteration of GRPO: the checkpoint it starts from")
     evaluations: Mapping[Name, Name] = Field(description="evaluation: the checkpoint it scores")
     studies: Mapping[Name, StudyParams] = Field(default_factory=dict, description="each is `report/<name>` beside the run's own, `report/page`")
 
     @property
-    def finetuned(self) -> dict[str, CheckpointParams]:
+    def trained(self) -> dict[str, PretrainedParams]:
         """The checkpoints that `finetune` makes, by name."""
-        made = {"base": self.base, "teacher": self.teacher, "student": self.student}
-        return {name: checkpoint for name, checkpoint in made.items() if checkpoint is not None}
+        return {**self.pretrained, **self.finetuned}
+
+    @property
+    def origins(self) -> dict[str, str]:
+        """The checkpoints that no iteration makes, and the stage that makes each."""
+        return {name: f"{stage}@{name}" for stage, made in (("pretrain", self.pretrained), ("finetune", self.finetuned)) for name in made}
 
     @property
     def reference(self) -> dict[str, str]:
-        """The evaluations of what `finetune` makes: those that need no iteration."""
-        return {name: checkpoint for name, checkpoint in self.evaluations.items() if checkpoint in self.finetuned}
+        """The evaluations that need no iteration."""
+        return {name: checkpoint for name, checkpoint in self.evaluations.items() if checkpoint in self.origins}
 
     @property
     def updates(self) -> dict[str, str]:
@@ -476,7 +488,7 @@ class Params(Section):
         return {**self.iterations, **self.reinforcements}
 
     def chain(self, checkpoint: str) -> list[str]:
-        """A checkpoint and all that it came from, back to the one that finetune made."""
+        """A checkpoint and all that it came from, back to one that no iteration made."""
         names = [checkpoint]
         while names[-1] in self.updates:
             names.append(self.updates[names[-1]])
@@ -496,21 +508,34 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _names_exist(self) -> "Params":
-        checkpoints = {*self.finetuned, *self.updates}
+        checkpoints = {*self.origins, *self.updates}
         wanted = {f"{kind}.{k}": v for kind in ("iterations", "reinforcements", "evaluations") for k, v in getattr(self, kind).items()}
         wanted |= {"label.teacher": self.label.teacher}
-        wanted |= {f"{k}.parent": c.parent for k, c in self.finetuned.items() if c.parent is not None}
         for field, name in wanted.items():
             if name not in checkpoints:
                 raise ValueError(f"{field} is {name!r}: no such checkpoint; expected one of {sorted(checkpoints)}")
-        for field, name in {f"{k}.demonstrations": c.demonstrations for k, c in self.finetuned.items()}.items():
-            if name not in self.demonstrations:
-                raise ValueError(f"{field} is {name!r}: no such set of demonstrations; expected one of {sorted(self.demonstrations)}")
-        for kind, others in {"iterations": self.finetuned, "reinforcements": {**self.finetuned, **self.iterations}}.items():
-            if overlap := set(getattr(self, kind)) & set(others):
+        for field, made in {f"{kind}.{k}": c for kind in ("pretrained", "finetuned") for k, c in getattr(self, kind).items()}.items():
+            if made.demonstrations not in self.demonstrations:
+                choices = sorted(self.demonstrations)
+                raise ValueError(f"{field}.demonstrations is {made.demonstrations!r}: no such set of demonstrations; expected one of {choices}")
+        return self
+
+    @model_validator(mode="after")
+    def _checkpoints_come_from_somewhere(self) -> "Params":
+        taken: set[str] = set()
+        for kind in ("pretrained", "finetuned", "iterations", "reinforcements"):
+            if overlap := taken.intersection(getattr(self, kind)):
                 raise ValueError(f"{kind} has {sorted(overlap)}: these names belong to other checkpoints; choose others")
+            taken.update(getattr(self, kind))
+        for name, made in self.finetuned.items():
+            if made.parent not in self.origins:
+                raise ValueError(f"finetuned.{name}.parent is {made.parent!r}: no such checkpoint; expected one of {sorted(self.origins)}")
+        if circle := _circle({name: made.parent for name, made in self.finetuned.items()}):
+            raise ValueError(f"finetuned: {' -> '.join(circle)} is a circle; expected a chain that starts from another checkpoint")
         if circle := _circle(self.updates):
             raise ValueError(f"iterations: {' -> '.join(circle)} is a circle; expected a chain that starts from a fine-tuned checkpoint")
+        if START not in self.origins:
+            raise ValueError(f"pretrained and finetuned have {sorted(self.origins)}; expected {START!r} among them, which the run begins with")
         return self
 
 

@@ -202,7 +202,7 @@ def read_run(params: Params, root: Path) -> Run:
 
     ValueError names what is missing, or does not belong to the others.
     """
-    checkpoints = {name: read_manifest(root / "checkpoints" / name, "checkpoint") for name in params.finetuned}
+    checkpoints = {name: read_manifest(root / "checkpoints" / name, "checkpoint") for name in params.origins}
     positions = {name: len(params.chain(name)) - 1 for name in {*params.updates, *params.updates.values()}}
     iterations = tuple(_iteration(name, root, positions[name] - 1) for name in sorted(params.iterations, key=positions.__getitem__))
     reinforcements = tuple(_reinforcement(name, root) for name in sorted(params.reinforcements, key=positions.__getitem__))

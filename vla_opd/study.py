@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from vla_opd.distance import Means
+from vla_opd.params import START
 from vla_opd.results import Evaluation, Iteration, Reinforcement, Run
 
 
@@ -122,9 +123,9 @@ def member_rows(run: Run, arm: str, seed: int, seconds: Mapping[str, float], *, 
     seconds:     by the digest of the artifact whose making took them.
     own_student: it starts from a student that the others don't have, whose making belongs to its cost.
     """
-    made = run.checkpoints["student"].digest
-    start = Cost(optimizer_steps=run.params.student.steps, seconds=seconds.get(made)) if own_student else Cost()
-    updates, behind = list[UpdateRow](), {"student": start}
+    made = run.checkpoints[START].digest
+    start = Cost(optimizer_steps=run.params.finetuned[START].steps, seconds=seconds.get(made)) if own_student else Cost()
+    updates, behind = list[UpdateRow](), {START: start}
     for position, one in enumerate(run.updates, 1):
         its = Cost(
             iterations=1,
@@ -136,7 +137,7 @@ def member_rows(run: Run, arm: str, seed: int, seconds: Mapping[str, float], *, 
         )
         behind[one.result.name] = behind[run.params.updates[one.result.name]] + its
         updates.append(_update(one, its, arm, seed, position, of_teacher=run.params.label.expert is None))
-    own = [one for one in run.evaluations.values() if one.checkpoint in run.params.updates or (own_student and one.checkpoint == "student")]
+    own = [one for one in run.evaluations.values() if one.checkpoint in run.params.updates or (own_student and one.checkpoint == START)]
     rows = [row for one in own for row in _episodes(one, behind[one.checkpoint], arm, seed)]
     return Table(tuple(rows), tuple(updates))
 

@@ -90,14 +90,19 @@ def test_a_failed_stage_is_told_with_its_last_lines_and_the_way_on(monkeypatch: 
 def test_the_plan_is_told_step_by_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     steps = (
         Step("demonstrate@main", stale=False, missing=True, due=False),
-        Step("base", stale=False, missing=False, due=False),
-        Step("teacher", stale=True),
+        Step("pretrain@base", stale=False, missing=False, due=False),
+        Step("finetune@teacher", stale=True),
         Step("label@it001", stale=False, missing=False, due=True),
     )
     monkeypatch.setattr(pipeline, "plan", lambda _: steps)
     assert cli.main(["plan"]) == 0
     said = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
-    assert said == [["demonstrate@main", "not needed"], ["base", "up to date"], ["teacher", "to do"], ["label@it001", "may be to do"]]
+    assert said == [
+        ["demonstrate@main", "not needed"],
+        ["pretrain@base", "up to date"],
+        ["finetune@teacher", "to do"],
+        ["label@it001", "may be to do"],
+    ]
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(undisturbed: Path) -> None:
@@ -263,8 +268,8 @@ def test_a_change_without_a_value_is_refused(capsys: pytest.CaptureFixture[str])
         ("optimize.steps", "80", "optimize: {steps: 80}"),
         ("policy.proprio", True, "policy: {chunk: 8, proprio: true}"),
         ("optimize.learning_rate", 1e-4, "optimize: {steps: 4, learning_rate: 0.0001}"),
-        ("student.per_task", None, "student: {parent: base, demonstrations: main, steps: 2, learning_rate: 0.1, per_task: null}"),
-        ("student.per_task", "null", "student: {parent: base, demonstrations: main, steps: 2, learning_rate: 0.1, per_task: null}"),
+        ("finetuned.student.per_task", None, "student: {parent: base, demonstrations: main, steps: 2, learning_rate: 0.1, per_task: null}"),
+        ("finetuned.student.per_task", "null", "student: {parent: base, demonstrations: main, steps: 2, learning_rate: 0.1, per_task: null}"),
         ("environment.tasks", ["reach", "push"], 'environment: {tasks: ["reach", "push"]}'),
     ],
 )
@@ -287,10 +292,10 @@ def test_a_wrong_setting_changes_nothing(tmp_path: Path) -> None:
 
 def test_nothing_is_null_wherever_it_is_written(tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
-    path.write_text(PARAMS.replace("student: {", "student:\n  {"))
-    settings.write({"student.per_task": None, "demonstrations.main.tasks": None}, path)
+    path.write_text(PARAMS.replace("student: {", "student:\n    {"))
+    settings.write({"finetuned.student.per_task": None, "demonstrations.main.tasks": None}, path)
     run = params.load(path)
-    assert run.student.per_task is None
+    assert run.finetuned["student"].per_task is None
     assert run.demonstrations["main"].tasks is None
 
 

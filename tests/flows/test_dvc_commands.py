@@ -78,7 +78,7 @@ def test_parameters_results_and_curves_of_two_commits_are_compared(toy: Toy) -> 
 def test_an_experiment_runs_only_what_its_setting_changes(toy: Toy) -> None:
     said = toy.dvc("exp", "run", "-S", "optimize.steps=9")
     assert "Running stage 'optimize@it001'" in said
-    assert "Running stage 'teacher'" not in said
+    assert "Running stage 'finetune@teacher'" not in said
     shown = json.loads(toy.dvc("exp", "show", "--json"))
     assert shown[1]["experiments"][0]["revs"][0]["data"]["metrics"]["artifacts/toy/report/page/results.json"]["data"]["final"] == {"success": 0.9}
 

@@ -72,7 +72,7 @@ def test_members_that_would_fight_for_the_cores_are_warned_of(run: Params, monke
 
 
 def test_an_arm_without_iterations_has_one_member(run: Params) -> None:
-    arms = {**run.studies["which"].arms, "sft": ArmParams(settings={"student.steps": 7})}
+    arms = {**run.studies["which"].arms, "sft": ArmParams(settings={"finetuned.student.steps": 7})}
     its = run.model_copy(update={"studies": {"which": run.studies["which"].model_copy(update={"arms": arms})}})
     assert [str(one) for one in members("which", its) if one.arm == "sft"] == ["sft, seed 3"]
     with pytest.raises(ValueError, match=r"seeds is \[5\]; expected 3 among them: arms without iterations, as \['sft'\], have only that"):
@@ -120,7 +120,7 @@ def test_a_member_is_done_while_it_is_made_from_what_it_would_be_made_from(run: 
 def test_a_copy_that_was_killed_does_not_count(run: Params) -> None:
     """The manifest may arrive before the weights: so a copy has another name until it is whole."""
     publish(Path("artifacts/toy/checkpoints/teacher"), "checkpoint", {}, name="teacher")
-    lock({"teacher": {"cmd": "x", "outs": [{"path": "artifacts/toy/checkpoints/teacher", "md5": "y"}]}})
+    lock({"finetune@teacher": {"cmd": "x", "outs": [{"path": "artifacts/toy/checkpoints/teacher", "md5": "y"}]}})
     member = Member("which", "plain", 3)
     target = prepare(member, run) / "artifacts/toy/checkpoints/teacher"
 
@@ -147,7 +147,7 @@ def test_a_member_is_told_its_arm_and_its_seed(run: Params) -> None:
     assert (its.run.seed, its.run.learning_seed, its.optimize.steps, its.sample.group) == (0, 5, 9, 4)
     assert dict(its.iterations) == {"it001": "student", "it002": "it001", "it003": "it002"}
     assert dict(its.evaluations) == {"start": "student", "teacher": "teacher", "it002": "it002", "it003": "it003"}
-    assert (its.report.final, its.studies, its.teacher) == ("it003", {}, run.teacher)
+    assert (its.report.final, its.studies, its.finetuned) == ("it003", {}, run.finetuned)
     assert Member("which", "other", 5).folder == STUDIES / "which/other/5"
 
 
@@ -160,11 +160,11 @@ def test_an_arm_goes_on_from_another_with_its_settings(run: Params) -> None:
 
 
 def test_an_arm_may_be_a_student_of_its_own(run: Params) -> None:
-    arm = ArmParams(settings={"student.steps": 7})
+    arm = ArmParams(settings={"finetuned.student.steps": 7})
     study = run.studies["which"].model_copy(update={"arms": {"sft": arm}})
     prepare(Member("which", "sft", 3), run.model_copy(update={"studies": {"which": study}}))
     its = told(Member("which", "sft", 3))
-    assert its.student.steps == 7
+    assert its.finetuned["student"].steps == 7
     assert (its.iterations, its.reinforcements, dict(its.evaluations)) == ({}, {}, {"start": "student", "teacher": "teacher"})
     assert study.own_student("sft")
     assert not run.studies["which"].own_student("both")
@@ -237,7 +237,7 @@ def test_a_member_has_the_reference_and_need_not_make_it(clone: Toy, monkeypatch
     with Path("params.yaml").open("a") as file:
         file.write(STUDY)
     run = load()
-    assert reference(run) == ["base", "teacher", "student", *REFERENCE]
+    assert reference(run) == ["pretrain@base", "finetune@teacher", "finetune@student", *REFERENCE]
     member = Member("which", "plain", 3)
     folder = prepare(member, run).resolve()
     hand_over(member, run)
@@ -246,7 +246,7 @@ def test_a_member_has_the_reference_and_need_not_make_it(clone: Toy, monkeypatch
     lock = YAML(typ="safe").load(Path("dvc.lock").read_text())["stages"]
     assert sorted(lock) == sorted([*reference(run), "demonstrate@main", "demonstrate@pre"])
     states = {step.name: step for step in pipeline.plan(["evaluate@it003"])}
-    assert not states["teacher"].stale
+    assert not states["finetune@teacher"].stale
     assert states["sample@it001"].stale
 
 
@@ -261,16 +261,16 @@ def test_what_its_settings_make_otherwise_is_its_own_and_stays(run: Params) -> N
     digests = {name: publish(made / name, kind, {}, name=name) for name, kind in KINDS.items()}
     outs = {name: {"cmd": "x", "outs": [{"path": str(made / name), "md5": "y"}]} for name in KINDS}
     shared = {
-        "teacher": outs["checkpoints/teacher"] | {"params": {"params.yaml": {"teacher": {**TEACHER}}}},
-        "student": outs["checkpoints/student"] | {"params": {"params.yaml": {"student": {**STUDENT}}}},
+        "finetune@teacher": outs["checkpoints/teacher"] | {"params": {"params.yaml": {"finetuned.teacher": {**TEACHER}}}},
+        "finetune@student": outs["checkpoints/student"] | {"params": {"params.yaml": {"finetuned.student": {**STUDENT}}}},
         "evaluate@start": outs["evaluations/start"] | {"deps": [{"path": str(made / "checkpoints/student"), "md5": "y"}]},
     }
     lock(shared)
-    study = run.studies["which"].model_copy(update={"arms": {"sft": ArmParams(settings={"student.steps": 7})}})
+    study = run.studies["which"].model_copy(update={"arms": {"sft": ArmParams(settings={"finetuned.student.steps": 7})}})
     changed = run.model_copy(update={"studies": {"which": study}})
     folder = prepare(Member("which", "sft", 3), changed)
     hand_over(Member("which", "sft", 3), changed)
-    assert list(YAML(typ="safe").load((folder / "dvc.lock").read_text())["stages"]) == ["teacher"]
+    assert list(YAML(typ="safe").load((folder / "dvc.lock").read_text())["stages"]) == ["finetune@teacher"]
     own = publish(folder / made / "checkpoints/student", "checkpoint", {}, name="own")
     hand_over(Member("which", "sft", 3), changed)
     assert own in (folder / made / "checkpoints/student/manifest.json").read_text()
@@ -280,7 +280,7 @@ def test_what_its_settings_make_otherwise_is_its_own_and_stays(run: Params) -> N
 
 def test_what_the_reference_made_is_copied_once(run: Params) -> None:
     digest = publish(Path("artifacts/toy/checkpoints/teacher"), "checkpoint", {}, name="teacher")
-    lock({"teacher": {"cmd": "x", "outs": [{"path": "artifacts/toy/checkpoints/teacher", "md5": "y"}]}})
+    lock({"finetune@teacher": {"cmd": "x", "outs": [{"path": "artifacts/toy/checkpoints/teacher", "md5": "y"}]}})
     folder = prepare(Member("which", "plain", 3), run)
     hand_over(Member("which", "plain", 3), run)
     copied = folder / "artifacts/toy/checkpoints/teacher/manifest.json"

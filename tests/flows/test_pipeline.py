@@ -9,7 +9,7 @@ from flows import dvc, pipeline
 from flows.pipeline import Busy, StageFailed, Step, mark_due
 from tests.flows.toy import ROOT, Toy, ran
 
-MADE = ["demonstrate@pre", "base", "demonstrate@main", "student", "evaluate@start", "teacher"]
+MADE = ["demonstrate@pre", "pretrain@base", "demonstrate@main", "finetune@student", "evaluate@start", "finetune@teacher"]
 EACH = ["sample", "label", "optimize"]
 ITERATIONS = [f"{verb}@{iteration}" for iteration in ("it001", "it002") for verb in EACH]
 PLAN = [*MADE, *ITERATIONS, "evaluate@final", "evaluate@teacher", "report"]
@@ -23,7 +23,7 @@ def test_the_plan_is_the_order_of_dvc_repro(toy: Toy) -> None:
     """This pins DVC's internal API: plan_repro, the graph's direction and `Stage.changed`."""
     steps = pipeline.plan()
     assert [step.name for step in steps] == PLAN == ran(toy.dvc("repro"))
-    assert set(next(step for step in steps if step.name == "label@it002").parents) == {"sample@it002", "teacher"}
+    assert set(next(step for step in steps if step.name == "label@it002").parents) == {"sample@it002", "finetune@teacher"}
     assert due(steps) == PLAN
     assert due(pipeline.plan()) == []
 
@@ -31,7 +31,7 @@ def test_the_plan_is_the_order_of_dvc_repro(toy: Toy) -> None:
 def test_an_iteration_owns_its_stages_and_the_score_of_what_it_made(toy: Toy) -> None:
     owners = {step.name: step.iteration for step in pipeline.plan()}
     assert {owners[f"{verb}@it002"] for verb in EACH} | {owners["evaluate@final"]} == {"it002"}
-    assert {owners[name] for name in ("teacher", "evaluate@start", "evaluate@teacher", "report")} == {None}
+    assert {owners[name] for name in ("finetune@teacher", "evaluate@start", "evaluate@teacher", "report")} == {None}
 
 
 def test_an_iteration_of_grpo_has_no_labels(toy: Toy) -> None:
@@ -58,7 +58,7 @@ def test_a_teacher_may_be_made_by_grpo(toy: Toy) -> None:
     toy.edit("params.yaml", "reinforcements: {}", "reinforcements: {rl001: teacher, rl002: rl001}")
     toy.edit("params.yaml", "label: {teacher: teacher}", "label: {teacher: rl002}")
     names = [step.name for step in pipeline.plan(["optimize@it001"])]
-    assert names.index("teacher") < names.index("reinforce@rl001") < names.index("reinforce@rl002") < names.index("label@it001")
+    assert names.index("finetune@teacher") < names.index("reinforce@rl001") < names.index("reinforce@rl002") < names.index("label@it001")
     assert "reinforce@rl002" in next(step for step in pipeline.plan(["label@it001"]) if step.name == "label@it001").parents
 
 
@@ -72,12 +72,12 @@ def test_the_plan_to_a_target_ends_there(toy: Toy) -> None:
 def test_an_example_is_a_run_of_dvc_yaml(toy: Toy, path: Path) -> None:
     """As `make run` begins: every reference in dvc.yaml resolves, and every section that a stage depends on is there."""
     shutil.copy(path, toy.folder / "params.yaml")
-    assert {"base", "teacher", "student", "report"} <= set(due(pipeline.plan()))
+    assert {"pretrain@base", "finetune@teacher", "finetune@student", "report"} <= set(due(pipeline.plan()))
 
 
 def test_a_section_that_a_stage_depends_on_is_asked_for_before_any_stage(toy: Toy) -> None:
     toy.edit("params.yaml", "finetune: {batch_size: 4}\n", "")
-    with pytest.raises(ValueError, match=r"stage base depends on \['finetune'\]; expected these sections \(finetune: {} for the defaults\)"):
+    with pytest.raises(ValueError, match=r"stage pretrain@base depends on \['finetune'\]; expected these sections \(finetune: {} for the defaults\)"):
         pipeline.plan()
 
 
@@ -105,40 +105,44 @@ def test_a_clone_without_demonstrations_goes_on_from_the_reference(clone: Toy) -
 def test_a_clone_remakes_demonstrations_only_for_a_checkpoint_that_needs_them(clone: Toy) -> None:
     clone.edit("params.yaml", "steps: 3", "steps: 5")
     steps = due(pipeline.plan())
-    assert steps[:2] == ["demonstrate@main", "student"]  # the student may be due, if the demonstrations come out different
-    assert "teacher" in steps
-    assert not {"demonstrate@pre", "base"} & set(steps)
-    assert "failed to reproduce 'teacher'" in clone.dvc("repro", "--allow-missing", check=False)  # DVC alone has to be told
-    assert set(ran(clone.dvc("repro", "teacher"))) == {"demonstrate@pre", "demonstrate@main", "teacher"}
+    assert steps[:2] == ["demonstrate@main", "finetune@student"]  # the student may be due, if the demonstrations come out different
+    assert "finetune@teacher" in steps
+    assert not {"demonstrate@pre", "pretrain@base"} & set(steps)
+    assert "failed to reproduce 'finetune@teacher'" in clone.dvc("repro", "--allow-missing", check=False)  # DVC alone has to be told
+    assert set(ran(clone.dvc("repro", "finetune@teacher"))) == {"demonstrate@pre", "demonstrate@main", "finetune@teacher"}
 
 
 def test_dvc_repro_teacher_student_rebuilds_the_reference(clone: Toy) -> None:
     """With targets, DVC's own order varies from process to process (it walks a set); without, it is that of dvc.yaml."""
     before = clone.lock
     demonstrations = {"demonstrate@pre", "demonstrate@main"}
-    assert set(ran(clone.dvc("repro", "teacher", "student"))) == demonstrations  # they are the same, and so the checkpoints
-    assert set(ran(clone.dvc("repro", "--force", "teacher", "student"))) == demonstrations | {"base", "teacher", "student"}
+    assert set(ran(clone.dvc("repro", "finetune@teacher", "finetune@student"))) == demonstrations  # they are the same, and so the checkpoints
+    assert set(ran(clone.dvc("repro", "--force", "finetune@teacher", "finetune@student"))) == demonstrations | {
+        "pretrain@base",
+        "finetune@teacher",
+        "finetune@student",
+    }
     assert clone.lock == before
 
 
 def test_accept_keeps_the_reference_through_an_edit_of_code_and_nothing_else(clone: Toy) -> None:
     clone.edit("vla_opd/tokens.py", "# stands", "# an edit that changes no result\n")
-    assert "base" in due(pipeline.plan())
-    names = ["demonstrate", "base", "teacher", "student", "evaluate@start", "evaluate@teacher"]
+    assert "pretrain@base" in due(pipeline.plan())
+    names = ["demonstrate", "pretrain@base", "finetune@teacher", "finetune@student", "evaluate@start", "evaluate@teacher"]
     assert "demonstrate@main" in pipeline.accept(names)
     assert due(pipeline.plan()) == [*ITERATIONS, "evaluate@final", "report"]
     clone.edit("params.yaml", "steps: 3", "steps: 5")
     pipeline.accept(names)
-    assert "teacher" in due(pipeline.plan())
+    assert "finetune@teacher" in due(pipeline.plan())
 
 
 def test_accept_never_accepts_an_artifact(toy: Toy) -> None:
-    toy.dvc("repro", "base")
+    toy.dvc("repro", "pretrain@base")
     digest = toy.folder / "artifacts/toy/demonstrations/pre/digest"
     digest.unlink()
     digest.write_text("forged")
-    pipeline.accept(["base"])
-    assert "base" in due(pipeline.plan(["base"]))
+    pipeline.accept(["pretrain@base"])
+    assert "pretrain@base" in due(pipeline.plan(["pretrain@base"]))
 
 
 def test_accept_names_an_unknown_stage(toy: Toy) -> None:

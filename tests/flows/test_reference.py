@@ -9,7 +9,7 @@ from ruamel.yaml import YAML
 from flows import pipeline
 
 ROOT = Path(__file__).parents[2]
-REFERENCE = ("base", "teacher", "student", "evaluate@start", "evaluate@teacher")
+REFERENCE = ("pretrain@base", "finetune@teacher", "finetune@student", "evaluate@start", "evaluate@teacher")
 
 pytestmark = pytest.mark.skipif(not (ROOT / "dvc.lock").is_file(), reason="the reference checkpoints have not been made yet")
 

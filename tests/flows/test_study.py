@@ -18,13 +18,10 @@ from vla_opd.artifacts import open_artifact
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 CHANGES = {
-    "teacher: {": "teacher: {parent: base, ",
-    "student: {parent: teacher": "student: {parent: base",
     "evaluate: {episodes: 10": "evaluate: {episodes: 2",
     "evaluations: {start: student, final: it001, teacher: teacher}": "evaluations: {start: student, teacher: teacher}",
 }
 MORE = """
-base: {demonstrations: main, steps: 3, learning_rate: 1.0e-3}
 label: {teacher: teacher}
 report: {start: start, final: start, teacher: teacher}
 studies:

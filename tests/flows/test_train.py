@@ -86,7 +86,7 @@ def test_every_iteration_is_a_subflow_and_every_stage_a_task(pair: Pair) -> None
     assert {name: task.name for name, task in tasks.items()} == {name: name for name in pair.states}
     assert {name for name, owner in owners.items() if owner == "it002"} == {"sample@it002", "label@it002", "optimize@it002", "evaluate@final"}
     assert owners["sample@it001"] == "it001"
-    assert not {owners[name] for name in ("base", "teacher", "report")} & {"it001", "it002"}
+    assert not {owners[name] for name in ("pretrain@base", "finetune@teacher", "report")} & {"it001", "it002"}
 
 
 def test_tasks_wait_for_their_parents_so_that_the_interface_draws_the_graph_of_dvc(pair: Pair) -> None:
@@ -99,36 +99,36 @@ def test_tasks_wait_for_their_parents_so_that_the_interface_draws_the_graph_of_d
         return {tasks[entry.id].name for entry in run.task_inputs["wait_for"]}
 
     assert waited_for(optimize) == {"sample@it001", "label@it001"}
-    assert waited_for(tasks[first.parent_task_run_id]) == {"student", "teacher"}
+    assert waited_for(tasks[first.parent_task_run_id]) == {"finetune@student", "finetune@teacher"}
 
 
 def test_a_failure_ends_the_flow_and_the_next_run_goes_on_from_there(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOY_FAILS", "finetune base")
-    with pytest.raises(StageFailed, match="base") as failure:
-        opd(targets=["student"])
+    with pytest.raises(StageFailed, match="pretrain@base") as failure:
+        opd(targets=["finetune@student"])
     assert "finetune base: no luck" in failure.value.said
     assert toy.has("demonstrations/pre")
     before = toy.has("demonstrations/main")  # on the way to a target DVC visits the parents of a stage in no fixed order
     monkeypatch.delenv("TOY_FAILS")
-    states = opd(targets=["student"])
+    states = opd(targets=["finetune@student"])
     assert {name: state.name for name, state in states.items()} == {
         "demonstrate@pre": "Unchanged",
-        "base": "Completed",
+        "pretrain@base": "Completed",
         "demonstrate@main": "Unchanged" if before else "Completed",
-        "student": "Completed",
+        "finetune@student": "Completed",
     }
 
 
 def test_the_early_cut_off_is_dvcs(clone: Toy) -> None:
     """A due stage whose inputs come out the same ends Unchanged, without running."""
     clone.edit("params.yaml", "steps: 3", "steps: 5")
-    states = opd(targets=["teacher", "student"])
+    states = opd(targets=["finetune@teacher", "finetune@student"])
     assert {name: state.name for name, state in states.items()} == {
         "demonstrate@pre": "Unchanged",
-        "base": "Unchanged",
+        "pretrain@base": "Unchanged",
         "demonstrate@main": "Completed",
-        "teacher": "Completed",
-        "student": "Unchanged",
+        "finetune@teacher": "Completed",
+        "finetune@student": "Unchanged",
     }
     assert not clone.has("demonstrations/pre")
 
@@ -209,13 +209,15 @@ def test_an_edit_of_the_settings_ends_a_run_that_is_at_work(toy: Toy, monkeypatc
     def edited(name: str, tell: Tell, task_run: str) -> bool:
         ran = bring(name, tell, task_run)
         toy.edit(
-            "params.yaml", "optimize: {steps: 4}", "optimize: {steps: 9}" if name == "base" else "optimize: {steps: 4}  # a comment is no setting"
+            "params.yaml",
+            "optimize: {steps: 4}",
+            "optimize: {steps: 9}" if name == "pretrain@base" else "optimize: {steps: 4}  # a comment is no setting",
         )
         return ran
 
     monkeypatch.setattr(pipeline, "bring", edited)
     with pytest.raises(ValueError, match=r"params.yaml was edited while the run was at work, before .*; what is done stays"):
-        opd(targets=["student"])
+        opd(targets=["finetune@student"])
     assert toy.has("checkpoints/base", "demonstrations/pre")
     assert not toy.has("checkpoints/student")
 
@@ -230,10 +232,10 @@ def test_settings_of_a_run_at_work_are_not_changed_by_another(toy: Toy) -> None:
 
 
 def test_groups_keep_the_order_of_the_plan() -> None:
-    plan = [Step(name) for name in ("base", "sample@a", "label@a", "teacher", "sample@b")]
+    plan = [Step(name) for name in ("pretrain@base", "sample@a", "label@a", "finetune@teacher", "sample@b")]
     assert [(name, [step.name for step in steps]) for name, steps in in_groups(plan)] == [
-        (None, ["base"]),
+        (None, ["pretrain@base"]),
         ("a", ["sample@a", "label@a"]),
-        (None, ["teacher"]),
+        (None, ["finetune@teacher"]),
         ("b", ["sample@b"]),
     ]

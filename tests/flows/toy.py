@@ -21,9 +21,11 @@ demonstrations:
 demonstrate: {noise: 0.1}
 policy: {chunk: 8}
 finetune: {batch_size: 4}
-base: {demonstrations: pre, steps: 1, learning_rate: 0.1}
-teacher: {parent: base, demonstrations: main, steps: 3, learning_rate: 0.1}
-student: {parent: base, demonstrations: main, steps: 2, learning_rate: 0.1}
+pretrained:
+  base: {demonstrations: pre, steps: 1, learning_rate: 0.1}
+finetuned:
+  teacher: {parent: base, demonstrations: main, steps: 3, learning_rate: 0.1}
+  student: {parent: base, demonstrations: main, steps: 2, learning_rate: 0.1}
 sample: {group: 2}
 label: {teacher: teacher}
 optimize: {steps: 4}  # how long
@@ -45,10 +47,11 @@ verb, key = sys.argv[1], (sys.argv[3:] or [""])[0]
 params = YAML(typ="safe").load(open("params.yaml"))
 root = pathlib.Path("artifacts/toy")
 ck, tr, lo, de = root / "checkpoints", root / "trajectories", root / "logits", root / "demonstrations"
+made = {**params["pretrained"], **params["finetuned"]}
 student = ck / {**params["iterations"], **params["reinforcements"]}.get(key, "none")
 out, inputs = {
     "demonstrate": lambda: (de / key, []),
-    "finetune": lambda: (ck / key, [de / params[key]["demonstrations"]] + ([ck / params[key]["parent"]] if "parent" in params[key] else [])),
+    "finetune": lambda: (ck / key, [de / made[key]["demonstrations"]] + ([ck / made[key]["parent"]] if "parent" in made[key] else [])),
     "sample": lambda: (tr / key, [student]),
     "label": lambda: (lo / key, [tr / key, ck / "teacher"]),
     "optimize": lambda: (ck / key, [student, tr / key, lo / key]),
@@ -57,7 +60,7 @@ out, inputs = {
     "evaluate": lambda: (root / "evaluations" / key, [ck / params["evaluations"][key]]),
     "report": lambda: (root / "report/page", [root / "evaluations" / name for name in params["evaluations"]]),
 }[verb]()
-section = params[key if verb == "finetune" else verb]
+section = made[key] if verb == "finetune" else params[verb]
 said = json.dumps([verb, key, section], sort_keys=True) + "".join((i / "digest").read_text() for i in inputs)
 print(f"{verb} {key}: from {len(inputs)} inputs", flush=True)
 for step in (1, 2):

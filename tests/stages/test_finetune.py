@@ -10,19 +10,18 @@ from stages.finetune import _facts, _loss, smoothed_targets
 from tests.vla_opd import small
 from tests.vla_opd.test_checkpoint import publish
 from vla_opd.checkpoint import open_checkpoint
-from vla_opd.params import CheckpointParams, DemonstrationSet, EnvironmentParams, FinetuneParams, Params, RunParams
+from vla_opd.params import DemonstrationSet, EnvironmentParams, FinetuneParams, Params, PretrainedParams, RunParams
 from vla_opd.policies import build_policy
 from vla_opd.trajectory import States
 
-RECIPE = CheckpointParams(demonstrations="main", steps=3, learning_rate=1e-3)
+RECIPE = PretrainedParams(demonstrations="main", steps=3, learning_rate=1e-3)
 PARAMS = Params(
     run=RunParams(name="test"),
     environment=small.ENVIRONMENT,
     policy=small.SHAPE,
     finetune=FinetuneParams(batch_size=4, smoothing=0),
     demonstrations={"main": DemonstrationSet(episodes=1)},
-    teacher=RECIPE,
-    student=RECIPE,
+    pretrained={"teacher": RECIPE, "student": RECIPE},
     iterations={},
     evaluations={},
 )

@@ -17,7 +17,7 @@ from vla_opd.artifacts import draft, read_manifest
 from vla_opd.checkpoint import open_checkpoint
 from vla_opd.host import Host
 from vla_opd.logits import Labels, read_outcome, read_shard, write_shard
-from vla_opd.params import CheckpointParams, DemonstrationSet, EnvironmentParams, OptimizeParams, Params, RunParams, load
+from vla_opd.params import DemonstrationSet, EnvironmentParams, OptimizeParams, Params, PretrainedParams, RunParams, load
 from vla_opd.policies import build_policy
 from vla_opd.results import read_run
 from vla_opd.study import member_rows
@@ -25,13 +25,12 @@ from vla_opd.trajectory import read_shard as read_episodes
 from vla_opd.trajectory import read_states, shards
 from vla_opd.transfer import between
 
-TRAINED = CheckpointParams(demonstrations="main", steps=1, learning_rate=0.1)
+TRAINED = PretrainedParams(demonstrations="main", steps=1, learning_rate=0.1)
 PARAMS = Params(
     run=RunParams(name="test"),
     environment=tiny.ENVIRONMENT,
     demonstrations={"main": DemonstrationSet(episodes=1)},
-    teacher=TRAINED,
-    student=TRAINED,
+    pretrained={"teacher": TRAINED, "student": TRAINED},
     iterations={"it001": "student"},
     evaluations={"start": "student", "final": "it001", "teacher": "teacher"},
 )

@@ -79,7 +79,7 @@ def test_what_label_and_optimize_would_refuse_stops_before_any_rollout(
         (["demonstrate", "--name", "main"], ("main", ROOT / "demonstrations/main")),
         (["finetune", "--name", "teacher"], ("teacher", ROOT / "demonstrations/main", None, ROOT / "checkpoints/teacher")),
         (
-            ["finetune", "--name", "student", "--set", "student.parent=teacher"],
+            ["finetune", "--name", "student", "--set", "finetuned.student.parent=teacher"],
             ("student", ROOT / "demonstrations/main", ROOT / "checkpoints/teacher", ROOT / "checkpoints/student"),
         ),
         (["sample", "--iteration", "it002"], ("it002", ROOT / "checkpoints/it001", ROOT / "checkpoints/teacher", ROOT / "trajectories/it002")),

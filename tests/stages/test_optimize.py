@@ -32,12 +32,12 @@ from vla_opd.artifacts import draft, read_manifest
 from vla_opd.checkpoint import open_checkpoint
 from vla_opd.decisions import Decisions
 from vla_opd.objectives import OBJECTIVES, DecisionBatch, TokenBatch, confidence, group_advantage, masked_mean, mixed, of, tempered
-from vla_opd.params import CheckpointParams, DemonstrationSet, OptimizeParams, Params, RunParams, load
+from vla_opd.params import DemonstrationSet, OptimizeParams, Params, PretrainedParams, RunParams, load
 from vla_opd.policies import build_policy, load_policy
 from vla_opd.training import train
 from vla_opd.update import budget
 
-RECIPE = CheckpointParams(demonstrations="main", steps=3, learning_rate=1e-3)
+RECIPE = PretrainedParams(demonstrations="main", steps=3, learning_rate=1e-3)
 
 
 def params(optimize: OptimizeParams) -> Params:
@@ -46,8 +46,7 @@ def params(optimize: OptimizeParams) -> Params:
         environment=small.ENVIRONMENT,
         optimize=optimize,
         demonstrations={"main": DemonstrationSet(episodes=1)},
-        teacher=RECIPE,
-        student=RECIPE,
+        pretrained={"teacher": RECIPE, "student": RECIPE},
         iterations={},
         evaluations={},
     )

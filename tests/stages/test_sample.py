@@ -1,9 +1,9 @@
 """Placements of an iteration: seeded resets, or for comparison the benchmark's own initial states, none of them twice."""
 
 from stages.sample import _groups
-from vla_opd.params import CheckpointParams, DemonstrationSet, EnvironmentParams, Params, RunParams, SampleParams
+from vla_opd.params import DemonstrationSet, EnvironmentParams, Params, PretrainedParams, RunParams, SampleParams
 
-TRAINED = CheckpointParams(demonstrations="main", steps=1, learning_rate=0.1)
+TRAINED = PretrainedParams(demonstrations="main", steps=1, learning_rate=0.1)
 
 
 def params(sample: SampleParams) -> Params:
@@ -12,8 +12,7 @@ def params(sample: SampleParams) -> Params:
         environment=EnvironmentParams(family="metaworld", tasks=("reach-v3", "push-v3")),
         demonstrations={"main": DemonstrationSet(episodes=1)},
         sample=sample,
-        teacher=TRAINED,
-        student=TRAINED,
+        pretrained={"teacher": TRAINED, "student": TRAINED},
         iterations={"it001": "student", "it002": "it001"},
         evaluations={"start": "student", "final": "it002", "teacher": "teacher"},
     )

@@ -13,8 +13,8 @@ MINIMAL = """
 run: {name: test}
 environment: {family: metaworld, tasks: [reach-v3]}
 demonstrations: {main: {episodes: 2}}
-teacher: {demonstrations: main, steps: 3, learning_rate: 1.0e-3}
-student: {demonstrations: main, per_task: 1, steps: 3, learning_rate: 1.0e-3}
+pretrained: {teacher: {demonstrations: main, steps: 3, learning_rate: 1.0e-3}}
+finetuned: {student: {parent: teacher, demonstrations: main, per_task: 1, steps: 3, learning_rate: 1.0e-3}}
 iterations: {it001: student, it002: it001}
 evaluations: {start: student, final: it002}
 report: {teacher: start}
@@ -32,8 +32,8 @@ def minimal(tmp_path: Path) -> Path:
 def test_a_minimal_run_has_the_recommended_settings(minimal: Path) -> None:
     params = load(minimal)
     assert params.environment.tasks == ("reach-v3",)
-    assert (params.optimize.objective, params.label.teacher, params.base) == ("reverse_kl", "teacher", None)
-    assert list(params.finetuned) == ["teacher", "student"]
+    assert (params.optimize.objective, params.label.teacher) == ("reverse_kl", "teacher")
+    assert params.origins == {"teacher": "pretrain@teacher", "student": "finetune@student"}
     assert params.iterations == {"it001": "student", "it002": "it001"}
     assert Params.model_validate_json(params.model_dump_json()) == params
 
@@ -51,13 +51,20 @@ def test_the_projects_own_file_is_in_order() -> None:
         ("sample.protocol=benchmark", "sample", "protocol", "benchmark"),
         ("policy.proprio=false", "policy", "proprio", False),
         ("environment.tasks=[a-v3, b-v3]", "environment", "tasks", ("a-v3", "b-v3")),
-        ("student.per_task=null", "student", "per_task", None),
         ("optimize.objective=a.b:c=d", "optimize", "objective", "a.b:c=d"),
     ],
 )
 def test_overrides_are_yaml_on_the_same_schema(minimal: Path, override: str, section: str, key: str, value: object) -> None:
     assert getattr(getattr(load(minimal, [override]), section), key) == value
     assert getattr(getattr(load(minimal), section), key) != value
+
+
+def test_the_run_begins_with_a_student(minimal: Path) -> None:
+    minimal.write_text(MINIMAL.replace("{student: {parent", "{pupil: {parent").replace(": student", ": pupil"))
+    with pytest.raises(
+        ValueError, match=r"pretrained and finetuned have \['pupil', 'teacher'\]; expected 'student' among them, which the run begins"
+    ):
+        load(minimal)
 
 
 def test_later_overrides_win_and_deeper_ones_reach_in(minimal: Path) -> None:
@@ -80,8 +87,18 @@ def test_later_overrides_win_and_deeper_ones_reach_in(minimal: Path) -> None:
         ("policy.bins=257", r"policy\.bins is 257: .*less than or equal to 256"),
         ("run.name=../elsewhere", r"run\.name is '\.\./elsewhere': .*pattern"),
         ("finetune.warmup_fraction=1.2", r"finetune\.warmup_fraction is 1\.2: .*less than or equal to 1"),
-        ("teacher.demonstrations=other", r"teacher\.demonstrations is 'other': no such set of demonstrations; expected one of \['main'\]"),
-        ("teacher.parent=base", rf"teacher\.parent is 'base': no such checkpoint; {CHECKPOINTS}"),
+        (
+            "pretrained.teacher.demonstrations=other",
+            r"pretrained\.teacher\.demonstrations is 'other': no such set of demonstrations; expected one of \['main'\]",
+        ),
+        ("finetuned.student.parent=base", r"finetuned\.student\.parent is 'base': no such checkpoint; expected one of \['student', 'teacher'\]"),
+        ("finetuned.student.parent=it001", r"finetuned\.student\.parent is 'it001': no such checkpoint; expected one of \['student', 'teacher'\]"),
+        ("finetuned.student.parent=student", r"finetuned: student -> student is a circle; expected a chain that starts from another checkpoint"),
+        ("pretrained.teacher.parent=student", r"pretrained\.teacher\.parent is 'student' \(no such key\)"),
+        (
+            "finetuned.teacher={parent: teacher, demonstrations: main, steps: 1, learning_rate: 1}",
+            r"finetuned has \['teacher'\]: these names belong to",
+        ),
         ("iterations.it001=it000", rf"iterations\.it001 is 'it000': no such checkpoint; {CHECKPOINTS}"),
         ("evaluations.final=it003", rf"evaluations\.final is 'it003': no such checkpoint; {CHECKPOINTS}"),
         ("label.teacher=expert", rf"label\.teacher is 'expert': no such checkpoint; {CHECKPOINTS}"),
@@ -112,10 +129,10 @@ def test_later_overrides_win_and_deeper_ones_reach_in(minimal: Path) -> None:
         ("evaluate.first_state=41", r"first_state is 41 and episodes is 10; expected first_state \+ episodes to be at most 50"),
         ("evaluate.episodes=51", r"first_state is 0 and episodes is 51; expected first_state \+ episodes to be at most 50"),
         ("optimize.steps=true", r"optimize\.steps is True: expected a number, not true or false"),
-        ("student.per_task=false", r"student\.per_task is False: expected a number, not true or false"),
+        ("finetuned.student.per_task=false", r"finetuned\.student\.per_task is False: expected a number, not true or false"),
         ("finetune.warmup_fraction=true", r"finetune\.warmup_fraction is True: expected a number, not true or false"),
         ("optimize.learning_rate=.inf", r"optimize\.learning_rate is inf: .*finite number"),
-        ("teacher.learning_rate=.nan", r"teacher\.learning_rate is nan: .*finite number"),
+        ("pretrained.teacher.learning_rate=.nan", r"pretrained\.teacher\.learning_rate is nan: .*finite number"),
         ("finetune.final_fraction=.nan", r"finetune\.final_fraction is nan: .*finite number"),
     ],
 )
