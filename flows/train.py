@@ -33,7 +33,7 @@ from vla_opd.params import load
 BUSY_RETRIES, BUSY_DELAY = 720, 5  # an hour: as long as a stage that someone runs by hand may take
 PASSING_EVERY = 15.0  # seconds between a progress bar's lines that the run's log keeps
 DEPLOYED = "PREFECT__FLOW_RUN_ID"  # a deployment's runner says so to the process that it starts for a run
-TARGET = r"^(demonstrate|pretrain|finetune|sample|label|optimize|explore|reinforce|evaluate|report)(@[\w.-]+)?$"
+TARGET = r"^(demonstrate|pretrain|finetune|adopt|sample|label|optimize|explore|reinforce|evaluate|report)(@[\w.-]+)?$"
 States = dict[str, State[Any]]
 
 

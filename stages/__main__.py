@@ -25,6 +25,7 @@ from vla_opd.tracking import execution
 VERBS = {
     "demonstrate": "--name",
     "finetune": "--name",
+    "adopt": "--name",
     "sample": "--iteration",
     "label": "--iteration",
     "optimize": "--iteration",
@@ -100,6 +101,9 @@ def _run(verb: str, key: str | None, params: Params, host: Host) -> str:
             name = _known(key, params.trained, "checkpoint")
             parent = checkpoints / params.finetuned[name].parent if name in params.finetuned else None
             made = stage.run(params, name, root / "demonstrations" / params.trained[name].demonstrations, parent, checkpoints / name, host)
+        case "adopt":
+            name = _known(key, params.adopt, "adopt")
+            made = stage.run(params, name, checkpoints / name, host)
         case "evaluate":
             name = _known(key, params.evaluations, "evaluations")
             made = stage.run(params, checkpoints / params.evaluations[name], root / "evaluations" / name, host)

@@ -4,20 +4,21 @@ The base (a policy pre-trained on other tasks), the teacher (many demonstrations
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int16
 from torch import Tensor
 
 from vla_opd.artifacts import Manifest, draft, open_artifact
-from vla_opd.checkpoint import WEIGHTS, Checkpoint, CheckpointFacts, open_checkpoint, require_environment, save_weights
+from vla_opd.checkpoint import Checkpoint, CheckpointFacts, open_checkpoint, require_environment, write_policy
 from vla_opd.host import Host
 from vla_opd.objectives import masked_mean
 from vla_opd.params import Params, PretrainedParams
-from vla_opd.policies import Policy, build_policy
+from vla_opd.policies import Policy, build_policy, load_policy
 from vla_opd.policies.tiny import extend_vocabulary
 from vla_opd.seeds import derive
 from vla_opd.tokens import action_space, gaussian
@@ -45,11 +46,11 @@ def run(params: Params, name: str, demonstrations: Path, parent: Path | None, ou
     facts = _facts(params, states, origin)
     with draft(out, "checkpoint", parents, settings) as work, track(host, params.run.name, "finetune", name, settings) as log:
         policy = _policy(facts, origin, derive(params.run.seed, "finetune", name), host.device)
-        loss = _loss(policy, facts, states, params, name)
-        evidence = Evidence(host.not_finite(params.run.name), lambda step: _examples(states, facts, _order(states, params, name)(step)))
+        bins = policy.encode(states.labels)
+        loss = _loss(policy, bins, facts.action_space.bins, states, params, name)
+        evidence = Evidence(host.not_finite(params.run.name), lambda step: _examples(states, bins, _order(states, params, name)(step)))
         rows, _ = train(policy, loss, _budget(made, params), work.scratch, None, f"finetune {name}", log, evidence)
-        with work.part(WEIGHTS) as path:
-            save_weights(path, policy.state_dict())
+        write_policy(work, policy, origin)
         with work.part("metrics.jsonl") as path:
             write_rows(path, rows)
         return work.publish({"checkpoint": facts.model_dump(), "states": len(states), "episodes": int(states.episode[-1]) + 1})
@@ -60,7 +61,8 @@ def _facts(params: Params, states: States, parent: Checkpoint | None) -> Checkpo
     instructions = states.observations.instructions
     if parent is not None:
         require_environment(parent.facts, params.environment, str(parent.folder))
-        vocabulary = extend_vocabulary(parent.facts.vocabulary, instructions)
+        known = parent.facts.vocabulary  # empty, if it has a tokenizer
+        vocabulary = extend_vocabulary(known, instructions) if known else ()
         return parent.facts.model_copy(update={"vocabulary": vocabulary, "environment": params.environment})
     shape, proprio = params.policy, states.observations.proprio
     return CheckpointFacts(
@@ -75,10 +77,8 @@ def _facts(params: Params, states: States, parent: Checkpoint | None) -> Checkpo
 
 def _policy(facts: CheckpointFacts, parent: Checkpoint | None, seed: int, device: str) -> Any:
     torch.manual_seed(seed)
-    policy = build_policy(facts)
-    if parent is not None:
-        policy.load_state_dict(parent.weights())
-    return policy.to(device).train()
+    policy = build_policy(facts).to(device) if parent is None else load_policy(replace(parent, facts=facts), device)
+    return policy.train()
 
 
 def _budget(made: PretrainedParams, params: Params) -> Budget:
@@ -88,10 +88,9 @@ def _budget(made: PretrainedParams, params: Params) -> Budget:
     return Budget(made.steps, schedule, sft.gradient_clip, sft.weight_decay, sft.save_every)
 
 
-def _loss(policy: Policy, facts: CheckpointFacts, states: States, params: Params, name: str) -> Loss:
-    """-sum_v q(v) log p(v) over valid tokens, q the Gaussian-smoothed one-hot of the demonstrated bin."""
-    bins = facts.action_space.encode(states.labels)
-    soft = smoothed_targets(facts.action_space.bins, params.finetune.smoothing)
+def _loss(policy: Policy, bins: Int16[np.ndarray, "N K"], count: int, states: States, params: Params, name: str) -> Loss:
+    """-sum_v q(v) log p(v) over valid tokens, q the Gaussian-smoothed one-hot of the demonstrated bin, one of `count`."""
+    soft = smoothed_targets(count, params.finetune.smoothing)
     order = _order(states, params, name)
 
     def loss(step: int) -> tuple[Float[Tensor, ""], Row]:
@@ -111,11 +110,10 @@ def _order(states: States, params: Params, name: str) -> Callable[[int], Int[np.
     return batches(len(states), params.finetune.batch_size, derive(params.run.seed, "finetune", name, "order"))
 
 
-def _examples(states: States, facts: CheckpointFacts, rows: Int[np.ndarray, " B"]) -> dict[str, np.ndarray]:
+def _examples(states: States, bins: Int16[np.ndarray, "N K"], rows: Int[np.ndarray, " B"]) -> dict[str, np.ndarray]:
     """Some states with their demonstrated bins, by name, and which they are."""
     seen = states.observations.at(rows)
-    bins = facts.action_space.encode(states.labels[rows])
-    return {"states": rows, "frames": seen.frames, "proprio": seen.proprio, "mask": states.mask[rows], "bins": bins}
+    return {"states": rows, "frames": seen.frames, "proprio": seen.proprio, "mask": states.mask[rows], "bins": bins[rows]}
 
 
 def smoothed_targets(bins: int, sigma: float) -> Float[Tensor, "V V"]:

@@ -126,7 +126,7 @@ class _Asked:
         recorded, its, space = self._recorded(names), self.simulation, self.space
         found = ask(_all(recorded), its.environment, expert, space.chunk, its.pool, its.tally)
         for name, ones in _by_shard(recorded, found):
-            labels = spread(space.encode(np.concatenate([one.actions for one in ones])), space.bins, self.label.smoothing, self.label.dtype)
+            labels = spread(self.teacher.encode(np.concatenate([one.actions for one in ones])), space.bins, self.label.smoothing, self.label.dtype)
             executed = np.concatenate([one.executed for one in ones])
             yield name, Labels(labels, given=executed, cost=Cost(env_steps=int(executed.sum())))
 

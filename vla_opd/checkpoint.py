@@ -1,5 +1,6 @@
 """Checkpoints: weights in safetensors, and a manifest with everything that is needed to use them. Nothing is inferred from a name."""
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +9,11 @@ import safetensors
 import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from tokenizers import Tokenizer
+from torch import nn
 
-from vla_opd.artifacts import Manifest, open_artifact
+from vla_opd.artifacts import Draft, Manifest, open_artifact
+from vla_opd.openvla import TOKENIZER, Architecture, read_tokenizer
 from vla_opd.params import EnvironmentParams, PolicyParams
 from vla_opd.tokens import ActionSpace
 
@@ -19,17 +23,18 @@ WEIGHTS = "model.safetensors"
 class CheckpointFacts(BaseModel):
     """How to use a policy's weights.
 
-    action_space: what its tokens mean. vocabulary: the words that it knows, in the order of their ids.
+    policy:       its architecture.
+    action_space: what its tokens mean. vocabulary: the words that it knows, in the order of their ids; none, if it has a tokenizer.
     environment:  the simulator settings it was trained under; pictures of other settings are refused unless told.
     proprio_mean, proprio_std: statistics that scale the P proprioceptive numbers (empty if it sees none).
     prompt:       how the instruction is put to it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    policy: PolicyParams
+    policy: PolicyParams | Architecture
     action_space: ActionSpace
     environment: EnvironmentParams
-    vocabulary: tuple[str, ...]
+    vocabulary: tuple[str, ...] = ()
     proprio_mean: tuple[float, ...] = ()
     proprio_std: tuple[float, ...] = ()
     prompt: str = "{instruction}"
@@ -56,6 +61,10 @@ class Checkpoint:
         except safetensors.SafetensorError as error:
             raise ValueError(f"{self.folder / WEIGHTS}: not safetensors ({error}); expected what `save_weights` writes") from error
 
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer beside the weights, if there is one."""
+        return read_tokenizer(self.folder)
+
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Open and verify a checkpoint. ValueError says what is missing or wrong."""
@@ -70,6 +79,15 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 def save_weights(path: Path, weights: Mapping[str, torch.Tensor]) -> None:
     """Write tensors as safetensors: deterministic bytes, no pickle."""
     safetensors.torch.save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path)
+
+
+def write_policy(work: Draft, policy: nn.Module, origin: Checkpoint | None) -> None:
+    """A policy's weights, and the tokenizer of the checkpoint that it was trained from, if that has one."""
+    with work.part(WEIGHTS) as path:
+        save_weights(path, policy.state_dict())
+    if origin is not None and (origin.folder / TOKENIZER).is_file():
+        with work.part(TOKENIZER) as path:
+            shutil.copyfile(origin.folder / TOKENIZER, path)
 
 
 def require_same_actions(student: CheckpointFacts, teacher: ActionSpace, where: str) -> None:

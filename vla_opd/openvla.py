@@ -20,6 +20,8 @@ from vla_opd.tokens import ActionSpace
 
 DINO, SIGLIP = "vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"
 CHUNK, ACTION_DIM = 8, 7  # of LIBERO's checkpoints
+QUESTION = "In: What action should the robot take to {instruction}?\nOut:"
+TOKENIZER = "tokenizer.json"
 UNUSABLE = {  # what config.json mostly doesn't say: the original puts these weights into files of their own
     "action_head--*": "an L1 or diffusion head answers with actions, not with a distribution over action tokens, so there is nothing to distil",
     "noisy_action_projector--*": "a diffusion head answers with actions, not with a distribution over action tokens, so there is nothing to distil",
@@ -239,6 +241,8 @@ def read_weights(folder: Path, architecture: Architecture, bins: int) -> dict[st
         for name, tensor in tensors.items():
             if not tensor.is_floating_point():
                 raise ValueError(f"{path}: {name} is {tensor.dtype}; expected floating-point numbers")
+            if not tensor.isfinite().all():
+                raise ValueError(f"{path}: {name} is not finite everywhere; expected finite numbers")
             try:
                 found.update(zip(renamed(name, architecture), _parts(name, tensor, architecture, bins), strict=False))
             except ValueError as error:
@@ -248,13 +252,19 @@ def read_weights(folder: Path, architecture: Architecture, bins: int) -> dict[st
 
 def read_tokenizer(folder: Path) -> Tokenizer | None:
     """The checkpoint's tokenizer, if there is one. Of the files that it may come in, only `tokenizer.json` is read."""
-    path = folder / "tokenizer.json"
+    path = folder / TOKENIZER
     if not path.exists():
         return None
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises no other
         raise ValueError(f"{path}: not a tokenizer ({error}); expected what the library `tokenizers` writes") from error
+
+
+def sources(folder: Path) -> list[Path]:
+    """The files of which something is read."""
+    beside = ("config.json", "preprocessor_config.json", "dataset_statistics.json", TOKENIZER)
+    return [*(folder / name for name in beside if (folder / name).exists()), *_files(folder)]
 
 
 def renamed(name: str, architecture: Architecture) -> tuple[str, ...]:
@@ -317,7 +327,7 @@ def _action_space(path: Path, key: str | None, bins: int) -> ActionSpace:
     statistics = _read(path, RootModel[dict[str, _Dataset]]).root
     key = next(iter(statistics)) if key is None and len(statistics) == 1 else key
     if key is None or key not in statistics:
-        raise ValueError(f"{path}: --unnorm-key is {key!r}; expected one of {sorted(statistics)}")
+        raise ValueError(f"{path}: unnorm_key is {key!r}; expected one of {sorted(statistics)}")
     action = statistics[key].action
     mask = (True,) * ACTION_DIM if action.mask is None else action.mask
     for name, values in {"q01": action.q01, "q99": action.q99, "mask": mask}.items():

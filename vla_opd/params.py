@@ -179,6 +179,21 @@ class FinetunedParams(PretrainedParams):
     parent: Name
 
 
+class AdoptParams(Section):
+    """One checkpoint made of a public one, OpenVLA-OFT with discrete tokens. See docs/openvla-oft.md.
+
+    folder:     where its files are: `config.json`, `dataset_statistics.json`, `model*.safetensors`, `tokenizer.json` and so on.
+    unnorm_key: whose action statistics it has; may be left out where there is only one.
+    crop:       share of a picture's area that it sees, from the centre: 1 if it was trained without random crops. No file says it.
+    dtype:      in which its weights are stored here and computed with.
+    """
+
+    folder: str = Field(min_length=1)
+    unnorm_key: str | None = None
+    crop: float = Field(default=0.9, gt=0, le=1)
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+
 class SampleParams(Section):
     """Student rollouts, eq. (3): `prompts` placements per task and iteration, G = `group` episodes from each.
 
@@ -462,6 +477,7 @@ class Params(Section):
     demonstrations: Mapping[Name, DemonstrationSet] = Field(default_factory=dict)
     pretrained: Mapping[Name, PretrainedParams] = Field(default_factory=dict)
     finetuned: Mapping[Name, FinetunedParams] = Field(default_factory=dict)
+    adopt: Mapping[Name, AdoptParams] = Field(default_factory=dict)
     iterations: Mapping[Name, Name] = Field(description="iteration: the checkpoint it starts from")
     reinforcements: Mapping[Name, Name] = Field(default_factory=dict, description="iteration of GRPO: the checkpoint it starts from")
     evaluations: Mapping[Name, Name] = Field(description="evaluation: the checkpoint it scores")
@@ -475,7 +491,8 @@ class Params(Section):
     @property
     def origins(self) -> dict[str, str]:
         """The checkpoints that no iteration makes, and the stage that makes each."""
-        return {name: f"{stage}@{name}" for stage, made in (("pretrain", self.pretrained), ("finetune", self.finetuned)) for name in made}
+        ways = {"pretrain": self.pretrained, "finetune": self.finetuned, "adopt": self.adopt}
+        return {name: f"{stage}@{name}" for stage, made in ways.items() for name in made}
 
     @property
     def reference(self) -> dict[str, str]:
@@ -523,7 +540,7 @@ class Params(Section):
     @model_validator(mode="after")
     def _checkpoints_come_from_somewhere(self) -> "Params":
         taken: set[str] = set()
-        for kind in ("pretrained", "finetuned", "iterations", "reinforcements"):
+        for kind in ("pretrained", "finetuned", "adopt", "iterations", "reinforcements"):
             if overlap := taken.intersection(getattr(self, kind)):
                 raise ValueError(f"{kind} has {sorted(overlap)}: these names belong to other checkpoints; choose others")
             taken.update(getattr(self, kind))
@@ -535,7 +552,7 @@ class Params(Section):
         if circle := _circle(self.updates):
             raise ValueError(f"iterations: {' -> '.join(circle)} is a circle; expected a chain that starts from a fine-tuned checkpoint")
         if START not in self.origins:
-            raise ValueError(f"pretrained and finetuned have {sorted(self.origins)}; expected {START!r} among them, which the run begins with")
+            raise ValueError(f"pretrained, finetuned and adopt have {sorted(self.origins)}; expected {START!r} among them, which the run begins with")
         return self
 
 

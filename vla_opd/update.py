@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 from torch import nn
 
 from vla_opd.artifacts import Draft, Manifest
-from vla_opd.checkpoint import WEIGHTS, Checkpoint, save_weights
+from vla_opd.checkpoint import Checkpoint, save_weights, write_policy
 from vla_opd.params import UpdateParams
 from vla_opd.tracking import Log
 from vla_opd.training import Budget, Evidence, Loss, Schedule, batches, train, write_rows
@@ -47,14 +47,17 @@ def require_own_rollouts(student: Checkpoint, visited: Manifest, where: Path) ->
         raise ValueError(f"{where}: sampled by {visited.parents['student'][:12]}; expected {student.digest[:12]}, the student in {student.folder}")
 
 
-def learn(policy: nn.Module, loss: Loss, plan: Budget, work: Draft, student: Path | None, label: str, log: Log, evidence: Evidence) -> None:
-    """Train, and write weights, moments and metrics into the draft. The moments go on from those beside the checkpoint `student`, if it is given."""
-    moments = safetensors.torch.load_file(student / MOMENTS) if student is not None and (student / MOMENTS).is_file() else None
+def learn(policy: nn.Module, loss: Loss, plan: Budget, work: Draft, student: Checkpoint, label: str, log: Log, evidence: Evidence) -> None:
+    """Train, and write policy, moments and metrics into the draft. In the middle of a schedule the moments go on from those beside the student.
+
+    At its beginning they don't: another kind of update left its own there.
+    """
+    kept = student.folder / MOMENTS
+    moments = safetensors.torch.load_file(kept) if plan.first and kept.is_file() else None
     if not plan.steps:
         print(f"{label}: no state to learn from (keep_low, keep_high, recoverable); the student stays as it is", file=sys.stderr)
     rows, moments = train(policy, loss, plan, work.scratch, moments, label, log, evidence)
-    with work.part(WEIGHTS) as path:
-        save_weights(path, policy.state_dict())
+    write_policy(work, policy, student)
     with work.part(MOMENTS) as path:
         save_weights(path, moments)
     with work.part("metrics.jsonl") as path:

@@ -394,4 +394,4 @@ def test_parity_with_the_original_is_told_array_by_array(capsys: pytest.CaptureF
     assert re.search(r"vision_features +\d\.\de-0\d +1e-09 +too far\n", capsys.readouterr().out)
     assert (tmp_path / "ours.npz").exists()
     assert cli.main(["parity", *files, "--unnorm-key", "none"]) == 1
-    assert "--unnorm-key is 'none'; expected one of ['libero_spatial_no_noops']" in capsys.readouterr().err
+    assert "unnorm_key is 'none'; expected one of ['libero_spatial_no_noops']" in capsys.readouterr().err

@@ -114,7 +114,7 @@ def test_everything_killed_in_the_middle_of_an_optimisation_the_retry_ends_with_
     assert [path for path in project.toy.folder.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()] == []
     metrics = project.toy.folder / "artifacts/.metrics"
     assert list((metrics / "wandb").glob("offline-run-*"))
-    assert len(made) >= 6
+    assert len(made) >= 5
     assert {path: path.stat().st_mtime_ns for path in made} == made, "something that was finished was made again"
     assert json.loads((run / "report/summary.json").read_text())["final"]["episodes"] == 4
     assert {"optimize", "report"} <= {one.stage for one in executions(metrics / "small")}

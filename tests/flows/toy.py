@@ -26,6 +26,7 @@ pretrained:
 finetuned:
   teacher: {parent: base, demonstrations: main, steps: 3, learning_rate: 0.1}
   student: {parent: base, demonstrations: main, steps: 2, learning_rate: 0.1}
+adopt: {}
 sample: {group: 2}
 label: {teacher: teacher}
 optimize: {steps: 4}  # how long

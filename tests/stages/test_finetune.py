@@ -55,8 +55,9 @@ def test_the_loss_is_the_cross_entropy_of_valid_tokens() -> None:
     seen = states(4)  # one batch holds them all
     torch.manual_seed(0)
     policy = build_policy(small.FACTS).eval()
-    value, row = _loss(policy, small.FACTS, seen, PARAMS, "student")(0)
-    bins = torch.from_numpy(small.SPACE.encode(seen.labels)).long()
+    encoded = small.SPACE.encode(seen.labels)
+    value, row = _loss(policy, encoded, small.BINS, seen, PARAMS, "student")(0)
+    bins = torch.from_numpy(encoded).long()
     with torch.no_grad():
         logits = policy.logits(seen.observations)
     each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), bins.flatten(), reduction="none").view_as(bins)

@@ -45,7 +45,7 @@ def test_statistics_are_those_beside_the_weights_not_those_in_the_config(folder:
     space = read_public(folder, KEY).space
     assert (list(space.q01), list(space.q99), list(space.normalised)) == (told["q01"], told["q99"], told["mask"])
     assert (space.chunk, space.action_dim, space.bins) == (8, 7, 256)
-    with pytest.raises(ValueError, match=r"dataset_statistics.json: --unnorm-key is 'bridge_orig'; expected one of \['libero_spatial_no_noops'\]"):
+    with pytest.raises(ValueError, match=r"dataset_statistics.json: unnorm_key is 'bridge_orig'; expected one of \['libero_spatial_no_noops'\]"):
         read_public(folder, "bridge_orig")
 
 
@@ -75,7 +75,7 @@ def test_half_the_digits_give_much_the_same_tokens_and_the_crop_is_the_users(fol
 def test_of_several_statistics_one_has_to_be_named(folder: Path) -> None:
     edit(folder / "dataset_statistics.json", lambda told: told.update(other=told[KEY]))
     assert read_public(folder, "other").space == read_public(folder, KEY).space
-    with pytest.raises(ValueError, match=r"--unnorm-key is None; expected one of \['libero_spatial_no_noops', 'other'\]"):
+    with pytest.raises(ValueError, match=r"unnorm_key is None; expected one of \['libero_spatial_no_noops', 'other'\]"):
         read_public(folder, None)
 
 

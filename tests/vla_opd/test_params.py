@@ -62,7 +62,7 @@ def test_overrides_are_yaml_on_the_same_schema(minimal: Path, override: str, sec
 def test_the_run_begins_with_a_student(minimal: Path) -> None:
     minimal.write_text(MINIMAL.replace("{student: {parent", "{pupil: {parent").replace(": student", ": pupil"))
     with pytest.raises(
-        ValueError, match=r"pretrained and finetuned have \['pupil', 'teacher'\]; expected 'student' among them, which the run begins"
+        ValueError, match=r"pretrained, finetuned and adopt have \['pupil', 'teacher'\]; expected 'student' among them, which the run begins"
     ):
         load(minimal)
 

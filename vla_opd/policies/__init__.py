@@ -4,15 +4,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from transformers.initialization import no_init_weights
+
 from vla_opd.artifacts import Manifest, draft
-from vla_opd.checkpoint import WEIGHTS, Checkpoint, CheckpointFacts, open_checkpoint, save_weights
+from vla_opd.checkpoint import Checkpoint, CheckpointFacts, open_checkpoint, write_policy
 from vla_opd.params import named_function
-from vla_opd.policies import tiny
+from vla_opd.policies import openvla_oft, tiny
 from vla_opd.policies.protocol import Observations, Policy
 
 __all__ = ["POLICIES", "Observations", "Policy", "build_policy", "from_pretrained", "load_policy", "save_pretrained"]
 
-POLICIES: dict[str, Callable[[CheckpointFacts], Any]] = {"tiny": tiny.TinyVLA}
+POLICIES: dict[str, Callable[[CheckpointFacts], Any]] = {"tiny": tiny.TinyVLA, "openvla_oft": openvla_oft.of_facts}
 
 
 def build_policy(facts: CheckpointFacts) -> Any:  # a Policy that is also a torch.nn.Module: Python has no intersection type
@@ -21,9 +23,12 @@ def build_policy(facts: CheckpointFacts) -> Any:  # a Policy that is also a torc
 
 
 def load_policy(checkpoint: Checkpoint, device: str = "cpu") -> Any:  # as above
-    """The policy with its weights, on a device, in evaluation mode."""
-    policy = build_policy(checkpoint.facts)
-    policy.load_state_dict(checkpoint.weights())
+    """The policy with its weights, in the precision that they are stored in, and its tokenizer, on a device, in evaluation mode."""
+    with no_init_weights():  # what nobody writes to takes no memory
+        policy = build_policy(checkpoint.facts)
+    policy.load_state_dict({name: tensor.clone() for name, tensor in checkpoint.weights().items()}, assign=True)  # aligned as torch's own are
+    if (tokenizer := checkpoint.tokenizer()) is not None:
+        policy.tokenizer = tokenizer
     return policy.to(device).eval()
 
 
@@ -35,6 +40,5 @@ def from_pretrained(folder: Path, device: str = "cpu") -> Any:  # as above
 def save_pretrained(policy: Any, facts: CheckpointFacts, folder: Path) -> Manifest:  # as above
     """Publish a policy that was made elsewhere as a checkpoint: its weights as safetensors, and in the manifest all that is needed to use them."""
     with draft(folder, "checkpoint", {}, {}) as work:
-        with work.part(WEIGHTS) as path:
-            save_weights(path, policy.state_dict())
+        write_policy(work, policy, None)
         return work.publish({"checkpoint": facts.model_dump()})

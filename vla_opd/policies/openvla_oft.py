@@ -6,26 +6,29 @@ there are only the rows of the V action tokens, turned so that bins ascend in ac
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Int, UInt8
-from tokenizers import Tokenizer
+from jaxtyping import Bool, Float, Float32, Int, Int16, UInt8
 from torch import Tensor, nn
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel, LlamaConfig, LlamaModel, SiglipVisionConfig, SiglipVisionModel
 from transformers.initialization import no_init_weights
 from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import Dinov2WithRegistersEmbeddings
 
 from vla_opd import pictures
-from vla_opd.openvla import Architecture, Tower, read_public, read_tokenizer, read_weights
+from vla_opd.checkpoint import CheckpointFacts
+from vla_opd.openvla import QUESTION, Architecture, Tower, read_public, read_tokenizer, read_weights
 from vla_opd.policies.protocol import Observations
 from vla_opd.tokens import ActionSpace
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 SIZE, PATCH, REGISTERS = 224, 14, 4
 PATCHES = (SIZE // PATCH) ** 2
 BEGIN, PLACEHOLDER, STOP, LAST, PAD = 1, 1, 2, 29871, 32000
-PROMPT = 64  # ids of every prompt, padding included: forward passes have one shape. LIBERO's longest instruction takes some 45
+LONGEST = 64  # ids of every prompt, padding included: forward passes have one shape. LIBERO's longest instruction takes some 45
 SIGLIP_MLP = 3.7362  # hidden units per unit of width
 
 
@@ -39,14 +42,15 @@ class Pictures(NamedTuple):
 
 
 class OpenVLAOFT(nn.Module):
-    """The policy. `architecture` says how large it is and how pictures are put; `space` what its tokens mean.
+    """The policy. `architecture` says how large it is and how pictures are put; `space` what its tokens mean; `question` how an instruction is put.
 
-    tokenizer: of instructions. Without one there are no prompts, and only what takes ids can be asked.
+    tokenizer: of questions. Without one there are no prompts, and only what takes ids can be asked.
     """
 
-    def __init__(self, architecture: Architecture, space: ActionSpace, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(self, architecture: Architecture, space: ActionSpace, question: str = QUESTION) -> None:
         super().__init__()
-        self.tokenizer = tokenizer
+        self.tokenizer: Tokenizer | None = None
+        self.question = question
         self.architecture, self.space = architecture, space
         self.chunk, self.action_dim = space.chunk, space.action_dim
         self.dino, self.siglip = _dino(architecture.dino), _siglip(architecture.siglip)
@@ -82,17 +86,17 @@ class OpenVLAOFT(nn.Module):
             raise ValueError(f"frames: {observations.frames.shape[1]} cameras; expected 1, the one that the checkpoint was trained with")
         patches = self.projector(self.features(self.pixels(observations.frames[:, 0])))
         prompts = [self.prompt(instruction) for instruction in observations.instructions]
-        padded = torch.tensor([ids + [PAD] * (PROMPT - len(ids)) for ids in prompts], device=self.device)
-        return self.head(self.hidden(patches, padded, torch.tensor([len(ids) for ids in prompts], device=self.device)))
+        padded = torch.tensor([ids + [PAD] * (LONGEST - len(ids)) for ids in prompts], device=self.device)
+        return self.head(self.hidden(patches, padded, torch.tensor([len(ids) for ids in prompts], device=self.device))).float()
 
     def prompt(self, instruction: str) -> list[int]:
-        """The ids that put an instruction, from BOS to the last one before the action tokens. ValueError if they are more than `PROMPT`."""
+        """The ids that put an instruction, from BOS to the last one before the action tokens. ValueError if they are more than `LONGEST`."""
         if self.tokenizer is None:
             raise ValueError("there is no tokenizer; expected tokenizer.json beside the weights")
-        ids = self.tokenizer.encode(f"In: What action should the robot take to {instruction.lower()}?\nOut:").ids
+        ids = self.tokenizer.encode(self.question.format(instruction=instruction.lower())).ids
         ids = ids if ids[-1] == LAST else [*ids, LAST]
-        if ids[0] != BEGIN or len(ids) > PROMPT:
-            raise ValueError(f"instruction {instruction!r}: {len(ids)} ids, the first of them {ids[0]}; expected at most {PROMPT}, from {BEGIN} on")
+        if ids[0] != BEGIN or len(ids) > LONGEST:
+            raise ValueError(f"instruction {instruction!r}: {len(ids)} ids, the first of them {ids[0]}; expected at most {LONGEST}, from {BEGIN} on")
         return ids
 
     def pixels(self, frames: UInt8[np.ndarray, "B H W 3"]) -> Float[Tensor, "B 6 S S"]:
@@ -144,6 +148,19 @@ class OpenVLAOFT(nn.Module):
         actions[..., -1] = -np.sign(2 * actions[..., -1] - 1)
         return actions
 
+    def encode(self, actions: Float32[np.ndarray, "B S A"]) -> Int16[np.ndarray, "B K"]:
+        """Actions in the environment's units -> bins; of the gripper's, as `decode` has it."""
+        theirs = actions.copy()
+        theirs[..., -1] = (1 - np.sign(actions[..., -1])) / 2
+        return self.space.encode(theirs)
+
+
+def of_facts(facts: CheckpointFacts) -> OpenVLAOFT:
+    """The policy of a checkpoint's description. ValueError if that is of a policy that is trained here from nothing, which this one isn't."""
+    if not isinstance(facts.policy, Architecture):
+        raise ValueError(f"policy.family is {facts.policy.family!r}; expected one that is trained from nothing: this one comes by `adopt`")
+    return OpenVLAOFT(facts.policy, facts.action_space, facts.prompt)
+
 
 def from_public(folder: Path, unnorm_key: str | None = None, dtype: torch.dtype = torch.float32, crop: float = 0.9) -> OpenVLAOFT:
     """A public checkpoint's policy, on the CPU, in evaluation mode. ValueError says which of its files is not what it is to be.
@@ -151,17 +168,24 @@ def from_public(folder: Path, unnorm_key: str | None = None, dtype: torch.dtype 
     crop: 1 for a checkpoint that was trained without random crops.
     """
     architecture, space = read_public(folder, unnorm_key, crop)
-    weights = read_weights(folder, architecture, space.bins)
     with no_init_weights():  # torch.empty takes no memory until it is written to, which it never is
-        policy = OpenVLAOFT(architecture, space, read_tokenizer(folder))
-    expected = {name: tuple(tensor.shape) for name, tensor in policy.state_dict().items()}
+        policy = OpenVLAOFT(architecture, space)
+    policy.load_state_dict(public_weights(folder, architecture, space, dtype), assign=True)
+    policy.tokenizer = read_tokenizer(folder)
+    return policy.eval()
+
+
+def public_weights(folder: Path, architecture: Architecture, space: ActionSpace, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A public checkpoint's tensors under the policy's names. ValueError names one that is missing, superfluous, or of another shape."""
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in OpenVLAOFT(architecture, space).state_dict().items()}
+    weights = read_weights(folder, architecture, space.bins)
     for name in (*expected, *weights):
         found, wanted = weights.get(name), expected.get(name)
         if found is None or tuple(found.shape) != wanted:
             shape = "missing" if found is None else f"of shape {list(found.shape)}"
             raise ValueError(f"{folder}: the tensor that is {name} here is {shape}; by config.json, expected {wanted or 'none'}")
-    policy.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()}, assign=True)
-    return policy.eval()
+    return {name: tensor.to(dtype) for name, tensor in weights.items()}
 
 
 class Projector(nn.Module):

@@ -4,7 +4,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float, Float32, Int, Int16
 
 from vla_opd.trajectory import Observations
 
@@ -27,4 +27,8 @@ class Policy(Protocol):
 
     def decode(self, tokens: Int[np.ndarray, "B K"]) -> Float32[np.ndarray, "B S A"]:
         """Bins -> actions in the environment's units, by the checkpoint's own statistics."""
+        ...
+
+    def encode(self, actions: Float32[np.ndarray, "B S A"]) -> Int16[np.ndarray, "B K"]:
+        """Actions in the environment's units -> the bins that stand for them."""
         ...

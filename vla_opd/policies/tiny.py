@@ -10,11 +10,12 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float, Float32, Int, Int16
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
 from vla_opd.checkpoint import CheckpointFacts
+from vla_opd.params import PolicyParams
 from vla_opd.policies.protocol import Observations
 
 VOCABULARY_SIZE = 256  # rows of the word embedding; new words of later fine-tunings take the free ones
@@ -42,6 +43,7 @@ class TinyVLA(nn.Module):
     def __init__(self, facts: CheckpointFacts) -> None:
         super().__init__()
         shape, self.space = facts.policy, facts.action_space
+        assert isinstance(shape, PolicyParams), "another family's description"
         self.chunk, self.action_dim = self.space.chunk, self.space.action_dim
         self.crop, self.prompt, self.length = shape.crop, facts.prompt, facts.instruction_length
         self.word_ids = {word: FIRST_WORD + i for i, word in enumerate(facts.vocabulary)}
@@ -85,6 +87,10 @@ class TinyVLA(nn.Module):
     def decode(self, tokens: Int[np.ndarray, "B K"]) -> Float32[np.ndarray, "B S A"]:
         """Bins -> actions in the environment's units."""
         return self.space.decode(tokens)
+
+    def encode(self, actions: Float32[np.ndarray, "B S A"]) -> Int16[np.ndarray, "B K"]:
+        """Actions in the environment's units -> bins."""
+        return self.space.encode(actions)
 
     def _image_tokens(self, observations: Observations) -> Float[Tensor, "B C*I W"]:
         frames = observations.frames

@@ -3,24 +3,19 @@ every step (openvla-oft 213c5ff, SimpleVLA-RL 7c51662, transformers 4.40.1 with 
 """
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Punctuation, Sequence, WhitespaceSplit
-from tokenizers.processors import TemplateProcessing
 
+from tests.vla_opd import public
+from tests.vla_opd.public import GOLDEN
 from vla_opd.openvla import Architecture, read_weights, renamed
 from vla_opd.parity import arrays, compare
 from vla_opd.policies.openvla_oft import OpenVLAOFT, from_public
 from vla_opd.trajectory import Observations
-
-GOLDEN = Path(__file__).parents[2] / "data/openvla_oft"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -137,6 +132,7 @@ def test_an_open_hand_is_one_in_the_data_and_minus_one_in_the_simulator(policy: 
     decoded = policy.decode(policy.space.encode(np.stack([closed, opened])))
     assert decoded[0, :, -1].tolist() == [1] * policy.chunk
     assert decoded[1, :, -1].tolist() == [-1] * policy.chunk
+    np.testing.assert_array_equal(policy.decode(policy.encode(decoded)), decoded)  # a demonstrated action is put into the data's terms, and back
 
 
 def test_a_simulators_upright_picture_is_mirrored(policy: OpenVLAOFT, inputs: dict[str, np.ndarray]) -> None:
@@ -146,17 +142,8 @@ def test_a_simulators_upright_picture_is_mirrored(policy: OpenVLAOFT, inputs: di
 
 @pytest.fixture
 def speaking(tmp_path: Path) -> OpenVLAOFT:
-    """The golden policy with a tokenizer of whole words, whose ids are those of Llama's special tokens."""
-    words = {
-        word: 100 + i
-        for i, word in enumerate(["In", ":", "What", "action", "should", "the", "robot", "take", "to", "pick", "up", "bowl", "?", "Out"])
-    }
-    tokenizer = Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, **words}, unk_token="<unk>"))  # noqa: S106
-    tokenizer.pre_tokenizer = Sequence([WhitespaceSplit(), Punctuation()])
-    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    folder = Path(shutil.copytree(GOLDEN / "checkpoint", tmp_path / "checkpoint"))
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return from_public(folder)
+    """The golden policy with a tokenizer."""
+    return from_public(public.make(tmp_path / "checkpoint"))
 
 
 def seen(inputs: dict[str, np.ndarray], *instructions: str) -> Observations:

@@ -192,5 +192,5 @@ def test_families_are_named_or_found_by_path() -> None:
     assert POLICIES["tiny"] is TinyVLA
     elsewhere = small.FACTS.model_copy(update={"policy": small.SHAPE.model_copy(update={"family": "vla_opd.policies.tiny:TinyVLA"})})
     assert isinstance(build_policy(elsewhere), TinyVLA)
-    with pytest.raises(ValueError, match=r"policy\.family is 'huge'; expected one of \['tiny'\]"):
+    with pytest.raises(ValueError, match=r"policy\.family is 'huge'; expected one of \['openvla_oft', 'tiny'\]"):
         build_policy(small.FACTS.model_copy(update={"policy": small.SHAPE.model_copy(update={"family": "huge"})}))

@@ -1,0 +1,52 @@
+"""adopt: a public checkpoint -> checkpoint. OpenVLA-OFT with discrete tokens, and with everything that is needed to use it."""
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import torch
+
+from vla_opd.artifacts import Manifest, draft
+from vla_opd.checkpoint import WEIGHTS, CheckpointFacts, save_weights
+from vla_opd.host import Host
+from vla_opd.openvla import QUESTION, TOKENIZER, read_public, read_tokenizer, sources
+from vla_opd.params import EnvironmentParams, Params
+from vla_opd.policies.openvla_oft import public_weights
+from vla_opd.tracking import track
+
+
+def run(params: Params, name: str, out: Path, host: Host) -> Manifest:
+    """Make the checkpoint `name` of public files. The manifest says by which: their sha256 are those that a hub tells of them.
+
+    ValueError for what can't be a student or a teacher, and for an environment that it can't have been trained in.
+    """
+    its, folder = params.adopt[name], Path(params.adopt[name].folder)
+    _require_pictures(params.environment)
+    public = read_public(folder, its.unnorm_key, its.crop)
+    if read_tokenizer(folder) is None:
+        raise ValueError(f"{folder}: has no {TOKENIZER}; expected the checkpoint's own, by which instructions are put to it")
+    settings = {"name": name, "adopt": its.model_dump(exclude={"folder"}), "environment": params.environment.model_dump(exclude={"tasks"})}
+    facts = CheckpointFacts(policy=public.architecture, action_space=public.space, environment=params.environment, prompt=QUESTION)
+    with draft(out, "checkpoint", {}, settings) as work, track(host, params.run.name, "adopt", name, settings):
+        if not work.has(WEIGHTS):
+            weights = public_weights(folder, public.architecture, public.space, getattr(torch, its.dtype))
+            with work.part(WEIGHTS) as path:
+                save_weights(path, weights)
+        with work.part(TOKENIZER) as path:
+            shutil.copyfile(folder / TOKENIZER, path)
+        return work.publish({"checkpoint": facts.model_dump(), "sources": {path.name: _sha256(path) for path in sources(folder)}})
+
+
+def _require_pictures(environment: EnvironmentParams) -> None:
+    """The stock simulator's, of one camera: public checkpoints have seen no others."""
+    if environment.render != "exact":
+        raise ValueError(
+            f"environment.render is {environment.render}; expected exact: a public checkpoint was trained on the stock simulator's pictures"
+        )
+    if len(environment.cameras) != 1:
+        raise ValueError(f"environment.cameras is {list(environment.cameras)}; expected one, the third-person camera")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
