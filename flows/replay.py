@@ -3,7 +3,6 @@
 The stage itself does it: it is given a draft that has every shard but this one, as if it had been killed just before, and goes on.
 """
 
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any
 from flows.store import SHORT, Artifact, Store, differing, flat
 from vla_opd import arrays
 from vla_opd.arrays import SUFFIX
-from vla_opd.artifacts import Draft, Manifest
+from vla_opd.artifacts import Draft, Manifest, link
 from vla_opd.host import Host
 from vla_opd.params import DemonstrationSet, Params
 
@@ -47,7 +46,7 @@ def replay(store: Store, artifact: Artifact, shard: str, params: Params, host: H
         draft.prepare()
         for name in there:
             if name != shard:
-                _link(artifact.folder / name, draft.folder / name)
+                link(artifact.folder / name, draft.folder / name)
         made = stage(out=out, host=host)
         if unlike := sorted(differing(flat(artifact.manifest.params), flat(made.params))):
             raise ValueError(
@@ -59,14 +58,6 @@ def replay(store: Store, artifact: Artifact, shard: str, params: Params, host: H
             return Replay(artifact.name, shard, ())
         unlike = differing(_contents(artifact.folder / shard), _contents(out / shard))
         return Replay(artifact.name, shard, tuple(sorted(unlike)) or ("only the bytes of the file",))
-
-
-def _link(source: Path, target: Path) -> None:
-    """Shards are never written to, so a link will do where the file system has links."""
-    try:
-        target.hardlink_to(source)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def _contents(shard: Path) -> dict[str, Any]:

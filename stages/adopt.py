@@ -21,7 +21,7 @@ def run(params: Params, name: str, out: Path, host: Host) -> Manifest:
     ValueError for what can't be a student or a teacher, and for an environment that it can't have been trained in.
     """
     its, folder = params.adopt[name], Path(params.adopt[name].folder)
-    _require_pictures(params.environment)
+    _require_benchmark(params.environment)
     public = read_public(folder, its.unnorm_key, its.crop)
     if read_tokenizer(folder) is None:
         raise ValueError(f"{folder}: has no {TOKENIZER}; expected the checkpoint's own, by which instructions are put to it")
@@ -37,14 +37,16 @@ def run(params: Params, name: str, out: Path, host: Host) -> Manifest:
         return work.publish({"checkpoint": facts.model_dump(), "sources": {path.name: _sha256(path) for path in sources(folder)}})
 
 
-def _require_pictures(environment: EnvironmentParams) -> None:
-    """The stock simulator's, of one camera: public checkpoints have seen no others."""
+def _require_benchmark(environment: EnvironmentParams) -> None:
+    """The stock simulator's pictures, of one camera, and the benchmark's own instructions: public checkpoints were trained with no others."""
     if environment.render != "exact":
         raise ValueError(
             f"environment.render is {environment.render}; expected exact: a public checkpoint was trained on the stock simulator's pictures"
         )
     if len(environment.cameras) != 1:
         raise ValueError(f"environment.cameras is {list(environment.cameras)}; expected one, the third-person camera")
+    if environment.family == "libero" and environment.wording != "benchmark":
+        raise ValueError(f"environment.wording is {environment.wording}; expected benchmark: a public checkpoint was trained with those instructions")
 
 
 def _sha256(path: Path) -> str:

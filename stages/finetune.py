@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int, Int16
 from torch import Tensor
 
+from vla_opd import adapters
 from vla_opd.artifacts import Manifest, draft, open_artifact
 from vla_opd.checkpoint import Checkpoint, CheckpointFacts, open_checkpoint, require_environment, write_policy
 from vla_opd.host import Host
@@ -49,7 +50,9 @@ def run(params: Params, name: str, demonstrations: Path, parent: Path | None, ou
         bins = policy.encode(states.labels)
         loss = _loss(policy, bins, facts.action_space.bins, states, params, name)
         evidence = Evidence(host.not_finite(params.run.name), lambda step: _examples(states, bins, _order(states, params, name)(step)))
-        rows, _ = train(policy, loss, _budget(made, params), work.scratch, None, f"finetune {name}", log, evidence)
+        adapters.prepare(policy, sft.lora, derive(params.run.seed, "finetune", name), "finetune")
+        with adapters.recomputing(policy, wanted=sft.gradient_checkpointing):
+            rows, _ = train(policy, loss, _budget(made, params), work.scratch, None, f"finetune {name}", log, evidence)
         write_policy(work, policy, origin)
         with work.part("metrics.jsonl") as path:
             write_rows(path, rows)

@@ -109,7 +109,7 @@ def run(params: Params, iteration: str, student: Path, trajectories: Path, logit
         data = data if opt.states is None else replace(data, kept=_drawn(data, opt.states, seed))
         plan = budget(opt, depth, len(data.usable))
         evidence = Evidence(host.not_finite(params.run.name), lambda step: data.at(order(data.usable, opt.batch_size, seed)(step)))
-        learn(policy, _loss(policy, data, params, seed), plan, work, checkpoint, f"optimize {iteration}", log, evidence)
+        learn(policy, _loss(policy, data, params, seed), opt, plan, work, checkpoint, f"optimize {iteration}", seed, log, evidence)
         after, failed = _probe(policy, own, opt), failed_share(shards(trajectories), data.learnt[: len(own.mask)])
         log(
             {f"{when}/{name}": value for when, it in (("before", before), ("after", after)) for name, value in it if isinstance(value, float)},

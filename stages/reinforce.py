@@ -67,7 +67,7 @@ def run(params: Params, iteration: str, student: Path, trajectories: Path, out: 
         policy, seed = load_policy(checkpoint, host.device), derive(params.run.learning_seed, "reinforce", iteration)
         before, plan = _probe(policy, data), budget(its, depth, len(data.usable))
         evidence = Evidence(host.not_finite(params.run.name), lambda step: data.at(order(data.usable, its.batch_size, seed)(step)))
-        learn(policy, _loss(policy, data, its, seed), plan, work, checkpoint, f"reinforce {iteration}", log, evidence)
+        learn(policy, _loss(policy, data, its, seed), its, plan, work, checkpoint, f"reinforce {iteration}", seed, log, evidence)
         facts = {"checkpoint": checkpoint.facts.model_dump(), "before": before, "after": _probe(policy, data)}
         return work.publish({**facts, "depth": depth, "states": len(data.usable)})
 

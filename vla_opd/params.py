@@ -7,7 +7,7 @@ import importlib
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -31,6 +31,11 @@ def _once_each(names: tuple[Any, ...]) -> tuple[Any, ...]:
     if again:
         raise PydanticCustomError("duplicate", "expected each name once; {again} come again", {"again": str(again)})
     return names
+
+
+def _is(default: Any) -> Callable[[Any], bool]:
+    """Of a setting that came later: it is in no manifest as long as it is as if there were none, and digests stay as they were."""
+    return lambda value: value == default
 
 
 def _rising(rates: tuple[float, float]) -> tuple[float, float]:
@@ -85,6 +90,8 @@ class EnvironmentParams(Section):
     settle:        no-op control steps before the first decision (objects start in mid-air).
     stepping:      `exact` is bit-identical to the stock environment; `fast` saves redundant work and is named in every manifest.
     render:        `exact` gives the stock pictures; `fast` gives simpler ones, for policies trained with them.
+    wording:       of LIBERO's instructions: `bddl` as in the task's file ("pick the akita black bowl ..."), `benchmark` as in the task's name
+                   ("pick up the black bowl ..."), by which the public checkpoints were trained.
     """
 
     family: str = "libero"
@@ -94,6 +101,7 @@ class EnvironmentParams(Section):
     settle: int = Field(default=10, ge=0)
     stepping: Literal["exact", "fast"] = "fast"
     render: Literal["exact", "fast"] = "fast"
+    wording: Literal["bddl", "benchmark"] = Field(default="bddl", exclude_if=_is("bddl"))
 
 
 class DemonstrateParams(Section):
@@ -145,7 +153,32 @@ class PolicyParams(Section):
         return self
 
 
-class FinetuneParams(Section):
+class Lora(NamedTuple):
+    """A low-rank adapter: W x becomes W x + (alpha / rank) B A x."""
+
+    rank: int
+    alpha: int
+
+
+class TrainedParams(Section):
+    """What of a policy is trained, and how its gradient is computed.
+
+    lora_rank, lora_alpha:  of an adapter on every linear layer but the head; all weights are trained if the rank is null. A checkpoint that has an
+                            adapter goes on with it; with null it is merged first. OpenVLA-OFT's recipe has 32 and 16.
+    gradient_checkpointing: transformer blocks are computed again for the gradient, which takes less memory, and a third more time.
+    """
+
+    lora_rank: int | None = Field(default=None, ge=1, exclude_if=_is(None))
+    lora_alpha: int = Field(default=16, ge=1, exclude_if=_is(16))
+    gradient_checkpointing: bool = Field(default=False, exclude_if=_is(False))
+
+    @property
+    def lora(self) -> Lora | None:
+        """The adapter, if one is to be trained."""
+        return None if self.lora_rank is None else Lora(self.lora_rank, self.lora_alpha)
+
+
+class FinetuneParams(TrainedParams):
     """Supervised training on demonstrations, eq. (1): AdamW, linear warm-up, cosine decay to `final_fraction` of the peak.
 
     smoothing: standard deviation, in bins, of the Gaussian that the target bin is spread over (0: plain cross-entropy).
@@ -264,7 +297,7 @@ class ClipParams(Section):
     clip_high: float = Field(default=0.28, gt=0)
 
 
-class UpdateParams(Section):
+class UpdateParams(TrainedParams):
     """A fixed budget of AdamW steps per iteration, with a schedule over `schedule_iterations` of them; later ones stay at its end."""
 
     steps: int = Field(default=80, ge=1)
@@ -619,6 +652,8 @@ def _at_odds(params: Params) -> Iterator[str]:
         yield f"sample.observe_every is {every}; expected a divisor of policy.chunk, which is {chunk}: one of {divisors}"
     if both := [task for task in params.evaluate.unseen or () if task in params.environment.tasks]:
         yield f"evaluate.unseen has {both[0]!r}; expected other tasks than environment.tasks, which are trained on"
+    if params.environment.wording != "bddl" and params.environment.family == "metaworld":
+        yield f"environment.wording is {params.environment.wording}; expected bddl: the choice is between LIBERO's instructions"
     yield from _labels_at_odds(params)
     yield from _transfer_at_odds(params)
     yield from _objective_at_odds(params)

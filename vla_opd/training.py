@@ -79,10 +79,12 @@ def train(
 
     moments: the optimiser's state to begin with, in the form that this function returns, or none.
     log:     gets every row as it is made, with the number of its step on the schedule.
-    Returns one row of metrics a step, and the moments at the end.
+    What asks for no gradient stays as it is. Returns one row of metrics a step, and the moments at the end.
     FloatingPointError at the first loss or gradient that is not finite, before it reaches the weights; `evidence` is kept then.
     """
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=budget.schedule.peak, weight_decay=budget.weight_decay)
+    optimizer = torch.optim.AdamW(
+        [one for one in policy.parameters() if one.requires_grad], lr=budget.schedule.peak, weight_decay=budget.weight_decay
+    )
     if moments:
         _set_moments(optimizer, moments)
     rows = _resume(policy, optimizer, scratch)
@@ -112,7 +114,7 @@ def train(
 def _keep(evidence: Evidence, policy: nn.Module, step: int, label: str) -> Path:
     path = evidence.folder / f"{label.replace(' ', '-')}-step{step:05d}.safetensors"
     tensors = {f"batch/{name}": torch.from_numpy(np.ascontiguousarray(array)) for name, array in evidence.batch(step).items()}
-    tensors |= {f"weights/{name}": value.detach().cpu().contiguous() for name, value in policy.state_dict().items()}
+    tensors |= {f"weights/{name}": value.detach().cpu().contiguous() for name, value in _changing(policy).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     safetensors.torch.save_file(tensors, path)
     return path
@@ -143,8 +145,14 @@ def _set_moments(optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor]
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
+def _changing(policy: nn.Module) -> dict[str, Tensor]:
+    """What of its state training changes, by name: all but frozen weights."""
+    frozen = {name for name, one in policy.named_parameters() if not one.requires_grad}
+    return {name: value for name, value in policy.state_dict().items() if name not in frozen}
+
+
 def _save(policy: nn.Module, optimizer: torch.optim.Optimizer, rows: list[Row], scratch: Path) -> None:
-    tensors = {f"weights/{name}": value for name, value in policy.state_dict().items()}
+    tensors = {f"weights/{name}": value for name, value in _changing(policy).items()}
     tensors |= {f"moments/{name}": value for name, value in _moments(optimizer).items()}
     temporary = scratch / "training.tmp"
     safetensors.torch.save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, {"rows": canonical(rows)})
@@ -160,7 +168,8 @@ def _resume(policy: nn.Module, optimizer: torch.optim.Optimizer, scratch: Path) 
     with safetensors.safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         rows = json.loads(file.metadata()["rows"])
-    policy.load_state_dict({name.removeprefix("weights/"): value for name, value in tensors.items() if name.startswith("weights/")})
+    weights = {name.removeprefix("weights/"): value for name, value in tensors.items() if name.startswith("weights/")}
+    policy.load_state_dict(policy.state_dict() | weights)
     _set_moments(optimizer, {name.removeprefix("moments/"): value for name, value in tensors.items() if name.startswith("moments/")})
     return rows
 

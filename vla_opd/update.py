@@ -9,6 +9,7 @@ import safetensors.torch
 from jaxtyping import Bool, Int
 from torch import nn
 
+from vla_opd import adapters
 from vla_opd.artifacts import Draft, Manifest
 from vla_opd.checkpoint import Checkpoint, save_weights, write_policy
 from vla_opd.params import UpdateParams
@@ -47,7 +48,18 @@ def require_own_rollouts(student: Checkpoint, visited: Manifest, where: Path) ->
         raise ValueError(f"{where}: sampled by {visited.parents['student'][:12]}; expected {student.digest[:12]}, the student in {student.folder}")
 
 
-def learn(policy: nn.Module, loss: Loss, plan: Budget, work: Draft, student: Checkpoint, label: str, log: Log, evidence: Evidence) -> None:
+def learn(
+    policy: nn.Module,
+    loss: Loss,
+    settings: UpdateParams,
+    plan: Budget,
+    work: Draft,
+    student: Checkpoint,
+    label: str,
+    seed: int,
+    log: Log,
+    evidence: Evidence,
+) -> None:
     """Train, and write policy, moments and metrics into the draft. In the middle of a schedule the moments go on from those beside the student.
 
     At its beginning they don't: another kind of update left its own there.
@@ -56,7 +68,9 @@ def learn(policy: nn.Module, loss: Loss, plan: Budget, work: Draft, student: Che
     moments = safetensors.torch.load_file(kept) if plan.first and kept.is_file() else None
     if not plan.steps:
         print(f"{label}: no state to learn from (keep_low, keep_high, recoverable); the student stays as it is", file=sys.stderr)
-    rows, moments = train(policy, loss, plan, work.scratch, moments, label, log, evidence)
+    adapters.prepare(policy, settings.lora, seed, label.partition(" ")[0])
+    with adapters.recomputing(policy, wanted=settings.gradient_checkpointing):
+        rows, moments = train(policy, loss, plan, work.scratch, moments, label, log, evidence)
     write_policy(work, policy, student)
     with work.part(MOMENTS) as path:
         save_weights(path, moments)

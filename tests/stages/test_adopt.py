@@ -20,7 +20,7 @@ from vla_opd.policies import build_policy, load_policy
 from vla_opd.policies.openvla_oft import from_public
 from vla_opd.trajectory import Observations
 
-ENVIRONMENT = EnvironmentParams(tasks=("libero_object/0",), cameras=("agentview",), image_size=256, render="exact")
+ENVIRONMENT = EnvironmentParams(tasks=("libero_object/0",), cameras=("agentview",), image_size=256, render="exact", wording="benchmark")
 HOST = Host(device="cpu", workers=1, tracking="none", metrics=Path("unused"))
 SEEN = Observations(np.random.default_rng(0).integers(0, 256, (2, 1, 256, 256, 3), np.uint8), np.zeros((2, 8), np.float32), ("pick up the bowl",) * 2)
 
@@ -58,7 +58,7 @@ def test_the_manifest_says_what_it_was_made_of_and_not_where_that_lay(folder: Pa
     assert str(folder) not in made.text()
     elsewhere = public.make(tmp_path / "elsewhere")
     assert adopt.run(params(elsewhere), "student", tmp_path / "again", HOST).digest == made.digest
-    other = EnvironmentParams(tasks=("libero_object/0",), cameras=("agentview",), image_size=256, render="exact", settle=11)
+    other = EnvironmentParams(tasks=("libero_object/0",), cameras=("agentview",), image_size=256, render="exact", wording="benchmark", settle=11)
     assert adopt.run(params(folder, other), "student", tmp_path / "other", HOST).digest != made.digest
 
 
@@ -80,6 +80,9 @@ def test_what_no_student_can_be_is_refused(folder: Path, tmp_path: Path) -> None
     two = ENVIRONMENT.model_copy(update={"cameras": ("agentview", "robot0_eye_in_hand")})
     with pytest.raises(ValueError, match=r"environment\.cameras is \['agentview', 'robot0_eye_in_hand'\]; expected one"):
         adopt.run(params(folder, two), "student", out, HOST)
+    bddl = ENVIRONMENT.model_copy(update={"wording": "bddl"})
+    with pytest.raises(ValueError, match=r"environment\.wording is bddl; expected benchmark"):
+        adopt.run(params(folder, bddl), "student", out, HOST)
     with pytest.raises(ValueError, match=r"unnorm_key is 'bridge'; expected one of \['libero_spatial_no_noops'\]"):
         adopt.run(params(folder, unnorm_key="bridge"), "student", out, HOST)
     (folder / "tokenizer.json").unlink()

@@ -185,8 +185,8 @@ METAWORLD = {
     "environment": "{family: metaworld, tasks: [window-open-v3, window-close-v3], image_size: 32, settle: 0, cameras: [corner4]}",
     "demonstrations": "{main: {episodes: 2}}",
     "demonstrate": "{expert: metaworld, horizon: 200}",
-    "teacher": "{demonstrations: main, steps: 1, learning_rate: 1.0e-3}",
-    "student": "{parent: teacher, demonstrations: main, per_task: 1, steps: 1, learning_rate: 1.0e-3}",
+    "pretrained": "{teacher: {demonstrations: main, steps: 1, learning_rate: 1.0e-3}}",
+    "finetuned": "{student: {parent: teacher, demonstrations: main, per_task: 1, steps: 1, learning_rate: 1.0e-3}}",
     "sample": "{group: 2, horizon: 24, prompts: 1}",
 }
 

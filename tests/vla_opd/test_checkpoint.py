@@ -63,7 +63,15 @@ def test_tokens_of_other_actions_are_refused(field: str, theirs: object) -> None
 
 @pytest.mark.parametrize(
     ("field", "ours"),
-    [("family", "libero"), ("cameras", ("front",)), ("image_size", 24), ("settle", 0), ("stepping", "exact"), ("render", "exact")],
+    [
+        ("family", "libero"),
+        ("cameras", ("front",)),
+        ("image_size", 24),
+        ("settle", 0),
+        ("stepping", "exact"),
+        ("render", "exact"),
+        ("wording", "benchmark"),
+    ],
 )
 def test_another_environment_is_refused(field: str, ours: object) -> None:
     with pytest.raises(ValueError, match=rf"environment\.{field} is .*, which the student was trained with") as caught:

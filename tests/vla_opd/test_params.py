@@ -107,6 +107,7 @@ def test_later_overrides_win_and_deeper_ones_reach_in(minimal: Path) -> None:
         ("reinforcements.rl001=it000", r"reinforcements\.rl001 is 'it000': no such checkpoint; expected one of"),
         ("explore.group=1", r"explore\.group is 1: .*greater than or equal to 2"),
         ("iterations.student=teacher", r"iterations has \['student'\]: these names belong to other checkpoints"),
+        ("environment.wording=benchmark", r"environment\.wording is benchmark; expected bddl: the choice is between LIBERO's instructions"),
         ("policy.crop=129", r"policy\.crop is 129; expected at most environment\.image_size, which is 128"),
         ("environment.image_size=64", r"policy\.crop is 96; expected at most environment\.image_size, which is 64"),
         ("report.final=it003", r"report\.final is 'it003'; expected one of the evaluations \['final', 'start'\]"),

@@ -165,7 +165,7 @@ class LiberoEnv:
 
     def _observe(self) -> Observation:
         assert self._task is not None
-        return Observation(self._renderer.draw(self.data, self._cameras), self._proprio(), self._task.instruction)
+        return Observation(self._renderer.draw(self.data, self._cameras), self._proprio(), self._task.instruction(self._params.wording))
 
     def _proprio(self) -> Float32[np.ndarray, "8"]:
         robot, data = self.problem.robots[0], self.problem.sim.data

@@ -6,26 +6,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float64
 
+_SCENE = re.compile(r"^[A-Z][A-Z_]*SCENE\d+_")  # before the words of a name of LIBERO-100
 _LANGUAGE = re.compile(r"\(:language\s+([^)]*)\)")
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task of a suite: `libero_object/3` is the fourth in the order of the benchmark.
-
-    instruction: the `:language` of the task's BDDL file, in lower case as LIBERO reads it.
-    """
+    """One task of a suite: `libero_object/3` is the fourth in the order of the benchmark."""
 
     name: str
     bddl: Path
     states: Path
 
-    @property
-    def instruction(self) -> str:
+    def instruction(self, wording: Literal["bddl", "benchmark"] = "bddl") -> str:
+        """As in the `:language` of its BDDL file, in lower case as LIBERO reads it; or as the benchmark has it, by the file's name."""
+        if wording == "benchmark":
+            return _SCENE.sub("", self.bddl.stem).replace("_", " ")
         match = _LANGUAGE.search(self.bddl.read_text())
         assert match is not None, f"{self.bddl} has no :language"
         return " ".join(match.group(1).lower().split())

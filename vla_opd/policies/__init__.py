@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers.initialization import no_init_weights
 
+from vla_opd import adapters
 from vla_opd.artifacts import Manifest, draft
 from vla_opd.checkpoint import Checkpoint, CheckpointFacts, open_checkpoint, write_policy
 from vla_opd.params import named_function
@@ -23,10 +24,11 @@ def build_policy(facts: CheckpointFacts) -> Any:  # a Policy that is also a torc
 
 
 def load_policy(checkpoint: Checkpoint, device: str = "cpu") -> Any:  # as above
-    """The policy with its weights, in the precision that they are stored in, and its tokenizer, on a device, in evaluation mode."""
+    """The policy with its weights, in the precision that they are stored in, its adapter and its tokenizer, on a device, in evaluation mode."""
     with no_init_weights():  # what nobody writes to takes no memory
         policy = build_policy(checkpoint.facts)
     policy.load_state_dict({name: tensor.clone() for name, tensor in checkpoint.weights().items()}, assign=True)  # aligned as torch's own are
+    adapters.read(policy, checkpoint.folder)
     if (tokenizer := checkpoint.tokenizer()) is not None:
         policy.tokenizer = tokenizer
     return policy.to(device).eval()

@@ -262,7 +262,23 @@ def test_describe_tells_versions_and_choices(fast: LiberoEnv) -> None:
 def test_catalogue() -> None:
     assert len(task_names("libero_90")) == 90
     assert {"libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_object_swap"} <= set(suites())
-    assert find_task("libero_object/0").instruction == "pick the alphabet soup and place it in the basket"
+    assert find_task("libero_object/0").instruction() == "pick the alphabet soup and place it in the basket"
+
+
+@simulator
+def test_the_benchmarks_wording_is_its_own() -> None:
+    from libero.libero.benchmark import grab_language_from_filename  # imports far more than one function
+
+    for name in (*task_names("libero_object"), *task_names("libero_goal"), *task_names("libero_10"), *task_names("libero_90")):
+        task = find_task(name)
+        assert task.instruction("benchmark") == grab_language_from_filename(task.bddl.name)
+    assert find_task("libero_object/0").instruction("benchmark") == "pick up the alphabet soup and place it in the basket"
+    env = make(_params(tasks=(BOWL,), wording="benchmark"))
+    try:
+        seen = env.reset(Placement(BOWL, "training", 0))
+    finally:
+        env.close()
+    assert seen.instruction == "pick up the black bowl between the plate and the ramekin and place it on the plate"
     assert find_task("libero_object/0").initial_states().shape[0] == 50
 
 
