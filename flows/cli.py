@@ -119,11 +119,31 @@ def _quiet() -> None:
 
 
 @app.command()
-def plan(targets: Stages = None) -> None:
-    """Say what is up to date and what is not."""
+def plan(
+    targets: Stages = None,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="what the run will take of the memory, and whether it fits, in place of what is to do")
+    ] = False,
+    capacity: Annotated[
+        float | None, typer.Option(min=0, metavar="GB", help="with --memory: of the device, if it isn't the one that is here")
+    ] = None,
+) -> None:
+    """Say what is up to date and what is not; or, with --memory, what the run will need. Exit code 1 if that is more than there is."""
+    if memory:
+        _plan_memory(capacity)
+        return
     for step in pipeline.plan(targets or ()):
         state = "to do" if step.stale else "may be to do" if step.due else "not needed" if step.missing else "up to date"
         print(f"  {step.name:<20} {state}")
+
+
+def _plan_memory(capacity: float | None) -> None:
+    from flows import capacity as needed
+
+    told, too_much = needed.plan(params.load(), capacity)
+    print(told)
+    if too_much:
+        raise ValueError("\n".join(too_much))
 
 
 @app.command("serve")

@@ -61,7 +61,7 @@ def attach(policy: nn.Module, lora: Lora, seed: int) -> None:
 
 def read(policy: nn.Module, folder: Path) -> None:
     """Give a policy the adapter beside its weights, if there is one. ValueError for one that doesn't fit."""
-    if not (folder / CONFIG).is_file():
+    if beside(folder) is None:
         return
     from peft import LoraConfig, set_peft_model_state_dict
 
@@ -73,6 +73,14 @@ def read(policy: nn.Module, folder: Path) -> None:
     lost = [name for name, one in policy.named_parameters() if one.requires_grad and name in found.missing_keys]
     if lost or found.unexpected_keys:
         raise ValueError(f"{folder / ADAPTER}: lacks {lost}, and has {found.unexpected_keys} besides; expected an adapter of this policy")
+
+
+def beside(folder: Path) -> Lora | None:
+    """What adapter lies in a folder, if there is one."""
+    if not (folder / CONFIG).is_file():
+        return None
+    told = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    return Lora(told["r"], told["lora_alpha"])
 
 
 def write(policy: Any, adapter: Path, config: Path) -> None:

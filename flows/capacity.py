@@ -1,0 +1,71 @@
+"""What a run will take of a device's memory, of the host's and of the disk, as the person at the terminal sees it, and whether it fits."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import torch
+
+from flows.answers import rows
+from flows.store import ROOT
+from vla_opd import memory
+from vla_opd.host import this_host
+from vla_opd.params import START, Params
+
+USABLE = 0.9  # of a device's memory: its driver, its libraries and what lies between the allocator's blocks take the rest
+
+
+def plan(run: Params, capacity_gb: float | None) -> tuple[str, list[str]]:
+    """The table, and what doesn't fit. capacity_gb: of the device; that of the one that is here, if none is given.
+
+    ValueError for a checkpoint of which nothing is known yet.
+    """
+    here, root = this_host(1, os.environ.get("OPD_DEVICE", "auto"), "none", Path()).device, ROOT / run.run.name
+    capacity = _capacity(here) if capacity_gb is None else round(capacity_gb * 1e9)
+    needs = memory.device(run, root)
+    table = rows(["on the device", "weights", "gradients", "moments", "activations", "together"], [_row(need) for need in needs])
+    device = f"{here}: {_gb(capacity)}" if capacity_gb is None else _gb(capacity)
+    left = memory.stored(run, memory.described(run, root, START).facts)
+    host = [("frames", _gb(left.frames)), ("labels", _gb(left.labels))]
+    return "\n".join(
+        [
+            table,
+            f"  of {device} at most {USABLE:.0%} are to be had",
+            "",
+            rows([f"of an iteration, {left.states} states at most", "in the host's memory, and on the disk before compression"], host),
+            f"  the host has {_gb(psutil.virtual_memory().total)}",
+        ]
+    ), _too_much(needs, capacity, left)
+
+
+def _too_much(needs: Sequence[memory.Need], capacity: int, left: memory.Stored) -> list[str]:
+    usable, host = round(USABLE * capacity), psutil.virtual_memory().total
+    found = [
+        f"{one.stage} needs {_gb(one.total)} on the device; expected at most {_gb(usable)} ({_less(one.stage)})"
+        for one in needs
+        if one.total > usable
+    ]
+    if (held := left.frames + left.labels) > host:
+        found.append(f"optimize needs {_gb(held)} of the host's memory; expected at most {_gb(host)} (fewer sample.prompts, a larger observe_every)")
+    return found
+
+
+def _less(stage: str) -> str:
+    return {
+        "label": "a smaller label.batch_size",
+        "optimize": "optimize.gradient_checkpointing, a smaller optimize.batch_size, an adapter (optimize.lora_rank)",
+        "reinforce": "reinforce.gradient_checkpointing, a smaller reinforce.batch_size, an adapter (reinforce.lora_rank)",
+    }.get(stage, f"a smaller {stage}.inference_batch")
+
+
+def _capacity(device: str) -> int:
+    return torch.cuda.get_device_properties(device).total_memory if device.startswith("cuda") else psutil.virtual_memory().total
+
+
+def _row(need: memory.Need) -> tuple[str, ...]:
+    return need.stage, *(_gb(part) for part in (need.weights, need.gradients, need.moments, need.activations, need.total))
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"

@@ -1,0 +1,61 @@
+"""`opd plan --memory`: the table, and what doesn't fit."""
+
+from pathlib import Path
+
+import pytest
+
+from flows import cli
+from flows.capacity import plan
+from tests.vla_opd import public
+from vla_opd.params import load
+
+PARAMS = """
+run: {name: public}
+environment: {family: libero, tasks: [libero_object/0], cameras: [agentview], image_size: 256, render: exact, wording: benchmark}
+adopt: {student: {folder: public}, teacher: {folder: public}}
+label: {batch_size: 2}
+optimize: {lora_rank: 4, batch_size: 4}
+iterations: {it001: student}
+reinforcements: {rl001: it001}
+reinforce: {lora_rank: 4, batch_size: 2}
+evaluations: {}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    public.make(tmp_path / "public")
+    (tmp_path / "params.yaml").write_text(PARAMS)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_every_stage_that_runs_a_policy_is_in_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--memory", "--capacity", "80"]) == 0
+    said = capsys.readouterr().out
+    assert [line.split()[0] for line in said.splitlines() if line.strip() and "GB" in line][:6] == [
+        "evaluate",
+        "sample",
+        "label",
+        "optimize",
+        "explore",
+        "reinforce",
+    ]
+    assert "of 80.00 GB at most 90% are to be had" in said
+    assert "of an iteration, 450 states at most" in said  # a task, a placement, six episodes, 150 / 2 states each
+
+
+def test_what_does_not_fit_is_named_with_what_would_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--memory", "--capacity", "0.02"]) == 1
+    said = capsys.readouterr()
+    assert "optimize needs 0.0" in said.err
+    assert "expected at most 0.02 GB (optimize.gradient_checkpointing, a smaller optimize.batch_size, an adapter (optimize.lora_rank))" in said.err
+    assert "evaluate needs" not in said.err
+    assert "on the device" in said.out
+
+
+def test_more_states_than_the_host_can_hold_are_too_many() -> None:
+    told, too_much = plan(load(overrides=["sample.prompts=100000"]), 80)
+    assert "45000000 states at most" in told
+    assert len(too_much) == 1
+    assert too_much[0].startswith("optimize needs ")
+    assert "of the host's memory" in too_much[0]

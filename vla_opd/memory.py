@@ -1,0 +1,193 @@
+"""How much memory a run will take, before there is one: the policies are run on torch's `meta` device, where tensors have sizes and nothing else.
+
+A pass is made as the stage makes it, and the sizes of all storages that are alive at a time are added up; attention counts as a fused kernel's, which
+keeps no B x H x N x N probabilities. What a device's driver and allocator take besides isn't in it.
+"""
+
+import weakref
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import safetensors
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers.initialization import no_init_weights
+
+from vla_opd import adapters
+from vla_opd.artifacts import read_manifest
+from vla_opd.checkpoint import WEIGHTS, CheckpointFacts
+from vla_opd.openvla import QUESTION, read_public, read_tokenizer
+from vla_opd.params import START, Params, UpdateParams
+from vla_opd.policies import build_policy
+from vla_opd.trajectory import Observations
+
+MOMENTS = 2  # of AdamW, float32, for every number that is trained
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Described:
+    """What is known of a checkpoint without its weights; `source` is where its tokenizer lies, if it has one."""
+
+    facts: CheckpointFacts
+    dtype: torch.dtype
+    source: Path
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a stage holds on its device at most, in bytes."""
+
+    stage: str
+    weights: int
+    gradients: int = 0
+    moments: int = 0
+    activations: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it at once: the peak of activations is in the backward pass, when there are gradients."""
+        return self.weights + self.gradients + self.moments + self.activations
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What an iteration leaves at most, uncompressed, in bytes: it is on the disk, and in the host's memory while the student is optimised."""
+
+    states: int
+    frames: int
+    labels: int
+
+
+def device(params: Params, root: Path) -> list[Need]:
+    """What the stages need that run a policy, one after the other: student and teacher are never there at the same time.
+
+    ValueError for a checkpoint of which nothing is known yet.
+    """
+    student = described(params, root, START)
+    needs = [inference("evaluate", student, params.evaluate.inference_batch)]
+    if params.iterations:
+        teacher = described(params, root, params.label.teacher)
+        needs += [inference("sample", student, params.sample.inference_batch), inference("label", teacher, params.label.batch_size)]
+        needs += [update("optimize", student, params.optimize)]
+    if params.reinforcements:
+        needs += [inference("explore", student, params.explore.inference_batch), update("reinforce", student, params.reinforce)]
+    return needs
+
+
+def described(params: Params, root: Path, name: str) -> Described:
+    """A checkpoint by its manifest, or, before it is adopted, by its public files."""
+    folder = root / "checkpoints" / name
+    if (folder / "manifest.json").is_file():
+        facts = CheckpointFacts.model_validate(read_manifest(folder, "checkpoint").facts["checkpoint"])
+        with safetensors.safe_open(folder / WEIGHTS, "pt") as file:
+            stored = file.get_slice(next(iter(file.keys()))).get_dtype()
+        return Described(facts, DTYPES[stored], folder)
+    if (its := params.adopt.get(name)) is None:
+        raise ValueError(f"{folder}: isn't there yet, and what it will need isn't known before; expected it, or an entry of `adopt`")
+    public = read_public(Path(its.folder), its.unnorm_key, its.crop)
+    facts = CheckpointFacts(policy=public.architecture, action_space=public.space, environment=params.environment, prompt=QUESTION)
+    return Described(facts, getattr(torch, its.dtype), Path(its.folder))
+
+
+def inference(stage: str, checkpoint: Described, batch: int) -> Need:
+    """A forward pass without gradients."""
+    held, peak = _forward(checkpoint, batch)
+    return Need(stage, held, activations=peak - held)
+
+
+@lru_cache(maxsize=4)
+def _forward(checkpoint: Described, batch: int) -> tuple[int, int]:
+    policy = _policy(checkpoint)
+    with torch.inference_mode(), _counting(policy) as counted:
+        policy.logits(_observations(checkpoint.facts, batch))
+    return counted.held, counted.peak
+
+
+def update(stage: str, checkpoint: Described, settings: UpdateParams) -> Need:
+    """An optimiser's step: forward and backward pass, the gradients, and the optimiser's moments."""
+    policy = _policy(checkpoint)
+    with torch.device("meta"):
+        adapters.prepare(policy, settings.lora, 0, stage)
+    trained = sum(one.numel() for one in policy.parameters() if one.requires_grad)
+    with adapters.recomputing(policy, wanted=settings.gradient_checkpointing), _counting(policy) as counted:
+        value = policy.logits(_observations(checkpoint.facts, settings.batch_size)).log_softmax(-1).mean()
+        value.backward()
+    gradients = 4 * trained
+    return Need(stage, counted.held, gradients, MOMENTS * 4 * trained, counted.peak - counted.held - gradients)
+
+
+def stored(params: Params, facts: CheckpointFacts) -> Stored:
+    """If every episode lasts to its horizon."""
+    its = params.sample
+    states = len(params.environment.tasks) * its.prompts * its.group * -(-its.horizon // its.observe_every)
+    frame = len(params.environment.cameras) * params.environment.image_size**2 * 3
+    width = {"float16": 2, "float32": 4}[params.label.dtype]
+    return Stored(states, states * frame, states * facts.action_space.tokens * facts.action_space.bins * width)
+
+
+def _policy(checkpoint: Described) -> Any:
+    with torch.device("meta"), no_init_weights():
+        policy = build_policy(checkpoint.facts).to(checkpoint.dtype).eval()
+        if (its := adapters.beside(checkpoint.source)) is not None:
+            adapters.attach(policy, its, 0)
+    if (tokenizer := read_tokenizer(checkpoint.source)) is not None:
+        policy.tokenizer = tokenizer
+    return policy
+
+
+def _observations(facts: CheckpointFacts, batch: int) -> Observations:
+    its = facts.environment
+    frames = np.zeros((batch, len(its.cameras), its.image_size, its.image_size, 3), np.uint8)
+    return Observations(frames, np.zeros((batch, len(facts.proprio_mean)), np.float32), ("",) * batch)
+
+
+class _Counter(TorchDispatchMode):
+    """Bytes in storages on a policy's device that are alive: now, at most, and before anything was done."""
+
+    def __init__(self, policy: nn.Module) -> None:
+        super().__init__()
+        self._device = next(policy.parameters()).device.type
+        self.now = self.peak = 0
+        self._alive = WeakIdKeyDictionary()
+        for tensor in (*policy.parameters(), *policy.buffers()):
+            self._take(tensor)
+        self.held = self.now
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = function(*args, **(kwargs or {}))
+        for result in results if isinstance(results, tuple | list) else (results,):
+            if isinstance(result, Tensor) and result.device.type == self._device:
+                self._take(result)
+        return results
+
+    def _take(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage not in self._alive:
+            self._alive[storage] = True
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._free, storage.nbytes())
+
+    def _free(self, size: int) -> None:
+        self.now -= size
+
+
+@contextmanager
+def _counting(policy: nn.Module) -> Generator[_Counter]:
+    with patch.object(nn.functional, "scaled_dot_product_attention", _fused), _Counter(policy) as counter:
+        yield counter
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, **more: Any) -> Tensor:
+    """What the meta device has no kernel for: it would take attention apart into products, and keep the probabilities."""
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001 - the one of torch's that takes a mask, and is on all builds
+    return fused(query, key, value, dropout_p, more.get("is_causal", False), attn_mask=attn_mask, scale=more.get("scale"))[0]
