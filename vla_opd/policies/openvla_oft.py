@@ -5,6 +5,7 @@ placeholder per action token, a stop token; every position sees every other. Act
 there are only the rows of the V action tokens, turned so that bins ascend in action value.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -84,8 +85,12 @@ class OpenVLAOFT(nn.Module):
         """Logits over the bins of one chunk. ValueError unless there is one camera, and room for every instruction."""
         if observations.frames.shape[1] != 1:
             raise ValueError(f"frames: {observations.frames.shape[1]} cameras; expected 1, the one that the checkpoint was trained with")
-        patches = self.projector(self.features(self.pixels(observations.frames[:, 0])))
-        prompts = [self.prompt(instruction) for instruction in observations.instructions]
+        return self.answers(self.pixels(observations.frames[:, 0]), observations.instructions)
+
+    def answers(self, pixels: Float[Tensor, "B 6 S S"], instructions: Sequence[str]) -> Float[Tensor, "B K V"]:
+        """Logits for pictures that are ready."""
+        patches = self.projector(self.features(pixels))
+        prompts = [self.prompt(instruction) for instruction in instructions]
         padded = torch.tensor([ids + [PAD] * (LONGEST - len(ids)) for ids in prompts], device=self.device)
         return self.head(self.hidden(patches, padded, torch.tensor([len(ids) for ids in prompts], device=self.device))).float()
 
