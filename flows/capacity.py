@@ -27,13 +27,13 @@ def plan(run: Params, capacity_gb: float | None) -> tuple[str, list[str]]:
     table = rows(["on the device", "weights", "gradients", "moments", "activations", "together"], [_row(need) for need in needs])
     device = f"{here}: {_gb(capacity)}" if capacity_gb is None else _gb(capacity)
     left = memory.stored(run, memory.described(run, root, START).facts)
-    host = [("frames", _gb(left.frames)), ("labels", _gb(left.labels))]
+    host = [("frames", _gb(left.frames)), ("labels", _gb(left.labels)), ("in the host's memory", _gb(left.held))]
     return "\n".join(
         [
             table,
             f"  of {device} at most {USABLE:.0%} are to be had",
             "",
-            rows([f"of an iteration, {left.states} states at most", "in the host's memory, and on the disk before compression"], host),
+            rows([f"of an iteration, {left.states} states at most", "before compression"], host),
             f"  the host has {_gb(psutil.virtual_memory().total)}",
         ]
     ), _too_much(needs, capacity, left)
@@ -46,14 +46,16 @@ def _too_much(needs: Sequence[memory.Need], capacity: int, left: memory.Stored) 
         for one in needs
         if one.total > usable
     ]
-    if (held := left.frames + left.labels) > host:
-        found.append(f"optimize needs {_gb(held)} of the host's memory; expected at most {_gb(host)} (fewer sample.prompts, a larger observe_every)")
+    if left.held > host:
+        less = "fewer sample.prompts, a larger sample.observe_every"
+        found.append(f"optimize needs {_gb(left.held)} of the host's memory; expected at most {_gb(host)} ({less})")
     return found
 
 
 def _less(stage: str) -> str:
     return {
         "label": "a smaller label.batch_size",
+        "anchor": "optimize.anchor 0, or a smaller optimize.batch_size",
         "optimize": "optimize.gradient_checkpointing, a smaller optimize.batch_size, an adapter (optimize.lora_rank)",
         "reinforce": "reinforce.gradient_checkpointing, a smaller reinforce.batch_size, an adapter (reinforce.lora_rank)",
     }.get(stage, f"a smaller {stage}.inference_batch")

@@ -129,9 +129,13 @@ def plan(
     ] = None,
 ) -> None:
     """Say what is up to date and what is not; or, with --memory, what the run will need. Exit code 1 if that is more than there is."""
-    if memory:
+    if memory and not targets:
         _plan_memory(capacity)
         return
+    if memory or capacity is not None:
+        raise ValueError(
+            f"--memory with {targets or 'no stages'}, --capacity is {capacity}; expected --memory without stages, and --capacity with it only"
+        )
     for step in pipeline.plan(targets or ()):
         state = "to do" if step.stale else "may be to do" if step.due else "not needed" if step.missing else "up to date"
         print(f"  {step.name:<20} {state}")

@@ -6,7 +6,7 @@ done with a run can be done with it, from its folder: `dvc repro`, `opd run`, `o
 
 import os
 import shutil
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from functools import reduce
 from io import StringIO
@@ -16,7 +16,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from flows.store import ROOT
-from vla_opd.artifacts import MANIFEST, canonical, read_manifest, sha256
+from vla_opd.artifacts import MANIFEST, canonical, link, read_manifest, sha256
 from vla_opd.params import START, Params, StudyParams, load
 from vla_opd.results import DISCARDED
 from vla_opd.study import read
@@ -164,7 +164,7 @@ def is_done(member: Member, run: Params) -> bool:
 def _code() -> set[str]:
     """The top-level folders of the code that dvc.yaml names."""
     stages = _parsed(Path("dvc.yaml"))["stages"].values()
-    deps = {Path(dep).parts[0] for stage in stages for dep in stage.get("do", stage)["deps"]}
+    deps = {Path(dep).parts[0] for stage in stages for dep in stage.get("do", stage)["deps"] if not dep.startswith("${")}
     return deps - {ROOT.name}
 
 
@@ -228,25 +228,24 @@ def _switched(before: Member, success: float) -> int | None:
 def _take(source: Path, target: Path, wanted: Container[str], *, data: bool = False) -> None:
     """Give one project the outs of some of another's stages, and what its dvc.lock says of how they were made; not what its settings make otherwise.
 
-    data: the demonstrations too. They are large and never written to, so they are linked.
+    data: the demonstrations too. What is large, they and checkpoints, is never written to, and linked.
     """
     theirs, ours = _locked(target / LOCK), _locked(source / LOCK)
     shared = _holding({name: entry for name, entry in ours.items() if name in wanted}, _parsed(target / "params.yaml"))
     for out in (Path(out["path"]) for entry in shared.values() for out in entry["outs"]):
-        large = "demonstrations" in out.parts
-        if (source / out / MANIFEST).is_file() and (data or not large) and not _same(source / out, target / out):
-            _copy(source / out, target / out, os.link if large else shutil.copy2)
+        if (source / out / MANIFEST).is_file() and (data or "demonstrations" not in out.parts) and not _same(source / out, target / out):
+            _copy(source / out, target / out)
     if any(theirs.get(name) != entry for name, entry in shared.items()):
         new = target / f".{LOCK}"
         new.write_text(_yaml({"schema": "2.0", "stages": theirs | shared}))
         new.rename(target / LOCK)
 
 
-def _copy(source: Path, target: Path, one: Callable[[str, str], object]) -> None:
-    """Under a hidden name first: whoever is killed meanwhile leaves nothing that looks whole."""
+def _copy(source: Path, target: Path) -> None:
+    """By links, and under a hidden name first: whoever is killed meanwhile leaves nothing that looks whole."""
     hidden = target.with_name(f".{target.name}.taken")
     shutil.rmtree(hidden, ignore_errors=True)
-    shutil.copytree(source, hidden, copy_function=one)
+    shutil.copytree(source, hidden, copy_function=lambda one, other: link(Path(one), Path(other)))
     shutil.rmtree(target, ignore_errors=True)
     hidden.rename(target)
 

@@ -171,7 +171,7 @@ def tabulate(name: str, run: Params) -> Manifest:
     parameters = run.model_copy(update={"studies": {name: its}}).model_dump(mode="json")
     with draft(root / "studies" / name, "study", parents, {"parameters": parameters}) as work:
         write(table.with_shared(shared_rows(shared.evaluations.values())), work.folder)
-        facts = {name: _made(manifest) for name, manifest in shared.checkpoints.items()}
+        facts = {name: _made(manifest) for name, manifest in shared.checkpoints.items() if name in run.trained}
         return work.publish({**facts, "members": len(done), "episodes": len(table.episodes), "iterations": len(table.updates)})
 
 

@@ -1,12 +1,11 @@
 """adopt: a public checkpoint -> checkpoint. OpenVLA-OFT with discrete tokens, and with everything that is needed to use it."""
 
-import hashlib
 import shutil
 from pathlib import Path
 
 import torch
 
-from vla_opd.artifacts import Manifest, draft
+from vla_opd.artifacts import Manifest, draft, file_entry
 from vla_opd.checkpoint import WEIGHTS, CheckpointFacts, save_weights
 from vla_opd.host import Host
 from vla_opd.openvla import QUESTION, TOKENIZER, read_public, read_tokenizer, sources
@@ -25,30 +24,28 @@ def run(params: Params, name: str, out: Path, host: Host) -> Manifest:
     public = read_public(folder, its.unnorm_key, its.crop)
     if read_tokenizer(folder) is None:
         raise ValueError(f"{folder}: has no {TOKENIZER}; expected the checkpoint's own, by which instructions are put to it")
-    settings = {"name": name, "adopt": its.model_dump(exclude={"folder"}), "environment": params.environment.model_dump(exclude={"tasks"})}
+    settings = {
+        "name": name,
+        "adopt": its.model_dump(exclude={"folder"}),
+        "environment": params.environment.model_dump(exclude={"tasks"}),
+        "sources": {path.name: file_entry(path).sha256 for path in sources(folder)},
+    }
     facts = CheckpointFacts(policy=public.architecture, action_space=public.space, environment=params.environment, prompt=QUESTION)
     with draft(out, "checkpoint", {}, settings) as work, track(host, params.run.name, "adopt", name, settings):
-        if not work.has(WEIGHTS):
-            weights = public_weights(folder, public.architecture, public.space, getattr(torch, its.dtype))
-            with work.part(WEIGHTS) as path:
-                save_weights(path, weights)
+        with work.part(WEIGHTS) as path:
+            save_weights(path, public_weights(folder, public.architecture, public.space, getattr(torch, its.dtype)))
         with work.part(TOKENIZER) as path:
             shutil.copyfile(folder / TOKENIZER, path)
-        return work.publish({"checkpoint": facts.model_dump(), "sources": {path.name: _sha256(path) for path in sources(folder)}})
+        return work.publish({"checkpoint": facts.model_dump()})
 
 
 def _require_benchmark(environment: EnvironmentParams) -> None:
-    """The stock simulator's pictures, of one camera, and the benchmark's own instructions: public checkpoints were trained with no others."""
-    if environment.render != "exact":
-        raise ValueError(
-            f"environment.render is {environment.render}; expected exact: a public checkpoint was trained on the stock simulator's pictures"
-        )
+    """ValueError for what public checkpoints weren't trained with: the stock pictures of one camera, and the benchmark's own instructions."""
+    wanted = {"render": "exact"}
+    if environment.family == "libero":
+        wanted |= {"cameras": ("agentview",), "image_size": 256, "wording": "benchmark"}
+    for field, expected in wanted.items():
+        if (value := getattr(environment, field)) != expected:
+            raise ValueError(f"environment.{field} is {value!r}; expected {expected!r}, with which public checkpoints were trained")
     if len(environment.cameras) != 1:
         raise ValueError(f"environment.cameras is {list(environment.cameras)}; expected one, the third-person camera")
-    if environment.family == "libero" and environment.wording != "benchmark":
-        raise ValueError(f"environment.wording is {environment.wording}; expected benchmark: a public checkpoint was trained with those instructions")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

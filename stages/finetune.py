@@ -50,7 +50,7 @@ def run(params: Params, name: str, demonstrations: Path, parent: Path | None, ou
         bins = policy.encode(states.labels)
         loss = _loss(policy, bins, facts.action_space.bins, states, params, name)
         evidence = Evidence(host.not_finite(params.run.name), lambda step: _examples(states, bins, _order(states, params, name)(step)))
-        adapters.prepare(policy, sft.lora, derive(params.run.seed, "finetune", name), "finetune")
+        adapters.prepare(policy, sft.lora if origin else None, derive(params.run.seed, "finetune", name), "finetune")
         with adapters.recomputing(policy, wanted=sft.gradient_checkpointing):
             rows, _ = train(policy, loss, _budget(made, params), work.scratch, None, f"finetune {name}", log, evidence)
         write_policy(work, policy, origin)

@@ -41,7 +41,7 @@ from vla_opd.tracking import track
 from vla_opd.training import Evidence, Loss, Row
 from vla_opd.trajectory import Observations, joined, read_states, shards
 from vla_opd.transfer import between, require_comparable
-from vla_opd.update import budget, learn, order, probed, require_own_rollouts
+from vla_opd.update import budget, in_batches, learn, order, probed, require_own_rollouts
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ def _to_go(data: Labelled, decisions: Decisions, opt: OptimizeParams) -> Float[n
 
 def _scores(policy: Policy, data: Labelled, opt: OptimizeParams) -> Float[np.ndarray, "N K V"]:
     """A policy's log-probabilities at all states, at the student's temperature."""
-    parts = np.array_split(np.arange(len(data.mask)), -(-len(data.mask) // opt.batch_size))
+    parts = in_batches(np.arange(len(data.mask)), opt.batch_size)
     with torch.inference_mode():
         return np.concatenate([tempered(policy.logits(data.observations.at(rows)), opt.temperature).cpu().numpy() for rows in parts])
 
@@ -278,7 +278,7 @@ def _diagnostics(batch: TokenBatch, mask: Bool[Tensor, "N K"]) -> Row:
 
 def _token_batch(policy: Policy, data: Labelled, rows: np.ndarray, opt: OptimizeParams, seed: int) -> tuple[TokenBatch, Bool[Tensor, "N K"]]:
     """Both distributions at some states, and what the rollout did there where the objective asks for it."""
-    logits = policy.logits(data.observations.at(rows))
+    logits = torch.cat([policy.logits(data.observations.at(part)) for part in in_batches(rows, opt.batch_size)])
     student = tempered(logits, opt.temperature)
     teacher = tempered(torch.from_numpy(data.teacher[rows]).to(logits.device).float(), opt.teacher_temperature or opt.temperature)
     mask, batch = torch.from_numpy(data.mask[rows]).to(logits.device), TokenBatch(student, teacher, lambda: drawn(student, seed), opt)

@@ -21,7 +21,7 @@ from vla_opd.seeds import derive
 from vla_opd.tracking import track
 from vla_opd.training import Evidence, Loss, Row
 from vla_opd.trajectory import Observations, read_states, shards
-from vla_opd.update import budget, learn, order, probed, require_own_rollouts
+from vla_opd.update import budget, in_batches, learn, order, probed, require_own_rollouts
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,10 @@ def run(params: Params, iteration: str, student: Path, trajectories: Path, out: 
     parents = {"student": checkpoint.digest, "trajectories": visited.digest}
     with draft(out, "checkpoint", parents, settings) as work, track(host, params.run.name, "reinforce", iteration, settings) as log:
         policy, seed = load_policy(checkpoint, host.device), derive(params.run.learning_seed, "reinforce", iteration)
-        before, plan = _probe(policy, data), budget(its, depth, len(data.usable))
+        before, plan = _probe(policy, data, its.batch_size), budget(its, depth, len(data.usable))
         evidence = Evidence(host.not_finite(params.run.name), lambda step: data.at(order(data.usable, its.batch_size, seed)(step)))
         learn(policy, _loss(policy, data, its, seed), its, plan, work, checkpoint, f"reinforce {iteration}", seed, log, evidence)
-        facts = {"checkpoint": checkpoint.facts.model_dump(), "before": before, "after": _probe(policy, data)}
+        facts = {"checkpoint": checkpoint.facts.model_dump(), "before": before, "after": _probe(policy, data, its.batch_size)}
         return work.publish({**facts, "depth": depth, "states": len(data.usable)})
 
 
@@ -100,9 +100,10 @@ def _loss(policy: Policy, data: Rolled, its: ReinforceParams, seed: int) -> Loss
     return loss
 
 
-def _probe(policy: Policy, data: Rolled) -> dict[str, float]:
+def _probe(policy: Policy, data: Rolled, batch_size: int) -> dict[str, float]:
     """The student's entropy at the rollout's temperature, in nats a token, on a fixed selection of the states."""
     rows = probed(data.mask)
     with torch.inference_mode():
-        log_probs = tempered(policy.logits(data.observations.at(rows)), data.temperature)
+        logits = torch.cat([policy.logits(data.observations.at(part)) for part in in_batches(rows, batch_size)])
+        log_probs = tempered(logits, data.temperature)
         return {"student_entropy": masked_mean(entropy(log_probs), torch.from_numpy(data.mask[rows]).to(log_probs.device)).item()}

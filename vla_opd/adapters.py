@@ -5,14 +5,14 @@ A checkpoint with an adapter has its base's weights beside it, byte for byte, an
 peft is imported where it is needed: that takes seconds, and most runs have no adapters.
 """
 
-import json
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -22,6 +22,16 @@ ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 NAME = "default"  # peft's, of a model's first adapter
 PREFIX = "base_model.model."  # of the names in peft's files
 HEAD = "head"
+
+
+class Config(BaseModel):
+    """What of `adapter_config.json` an adapter depends on, under peft's names. Whatever else peft knows has to be as if it weren't there."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    peft_type: Literal["LORA"] = "LORA"
+    r: int = Field(ge=1)
+    lora_alpha: int = Field(ge=1)
+    target_modules: tuple[str, ...] = Field(min_length=1)
 
 
 def prepare(policy: nn.Module, lora: Lora | None, seed: int, where: str) -> None:
@@ -51,25 +61,24 @@ def attached(policy: nn.Module) -> Lora | None:
 
 def attach(policy: nn.Module, lora: Lora, seed: int) -> None:
     """Give a policy a new adapter, drawn by the seed, and freeze everything else."""
-    from peft import LoraConfig
-
     linear = {name.rpartition(".")[2] for name, module in policy.named_modules() if isinstance(module, nn.Linear)}
     with torch.random.fork_rng(devices=[]):  # peft draws on the CPU
         torch.manual_seed(seed)
-        _inject(policy, LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=sorted(linear - {HEAD})))
+        _inject(policy, Config(r=lora.rank, lora_alpha=lora.alpha, target_modules=tuple(sorted(linear - {HEAD}))))
 
 
 def read(policy: nn.Module, folder: Path) -> None:
     """Give a policy the adapter beside its weights, if there is one. ValueError for one that doesn't fit."""
-    if beside(folder) is None:
+    if (config := _config(folder)) is None:
         return
-    from peft import LoraConfig, set_peft_model_state_dict
+    from peft import set_peft_model_state_dict
 
-    config = LoraConfig.from_pretrained(str(folder))
-    config.inference_mode = False  # it may be trained on
     _inject(policy, config)
     tensors = safetensors.torch.load_file(folder / ADAPTER)
-    found = set_peft_model_state_dict(policy, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()})
+    try:
+        found = set_peft_model_state_dict(policy, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()})
+    except RuntimeError as error:
+        raise ValueError(f"{folder / ADAPTER}: {error}; expected an adapter of this policy") from error
     lost = [name for name, one in policy.named_parameters() if one.requires_grad and name in found.missing_keys]
     if lost or found.unexpected_keys:
         raise ValueError(f"{folder / ADAPTER}: lacks {lost}, and has {found.unexpected_keys} besides; expected an adapter of this policy")
@@ -77,10 +86,17 @@ def read(policy: nn.Module, folder: Path) -> None:
 
 def beside(folder: Path) -> Lora | None:
     """What adapter lies in a folder, if there is one."""
+    config = _config(folder)
+    return None if config is None else Lora(config.r, config.lora_alpha)
+
+
+def _config(folder: Path) -> Config | None:
     if not (folder / CONFIG).is_file():
         return None
-    told = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    return Lora(told["r"], told["lora_alpha"])
+    try:
+        return Config.model_validate_json((folder / CONFIG).read_bytes())
+    except ValidationError as error:
+        raise ValueError(f"{folder / CONFIG}: not the description of an adapter as they are written here: {error}") from error
 
 
 def write(policy: Any, adapter: Path, config: Path) -> None:
@@ -89,9 +105,9 @@ def write(policy: Any, adapter: Path, config: Path) -> None:
 
     tensors = get_peft_model_state_dict(policy, save_embedding_layers=False)
     safetensors.torch.save_file({PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, adapter)
-    told: dict[str, Any] = policy.peft_config[NAME].to_dict()
-    plain = {name: sorted(value) if isinstance(value, set) else value for name, value in told.items()}
-    config.write_text(json.dumps(plain | {"inference_mode": True}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    its = policy.peft_config[NAME]
+    told = Config(r=its.r, lora_alpha=its.lora_alpha, target_modules=tuple(sorted(its.target_modules)))
+    config.write_text(told.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def merge(policy: nn.Module) -> None:
@@ -119,10 +135,10 @@ def recomputing(policy: nn.Module, *, wanted: bool) -> Generator[None]:
         part.eval()
 
 
-def _inject(policy: nn.Module, config: Any) -> None:
-    from peft import inject_adapter_in_model
+def _inject(policy: nn.Module, config: Config) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
 
-    inject_adapter_in_model(config, policy)
+    inject_adapter_in_model(LoraConfig(r=config.r, lora_alpha=config.lora_alpha, target_modules=list(config.target_modules)), policy)
     for one in policy.parameters():
         if one.requires_grad:
             one.data = one.data.float()

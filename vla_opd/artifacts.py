@@ -113,7 +113,7 @@ def open_artifact(folder: Path, kind: Kind) -> Manifest:
             raise ValueError(f"{folder / MANIFEST}: files has {name!r}; expected a path inside the artifact")
         if not path.is_file():
             raise ValueError(f"{path}: missing; expected {entry.size} bytes with sha256 {entry.sha256[:12]} (see {MANIFEST})")
-        found = _entry(path)
+        found = file_entry(path)
         if found != entry:
             raise ValueError(
                 f"{path}: {found.size} bytes with sha256 {found.sha256[:12]}; expected {entry.size} bytes with {entry.sha256[:12]}: it is corrupt"
@@ -182,7 +182,7 @@ class Draft:
     def publish(self, facts: Mapping[str, Any]) -> Manifest:
         """Hash the parts, write the manifest last, and rename the draft to its target, replacing what was there."""
         files = {
-            str(path.relative_to(self.folder)): _entry(path)
+            str(path.relative_to(self.folder)): file_entry(path)
             for path in sorted(self.folder.rglob("*"))
             if path.is_file() and self.scratch not in path.parents and path.name != MANIFEST
         }
@@ -236,6 +236,8 @@ def link(source: Path, target: Path) -> None:
     """The same file under another name: what artifacts hold is never written to, so a link will do where the file system has links."""
     try:
         target.hardlink_to(source.resolve())
+    except FileExistsError:
+        raise
     except OSError:
         shutil.copyfile(source, target)
 
@@ -263,7 +265,8 @@ def _code() -> dict[str, str]:
     }
 
 
-def _entry(path: Path) -> FileEntry:
+def file_entry(path: Path) -> FileEntry:
+    """Size and sha256 of a file."""
     with path.open("rb") as stream:
         return FileEntry(size=path.stat().st_size, sha256=hashlib.file_digest(stream, "sha256").hexdigest())
 

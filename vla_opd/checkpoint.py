@@ -85,6 +85,8 @@ def save_weights(path: Path, weights: Mapping[str, torch.Tensor]) -> None:
 def write_policy(work: Draft, policy: nn.Module, origin: Checkpoint | None) -> None:
     """A policy's weights, or its adapter and those that this was trained on; and the tokenizer of the checkpoint it came from, if that has one."""
     adapted = adapters.attached(policy) is not None
+    if adapted and origin is None:
+        raise ValueError("the policy has an adapter; expected the checkpoint that it was trained on beside it, or a merged policy (adapters.merge)")
     with work.part(WEIGHTS) as path:
         if adapted and origin is not None:
             link(origin.folder / WEIGHTS, path)

@@ -7,11 +7,10 @@ keeps no B x H x N x N probabilities. What a device's driver and allocator take 
 import weakref
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import safetensors
@@ -22,14 +21,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers.initialization import no_init_weights
 
 from vla_opd import adapters
-from vla_opd.artifacts import read_manifest
+from vla_opd.artifacts import MANIFEST, read_manifest
 from vla_opd.checkpoint import WEIGHTS, CheckpointFacts
 from vla_opd.openvla import QUESTION, read_public, read_tokenizer
 from vla_opd.params import START, Params, UpdateParams
 from vla_opd.policies import build_policy
 from vla_opd.trajectory import Observations
 
-MOMENTS = 2  # of AdamW, float32, for every number that is trained
+FLOAT32 = 4
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -60,11 +59,12 @@ class Need:
 
 @dataclass(frozen=True)
 class Stored:
-    """What an iteration leaves at most, uncompressed, in bytes: it is on the disk, and in the host's memory while the student is optimised."""
+    """What an iteration leaves at most, uncompressed, in bytes; `held` is what the host holds of it and of earlier ones while the student learns."""
 
     states: int
     frames: int
     labels: int
+    held: int
 
 
 def device(params: Params, root: Path) -> list[Need]:
@@ -77,21 +77,29 @@ def device(params: Params, root: Path) -> list[Need]:
     if params.iterations:
         teacher = described(params, root, params.label.teacher)
         needs += [inference("sample", student, params.sample.inference_batch), inference("label", teacher, params.label.batch_size)]
-        needs += [update("optimize", student, params.optimize)]
+        needs += [update("optimize", student, params.optimize), *_anchored(student, params)]
     if params.reinforcements:
         needs += [inference("explore", student, params.explore.inference_batch), update("reinforce", student, params.reinforce)]
     return needs
 
 
+def _anchored(student: Described, params: Params) -> list[Need]:
+    """Where `optimize.anchor` asks for it: before the first step, the initial student is there beside the one that learns."""
+    if not params.optimize.anchor:
+        return []
+    alone = inference("anchor", student, params.optimize.batch_size)
+    return [replace(alone, weights=2 * alone.weights)]
+
+
 def described(params: Params, root: Path, name: str) -> Described:
-    """A checkpoint by its manifest, or, before it is adopted, by its public files."""
-    folder = root / "checkpoints" / name
-    if (folder / "manifest.json").is_file():
+    """A checkpoint by its public files, if it is one that is adopted and they are here; by its manifest otherwise."""
+    folder, its = root / "checkpoints" / name, params.adopt.get(name)
+    if (folder / MANIFEST).is_file() and not (its and Path(its.folder).is_dir()):
         facts = CheckpointFacts.model_validate(read_manifest(folder, "checkpoint").facts["checkpoint"])
         with safetensors.safe_open(folder / WEIGHTS, "pt") as file:
             stored = file.get_slice(next(iter(file.keys()))).get_dtype()
         return Described(facts, DTYPES[stored], folder)
-    if (its := params.adopt.get(name)) is None:
+    if its is None:
         raise ValueError(f"{folder}: isn't there yet, and what it will need isn't known before; expected it, or an entry of `adopt`")
     public = read_public(Path(its.folder), its.unnorm_key, its.crop)
     facts = CheckpointFacts(policy=public.architecture, action_space=public.space, environment=params.environment, prompt=QUESTION)
@@ -117,12 +125,12 @@ def update(stage: str, checkpoint: Described, settings: UpdateParams) -> Need:
     policy = _policy(checkpoint)
     with torch.device("meta"):
         adapters.prepare(policy, settings.lora, 0, stage)
-    trained = sum(one.numel() for one in policy.parameters() if one.requires_grad)
+    trained = FLOAT32 * sum(one.numel() for one in policy.parameters() if one.requires_grad)
     with adapters.recomputing(policy, wanted=settings.gradient_checkpointing), _counting(policy) as counted:
         value = policy.logits(_observations(checkpoint.facts, settings.batch_size)).log_softmax(-1).mean()
         value.backward()
-    gradients = 4 * trained
-    return Need(stage, counted.held, gradients, MOMENTS * 4 * trained, counted.peak - counted.held - gradients)
+    activations = counted.peak - counted.held - trained
+    return Need(stage, counted.held, trained, 2 * trained, max(activations, trained))  # AdamW's own step holds a copy of what it trains
 
 
 def stored(params: Params, facts: CheckpointFacts) -> Stored:
@@ -130,8 +138,10 @@ def stored(params: Params, facts: CheckpointFacts) -> Stored:
     its = params.sample
     states = len(params.environment.tasks) * its.prompts * its.group * -(-its.horizon // its.observe_every)
     frame = len(params.environment.cameras) * params.environment.image_size**2 * 3
-    width = {"float16": 2, "float32": 4}[params.label.dtype]
-    return Stored(states, states * frame, states * facts.action_space.tokens * facts.action_space.bins * width)
+    numbers = facts.action_space.tokens * facts.action_space.bins
+    frames, labels = states * frame, states * numbers * {"float16": 2, "float32": 4}[params.label.dtype]
+    anchor = states * numbers * FLOAT32 if params.optimize.anchor else 0
+    return Stored(states, frames, labels, (frames + labels + anchor) * (1 + params.optimize.earlier))
 
 
 def _policy(checkpoint: Described) -> Any:
@@ -183,8 +193,13 @@ class _Counter(TorchDispatchMode):
 
 @contextmanager
 def _counting(policy: nn.Module) -> Generator[_Counter]:
-    with patch.object(nn.functional, "scaled_dot_product_attention", _fused), _Counter(policy) as counter:
-        yield counter
+    torchs = nn.functional.scaled_dot_product_attention
+    nn.functional.scaled_dot_product_attention = _fused
+    try:
+        with _Counter(policy) as counter:
+            yield counter
+    finally:
+        nn.functional.scaled_dot_product_attention = torchs
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, **more: Any) -> Tensor:

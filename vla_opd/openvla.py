@@ -21,7 +21,7 @@ from vla_opd.tokens import ActionSpace
 DINO, SIGLIP = "vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"
 CHUNK, ACTION_DIM = 8, 7  # of LIBERO's checkpoints
 QUESTION = "In: What action should the robot take to {instruction}?\nOut:"
-TOKENIZER = "tokenizer.json"
+TOKENIZER, WHOLE, INDEX = "tokenizer.json", "model.safetensors", "model.safetensors.index.json"
 UNUSABLE = {  # what config.json mostly doesn't say: the original puts these weights into files of their own
     "action_head--*": "an L1 or diffusion head answers with actions, not with a distribution over action tokens, so there is nothing to distil",
     "noisy_action_projector--*": "a diffusion head answers with actions, not with a distribution over action tokens, so there is nothing to distil",
@@ -263,8 +263,9 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
 
 def sources(folder: Path) -> list[Path]:
     """The files of which something is read."""
-    beside = ("config.json", "preprocessor_config.json", "dataset_statistics.json", TOKENIZER)
-    return [*(folder / name for name in beside if (folder / name).exists()), *_files(folder)]
+    weights = list(_files(folder))
+    beside = ["config.json", "preprocessor_config.json", "dataset_statistics.json", TOKENIZER, *([] if weights == [folder / WHOLE] else [INDEX])]
+    return [*(folder / name for name in beside if (folder / name).exists()), *weights]
 
 
 def renamed(name: str, architecture: Architecture) -> tuple[str, ...]:
@@ -291,7 +292,7 @@ def _parts(name: str, tensor: Tensor, architecture: Architecture, bins: int) -> 
 
 def _files(folder: Path) -> Iterator[Path]:
     """The whole file, or else the index's shards, none of which lies elsewhere."""
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    whole, index = folder / WHOLE, folder / INDEX
     if not whole.exists() and not index.exists():
         merge = "; it holds an adapter, to be merged into its base first" if list(folder.glob("**/adapter_config.json")) else ""
         raise ValueError(f"{folder}: has neither {whole.name} nor {index.name}; no other kind of weights is read{merge}")

@@ -164,7 +164,8 @@ class TrainedParams(Section):
     """What of a policy is trained, and how its gradient is computed.
 
     lora_rank, lora_alpha:  of an adapter on every linear layer but the head; all weights are trained if the rank is null. A checkpoint that has an
-                            adapter goes on with it; with null it is merged first. OpenVLA-OFT's recipe has 32 and 16.
+                            adapter goes on with it; with null it is merged first. OpenVLA-OFT's recipe has 32 and 16. `pretrained` checkpoints,
+                            of which there are no weights yet, have none.
     gradient_checkpointing: transformer blocks are computed again for the gradient, which takes less memory, and a third more time.
     """
 
@@ -654,6 +655,7 @@ def _at_odds(params: Params) -> Iterator[str]:
         yield f"evaluate.unseen has {both[0]!r}; expected other tasks than environment.tasks, which are trained on"
     if params.environment.wording != "bddl" and params.environment.family == "metaworld":
         yield f"environment.wording is {params.environment.wording}; expected bddl: the choice is between LIBERO's instructions"
+    yield from _adapters_at_odds(params)
     yield from _labels_at_odds(params)
     yield from _transfer_at_odds(params)
     yield from _objective_at_odds(params)
@@ -661,6 +663,13 @@ def _at_odds(params: Params) -> Iterator[str]:
     for field, name in params.report.model_dump().items():
         if params.evaluations and name not in params.evaluations:  # without any, there is nothing to report
             yield f"report.{field} is {name!r}; expected one of the evaluations {sorted(params.evaluations)}"
+
+
+def _adapters_at_odds(params: Params) -> Iterator[str]:
+    for field in ("finetune", "optimize", "reinforce"):
+        its: TrainedParams = getattr(params, field)
+        if its.lora is None and its.lora_alpha != TrainedParams.model_fields["lora_alpha"].default:
+            yield f"{field}.lora_alpha is {its.lora_alpha}; expected that with {field}.lora_rank only, and it is null"
 
 
 def _labels_at_odds(params: Params) -> Iterator[str]:

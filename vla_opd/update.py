@@ -42,6 +42,11 @@ def probed(mask: Bool[np.ndarray, "N K"]) -> Int[np.ndarray, " R"]:
     return usable[np.linspace(0, len(usable) - 1, min(PROBE, len(usable))).astype(int)]
 
 
+def in_batches(rows: Int[np.ndarray, " R"], batch_size: int) -> list[Int[np.ndarray, " B"]]:
+    """Of as equal a size as can be, none of them larger than a step's: a policy that has room for that has room for these."""
+    return np.array_split(rows, max(1, -(-len(rows) // batch_size)))
+
+
 def require_own_rollouts(student: Checkpoint, visited: Manifest, where: Path) -> None:
     """ValueError unless the student sampled these trajectories."""
     if visited.parents["student"] != student.digest:
@@ -62,13 +67,14 @@ def learn(
 ) -> None:
     """Train, and write policy, moments and metrics into the draft. In the middle of a schedule the moments go on from those beside the student.
 
-    At its beginning they don't: another kind of update left its own there.
+    At its beginning they don't: another kind of update left its own there. Nor do they where an adapter begins, or ends.
     """
-    kept = student.folder / MOMENTS
-    moments = safetensors.torch.load_file(kept) if plan.first and kept.is_file() else None
+    kept, before = student.folder / MOMENTS, adapters.attached(policy)
     if not plan.steps:
         print(f"{label}: no state to learn from (keep_low, keep_high, recoverable); the student stays as it is", file=sys.stderr)
     adapters.prepare(policy, settings.lora, seed, label.partition(" ")[0])
+    same = adapters.attached(policy) == before  # otherwise they are of other weights
+    moments = safetensors.torch.load_file(kept) if plan.first and same and kept.is_file() else None
     with adapters.recomputing(policy, wanted=settings.gradient_checkpointing):
         rows, moments = train(policy, loss, plan, work.scratch, moments, label, log, evidence)
     write_policy(work, policy, student)

@@ -53,6 +53,12 @@ def test_what_does_not_fit_is_named_with_what_would_help(capsys: pytest.CaptureF
     assert "on the device" in said.out
 
 
+def test_options_without_an_effect_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["plan", "--capacity", "80"], ["plan", "evaluate@final", "--memory"]):
+        assert cli.main(words) == 1
+        assert "expected --memory without stages, and --capacity with it only" in capsys.readouterr().err
+
+
 def test_more_states_than_the_host_can_hold_are_too_many() -> None:
     told, too_much = plan(load(overrides=["sample.prompts=100000"]), 80)
     assert "45000000 states at most" in told

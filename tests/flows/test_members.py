@@ -124,12 +124,12 @@ def test_a_copy_that_was_killed_does_not_count(run: Params) -> None:
     member = Member("which", "plain", 3)
     target = prepare(member, run) / "artifacts/toy/checkpoints/teacher"
 
-    def killed(source: str, to: str) -> None:
+    def killed(source: Path, to: Path) -> None:
         copyfile(source, to)
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("shutil.copy2", killed)
+        patch.setattr("flows.members.link", killed)
         hand_over(member, run)
     assert not target.exists()
     hand_over(member, run)
@@ -241,6 +241,7 @@ def test_a_member_has_the_reference_and_need_not_make_it(clone: Toy, monkeypatch
     member = Member("which", "plain", 3)
     folder = prepare(member, run).resolve()
     hand_over(member, run)
+    assert not list(folder.glob("$*"))  # dvc.yaml's references aren't folders of code
     assert not (folder / "artifacts").exists()  # what has no manifest isn't whole, and isn't handed on
     monkeypatch.chdir(folder)
     lock = YAML(typ="safe").load(Path("dvc.lock").read_text())["stages"]

@@ -27,6 +27,7 @@ CHANGES = {
     "evaluations: {start: student, final: it001, teacher: teacher}": "evaluations: {final: it001}",
 }
 MORE = """
+adopt: {}
 label: {teacher: teacher}
 report: {start: final, final: final, teacher: final}
 """

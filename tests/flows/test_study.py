@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 
 from flows.server import free_port
+from flows.study import tabulate
+from tests.flows.manifests import publish
 from tests.flows.served import Served, checkout, wait_for
 from tests.small_run import PARAMS
 from vla_opd import study
 from vla_opd.artifacts import open_artifact
+from vla_opd.params import AdoptParams, ArmParams, EnvironmentParams, Params, RunParams, StudyParams
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -22,6 +25,7 @@ CHANGES = {
     "evaluations: {start: student, final: it001, teacher: teacher}": "evaluations: {start: student, teacher: teacher}",
 }
 MORE = """
+adopt: {}
 label: {teacher: teacher}
 report: {start: start, final: start, teacher: teacher}
 studies:
@@ -145,3 +149,21 @@ def test_a_killed_study_takes_its_members_along_and_all_are_declared_crashed(ser
     served.serve()
     assert served.log.count("its process is gone") == 1
     assert running() == set()
+
+
+def test_what_an_adopted_checkpoint_cost_is_in_no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its making was somebody else's: a study that starts from public checkpoints has a table all the same."""
+    monkeypatch.chdir(tmp_path)
+    run = Params(
+        run=RunParams(name="public"),
+        environment=EnvironmentParams(tasks=("libero_object/0",)),
+        adopt={name: AdoptParams(folder="public") for name in ("student", "teacher")},
+        iterations={},
+        evaluations={},
+        studies={"which": StudyParams(arms={"plain": ArmParams(distill=1)})},
+    )
+    for name in run.origins:
+        publish(tmp_path / "artifacts/public/checkpoints" / name, "checkpoint", {}, name=name)
+    made = tabulate.fn("which", run)
+    assert made.facts == {"members": 0, "episodes": 0, "iterations": 0}
+    assert set(made.parents) == {"checkpoints/student", "checkpoints/teacher"}

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,7 @@ def test_an_adopted_policy_is_the_public_one(folder: Path, tmp_path: Path) -> No
 def test_the_manifest_says_what_it_was_made_of_and_not_where_that_lay(folder: Path, tmp_path: Path) -> None:
     made = adopt.run(params(folder), "student", tmp_path / "student", HOST)
     read = ("config.json", "preprocessor_config.json", "dataset_statistics.json", "tokenizer.json", "model.safetensors")
-    assert made.facts["sources"] == {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in read}
+    assert made.params["sources"] == {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in read}
     assert (made.parents, set(made.files)) == ({}, {"model.safetensors", "tokenizer.json"})
     assert str(folder) not in made.text()
     elsewhere = public.make(tmp_path / "elsewhere")
@@ -74,21 +75,37 @@ def test_a_policy_computes_in_what_its_weights_are_stored_in(folder: Path, tmp_p
 
 def test_what_no_student_can_be_is_refused(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "student"
-    fast = ENVIRONMENT.model_copy(update={"render": "fast"})
-    with pytest.raises(ValueError, match=r"environment\.render is fast; expected exact"):
-        adopt.run(params(folder, fast), "student", out, HOST)
-    two = ENVIRONMENT.model_copy(update={"cameras": ("agentview", "robot0_eye_in_hand")})
-    with pytest.raises(ValueError, match=r"environment\.cameras is \['agentview', 'robot0_eye_in_hand'\]; expected one"):
+    elsewhere = {"render": "fast", "cameras": ("robot0_eye_in_hand",), "image_size": 128, "wording": "bddl"}
+    for field, value in elsewhere.items():
+        other, expected = ENVIRONMENT.model_copy(update={field: value}), re.escape(repr(getattr(ENVIRONMENT, field)))
+        with pytest.raises(
+            ValueError, match=rf"environment\.{field} is {re.escape(repr(value))}; expected {expected}, with which public checkpoints"
+        ):
+            adopt.run(params(folder, other), "student", out, HOST)
+    two = ENVIRONMENT.model_copy(update={"family": "package:other", "cameras": ("front", "wrist")})
+    with pytest.raises(ValueError, match=r"environment\.cameras is \['front', 'wrist'\]; expected one"):
         adopt.run(params(folder, two), "student", out, HOST)
-    bddl = ENVIRONMENT.model_copy(update={"wording": "bddl"})
-    with pytest.raises(ValueError, match=r"environment\.wording is bddl; expected benchmark"):
-        adopt.run(params(folder, bddl), "student", out, HOST)
     with pytest.raises(ValueError, match=r"unnorm_key is 'bridge'; expected one of \['libero_spatial_no_noops'\]"):
         adopt.run(params(folder, unnorm_key="bridge"), "student", out, HOST)
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match=r"public: has no tokenizer\.json; expected the checkpoint's own"):
         adopt.run(params(folder), "student", out, HOST)
     assert not out.exists()
+
+
+def test_what_was_begun_from_other_files_is_begun_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted after the weights were written, and started again with another folder: nothing of the first is in the second."""
+    other = public.make(tmp_path / "other")
+    weights = safetensors.torch.load_file(other / "model.safetensors")
+    weights["projector.fc1.bias"] += 1
+    safetensors.torch.save_file(weights, other / "model.safetensors")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("stages.adopt.shutil.copyfile", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        adopt.run(params(folder), "student", tmp_path / "student", HOST)
+    assert (tmp_path / ".student.draft/model.safetensors").is_file()
+    made = adopt.run(params(other), "student", tmp_path / "student", HOST)
+    assert made.digest == adopt.run(params(other), "student", tmp_path / "again", HOST).digest
+    assert load_policy(open_checkpoint(tmp_path / "student")).projector.fc1.bias.mean() > 0.9
 
 
 def test_weights_that_are_no_numbers_are_refused(folder: Path, tmp_path: Path) -> None:

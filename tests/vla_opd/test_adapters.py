@@ -1,5 +1,6 @@
 """Adapters: a new one changes nothing, only it is trained, what is written loads here and elsewhere, and merging is the same policy."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,37 @@ def test_an_adapter_of_another_policy_is_refused(base: Checkpoint, tmp_path: Pat
         ValueError, match=r"other/adapter_model\.safetensors: lacks \['.*lora_.*'\], and has \[\] besides; expected an adapter of this"
     ):
         adapters.read(policy(), tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"r": "2"}, "r"), ({"use_rslora": True}, "use_rslora"), ({"lora_dropout": 0.5}, "lora_dropout"), ({"modules_to_save": ["head"]}, "modules_to")],
+)
+def test_a_description_that_says_more_or_less_is_refused(tmp_path: Path, change: dict[str, object], named: str) -> None:
+    said = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["up_proj"]}
+    (tmp_path / adapters.CONFIG).write_text(json.dumps(said | change))
+    with pytest.raises(ValueError, match=rf"adapter_config\.json: not the description of an adapter as they are written here: (.|\n)*{named}"):
+        adapters.read(policy(), tmp_path)
+
+
+def test_an_adapter_of_another_size_is_refused(base: Checkpoint, tmp_path: Path) -> None:
+    one = load_policy(base)
+    adapters.prepare(one, LORA, 7, "optimize")
+    made = publish(one, tmp_path / "it001", base)
+    (tmp_path / "other").mkdir()
+    said = json.loads((made.folder / adapters.CONFIG).read_text())
+    (tmp_path / "other" / adapters.CONFIG).write_text(json.dumps(said | {"r": 3}))
+    (tmp_path / "other" / adapters.ADAPTER).write_bytes((made.folder / adapters.ADAPTER).read_bytes())
+    with pytest.raises(ValueError, match=r"other/adapter_model\.safetensors: (.|\n)*expected an adapter of this policy"):
+        adapters.read(policy(), tmp_path / "other")
+
+
+def test_an_adapted_policy_without_its_base_is_not_published(tmp_path: Path) -> None:
+    one = policy()
+    adapters.prepare(one, LORA, 7, "optimize")
+    with pytest.raises(ValueError, match=r"the policy has an adapter; expected the checkpoint that it was trained on beside it, or a merged policy"):
+        save_pretrained(one, small.FACTS, tmp_path / "it")
+    assert not (tmp_path / "it").exists()
 
 
 def test_over_coarse_weights_an_adapter_is_fine_and_they_are_not_trained_without() -> None:

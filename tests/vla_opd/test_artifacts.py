@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from vla_opd import artifacts
-from vla_opd.artifacts import MANIFEST, BusyError, Manifest, draft, open_artifact, read_manifest
+from vla_opd.artifacts import MANIFEST, BusyError, Manifest, draft, link, open_artifact, read_manifest
 
 ROOT = Path(__file__).parents[2]
 PARENTS = {"student": "abc"}
@@ -52,6 +52,17 @@ def finished(target: Path, kind: artifacts.Kind = "logits", parents: dict[str, s
     """The parts that a new attempt finds."""
     with draft(target, kind, parents, params) as work:
         return [name for name in PARTS if work.has(name)]
+
+
+def test_a_link_never_takes_the_place_of_a_file(tmp_path: Path) -> None:
+    """Which may itself be a link into another artifact, and would be written through."""
+    (tmp_path / "one").write_text("one")
+    (tmp_path / "two").write_text("two")
+    with pytest.raises(FileExistsError):
+        link(tmp_path / "one", tmp_path / "two")
+    assert (tmp_path / "two").read_text() == "two"
+    link(tmp_path / "one", tmp_path / "three")
+    assert (tmp_path / "three").samefile(tmp_path / "one")
 
 
 def test_an_artifact_says_what_it_is(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tests.vla_opd import public, small
-from vla_opd import adapters, memory
+from vla_opd import adapters
 from vla_opd.checkpoint import CheckpointFacts
 from vla_opd.memory import Described, _counting, _observations, described, device, inference, stored, update
 from vla_opd.openvla import Architecture, read_public
@@ -51,7 +51,9 @@ def test_what_can_be_counted_by_hand_is() -> None:
     need = update("optimize", chain(), OptimizeParams(batch_size=rows))
     assert (need.weights, need.gradients, need.moments) == (4 * weights, 4 * weights, 8 * weights)
     kept = 4 * rows * 3 * WIDTH  # x, and both outputs of a ReLU
-    assert kept - 4 * rows * WIDTH <= need.activations <= kept + 4 * rows * (2 * WIDTH + 4 * answer)
+    assert need.activations == 4 * weights > kept + 4 * rows * (2 * WIDTH + 4 * answer)  # AdamW's copy is larger than what a few rows keep
+    many = update("optimize", chain(), OptimizeParams(batch_size=512 * rows))
+    assert 512 * (kept - 4 * rows * WIDTH) <= many.activations <= 512 * (kept + 4 * rows * (2 * WIDTH + 4 * answer))
     adapted = update("optimize", chain(), OptimizeParams(batch_size=rows, lora_rank=2))
     extra = 2 * 2 * (WIDTH + WIDTH)
     assert (adapted.weights, adapted.gradients, adapted.moments) == (4 * (weights + extra), 4 * extra, 8 * extra)
@@ -68,6 +70,7 @@ def test_sizes_without_numbers_are_those_of_real_tensors(recompute: bool) -> Non
     planned = update("optimize", checkpoint, settings)
     assert planned.weights == real.held
     assert planned.activations + planned.gradients == pytest.approx(real.peak - real.held, rel=0.1)  # pixels lie on the same device there
+    assert planned.activations > planned.gradients
 
 
 @pytest.fixture
@@ -107,8 +110,8 @@ def test_seven_billion_are_planned_without_their_weights(folder: Path, tmp_path:
 
 def test_what_is_there_is_described_by_its_manifest(folder: Path, tmp_path: Path) -> None:
     run = adopting(folder)
-    save_pretrained(build_policy(small.FACTS), small.FACTS, tmp_path / "checkpoints/student")
-    found = described(run, tmp_path, "student")
+    save_pretrained(build_policy(small.FACTS), small.FACTS, tmp_path / "checkpoints/it001")
+    found = described(run, tmp_path, "it001")
     assert (found.facts, found.dtype) == (small.FACTS, torch.float32)
     assert isinstance(described(run, tmp_path, "teacher").facts.policy, Architecture)
     assert described(run, tmp_path, "teacher").dtype == torch.bfloat16
@@ -138,4 +141,21 @@ def test_what_an_iteration_leaves_is_counted_at_its_longest(folder: Path) -> Non
     assert found.states == 2 * 3 * 3
     assert found.frames == 18 * 256 * 256 * 3
     assert found.labels == 18 * 56 * 256 * np.dtype("float16").itemsize
-    assert memory.MOMENTS == 2
+    assert found.held == found.frames + found.labels
+    longer = run.model_copy(update={"sample": its, "optimize": run.optimize.model_copy(update={"earlier": 2, "anchor": 0.1})})
+    assert stored(longer, facts).held == 3 * (found.held + 18 * 56 * 256 * 4)
+
+
+def test_an_anchor_is_a_second_policy(folder: Path, tmp_path: Path) -> None:
+    run = adopting(folder, anchor=0.1)
+    (anchor,) = [need for need in device(run, tmp_path) if need.stage == "anchor"]
+    alone = inference("evaluate", described(run, tmp_path, "student"), 32)
+    assert (anchor.weights, anchor.activations) == (2 * alone.weights, alone.activations)
+
+
+def test_params_yaml_is_believed_before_what_was_adopted_by_it(folder: Path, tmp_path: Path) -> None:
+    run = adopting(folder)
+    save_pretrained(build_policy(small.FACTS), small.FACTS, tmp_path / "checkpoints/student")
+    assert described(run, tmp_path, "student").dtype == torch.bfloat16
+    shutil.rmtree(folder)
+    assert described(run, tmp_path, "student").facts == small.FACTS

@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from vla_opd.openvla import Architecture, read_public, read_weights, renamed
+from vla_opd.openvla import Architecture, read_public, read_weights, renamed, sources
 from vla_opd.policies.openvla_oft import from_public
 
 GOLDEN = Path(__file__).parents[1] / "data/openvla_oft/checkpoint"
@@ -38,6 +38,16 @@ def test_a_public_config_that_says_little_is_of_seven_billion(folder: Path) -> N
     assert found == Architecture(mean=found.mean, std=found.std)
     assert (found.hidden, found.layers, found.rms_epsilon, found.vocabulary, found.rows) == (4096, 32, 1e-6, 32000, 32064)
     assert (found.dino.width, found.dino.depth, found.siglip.width, found.siglip.depth) == (1024, 24, 1152, 27)
+
+
+def test_what_is_read_is_told_the_index_of_shards_included(folder: Path) -> None:
+    whole = safetensors.torch.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    safetensors.torch.save_file(whole, folder / "model-00001-of-00001.safetensors")
+    index = {"weight_map": dict.fromkeys(whole, "model-00001-of-00001.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    beside = ["config.json", "preprocessor_config.json", "dataset_statistics.json", "model.safetensors.index.json"]
+    assert [path.name for path in sources(folder)] == [*beside, "model-00001-of-00001.safetensors"]
 
 
 def test_statistics_are_those_beside_the_weights_not_those_in_the_config(folder: Path) -> None:

@@ -123,6 +123,8 @@ def test_later_overrides_win_and_deeper_ones_reach_in(minimal: Path) -> None:
         ("optimize.clip_high=0.3", r"optimize\.clip_high is 0\.3; expected that with .* \['mixed'\] only"),
         ("optimize.beta=1", r"optimize\.beta is 1: .*less than 1"),
         ("optimize.reward=stale", r"optimize\.reward is 'stale': .*'fresh' or 'rollout'"),
+        ("optimize.lora_alpha=32", r"optimize\.lora_alpha is 32; expected that with optimize\.lora_rank only, and it is null"),
+        ("optimize.lora_rank=0", r"optimize\.lora_rank is 0: .*greater than or equal to 1"),
         ("optimize.keep_low=0.95", r"keep_low is 0\.95 and keep_high is 0\.9; expected keep_low to be at most keep_high"),
         ("environment.tasks=[a, b, a]", r"environment\.tasks is \['a', 'b', 'a'\]: expected each name once; \['a'\] come again"),
         ("environment.cameras=[a, a]", r"environment\.cameras is \['a', 'a'\]: expected each name once; \['a'\] come again"),

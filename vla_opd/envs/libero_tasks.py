@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float64
 
+WORDED = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")  # those whose files are called by their instructions
 _SCENE = re.compile(r"^[A-Z][A-Z_]*SCENE\d+_")  # before the words of a name of LIBERO-100
 _LANGUAGE = re.compile(r"\(:language\s+([^)]*)\)")
 
@@ -24,8 +25,15 @@ class Task:
     states: Path
 
     def instruction(self, wording: Literal["bddl", "benchmark"] = "bddl") -> str:
-        """As in the `:language` of its BDDL file, in lower case as LIBERO reads it; or as the benchmark has it, by the file's name."""
+        """As in the `:language` of its BDDL file, in lower case as LIBERO reads it; or as the benchmark has it, by the file's name.
+
+        ValueError for the latter of a suite whose files are called otherwise.
+        """
         if wording == "benchmark":
+            if (suite := self.name.partition("/")[0]) not in WORDED:
+                raise ValueError(
+                    f"environment.wording is benchmark, and a task is {self.name}; expected bddl, or tasks of {', '.join(WORDED)}: {suite} is none"
+                )
             return _SCENE.sub("", self.bddl.stem).replace("_", " ")
         match = _LANGUAGE.search(self.bddl.read_text())
         assert match is not None, f"{self.bddl} has no :language"

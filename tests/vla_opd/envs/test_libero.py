@@ -273,6 +273,9 @@ def test_the_benchmarks_wording_is_its_own() -> None:
         task = find_task(name)
         assert task.instruction("benchmark") == grab_language_from_filename(task.bddl.name)
     assert find_task("libero_object/0").instruction("benchmark") == "pick up the alphabet soup and place it in the basket"
+    for other in ("libero_object_task/0", "libero_goal_lan/0", "libero_study_table/0"):  # whose files are called otherwise
+        with pytest.raises(ValueError, match=rf"environment\.wording is benchmark, and a task is {other}; expected bddl, or tasks of libero_spatial"):
+            find_task(other).instruction("benchmark")
     env = make(_params(tasks=(BOWL,), wording="benchmark"))
     try:
         seen = env.reset(Placement(BOWL, "training", 0))
