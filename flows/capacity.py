@@ -25,16 +25,16 @@ def plan(run: Params, capacity_gb: float | None) -> tuple[str, list[str]]:
     capacity = _capacity(here) if capacity_gb is None else round(capacity_gb * 1e9)
     needs = memory.device(run, root)
     table = rows(["on the device", "weights", "gradients", "moments", "activations", "together"], [_row(need) for need in needs])
-    device = f"{here}: {_gb(capacity)}" if capacity_gb is None else _gb(capacity)
+    device = f"{here}: {_size(capacity)}" if capacity_gb is None else _size(capacity)
     left = memory.stored(run, memory.described(run, root, START).facts)
-    host = [("frames", _gb(left.frames)), ("labels", _gb(left.labels)), ("in the host's memory", _gb(left.held))]
+    host = [("frames", _size(left.frames)), ("labels", _size(left.labels)), ("in the host's memory", _size(left.held))]
     return "\n".join(
         [
             table,
             f"  of {device} at most {USABLE:.0%} are to be had",
             "",
             rows([f"of an iteration, {left.states} states at most", "before compression"], host),
-            f"  the host has {_gb(psutil.virtual_memory().total)}",
+            f"  the host has {_size(psutil.virtual_memory().total)}",
         ]
     ), _too_much(needs, capacity, left)
 
@@ -42,13 +42,13 @@ def plan(run: Params, capacity_gb: float | None) -> tuple[str, list[str]]:
 def _too_much(needs: Sequence[memory.Need], capacity: int, left: memory.Stored) -> list[str]:
     usable, host = round(USABLE * capacity), psutil.virtual_memory().total
     found = [
-        f"{one.stage} needs {_gb(one.total)} on the device; expected at most {_gb(usable)} ({_less(one.stage)})"
+        f"{one.stage} needs {_size(one.total)} on the device; expected at most {_size(usable)} ({_less(one.stage)})"
         for one in needs
         if one.total > usable
     ]
     if left.held > host:
         less = "fewer sample.prompts, a larger sample.observe_every"
-        found.append(f"optimize needs {_gb(left.held)} of the host's memory; expected at most {_gb(host)} ({less})")
+        found.append(f"optimize needs {_size(left.held)} of the host's memory; expected at most {_size(host)} ({less})")
     return found
 
 
@@ -66,8 +66,8 @@ def _capacity(device: str) -> int:
 
 
 def _row(need: memory.Need) -> tuple[str, ...]:
-    return need.stage, *(_gb(part) for part in (need.weights, need.gradients, need.moments, need.activations, need.total))
+    return need.stage, *(_size(part) for part in (need.weights, need.gradients, need.moments, need.activations, need.total))
 
 
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"
+def _size(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
