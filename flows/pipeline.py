@@ -21,6 +21,7 @@ from vla_opd.params import load
 PARAMS = Path("params.yaml")
 PER_ITERATION = ("sample", "label", "optimize", "explore", "reinforce")  # the stages that dvc.yaml repeats for each iteration, of either kind
 UPDATES = ("optimize@", "reinforce@")  # those that end one
+ABSENT = re.compile(r"Could not find '([\w.]+)'")
 LOCKED = re.compile(r"is busy, it is being blocked|Unable to acquire lock")
 
 
@@ -94,6 +95,10 @@ def plan(targets: Iterable[str] = (), patience: float = 60.0) -> tuple[Step, ...
                 raise Busy(str(error)) from error
             time.sleep(0.5)
         except DvcException as error:
+            if absent := ABSENT.search(str(error)):
+                raise ValueError(
+                    f"params.yaml: has no {absent[1]}; expected it to be there, if only as {{}} or its default: dvc.yaml reads it"
+                ) from error
             raise ValueError(f"dvc.yaml: {error}") from error
 
 

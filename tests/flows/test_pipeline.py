@@ -8,6 +8,7 @@ import pytest
 from flows import dvc, pipeline
 from flows.pipeline import Busy, StageFailed, Step, mark_due
 from tests.flows.toy import ROOT, Toy, ran
+from vla_opd.params import load
 
 MADE = ["demonstrate@pre", "pretrain@base", "demonstrate@main", "finetune@student", "evaluate@start", "finetune@teacher"]
 EACH = ["sample", "label", "optimize"]
@@ -78,6 +79,16 @@ def test_an_example_is_a_run_of_dvc_yaml(toy: Toy, path: Path) -> None:
 def test_a_section_that_a_stage_depends_on_is_asked_for_before_any_stage(toy: Toy) -> None:
     toy.edit("params.yaml", "finetune: {batch_size: 4}\n", "")
     with pytest.raises(ValueError, match=r"stage pretrain@base depends on \['finetune'\]; expected these sections \(finetune: {} for the defaults\)"):
+        pipeline.plan()
+
+
+@pytest.mark.parametrize(("there", "absent"), [("adopt: {}\n", "adopt"), ("label: {teacher: teacher}\n", "label.teacher")])
+def test_what_dvc_yaml_reads_is_asked_for_by_name(toy: Toy, there: str, absent: str) -> None:
+    """DVC itself says where in dvc.yaml it couldn't find something."""
+    toy.edit("params.yaml", there, "")
+    with pytest.raises(
+        ValueError, match=rf"params\.yaml: has no {absent}; expected it to be there, if only as {{}} or its default: dvc\.yaml reads it"
+    ):
         pipeline.plan()
 
 
