@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 from vla_opd.artifacts import Manifest, draft, file_entry
-from vla_opd.checkpoint import WEIGHTS, CheckpointFacts, save_weights
+from vla_opd.checkpoint import WEIGHTS, public_facts, save_weights
 from vla_opd.host import Host
-from vla_opd.openvla import QUESTION, TOKENIZER, read_public, read_tokenizer, sources
+from vla_opd.openvla import TOKENIZER, Architecture, read_tokenizer, sources
 from vla_opd.params import EnvironmentParams, Params
 from vla_opd.policies.openvla_oft import public_weights
 from vla_opd.tracking import track
@@ -21,7 +21,8 @@ def run(params: Params, name: str, out: Path, host: Host) -> Manifest:
     """
     its, folder = params.adopt[name], Path(params.adopt[name].folder)
     _require_benchmark(params.environment)
-    public = read_public(folder, its.unnorm_key, its.crop)
+    facts = public_facts(its, params.environment)
+    assert isinstance(facts.policy, Architecture), "public facts are of an OpenVLA-OFT"
     if read_tokenizer(folder) is None:
         raise ValueError(f"{folder}: has no {TOKENIZER}; expected the checkpoint's own, by which instructions are put to it")
     settings = {
@@ -30,10 +31,9 @@ def run(params: Params, name: str, out: Path, host: Host) -> Manifest:
         "environment": params.environment.model_dump(exclude={"tasks"}),
         "sources": {path.name: file_entry(path).sha256 for path in sources(folder)},
     }
-    facts = CheckpointFacts(policy=public.architecture, action_space=public.space, environment=params.environment, prompt=QUESTION)
     with draft(out, "checkpoint", {}, settings) as work, track(host, params.run.name, "adopt", name, settings):
         with work.part(WEIGHTS) as path:
-            save_weights(path, public_weights(folder, public.architecture, public.space, getattr(torch, its.dtype)))
+            save_weights(path, public_weights(folder, facts.policy, facts.action_space, getattr(torch, its.dtype)))
         with work.part(TOKENIZER) as path:
             shutil.copyfile(folder / TOKENIZER, path)
         return work.publish({"checkpoint": facts.model_dump()})

@@ -21,7 +21,7 @@ from vla_opd.rollout import Job, PoolSettings, RolloutSettings, Tally, threads
 from vla_opd.takeover import Recorded, ask, take_over
 from vla_opd.tokens import ActionSpace
 from vla_opd.tracking import track
-from vla_opd.trajectory import read_shard, read_states, shards
+from vla_opd.trajectory import in_batches, read_shard, read_states, shards
 
 Result = TypeVar("Result")
 
@@ -102,7 +102,7 @@ class _Asked:
         if states.mask.shape[1] != self.space.tokens:
             raise ValueError(f"{self.trajectories / name}: has {states.mask.shape[1]} tokens a state; expected the teacher's {self.space.tokens}")
         observations = states.observations
-        batches = np.array_split(np.arange(len(observations)), max(1, -(-len(observations) // self.label.batch_size)))
+        batches = in_batches(np.arange(len(observations)), self.label.batch_size)
         with torch.inference_mode(), threads(self.label.threads):
             labels = np.concatenate([normalised(self.teacher.logits(observations.at(rows)), dtype) for rows in batches])
         spoilt = np.flatnonzero(~np.isfinite(labels).all((1, 2)))

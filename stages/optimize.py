@@ -39,9 +39,9 @@ from vla_opd.seeds import derive
 from vla_opd.tokens import ActionSpace
 from vla_opd.tracking import track
 from vla_opd.training import Evidence, Loss, Row
-from vla_opd.trajectory import Observations, joined, read_states, shards
+from vla_opd.trajectory import Observations, in_batches, joined, read_states, shards
 from vla_opd.transfer import between, require_comparable
-from vla_opd.update import budget, in_batches, learn, order, probed, require_own_rollouts
+from vla_opd.update import budget, learn, order, probed, require_own_rollouts
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from vla_opd.policies import Policy, load_policy
 from vla_opd.seeds import derive
 from vla_opd.tracking import track
 from vla_opd.training import Evidence, Loss, Row
-from vla_opd.trajectory import Observations, read_states, shards
-from vla_opd.update import budget, in_batches, learn, order, probed, require_own_rollouts
+from vla_opd.trajectory import Observations, in_batches, read_states, shards
+from vla_opd.update import budget, learn, order, probed, require_own_rollouts
 
 
 @dataclass(frozen=True)

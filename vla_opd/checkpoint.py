@@ -14,8 +14,8 @@ from torch import nn
 
 from vla_opd import adapters
 from vla_opd.artifacts import Draft, Manifest, link, open_artifact
-from vla_opd.openvla import TOKENIZER, Architecture, read_tokenizer
-from vla_opd.params import EnvironmentParams, PolicyParams
+from vla_opd.openvla import QUESTION, TOKENIZER, Architecture, read_public, read_tokenizer
+from vla_opd.params import AdoptParams, EnvironmentParams, PolicyParams
 from vla_opd.tokens import ActionSpace
 
 WEIGHTS = "model.safetensors"
@@ -75,6 +75,12 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     except (KeyError, ValidationError) as error:
         raise ValueError(f"{folder}: the manifest's facts do not describe a checkpoint of this version: {error}") from error
     return Checkpoint(folder, manifest, facts)
+
+
+def public_facts(its: AdoptParams, environment: EnvironmentParams) -> CheckpointFacts:
+    """How to use a public checkpoint's weights, by its files. ValueError as `read_public`'s."""
+    public = read_public(Path(its.folder), its.unnorm_key, its.crop)
+    return CheckpointFacts(policy=public.architecture, action_space=public.space, environment=environment, prompt=QUESTION)
 
 
 def save_weights(path: Path, weights: Mapping[str, torch.Tensor]) -> None:

@@ -22,8 +22,8 @@ from transformers.initialization import no_init_weights
 
 from vla_opd import adapters
 from vla_opd.artifacts import MANIFEST, read_manifest
-from vla_opd.checkpoint import WEIGHTS, CheckpointFacts
-from vla_opd.openvla import QUESTION, read_public, read_tokenizer
+from vla_opd.checkpoint import WEIGHTS, CheckpointFacts, public_facts
+from vla_opd.openvla import read_tokenizer
 from vla_opd.params import START, Params, UpdateParams
 from vla_opd.policies import build_policy
 from vla_opd.trajectory import Observations
@@ -101,9 +101,7 @@ def described(params: Params, root: Path, name: str) -> Described:
         return Described(facts, DTYPES[stored], folder)
     if its is None:
         raise ValueError(f"{folder}: isn't there yet, and what it will need isn't known before; expected it, or an entry of `adopt`")
-    public = read_public(Path(its.folder), its.unnorm_key, its.crop)
-    facts = CheckpointFacts(policy=public.architecture, action_space=public.space, environment=params.environment, prompt=QUESTION)
-    return Described(facts, getattr(torch, its.dtype), Path(its.folder))
+    return Described(public_facts(its, params.environment), getattr(torch, its.dtype), Path(its.folder))
 
 
 def inference(stage: str, checkpoint: Described, batch: int) -> Need:

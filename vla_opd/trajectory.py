@@ -214,3 +214,8 @@ def joined(parts: Sequence[States]) -> States:
         labels=np.concatenate([p.labels for p in parts]),
         episode=np.concatenate([p.episode + offset for p, offset in zip(parts, offsets, strict=False)]).astype(np.int32),
     )
+
+
+def in_batches(rows: Int[np.ndarray, " R"], batch_size: int) -> list[Int[np.ndarray, " B"]]:
+    """Of as equal a size as can be, none of them larger than `batch_size`: a policy that has room for that many states has room for these."""
+    return np.array_split(rows, max(1, -(-len(rows) // batch_size)))

@@ -42,11 +42,6 @@ def probed(mask: Bool[np.ndarray, "N K"]) -> Int[np.ndarray, " R"]:
     return usable[np.linspace(0, len(usable) - 1, min(PROBE, len(usable))).astype(int)]
 
 
-def in_batches(rows: Int[np.ndarray, " R"], batch_size: int) -> list[Int[np.ndarray, " B"]]:
-    """Of as equal a size as can be, none of them larger than a step's: a policy that has room for that has room for these."""
-    return np.array_split(rows, max(1, -(-len(rows) // batch_size)))
-
-
 def require_own_rollouts(student: Checkpoint, visited: Manifest, where: Path) -> None:
     """ValueError unless the student sampled these trajectories."""
     if visited.parents["student"] != student.digest:
