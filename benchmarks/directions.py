@@ -126,12 +126,12 @@ def _compared(batch: Batch, halves: tuple[np.ndarray, np.ndarray], length: float
 def _direction(batch: Batch, arm: str, rows: np.ndarray, seed: int) -> Tensor:
     """The downhill direction of an objective's mean over some states, of length 1."""
     params, data = batch.of(arm, rows)
-    loss, usable = _loss(batch.policy, data, params, seed), len(data.usable)
+    loss, usable = _loss(data, params, seed), len(data.usable)
     if usable < CHUNK:
         raise ValueError(f"{usable} states to learn from; expected at least {CHUNK}")
     batch.policy.zero_grad()
     for step in range(usable // CHUNK):
-        loss(step)[0].backward()
+        loss(batch.policy, step).loss.backward()
     return _unit(-torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in batch.policy.parameters()]))
 
 

@@ -1,7 +1,7 @@
 """`python -m stages VERB ...`: run one stage of the run that `params.yaml` describes. This is what `dvc.yaml` runs.
 
-Nothing here is part of a result: `--workers`, `--device` and `--tracking` (or OPD_WORKERS, OPD_DEVICE, OPD_TRACKING) say how this machine does
-the work.
+Nothing here is part of a result: `--workers`, `--device`, `--processes` and `--tracking` (or OPD_WORKERS, OPD_DEVICE, OPD_PROCESSES, OPD_TRACKING)
+say how this machine does the work.
 """
 
 import argparse
@@ -39,34 +39,71 @@ NO_ROOM = (
     "and run the same command again"
 )
 SIMULATED = ("demonstrate", "sample", "explore", "evaluate")
+TRAINED = ("finetune", "optimize", "reinforce")
+LAUNCHED = "TORCHELASTIC_RUN_ID"  # the environment variable by which torchrun's processes are known
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a stage. A user's mistake is one message on stderr and exit code 2; numbers that are not finite, or a second process, one message and 1."""
     options = _parser().parse_args(arguments)
-    if "DVC_STAGE" in os.environ:  # by hand, a stage may outlive its terminal; DVC's, whose lock dies with DVC, must not be met by the next one
+    rank = int(os.environ.get("RANK", "0")) if LAUNCHED in os.environ else 0
+    if "DVC_STAGE" in os.environ or LAUNCHED in os.environ:
+        # By hand, a stage may outlive its terminal; DVC's, whose lock dies with DVC, must not be met by the next one.
         die_with_parent()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         params = load("params.yaml", options.set)
-        host = this_host(options.workers, options.device, options.tracking, METRICS)
-        key = getattr(options, "key", None)
-        finished = execution(host, params.run.name, options.verb, key or options.verb)
-        digest = _report_study(params, options.study) if getattr(options, "study", None) else _run(options.verb, key, params, host)
-        finished(digest)
+        if _several(options.verb, getattr(options, "processes", 1), params):
+            from vla_opd import ranks
+
+            return ranks.launch(options.processes, "stages", sys.argv[1:] if arguments is None else arguments)
+        host = this_host(options.workers, options.device, options.tracking if rank == 0 else "none", METRICS)
+        digest = _executed(options, params, host)
     except ValueError as mistake:
-        print(f"{options.verb}: {mistake}", file=sys.stderr)
-        return 2
+        return _told(2, options.verb, mistake, rank)
     except (FloatingPointError, BusyError) as error:
-        print(f"{options.verb}: {error}", file=sys.stderr)
-        return 1
+        return _told(1, options.verb, error, rank)
     except Exception as error:
         if "No space left" not in str(error) and "Disk quota exceeded" not in str(error):  # some writers are not Python's, and raise no OSError
             raise
-        print(f"{options.verb}: {error}. {NO_ROOM.format(free=shutil.disk_usage(Path()).free / 1e6)}", file=sys.stderr)
-        return 1
-    print(f"{options.verb}: digest {digest[:12]}")
+        return _told(1, options.verb, f"{error}. {NO_ROOM.format(free=shutil.disk_usage(Path()).free / 1e6)}", rank)
+    if rank == 0:
+        print(f"{options.verb}: digest {digest[:12]}")
     return 0
+
+
+def _told(code: int, verb: str, what: object, rank: int) -> int:
+    """The exit code, once it is said what went wrong. Of processes that train together the first says it: the others have met the same."""
+    if rank == 0:
+        print(f"{verb}: {what}", file=sys.stderr, flush=True)
+    return code
+
+
+def _several(verb: str, processes: int, params: Params) -> bool:
+    """Whether a stage is to be run as several processes, and isn't yet. ValueError if its batches can't be shared out among them."""
+    count = int(os.environ.get("WORLD_SIZE", "1")) if LAUNCHED in os.environ else processes
+    if count < 1 or (count > 1 and verb not in TRAINED):
+        raise ValueError(f"{count} processes; expected at least 1, and more for {', '.join(TRAINED)} only")
+    if verb in TRAINED and (batch := getattr(params, verb).batch_size) % count:
+        raise ValueError(f"{verb}.batch_size is {batch}; expected a multiple of the {count} processes that are to train together")
+    return count > 1 and LAUNCHED not in os.environ
+
+
+def _executed(options: argparse.Namespace, params: Params, host: Host) -> str:
+    """The stage, in the record of executions. The digest of what it made."""
+    key = getattr(options, "key", None)
+    finished = execution(host, params.run.name, options.verb, key or options.verb)
+    if getattr(options, "study", None):
+        digest = _report_study(params, options.study)
+    elif LAUNCHED in os.environ:
+        from vla_opd import ranks
+
+        with ranks.together(host.device):
+            digest = _run(options.verb, key, params, host)
+    else:
+        digest = _run(options.verb, key, params, host)
+    finished(digest)
+    return digest
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -81,6 +118,13 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--set", action="append", default=[], metavar="section.key=value", help="override a setting of params.yaml")
         command.add_argument("--workers", type=int, default=os.environ.get("OPD_WORKERS", "0"), help="simulator processes (0: one a core)")
         command.add_argument("--device", default=os.environ.get("OPD_DEVICE", "auto"), help="torch device (auto: a GPU if there is one)")
+        if verb in TRAINED:
+            command.add_argument(
+                "--processes",
+                type=int,
+                default=os.environ.get("OPD_PROCESSES", "1"),
+                help="that train together, each on its own GPU if there are any",
+            )
         command.add_argument("--tracking", choices=("wandb", "jsonl", "none"), default=os.environ.get("OPD_TRACKING", "wandb"))
     return parser
 

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float, Int, Int16
 from torch import Tensor
 
-from vla_opd import adapters
-from vla_opd.artifacts import Manifest, draft, open_artifact
-from vla_opd.checkpoint import Checkpoint, CheckpointFacts, open_checkpoint, require_environment, write_policy
+from vla_opd import adapters, ranks
+from vla_opd.artifacts import Manifest, open_artifact
+from vla_opd.checkpoint import Checkpoint, CheckpointFacts, open_checkpoint, require_environment
 from vla_opd.host import Host
 from vla_opd.objectives import masked_mean
 from vla_opd.params import Params, PretrainedParams
@@ -24,8 +24,9 @@ from vla_opd.policies.tiny import extend_vocabulary
 from vla_opd.seeds import derive
 from vla_opd.tokens import action_space, gaussian
 from vla_opd.tracking import track
-from vla_opd.training import Budget, Evidence, Loss, Row, Schedule, batches, train, write_rows
+from vla_opd.training import Budget, Evidence, Loss, Means, Schedule, train
 from vla_opd.trajectory import States, read_states, shards
+from vla_opd.update import order, write
 
 
 def run(params: Params, name: str, demonstrations: Path, parent: Path | None, out: Path, host: Host) -> Manifest:
@@ -45,17 +46,15 @@ def run(params: Params, name: str, demonstrations: Path, parent: Path | None, ou
     torch.set_num_threads(sft.threads)
     states = read_states(shards(demonstrations), made.per_task)
     facts = _facts(params, states, origin)
-    with draft(out, "checkpoint", parents, settings) as work, track(host, params.run.name, "finetune", name, settings) as log:
+    with ranks.draft(out, "checkpoint", parents, settings) as work, track(host, params.run.name, "finetune", name, settings) as log:
         policy = _policy(facts, origin, derive(params.run.seed, "finetune", name), host.device)
         bins = policy.encode(states.labels)
-        loss = _loss(policy, bins, facts.action_space.bins, states, params, name)
+        loss = _loss(bins, facts.action_space.bins, states, params, name)
         evidence = Evidence(host.not_finite(params.run.name), lambda step: _examples(states, bins, _order(states, params, name)(step)))
         adapters.prepare(policy, sft.lora if origin else None, derive(params.run.seed, "finetune", name), "finetune")
-        with adapters.recomputing(policy, wanted=sft.gradient_checkpointing):
-            rows, _ = train(policy, loss, _budget(made, params), work.scratch, None, f"finetune {name}", log, evidence)
-        write_policy(work, policy, origin)
-        with work.part("metrics.jsonl") as path:
-            write_rows(path, rows)
+        with ranks.sharded(policy) as shared, adapters.recomputing(shared, wanted=sft.gradient_checkpointing):
+            rows, _ = train(shared, loss, _budget(made, params), work.scratch, None, f"finetune {name}", log, evidence)
+        write(work, policy, origin, rows, None)
         return work.publish({"checkpoint": facts.model_dump(), "states": len(states), "episodes": int(states.episode[-1]) + 1})
 
 
@@ -91,26 +90,26 @@ def _budget(made: PretrainedParams, params: Params) -> Budget:
     return Budget(made.steps, schedule, sft.gradient_clip, sft.weight_decay, sft.save_every)
 
 
-def _loss(policy: Policy, bins: Int16[np.ndarray, "N K"], count: int, states: States, params: Params, name: str) -> Loss:
+def _loss(bins: Int16[np.ndarray, "N K"], count: int, states: States, params: Params, name: str) -> Loss:
     """-sum_v q(v) log p(v) over valid tokens, q the Gaussian-smoothed one-hot of the demonstrated bin, one of `count`."""
     soft = smoothed_targets(count, params.finetune.smoothing)
-    order = _order(states, params, name)
+    states_of = _order(states, params, name)
 
-    def loss(step: int) -> tuple[Float[Tensor, ""], Row]:
-        rows = order(step)
+    def loss(policy: Policy, step: int) -> Means:
+        rows = states_of(step)
         log_probs = policy.logits(states.observations.at(rows)).log_softmax(-1)
         target = soft[torch.from_numpy(bins[rows]).long()].to(log_probs.device)
         mask = torch.from_numpy(states.mask[rows]).to(log_probs.device)
         with torch.no_grad():
             hit = masked_mean((log_probs.argmax(-1) == target.argmax(-1)).float(), mask).item()
-        return masked_mean(-(target * log_probs).sum(-1), mask), {"accuracy": hit}
+        return Means(masked_mean(-(target * log_probs).sum(-1), mask), {"accuracy": hit}, int(states.mask[rows].sum()))
 
     return loss
 
 
 def _order(states: States, params: Params, name: str) -> Callable[[int], Int[np.ndarray, " B"]]:
-    """Step -> the states of its batch."""
-    return batches(len(states), params.finetune.batch_size, derive(params.run.seed, "finetune", name, "order"))
+    """Step -> the states of its batch; this process's share of them."""
+    return order(np.arange(len(states)), params.finetune.batch_size, derive(params.run.seed, "finetune", name, "order"))
 
 
 def _examples(states: States, bins: Int16[np.ndarray, "N K"], rows: Int[np.ndarray, " B"]) -> dict[str, np.ndarray]:

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vla_opd.artifacts import Manifest, draft, open_artifact, read_manifest
+from vla_opd import ranks
+from vla_opd.artifacts import Manifest, open_artifact, read_manifest
 from vla_opd.checkpoint import Checkpoint, open_checkpoint, require_same_actions
 from vla_opd.decisions import Decisions, Graded, failed_share, read_decisions
 from vla_opd.diagnostics import Distance, distance
@@ -38,7 +39,7 @@ from vla_opd.policies import Policy, load_policy
 from vla_opd.seeds import derive
 from vla_opd.tokens import ActionSpace
 from vla_opd.tracking import track
-from vla_opd.training import Evidence, Loss, Row
+from vla_opd.training import Evidence, Loss, Means, Row
 from vla_opd.trajectory import Observations, in_batches, joined, read_states, shards
 from vla_opd.transfer import between, require_comparable
 from vla_opd.update import budget, learn, order, probed, require_own_rollouts
@@ -101,7 +102,7 @@ def run(params: Params, iteration: str, student: Path, trajectories: Path, logit
     own, earlier = _read(opt, trajectories, logits, checkpoint.facts.action_space), _earlier(params, iteration, trajectories, logits, out)
     data = _together([own, *(_read(opt, *source, checkpoint.facts.action_space) for source in earlier)])
     depth = params.depth(iteration)
-    with draft(out, "checkpoint", parents, settings) as work, track(host, params.run.name, "optimize", iteration, settings) as log:
+    with ranks.draft(out, "checkpoint", parents, settings) as work, track(host, params.run.name, "optimize", iteration, settings) as log:
         policy = load_policy(checkpoint, host.device)
         data = data if anchor is None else replace(data, initial=_scores(load_policy(anchor, host.device), data, opt))
         before = _probe(policy, own, opt)
@@ -109,7 +110,7 @@ def run(params: Params, iteration: str, student: Path, trajectories: Path, logit
         data = data if opt.states is None else replace(data, kept=_drawn(data, opt.states, seed))
         plan = budget(opt, depth, len(data.usable))
         evidence = Evidence(host.not_finite(params.run.name), lambda step: data.at(order(data.usable, opt.batch_size, seed)(step)))
-        learn(policy, _loss(policy, data, params, seed), opt, plan, work, checkpoint, f"optimize {iteration}", seed, log, evidence)
+        learn(policy, _loss(data, params, seed), opt, plan, work, checkpoint, f"optimize {iteration}", seed, log, evidence)
         after, failed = _probe(policy, own, opt), failed_share(shards(trajectories), data.learnt[: len(own.mask)])
         log(
             {f"{when}/{name}": value for when, it in (("before", before), ("after", after)) for name, value in it if isinstance(value, float)},
@@ -237,14 +238,14 @@ def _scores(policy: Policy, data: Labelled, opt: OptimizeParams) -> Float[np.nda
         return np.concatenate([tempered(policy.logits(data.observations.at(rows)), opt.temperature).cpu().numpy() for rows in parts])
 
 
-def _loss(policy: Policy, data: Labelled, params: Params, seed: int) -> Loss:
+def _loss(data: Labelled, params: Params, seed: int) -> Loss:
     opt = params.optimize
     objective: Any = named_function(opt.objective, {**OBJECTIVES, **ON_DECISIONS}, "optimize.objective")
     states = order(data.usable, opt.batch_size, seed)
 
-    def loss(step: int) -> tuple[Float[Tensor, ""], Row]:
+    def loss(policy: Policy, step: int) -> Means:
         rows = states(step)
-        batch, mask = _token_batch(policy, data, rows, opt, derive(seed, step))
+        batch, mask = _token_batch(policy, data, rows, opt, ranks.own(derive(seed, step)))
         row = _diagnostics(batch, mask)
         values = objective(batch)
         if opt.confidence:
@@ -255,7 +256,7 @@ def _loss(policy: Policy, data: Labelled, params: Params, seed: int) -> Loss:
         if data.initial is not None:
             away = masked_mean(reverse_kl(replace(batch, teacher=torch.from_numpy(data.initial[rows]).to(values.device))), mask)
             total, row = total + opt.anchor * away, row | {"anchor_kl": away.item()}
-        return total, row
+        return Means(total, row, int(data.mask[rows].sum()))
 
     return loss
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
-from vla_opd.artifacts import Manifest, draft, open_artifact
+from vla_opd import ranks
+from vla_opd.artifacts import Manifest, open_artifact
 from vla_opd.checkpoint import open_checkpoint
 from vla_opd.decisions import Decisions, Graded, read_decisions
 from vla_opd.host import Host
@@ -19,7 +20,7 @@ from vla_opd.params import ExploreParams, Params, ReinforceParams
 from vla_opd.policies import Policy, load_policy
 from vla_opd.seeds import derive
 from vla_opd.tracking import track
-from vla_opd.training import Evidence, Loss, Row
+from vla_opd.training import Evidence, Loss, Means
 from vla_opd.trajectory import Observations, in_batches, read_states, shards
 from vla_opd.update import budget, learn, order, probed, require_own_rollouts
 
@@ -63,11 +64,11 @@ def run(params: Params, iteration: str, student: Path, trajectories: Path, out: 
     torch.set_num_threads(its.threads)
     data, depth = _read(visited.params["explore"], trajectories, checkpoint.facts.action_space.chunk), params.depth(iteration)
     parents = {"student": checkpoint.digest, "trajectories": visited.digest}
-    with draft(out, "checkpoint", parents, settings) as work, track(host, params.run.name, "reinforce", iteration, settings) as log:
+    with ranks.draft(out, "checkpoint", parents, settings) as work, track(host, params.run.name, "reinforce", iteration, settings) as log:
         policy, seed = load_policy(checkpoint, host.device), derive(params.run.learning_seed, "reinforce", iteration)
         before, plan = _probe(policy, data, its.batch_size), budget(its, depth, len(data.usable))
         evidence = Evidence(host.not_finite(params.run.name), lambda step: data.at(order(data.usable, its.batch_size, seed)(step)))
-        learn(policy, _loss(policy, data, its, seed), its, plan, work, checkpoint, f"reinforce {iteration}", seed, log, evidence)
+        learn(policy, _loss(data, its, seed), its, plan, work, checkpoint, f"reinforce {iteration}", seed, log, evidence)
         facts = {"checkpoint": checkpoint.facts.model_dump(), "before": before, "after": _probe(policy, data, its.batch_size)}
         return work.publish({**facts, "depth": depth, "states": len(data.usable)})
 
@@ -79,10 +80,10 @@ def _read(explored: Mapping[str, Any], trajectories: Path, chunk: int) -> Rolled
     return Rolled(states.observations, states.mask, decisions, decisions.graded(states.mask, its), its.temperature)
 
 
-def _loss(policy: Policy, data: Rolled, its: ReinforceParams, seed: int) -> Loss:
+def _loss(data: Rolled, its: ReinforceParams, seed: int) -> Loss:
     states = order(data.usable, its.batch_size, seed)
 
-    def loss(step: int) -> tuple[Float[Tensor, ""], Row]:
+    def loss(policy: Policy, step: int) -> Means:
         rows = states(step)
         log_probs = tempered(policy.logits(data.observations.at(rows)), data.temperature)
 
@@ -95,7 +96,8 @@ def _loss(policy: Policy, data: Rolled, its: ReinforceParams, seed: int) -> Loss
             "student_entropy": masked_mean(entropy(log_probs.detach()), mask).item(),
             "clip_fraction": masked_mean(clipped(taken).float(), mask).item(),
         }
-        return masked_mean(grpo(taken) * there(data.graded.weight).unsqueeze(-1), mask), row
+        value = masked_mean(grpo(taken) * there(data.graded.weight).unsqueeze(-1), mask)
+        return Means(value, row, int(data.mask[rows].sum()))
 
     return loss
 

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,23 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from vla_opd import ranks
 from vla_opd.artifacts import canonical
 from vla_opd.tracking import Log
 
 Row = dict[str, float]
-Loss = Callable[[int], tuple[Float[Tensor, ""], Row]]
+
+
+@dataclass(frozen=True)
+class Means:
+    """What one step minimises, and what is kept of it: means over the `tokens` valid tokens of this process's states."""
+
+    loss: Float[Tensor, ""]
+    row: Row
+    tokens: int
+
+
+Loss = Callable[[Any, int], Means]  # of a policy, at a step
 
 
 @dataclass(frozen=True)
@@ -59,7 +71,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is kept of a step whose loss or gradient is not finite: `batch(step)`, as a file in `folder`."""
+    """What is kept of a step whose loss or gradient is not finite: `batch(step)`, as a file in `folder`; of each process's states one."""
 
     folder: Path
     batch: Callable[[int], Mapping[str, np.ndarray]]
@@ -75,11 +87,11 @@ def train(
     log: Log = lambda _row, _step: None,
     evidence: Evidence | None = None,
 ) -> tuple[list[Row], dict[str, Tensor]]:
-    """Make `budget.steps` AdamW steps on `loss(step)`, going on from the last save in `scratch` if there is one.
+    """Make `budget.steps` AdamW steps on `loss(policy, step)`, going on from the last save in `scratch` if there is one.
 
     moments: the optimiser's state to begin with, in the form that this function returns, or none.
     log:     gets every row as it is made, with the number of its step on the schedule.
-    What asks for no gradient stays as it is. Returns one row of metrics a step, and the moments at the end.
+    What asks for no gradient stays as it is. Returns one row of metrics a step, and the moments at the end: whole in the first process (`ranks`).
     FloatingPointError at the first loss or gradient that is not finite, before it reaches the weights; `evidence` is kept then.
     """
     optimizer = torch.optim.AdamW(
@@ -88,23 +100,24 @@ def train(
     if moments:
         _set_moments(optimizer, moments)
     rows = _resume(policy, optimizer, scratch)
-    if rows:
+    quiet = ranks.rank() > 0
+    if rows and not quiet:
         print(f"{label}: going on from step {len(rows)}", file=sys.stderr)
-    for step in tqdm(range(len(rows), budget.steps), initial=len(rows), total=budget.steps, desc=label, unit="step", mininterval=5):
-        for group in optimizer.param_groups:
-            group["lr"] = budget.schedule.at(budget.first + step)
-        value, row = loss(step)
+    for step in tqdm(range(len(rows), budget.steps), label, budget.steps, initial=len(rows), unit="step", mininterval=5, disable=quiet):
+        rate = optimizer.param_groups[0]["lr"] = budget.schedule.at(budget.first + step)
+        found = loss(policy, step)
         optimizer.zero_grad()
-        value.backward()
-        norm = nn.utils.clip_grad_norm_(policy.parameters(), budget.gradient_clip)
-        if not (torch.isfinite(value) and torch.isfinite(norm)):
+        ranks.weighted(found.loss, found.tokens).backward()
+        norm = ranks.entire(nn.utils.clip_grad_norm_(policy.parameters(), budget.gradient_clip)).item()
+        row = ranks.mean({**found.row, "loss": found.loss.item()}, found.tokens)
+        if not (math.isfinite(row["loss"]) and math.isfinite(norm)):
             kept = "" if evidence is None else f". The batch, and the weights before it, are kept in {_keep(evidence, policy, step, label)}"
             raise FloatingPointError(
-                f"{label}: the loss is {value.item()} and its gradient's norm {norm.item()} at step {step}; "
+                f"{label}: the loss is {row['loss']} and its gradient's norm {norm} at step {step}; "
                 f"expected finite numbers (lower the learning rate?){kept}"
             )
         optimizer.step()
-        rows.append({**row, "loss": value.item(), "gradient_norm": norm.item(), "learning_rate": budget.schedule.at(budget.first + step)})
+        rows.append({**row, "gradient_norm": norm, "learning_rate": rate})
         log(rows[-1], budget.first + step)
         if (step + 1) % budget.save_every == 0 and step + 1 < budget.steps:
             _save(policy, optimizer, rows, scratch)
@@ -112,9 +125,11 @@ def train(
 
 
 def _keep(evidence: Evidence, policy: nn.Module, step: int, label: str) -> Path:
-    path = evidence.folder / f"{label.replace(' ', '-')}-step{step:05d}.safetensors"
+    which = f"-rank{ranks.rank()}" if ranks.rank() else ""
+    path = evidence.folder / f"{label.replace(' ', '-')}-step{step:05d}{which}.safetensors"
     tensors = {f"batch/{name}": torch.from_numpy(np.ascontiguousarray(array)) for name, array in evidence.batch(step).items()}
-    tensors |= {f"weights/{name}": value.detach().cpu().contiguous() for name, value in _changing(policy).items()}
+    weights = {f"weights/{name}": ranks.whole(value.detach()) for name, value in _changing(policy).items()}
+    tensors |= {name: value.cpu().contiguous() for name, value in weights.items() if not which}
     path.parent.mkdir(parents=True, exist_ok=True)
     safetensors.torch.save_file(tensors, path)
     return path
@@ -134,14 +149,14 @@ def batches(rows: int, batch_size: int, seed: int) -> Callable[[int], Int[np.nda
 
 def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
-    return {f"{index}/{name}": torch.as_tensor(value) for index, moments in state.items() for name, value in moments.items()}
+    return {f"{index}/{name}": ranks.whole(torch.as_tensor(value)) for index, moments in state.items() for name, value in moments.items()}
 
 
 def _set_moments(optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor]) -> None:
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in moments.items():
         index, _, key = name.partition("/")
-        state.setdefault(int(index), {})[key] = value
+        state.setdefault(int(index), {})[key] = ranks.cut(value, optimizer.param_groups[0]["params"][int(index)])
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
@@ -152,8 +167,10 @@ def _changing(policy: nn.Module) -> dict[str, Tensor]:
 
 
 def _save(policy: nn.Module, optimizer: torch.optim.Optimizer, rows: list[Row], scratch: Path) -> None:
-    tensors = {f"weights/{name}": value for name, value in _changing(policy).items()}
+    tensors = {f"weights/{name}": ranks.whole(value) for name, value in _changing(policy).items()}
     tensors |= {f"moments/{name}": value for name, value in _moments(optimizer).items()}
+    if ranks.rank():
+        return
     temporary = scratch / "training.tmp"
     safetensors.torch.save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, {"rows": canonical(rows)})
     with temporary.open("rb") as stream:
@@ -168,12 +185,13 @@ def _resume(policy: nn.Module, optimizer: torch.optim.Optimizer, scratch: Path) 
     with safetensors.safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         rows = json.loads(file.metadata()["rows"])
+    now = policy.state_dict()
     weights = {name.removeprefix("weights/"): value for name, value in tensors.items() if name.startswith("weights/")}
-    policy.load_state_dict(policy.state_dict() | weights)
+    policy.load_state_dict(now | {name: ranks.cut(value, now[name]) for name, value in weights.items()})
     _set_moments(optimizer, {name.removeprefix("moments/"): value for name, value in tensors.items() if name.startswith("moments/")})
     return rows
 
 
-def write_rows(path: Path, rows: list[Row]) -> None:
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """One JSON object a line, a line a step."""
     path.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))

@@ -1,20 +1,20 @@
 """One iteration's update of a policy, whatever the loss: where it stands on its schedule, which states a step sees, and what is written."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import safetensors.torch
 from jaxtyping import Bool, Int
-from torch import nn
+from torch import Tensor, nn
 
-from vla_opd import adapters
+from vla_opd import adapters, ranks
 from vla_opd.artifacts import Draft, Manifest
 from vla_opd.checkpoint import Checkpoint, save_weights, write_policy
 from vla_opd.params import UpdateParams
 from vla_opd.tracking import Log
-from vla_opd.training import Budget, Evidence, Loss, Schedule, batches, train, write_rows
+from vla_opd.training import Budget, Evidence, Loss, Row, Schedule, batches, train, write_rows
 
 MOMENTS = "optimizer.safetensors"
 PROBE = 256  # states
@@ -31,9 +31,9 @@ def budget(settings: UpdateParams, depth: int, states: int) -> Budget:
 
 
 def order(usable: Int[np.ndarray, " U"], batch_size: int, seed: int) -> Callable[[int], Int[np.ndarray, " B"]]:
-    """Step -> the states of its batch, among those to learn from."""
+    """Step -> the states of its batch, among those to learn from; this process's share of them."""
     rows = batches(len(usable), batch_size, seed)
-    return lambda step: usable[rows(step)]
+    return lambda step: usable[ranks.share(rows(step))]
 
 
 def probed(mask: Bool[np.ndarray, "N K"]) -> Int[np.ndarray, " R"]:
@@ -65,15 +65,23 @@ def learn(
     At its beginning they don't: another kind of update left its own there. Nor do they where an adapter begins, or ends.
     """
     kept, before = student.folder / MOMENTS, adapters.attached(policy)
-    if not plan.steps:
+    if not plan.steps and not ranks.rank():
         print(f"{label}: no state to learn from (keep_low, keep_high, recoverable); the student stays as it is", file=sys.stderr)
     adapters.prepare(policy, settings.lora, seed, label.partition(" ")[0])
     same = adapters.attached(policy) == before  # otherwise they are of other weights
     moments = safetensors.torch.load_file(kept) if plan.first and same and kept.is_file() else None
-    with adapters.recomputing(policy, wanted=settings.gradient_checkpointing):
-        rows, moments = train(policy, loss, plan, work.scratch, moments, label, log, evidence)
-    write_policy(work, policy, student)
-    with work.part(MOMENTS) as path:
-        save_weights(path, moments)
+    with ranks.sharded(policy) as shared, adapters.recomputing(shared, wanted=settings.gradient_checkpointing):
+        rows, moments = train(shared, loss, plan, work.scratch, moments, label, log, evidence)
+    write(work, policy, student, rows, moments)
+
+
+def write(work: Draft, policy: nn.Module, origin: Checkpoint | None, rows: Sequence[Row], moments: Mapping[str, Tensor] | None) -> None:
+    """What training made: the policy, the metrics and, where another update may go on from them, the moments. The first process writes."""
+    if ranks.rank():
+        return
+    write_policy(work, policy, origin)
+    if moments is not None:
+        with work.part(MOMENTS) as path:
+            save_weights(path, moments)
     with work.part("metrics.jsonl") as path:
         write_rows(path, rows)

@@ -56,14 +56,14 @@ def test_the_loss_is_the_cross_entropy_of_valid_tokens() -> None:
     torch.manual_seed(0)
     policy = build_policy(small.FACTS).eval()
     encoded = small.SPACE.encode(seen.labels)
-    value, row = _loss(policy, encoded, small.BINS, seen, PARAMS, "student")(0)
+    found = _loss(encoded, small.BINS, seen, PARAMS, "student")(policy, 0)
     bins = torch.from_numpy(encoded).long()
     with torch.no_grad():
         logits = policy.logits(seen.observations)
     each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), bins.flatten(), reduction="none").view_as(bins)
     mask = torch.from_numpy(seen.mask)
-    assert value.item() == pytest.approx(each[mask].mean().item(), rel=1e-5)
-    assert row["accuracy"] == pytest.approx((logits.argmax(-1) == bins)[mask].float().mean().item())
+    assert found.loss.item() == pytest.approx(each[mask].mean().item(), rel=1e-5)
+    assert found.row["accuracy"] == pytest.approx((logits.argmax(-1) == bins)[mask].float().mean().item())
 
 
 def test_a_checkpoint_without_a_parent_is_described_by_its_demonstrations() -> None:

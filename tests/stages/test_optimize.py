@@ -132,21 +132,21 @@ def test_draws_follow_the_student() -> None:
 def test_the_loss_is_the_objectives_mean_over_valid_tokens(name: str) -> None:
     opt = OptimizeParams(objective=name, batch_size=5, temperature=0.8)
     policy, data = build_policy(small.FACTS).eval(), labelled(6)
-    value, row = _loss(policy, data, params(opt), seed=1)(0)
+    found = _loss(data, params(opt), seed=1)(policy, 0)
     with torch.no_grad():
         student = tempered(policy.logits(data.observations.at(np.arange(1, 6))), 0.8)  # state 0 has no valid token
     teacher = tempered(torch.from_numpy(data.teacher[1:]).float(), 0.8)
     mask = torch.from_numpy(data.mask[1:])
     if name != "reverse_kl_sampled":  # its draws depend on the order of the rows
         expected = masked_mean(OBJECTIVES[name](TokenBatch(student, teacher, lambda: torch.zeros_like(mask).long())), mask)
-        assert value.item() == pytest.approx(expected.item(), rel=1e-4)
-    assert row["student_entropy"] == pytest.approx(masked_mean(-(student.exp() * student).sum(-1), mask).item(), rel=1e-4)
-    assert ("reverse_kl" in row) == (name != "reverse_kl")
+        assert found.loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert found.row["student_entropy"] == pytest.approx(masked_mean(-(student.exp() * student).sum(-1), mask).item(), rel=1e-4)
+    assert ("reverse_kl" in found.row) == (name != "reverse_kl")
 
 
 def test_an_unknown_objective_is_refused() -> None:
     with pytest.raises(ValueError, match=r"optimize\.objective is 'mse'; expected one of \['forward_kl', .*'reverse_kl_sampled'\]"):
-        _loss(build_policy(small.FACTS), labelled(), params(OptimizeParams(objective="mse")), seed=0)
+        _loss(labelled(), params(OptimizeParams(objective="mse")), seed=0)
 
 
 @pytest.mark.parametrize("name", ["reverse_kl", "reverse_kl_sampled", "forward_kl"])
@@ -155,7 +155,7 @@ def test_the_student_becomes_more_like_the_teacher(tmp_path: Path, name: str) ->
     torch.manual_seed(0)
     policy, data = build_policy(small.FACTS).eval(), labelled(8)
     before = _probe(policy, data, opt)
-    train(policy, _loss(policy, data, params(opt), seed=1), budget(opt, 0, len(data.usable)), tmp_path, None, "it001")
+    train(policy, _loss(data, params(opt), seed=1), budget(opt, 0, len(data.usable)), tmp_path, None, "it001")
     after = _probe(policy, data, opt)
     assert after.reverse_kl < 0.8 * before.reverse_kl
     assert after.teacher_entropy == before.teacher_entropy
@@ -185,7 +185,7 @@ def test_mixed_learns_from_the_decisions_of_groups_that_count() -> None:
     assert data.on_policy is not None
     assert data.usable.tolist() == [1, 2]  # state 0 has no valid token; the second group has no success
     policy = build_policy(small.FACTS).eval()
-    value, row = _loss(policy, data, params(opt.model_copy(update={"batch_size": 2})), seed=1)(0)
+    found = _loss(data, params(opt.model_copy(update={"batch_size": 2})), seed=1)(policy, 0)
     rows = np.array([1, 2])
     with torch.no_grad():
         batch, mask = _token_batch(policy, data, rows, opt, 0)
@@ -196,8 +196,8 @@ def test_mixed_learns_from_the_decisions_of_groups_that_count() -> None:
         advantage = group_advantage(torch.tensor([True, False, False]))[1:]
         torch.testing.assert_close(batch.taken.advantage, advantage)
         per_episode = [(mixed(batch)[i][mask[i]]).mean() for i in range(2)]
-    assert value.item() == pytest.approx(torch.stack(per_episode).mean().item(), rel=1e-4)
-    assert set(row) == {"student_entropy", "reverse_kl", "clip_fraction"}
+    assert found.loss.item() == pytest.approx(torch.stack(per_episode).mean().item(), rel=1e-4)
+    assert set(found.row) == {"student_entropy", "reverse_kl", "clip_fraction"}
 
 
 def test_the_published_form_learns_from_every_decision() -> None:
@@ -206,7 +206,7 @@ def test_the_published_form_learns_from_every_decision() -> None:
     data = replace(data, on_policy=replace(data.on_policy, to_go=np.linspace(1, 2, len(data.mask), dtype=np.float32)))
     assert data.usable.tolist() == [1, 2, 3, 4]
     policy, rows = build_policy(small.FACTS).eval(), data.usable
-    value, row = _loss(policy, data, params(opt.model_copy(update={"batch_size": 4})), seed=1)(0)
+    found = _loss(data, params(opt.model_copy(update={"batch_size": 4})), seed=1)(policy, 0)
     with torch.no_grad():
         batch, mask = _token_batch(policy, data, rows, opt, 0)
         assert isinstance(batch, DecisionBatch)
@@ -214,8 +214,8 @@ def test_the_published_form_learns_from_every_decision() -> None:
         assert to_go[:-1].abs().min() > 0
         student, teacher = (of(log_probs, batch.tokens) for log_probs in (batch.student, batch.teacher))
         expected = masked_mean(-student * (teacher - student + to_go), mask)
-    assert value.item() == pytest.approx(expected.item(), rel=1e-4)
-    assert set(row) == {"student_entropy", "reverse_kl"}
+    assert found.loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert set(found.row) == {"student_entropy", "reverse_kl"}
 
 
 def test_a_decisions_reward_to_go_is_that_of_its_episode_at_its_valid_tokens() -> None:
@@ -248,18 +248,18 @@ def test_the_anchor_and_the_teachers_confidence_are_in_the_loss_and_in_the_recor
         for value in other.parameters():
             value.mul_(1.5)
     data = replace(data, initial=_scores(other, data, opt))
-    value, row = _loss(policy, data, params(opt), seed=1)(0)
+    found = _loss(data, params(opt), seed=1)(policy, 0)
     with torch.no_grad():
         student, first = (tempered(p.logits(data.observations.at(np.arange(1, 6))), 1.0) for p in (policy, other))
     teacher, mask = tempered(torch.from_numpy(data.teacher[1:]).float(), 0.5), torch.from_numpy(data.mask[1:])
     weight = confidence(teacher, 1.0)
     away = masked_mean((student.exp() * (student - first)).sum(-1), mask).item()
     plain = masked_mean((student.exp() * (student - teacher)).sum(-1) * weight, mask).item()
-    assert value.item() == pytest.approx(plain + 0.3 * away, rel=1e-4)
+    assert found.loss.item() == pytest.approx(plain + 0.3 * away, rel=1e-4)
     assert away > 1e-3
-    assert row["reverse_kl"] == pytest.approx(masked_mean((student.exp() * (student - teacher)).sum(-1), mask).item(), rel=1e-4)
-    assert row["anchor_kl"] == pytest.approx(away, rel=1e-4)
-    assert row["confidence"] == pytest.approx(masked_mean(weight, mask).item(), rel=1e-4)
+    assert found.row["reverse_kl"] == pytest.approx(masked_mean((student.exp() * (student - teacher)).sum(-1), mask).item(), rel=1e-4)
+    assert found.row["anchor_kl"] == pytest.approx(away, rel=1e-4)
+    assert found.row["confidence"] == pytest.approx(masked_mean(weight, mask).item(), rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -38,17 +38,17 @@ def test_before_the_first_step_no_ratio_is_off(rolled: tuple[Params, Policy, Rol
     assert len(data.usable) > 20
     then = torch.from_numpy(data.decisions.log_probs[data.usable])
     torch.testing.assert_close(log_probs(policy, data), then, rtol=0, atol=1e-4)
-    value, row = _loss(policy, data, params.reinforce.model_copy(update={"batch_size": len(data.usable)}), seed=1)(0)
-    assert row["clip_fraction"] == 0
+    found = _loss(data, params.reinforce.model_copy(update={"batch_size": len(data.usable)}), seed=1)(policy, 0)
+    assert found.row["clip_fraction"] == 0
     mask, advantage, weight = (array[data.usable] for array in (data.mask, data.graded.advantage, data.graded.weight))
-    assert value.item() == pytest.approx(-(mask * (advantage * weight)[:, None]).sum() / mask.sum(), abs=1e-4)
+    assert found.loss.item() == pytest.approx(-(mask * (advantage * weight)[:, None]).sum() / mask.sum(), abs=1e-4)
 
 
 def test_what_succeeded_becomes_likelier_and_what_failed_less(rolled: tuple[Params, Policy, Rolled], tmp_path: Path) -> None:
     params, policy, data = rolled
     its = params.reinforce.model_copy(update={"learning_rate": 1e-3, "steps": 30, "batch_size": len(data.usable)})
     before = log_probs(policy, data)
-    rows, _ = train(policy, _loss(policy, data, its, seed=1), budget(its, 0, len(data.usable)), tmp_path, None, "rl001")
+    rows, _ = train(policy, _loss(data, its, seed=1), budget(its, 0, len(data.usable)), tmp_path, None, "rl001")
     change = ((log_probs(policy, data) - before).numpy() * data.mask[data.usable]).mean(1)
     won = data.graded.advantage[data.usable] > 0
     assert change[won].mean() > 0.02

@@ -17,7 +17,7 @@ from vla_opd.checkpoint import Checkpoint, open_checkpoint, write_policy
 from vla_opd.params import Lora
 from vla_opd.policies import build_policy, load_policy, save_pretrained
 from vla_opd.policies.openvla_oft import from_public
-from vla_opd.training import Budget, Schedule, train
+from vla_opd.training import Budget, Means, Schedule, train
 
 LORA = Lora(rank=2, alpha=4)
 SEEN = small.observations(3)
@@ -37,7 +37,7 @@ def trained(one: nn.Module, scratch: Path, steps: int = 3) -> nn.Module:
     """Towards the first bin everywhere."""
     scratch.mkdir(exist_ok=True)
     budget = Budget(steps, Schedule(0.05, 0.05, 0, steps), 1.0, 0.0, save_every=100)
-    train(one, lambda _: (-one.logits(SEEN).log_softmax(-1)[..., 0].mean(), {}), budget, scratch, None, "test")
+    train(one, lambda policy, _: Means(-policy.logits(SEEN).log_softmax(-1)[..., 0].mean(), {}, 1), budget, scratch, None, "test")
     return one
 
 

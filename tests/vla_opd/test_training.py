@@ -4,6 +4,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from vla_opd.training import Budget, Evidence, Loss, Row, Schedule, batches, train, write_rows
+from vla_opd.training import Budget, Evidence, Loss, Means, Row, Schedule, batches, train, write_rows
 
 Trained = tuple[list[Row], dict[str, Tensor], dict[str, Tensor]]  # rows, moments, weights
 STEPS = 9
@@ -30,14 +31,14 @@ def regression(fail_at: int | None = None, calls: list[int] | None = None) -> tu
     torch.manual_seed(0)
     policy = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2))
 
-    def loss(step: int) -> tuple[Tensor, Row]:
+    def loss(policy: nn.Module, step: int) -> Means:
         if calls is not None:
             calls.append(step)
         if step == fail_at:
             raise InterruptionError
         x = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
         value = (policy(x) - x[:, :2] ** 2).square().mean()
-        return value, {"twice": 2 * value.item()}
+        return Means(value, {"twice": 2 * value.item()}, 32)
 
     return policy, loss
 
@@ -98,7 +99,8 @@ def test_rows_say_what_happened(uninterrupted: Trained) -> None:
 def test_two_iterations_are_one_long_one_if_the_moments_are_handed_on(tmp_path: Path, uninterrupted: Trained) -> None:
     policy, loss = regression()
     first, moments = train(policy, loss, Budget(4, BUDGET.schedule, 1.0, 0.1, 100), tmp_path, None, "one")
-    second, moments = train(policy, lambda step: loss(4 + step), Budget(5, BUDGET.schedule, 1.0, 0.1, 100, first=4), tmp_path, moments, "two")
+    later = Budget(5, BUDGET.schedule, 1.0, 0.1, 100, first=4)
+    second, moments = train(policy, lambda policy, step: loss(policy, 4 + step), later, tmp_path, moments, "two")
     expected_rows, expected_moments, expected_weights = uninterrupted
     assert first + second == expected_rows
     assert same(moments, expected_moments)
@@ -108,7 +110,7 @@ def test_two_iterations_are_one_long_one_if_the_moments_are_handed_on(tmp_path: 
 def test_without_the_moments_the_second_iteration_is_another(tmp_path: Path, uninterrupted: Trained) -> None:
     policy, loss = regression()
     train(policy, loss, Budget(4, BUDGET.schedule, 1.0, 0.1, 100), tmp_path, None, "one")
-    train(policy, lambda step: loss(4 + step), Budget(5, BUDGET.schedule, 1.0, 0.1, 100, first=4), tmp_path, None, "two")
+    train(policy, lambda policy, step: loss(policy, 4 + step), Budget(5, BUDGET.schedule, 1.0, 0.1, 100, first=4), tmp_path, None, "two")
     assert not same(policy.state_dict(), uninterrupted[2])
 
 
@@ -116,7 +118,7 @@ def test_a_step_is_adamw_on_the_clipped_gradient(tmp_path: Path) -> None:
     policy = nn.Linear(1, 1, bias=False)
     nn.init.constant_(policy.weight, 2.0)
     budget = Budget(1, Schedule(0.1, 0.1, 0, 1), gradient_clip=0.5, weight_decay=0.3, save_every=10)
-    (row,), moments = train(policy, lambda _: (40 * policy.weight.sum(), {}), budget, tmp_path, None, "one")
+    (row,), moments = train(policy, lambda policy, _: Means(40 * policy.weight.sum(), {}, 1), budget, tmp_path, None, "one")
     assert row["gradient_norm"] == pytest.approx(40)  # before clipping
     assert moments["0/exp_avg"].item() == pytest.approx(0.1 * 0.5, rel=1e-4)
     assert policy.weight.item() == pytest.approx(2.0 * (1 - 0.1 * 0.3) - 0.1, rel=1e-5)  # decay, then the first step of Adam: -lr sign(g)
@@ -128,10 +130,10 @@ def test_a_step_that_is_not_finite_is_not_made_and_its_batch_is_kept(tmp_path: P
     policy, loss = regression()
     before: list[dict[str, Tensor]] = []
 
-    def spoilt(step: int) -> tuple[Tensor, Row]:
+    def spoilt(policy: nn.Module, step: int) -> Means:
         before.append({name: tensor.clone() for name, tensor in policy.state_dict().items()})
-        value, row = loss(step)
-        return (spoil(value) if step == 5 else value), row
+        found = loss(policy, step)
+        return replace(found, loss=spoil(found.loss)) if step == 5 else found
 
     evidence = Evidence(tmp_path / "kept", lambda step: {"states": np.arange(step)})
     with pytest.raises(FloatingPointError, match=rf"optimize it007: the .*{found}.* at step 5; expected finite") as caught:
