@@ -8,8 +8,9 @@ from typing import Any
 import duckdb
 
 from flows.settings import text
-from flows.store import Artifact, Store, flat
+from flows.store import Artifact, Store
 from vla_opd import arrays
+from vla_opd.artifacts import flat
 from vla_opd.evaluation import read_records
 from vla_opd.host import METRICS
 from vla_opd.tracking import executions

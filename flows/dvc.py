@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from flows import dvc_cache, dvc_lock
 from vla_opd.lifeline import die_with_parent
@@ -26,6 +27,7 @@ CHATTER = re.compile(
     r"Running stage |> |Stage '|Updating lock file|Generating lock file|To track the changes|\tgit add|To enable auto|\tdvc config|Use `dvc push`"
 )
 Tell = Callable[["Line"], object]
+PASSING_EVERY = 15.0  # seconds between a progress bar's lines that a run's log keeps
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,22 @@ class Line:
     def chatter(self) -> bool:
         """Whether DVC said it, not the stage."""
         return not self.text.strip() or CHATTER.match(self.text) is not None
+
+
+class Kept:
+    """A stage's output in the log of the Prefect run: every line, and of progress bars one now and then."""
+
+    def __init__(self, logger: Any) -> None:
+        self._logger = logger
+        self._last_passing = float("-inf")
+
+    def tell(self, line: Line) -> None:
+        """Log one line, if it is to be kept; what DVC itself says of every stage isn't."""
+        now = time.monotonic()
+        if line.chatter or (line.passing and now - self._last_passing < PASSING_EVERY):
+            return
+        self._last_passing = now if line.passing else self._last_passing
+        self._logger.info("%s", line.text.strip())
 
 
 class Dvc:

@@ -22,8 +22,8 @@ from prov.model import ProvDocument
 
 from flows.lineage import History
 from flows.settings import text
-from flows.store import SHORT, Artifact, flat
-from vla_opd.artifacts import MANIFEST, canonical
+from flows.store import SHORT, Artifact
+from vla_opd.artifacts import MANIFEST, canonical, flat
 from vla_opd.tracking import Execution, git
 
 URI = "https://arxiv.org/abs/2603.26666#vla-opd/"  # a name, not an address: nothing of ours is served there

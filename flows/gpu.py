@@ -17,6 +17,13 @@ def needed(verb: str) -> bool:
     return verb in STAGES and (device.startswith("cuda") or (device == "auto" and DRIVER.is_file()))
 
 
+def devices() -> list[str]:
+    """The GPUs of this machine that a stage may see, as `CUDA_VISIBLE_DEVICES` names them. Found out without importing torch."""
+    if (told := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [one for one in told.split(",") if one]
+    return [str(number) for number, _ in enumerate(sorted(DRIVER.with_name("gpus").glob("*")))]
+
+
 @contextmanager
 def held(verb: str) -> Generator[None]:
     """Wait for the GPU if the stage needs it, and keep it for as long as the context lasts. The lease of a holder that dies runs out by itself."""

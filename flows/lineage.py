@@ -12,7 +12,8 @@ from jinja2 import Environment, StrictUndefined
 from rich.tree import Tree
 
 from flows.provenance import Origin, origin
-from flows.store import SHORT, Artifact, Settings, Store, differing, flat
+from flows.store import SHORT, Artifact, Settings, Store
+from vla_opd.artifacts import differing, flat
 
 TEMPLATE = "lineage.html.jinja"
 

@@ -174,6 +174,20 @@ def mark_due(steps: tuple[Step, ...]) -> tuple[Step, ...]:
             return tuple(replace(step, due=step.name in due) for step in steps)
 
 
+def would_run(name: str) -> bool:
+    """Whether DVC would run a stage's command now: it isn't up to date, and what the command would make is in no cache."""
+    from dvc.repo import Repo
+
+    with Repo() as repo, repo.lock:
+        (stage,) = repo.stage.collect(name)
+        if not stage.changed() or (not stage.changed(allow_missing=True) and stage.outs_cached()):
+            return False
+        stage.save_deps()
+        runs: Any = repo.stage_cache  # `restore(stage, dry=True)` looks for the run that dvc.lock tells of, not for this one
+        known = runs._load(stage)  # noqa: SLF001
+        return not (known and runs._create_stage(known, wdir=stage.wdir).outs_cached())  # noqa: SLF001
+
+
 def bring(name: str, tell: Tell, task_run: str = "") -> bool:
     """Bring stage `name` up to date by `dvc repro --single-item`, and hand on each line as it is said. True if it ran, False if nothing had changed.
 

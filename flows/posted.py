@@ -12,8 +12,8 @@ from typing import Any
 from prefect.artifacts import create_image_artifact, create_link_artifact, create_table_artifact
 
 from flows.pipeline import Step
-from flows.store import SHORT, Artifact, flat, read_artifact
-from vla_opd.artifacts import MANIFEST
+from flows.store import SHORT, Artifact, read_artifact
+from vla_opd.artifacts import MANIFEST, flat
 
 NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'  # which a drawing inside a page can do without
 PICTURE = re.compile(r"<figure.*?<svg(.*?</svg>).*?</figure>", re.DOTALL)

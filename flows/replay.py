@@ -10,10 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flows.store import SHORT, Artifact, Store, differing, flat
+from flows.store import SHORT, Artifact, Store
 from vla_opd import arrays
 from vla_opd.arrays import SUFFIX
-from vla_opd.artifacts import Draft, Manifest, link
+from vla_opd.artifacts import Draft, Manifest, differing, flat, link
 from vla_opd.host import Host
 from vla_opd.params import DemonstrationSet, Params
 
@@ -48,6 +48,7 @@ def replay(store: Store, artifact: Artifact, shard: str, params: Params, host: H
             if name != shard:
                 link(artifact.folder / name, draft.folder / name)
         made = stage(out=out, host=host)
+        assert made is not None  # all of it, not a share
         if unlike := sorted(differing(flat(artifact.manifest.params), flat(made.params))):
             raise ValueError(
                 f"{artifact.name}: with the code that is here it can't be made under the settings that it has; {', '.join(unlike)} would differ"
@@ -65,7 +66,7 @@ def _contents(shard: Path) -> dict[str, Any]:
     return {"attributes": attributes} | {name: (values.dtype.str, values.shape, values.tobytes()) for name, values in columns.items()}
 
 
-def _stage(store: Store, artifact: Artifact, params: Params) -> Callable[..., Manifest]:
+def _stage(store: Store, artifact: Artifact, params: Params) -> Callable[..., Manifest | None]:
     """The stage that made the artifact, with the settings and inputs that it had. ValueError for a kind that isn't made of shards."""
     from stages import demonstrate, explore, label, sample
 

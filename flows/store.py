@@ -1,7 +1,7 @@
 """The artifacts on disk as a graph: who was made from whom, by digest."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -111,19 +111,6 @@ class Store:
 
 def _ends(name: str, parts: tuple[str, ...]) -> bool:
     return bool(parts) and Path(name).parts[-len(parts) :] == parts
-
-
-def flat(settings: Mapping[str, Any], prefix: str = "") -> Settings:
-    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
-    result: Settings = {}
-    for key, value in settings.items():
-        result |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
-    return result
-
-
-def differing(one: Settings, other: Settings) -> list[str]:
-    """The names of the settings that differ."""
-    return [name for name in dict.fromkeys([*one, *other]) if one.get(name) != other.get(name)]
 
 
 def read_store(root: Path = ROOT) -> Store:

@@ -20,8 +20,8 @@ from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settin
 from prefect.states import Completed
 from pydantic import Field
 
-from flows import dvc, gpu, pipeline, posted, presence, server, summary
-from flows.dvc import Line, Tell
+from flows import dvc, gpu, pipeline, posted, presence, server, shares, summary
+from flows.dvc import Kept, Tell
 from flows.pipeline import Busy, StageFailed, Step
 from flows.settings import Settings, extension, write
 from flows.store import ROOT
@@ -31,7 +31,6 @@ from vla_opd.host import METRICS
 from vla_opd.params import load
 
 BUSY_RETRIES, BUSY_DELAY = 720, 5  # an hour: as long as a stage that someone runs by hand may take
-PASSING_EVERY = 15.0  # seconds between a progress bar's lines that the run's log keeps
 DEPLOYED = "PREFECT__FLOW_RUN_ID"  # a deployment's runner says so to the process that it starts for a run
 TARGET = r"^(demonstrate|pretrain|finetune|adopt|sample|label|optimize|explore|reinforce|evaluate|report)(@[\w.-]+)?$"
 States = dict[str, State[Any]]
@@ -51,7 +50,7 @@ def bring(step: Step) -> State[Any]:
         return Completed(name="Unchanged", message=f"{step.name}: {why}")
     kept = Kept(get_run_logger())
     with gpu.held(step.verb):
-        ran = _ran(step, screen, kept.tell, str(task_run.get_id()))
+        ran = _ran(step, screen, kept.tell, str(task_run.get_id()), shared=True)
     if ran:
         try:
             posted.post(step)
@@ -61,11 +60,13 @@ def bring(step: Step) -> State[Any]:
     return Completed(name="Unchanged", message=f"{step.name}: nothing it depends on had changed")
 
 
-def _ran(step: Step, screen: StageLine, tell: Tell, task_run: str = "") -> bool:
-    """Bring a due step up to date, on the terminal and in the record of times. Whether it had to run."""
+def _ran(step: Step, screen: StageLine, tell: Tell, task_run: str = "", *, shared: bool = False) -> bool:
+    """Bring a due step up to date, on the terminal and in the record of times. Whether it had to run. shared: its shares are made before."""
     began = time.monotonic()
     pipeline.require_same_settings(step)
     try:
+        if shared:
+            shares.make(step, screen.tell)
         ran = pipeline.bring(step.name, lambda line: (screen.tell(line), tell(line)), task_run)
     except StageFailed:
         screen.failed()
@@ -76,22 +77,6 @@ def _ran(step: Step, screen: StageLine, tell: Tell, task_run: str = "") -> bool:
     else:
         screen.unchanged("its inputs came out the same")
     return ran
-
-
-class Kept:
-    """A stage's output in the log of the Prefect run: every line, and of progress bars one now and then."""
-
-    def __init__(self, logger: Any) -> None:
-        self._logger = logger
-        self._last_passing = float("-inf")
-
-    def tell(self, line: Line) -> None:
-        """Log one line, if it is to be kept; what DVC itself says of every stage isn't."""
-        now = time.monotonic()
-        if line.chatter or (line.passing and now - self._last_passing < PASSING_EVERY):
-            return
-        self._last_passing = now if line.passing else self._last_passing
-        self._logger.info("%s", line.text.strip())
 
 
 @flow(name="iteration", validate_parameters=False)
@@ -124,6 +109,7 @@ def opd(
     """
     run = str(flow_run.get_id())
     try:
+        shares.wanted()  # a mistake in it is one now
         with presence.held(run):
             write(settings or {}, run=run)
             write(extension(iterations) if iterations else {}, run=run)

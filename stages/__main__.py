@@ -12,9 +12,10 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from vla_opd.artifacts import BusyError, Manifest
+from vla_opd.artifacts import BusyError, Manifest, Share
 from vla_opd.envs import ENVS
 from vla_opd.envs.graphics import use_backend
 from vla_opd.host import METRICS, Host, this_host
@@ -39,6 +40,7 @@ NO_ROOM = (
     "and run the same command again"
 )
 SIMULATED = ("demonstrate", "sample", "explore", "evaluate")
+SHARED = ("sample", "label", "explore", "evaluate")
 TRAINED = ("finetune", "optimize", "reinforce")
 LAUNCHED = "TORCHELASTIC_RUN_ID"  # the environment variable by which torchrun's processes are known
 
@@ -47,18 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a stage. A user's mistake is one message on stderr and exit code 2; numbers that are not finite, or a second process, one message and 1."""
     options = _parser().parse_args(arguments)
     rank = int(os.environ.get("RANK", "0")) if LAUNCHED in os.environ else 0
-    if "DVC_STAGE" in os.environ or LAUNCHED in os.environ:
+    if "DVC_STAGE" in os.environ or LAUNCHED in os.environ or options.share:
         # By hand, a stage may outlive its terminal; DVC's, whose lock dies with DVC, must not be met by the next one.
         die_with_parent()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        params = load("params.yaml", options.set)
-        if _several(options.verb, getattr(options, "processes", 1), params):
-            from vla_opd import ranks
-
-            return ranks.launch(options.processes, "stages", sys.argv[1:] if arguments is None else arguments)
-        host = this_host(options.workers, options.device, options.tracking if rank == 0 else "none", METRICS)
-        digest = _executed(options, params, host)
+        return _obey(options, sys.argv[1:] if arguments is None else arguments, rank)
     except ValueError as mistake:
         return _told(2, options.verb, mistake, rank)
     except (FloatingPointError, BusyError) as error:
@@ -67,7 +63,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "No space left" not in str(error) and "Disk quota exceeded" not in str(error):  # some writers are not Python's, and raise no OSError
             raise
         return _told(1, options.verb, f"{error}. {NO_ROOM.format(free=shutil.disk_usage(Path()).free / 1e6)}", rank)
-    if rank == 0:
+
+
+def _obey(options: argparse.Namespace, arguments: Sequence[str], rank: int) -> int:
+    """Run the stage, or have it run as several processes. The exit code. Errors as they come."""
+    params = load("params.yaml", options.set)
+    if _several(options.verb, options.processes, params):
+        from vla_opd import ranks
+
+        return ranks.launch(options.processes, "stages", arguments)
+    host = this_host(options.workers, options.device, options.tracking if rank == 0 else "none", METRICS)
+    host = host if options.share is None else replace(host, share=Share.parse(options.share))
+    finished = execution(host, params.run.name, options.verb, options.key or options.verb)
+    digest = _report_study(params, options.study) if options.study else _made(options.verb, options.key, params, host)
+    if digest is None:
+        print(f"{options.verb}: share {host.share} is made")
+    elif rank == 0:
+        finished(digest)
         print(f"{options.verb}: digest {digest[:12]}")
     return 0
 
@@ -89,25 +101,19 @@ def _several(verb: str, processes: int, params: Params) -> bool:
     return count > 1 and LAUNCHED not in os.environ
 
 
-def _executed(options: argparse.Namespace, params: Params, host: Host) -> str:
-    """The stage, in the record of executions. The digest of what it made."""
-    key = getattr(options, "key", None)
-    finished = execution(host, params.run.name, options.verb, key or options.verb)
-    if getattr(options, "study", None):
-        digest = _report_study(params, options.study)
-    elif LAUNCHED in os.environ:
-        from vla_opd import ranks
+def _made(verb: str, key: str | None, params: Params, host: Host) -> str | None:
+    """The digest of what a stage made, alone or together with others; None if that is a share of something."""
+    if LAUNCHED not in os.environ:
+        return _run(verb, key, params, host)
+    from vla_opd import ranks
 
-        with ranks.together(host.device):
-            digest = _run(options.verb, key, params, host)
-    else:
-        digest = _run(options.verb, key, params, host)
-    finished(digest)
-    return digest
+    with ranks.together(host.device):
+        return _run(verb, key, params, host)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m stages", description="Run one stage of the run that params.yaml describes.")
+    parser.set_defaults(key=None, study=None, share=None, processes=1)
     verbs = parser.add_subparsers(dest="verb", required=True)
     for verb, key in VERBS.items():
         command = verbs.add_parser(verb)
@@ -118,6 +124,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--set", action="append", default=[], metavar="section.key=value", help="override a setting of params.yaml")
         command.add_argument("--workers", type=int, default=os.environ.get("OPD_WORKERS", "0"), help="simulator processes (0: one a core)")
         command.add_argument("--device", default=os.environ.get("OPD_DEVICE", "auto"), help="torch device (auto: a GPU if there is one)")
+        if verb in SHARED:
+            command.add_argument("--share", metavar="NUMBER/COUNT", help="of the shards; whoever runs the stage without it then puts them together")
         if verb in TRAINED:
             command.add_argument(
                 "--processes",
@@ -129,8 +137,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(verb: str, key: str | None, params: Params, host: Host) -> str:
-    """Find the stage's inputs and output by the layout of `artifacts/<run>/`, and run it. Returns the digest of what it made."""
+def _run(verb: str, key: str | None, params: Params, host: Host) -> str | None:
+    """Find the stage's inputs and output by the layout of `artifacts/<run>/`, and run it. Returns the digest of what it made; None of a share."""
     simulated = verb in SIMULATED or (verb == "label" and params.label.simulates)
     if simulated and params.environment.family in ENVS:
         use_backend()  # once, here: the simulators inherit it, and need not find out each for itself
@@ -159,7 +167,7 @@ def _run(verb: str, key: str | None, params: Params, host: Host) -> str:
             made = stage.run(params, name, student, trajectories, *([checkpoints / name] if verb == "reinforce" else []), host)
         case _:
             made = _run_iteration(verb, _known(key, params.iterations, "iterations"), params, root, host)
-    return made.digest
+    return None if made is None else made.digest
 
 
 def _report_study(params: Params, study: str) -> str:
@@ -168,7 +176,7 @@ def _report_study(params: Params, study: str) -> str:
     return study_page.run(Path("artifacts") / params.run.name, study).digest
 
 
-def _run_iteration(verb: str, iteration: str, params: Params, root: Path, host: Host) -> Manifest:
+def _run_iteration(verb: str, iteration: str, params: Params, root: Path, host: Host) -> Manifest | None:
     stage = importlib.import_module(f"stages.{verb}")
     checkpoints, trajectories, logits = root / "checkpoints", root / "trajectories" / iteration, root / "logits" / iteration
     student = checkpoints / params.iterations[iteration]

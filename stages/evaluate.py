@@ -24,10 +24,11 @@ from vla_opd.tracking import track
 from vla_opd.trajectory import Episode
 
 
-def run(params: Params, checkpoint: Path, out: Path, host: Host) -> Manifest:
+def run(params: Params, checkpoint: Path, out: Path, host: Host) -> Manifest | None:
     """Score a checkpoint: `episodes.jsonl` holds a record an episode, the manifest the success per task and overall with Wilson intervals.
 
     Overall are the run's own tasks; those of `evaluate.unseen` have a score of their own. With `evaluate.decide` it stops as soon as that is decided.
+    None once a share of the episodes is played.
     """
     policy, how = open_checkpoint(checkpoint), params.evaluate
     if not how.allow_mismatch:
@@ -40,10 +41,13 @@ def run(params: Params, checkpoint: Path, out: Path, host: Host) -> Manifest:
     }
     tally = Tally()
     with (
-        draft(out, "evaluation", {"checkpoint": policy.digest}, settings) as work,
+        draft(out, "evaluation", {"checkpoint": policy.digest}, settings, host.share) as work,
         track(host, params.run.name, "evaluate", out.name, settings) as log,
     ):
         records, decided = _records(params, load_policy(policy, host.device), work, host, tally)
+        if not host.share.whole:
+            log(tally.as_metrics(), 0)
+            return None
         with work.part(EPISODES) as path:
             path.write_text("".join(_line(record) for record in records))
         by_task = {task: [r.success for r in records if r.task == task] for task in _tasks(params)}
@@ -66,12 +70,13 @@ def _tasks(params: Params) -> tuple[str, ...]:
 def _records(params: Params, policy: Policy, work: Draft, host: Host, tally: Tally) -> tuple[list[Record], float | None]:
     """All records in order of task and state, and no decision; or those up to a decision, and for which rate it was, if there came one.
 
-    Finished episodes of a killed run are read from the draft's journal.
+    Finished episodes, of a killed run or of those who have shares, are read from the journals in the draft.
     """
     how, tasks = params.evaluate, _tasks(params)
-    journal = work.scratch / "journal.jsonl"
-    known = {(r.task, r.state): r for r in _read_journal(journal)}
-    wanted = _wanted(how, tasks)
+    journal = work.scratch / ("journal.jsonl" if host.share.whole else f"journal-{host.share.number}of{host.share.count}.jsonl")
+    read = sorted(work.scratch.glob("journal*.jsonl")) if host.share.whole else [journal]
+    known = {(r.task, r.state): r for path in read for r in _read_journal(path)}
+    wanted = host.share.of(_wanted(how, tasks))
     if known:
         print(f"{work.target.name}: reusing {len(known)} of {len(wanted)} episodes", file=sys.stderr)
     if (decision := _decision(how, wanted, known)) is not None:

@@ -15,8 +15,11 @@ from vla_opd.tracking import track
 from vla_opd.trajectory import Episode, read_shard, shard_name
 
 
-def run(params: Params, iteration: str, student: Path, out: Path, host: Host) -> Manifest:
-    """Roll the student out from seeded placements, round after round until there are groups enough to learn from; groups of one outcome stay too."""
+def run(params: Params, iteration: str, student: Path, out: Path, host: Host) -> Manifest | None:
+    """Roll the student out from seeded placements, round after round until there are groups enough to learn from; groups of one outcome stay too.
+
+    None once a share of the first round is made: whether there is another depends on all of that one.
+    """
     checkpoint, its = open_checkpoint(student), params.explore
     require_environment(checkpoint.facts, params.environment, str(student))
     settings = {
@@ -28,7 +31,7 @@ def run(params: Params, iteration: str, student: Path, out: Path, host: Host) ->
     }
     tally, wanted = Tally(), its.prompts * len(params.environment.tasks)
     with (
-        draft(out, "trajectories", {"student": checkpoint.digest}, settings) as work,
+        draft(out, "trajectories", {"student": checkpoint.digest}, settings, host.share) as work,
         track(host, params.run.name, "explore", iteration, settings) as log,
     ):
         policy = load_policy(checkpoint, host.device)
@@ -37,6 +40,9 @@ def run(params: Params, iteration: str, student: Path, out: Path, host: Host) ->
         for number in range(its.rounds):
             tried = _round(params, iteration, number)
             fill(tried, policy, params.environment, rolled, work, host, tally, f"explore, round {number + 1}")
+            if not host.share.whole:
+                log(tally.as_metrics(), 0)
+                return None
             groups += [read_shard(work.folder / shard) for shard in tried]  # not what a killed attempt left of later rounds
             useful = sum(its.keeps(sum(episode.success for episode in group) / len(group)) for group in groups)
             if useful >= wanted:

@@ -26,8 +26,11 @@ from vla_opd.trajectory import in_batches, read_shard, read_states, shards
 Result = TypeVar("Result")
 
 
-def run(params: Params, teacher: Path, trajectories: Path, out: Path, host: Host) -> Manifest:
-    """Store log p_T over all V bins, shard by shard. The store names the trajectories and the teacher's action space by digest."""
+def run(params: Params, teacher: Path, trajectories: Path, out: Path, host: Host) -> Manifest | None:
+    """Store log p_T over all V bins, shard by shard. The store names the trajectories and the teacher's action space by digest.
+
+    None once a share of the shards is made.
+    """
     source, checkpoint = open_artifact(trajectories, "trajectories"), open_checkpoint(teacher)
     environment = EnvironmentParams.model_validate(source.params["environment"])
     require_environment(checkpoint.facts, environment, str(teacher))
@@ -42,19 +45,22 @@ def run(params: Params, teacher: Path, trajectories: Path, out: Path, host: Host
         named_function(label.expert, EXPERTS, "label.expert")
     settings = {"label": label.model_dump(), "device": host.device}
     parents = {"teacher": checkpoint.digest, "trajectories": source.digest}
-    with draft(out, "logits", parents, settings) as work, track(host, params.run.name, "label", out.name, settings) as log:
+    with draft(out, "logits", parents, settings, host.share) as work, track(host, params.run.name, "label", out.name, settings) as log:
         torch.set_num_threads(label.threads)
         simulation = _Simulation(environment, source.params["sample"]["horizon"], PoolSettings(host.workers, host.timeout_s), Tally())
         asked = _Asked(label, load_policy(checkpoint, host.device), space, trajectories, simulation)
         names = [shard.name for shard in shards(trajectories)]
         missing = work.missing(names)
-        found, there = asked.about(missing), len(names) - len(missing)
-        for name, labels in tqdm(found, initial=there, total=len(names), desc="label", unit="shard", mininterval=5):
+        found, wanted = asked.about(missing), len(host.share.of(names))
+        for name, labels in tqdm(found, initial=wanted - len(missing), total=wanted, desc="label", unit="shard", mininterval=5):
             if simulation.tally.environment:
                 work.remember(simulation.tally.environment)
             with work.part(name) as path:
                 write_shard(path, labels)
             simulation.tally.states += len(labels.log_probs)
+        if not host.share.whole:
+            log(simulation.tally.as_metrics(), 0)
+            return None
         facts = _facts([work.folder / name for name in names], int(source.facts["states"]))
         log({**facts, **simulation.tally.as_metrics()}, 0)
         return work.publish({**facts, "action_space": space.model_dump(), "environment": environment.model_dump()})

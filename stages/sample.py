@@ -18,9 +18,10 @@ from vla_opd.tracking import track
 from vla_opd.trajectory import read_shard, shard_name, shards
 
 
-def run(params: Params, iteration: str, student: Path, teacher: Path, out: Path, host: Host) -> Manifest:
+def run(params: Params, iteration: str, student: Path, teacher: Path, out: Path, host: Host) -> Manifest | None:
     """Roll the student out. Its placements are seeded resets, never the evaluation's initial states, unless `sample.protocol` says `benchmark`.
 
+    None once a share of the shards is made.
     teacher: acts in the student's place if `sample.visited_by` says so, and is a parent then; not opened otherwise.
     """
     checkpoint = open_checkpoint(student)
@@ -38,12 +39,15 @@ def run(params: Params, iteration: str, student: Path, teacher: Path, out: Path,
     groups = _groups(params, iteration)
     tally = Tally()
     with (
-        draft(out, "trajectories", parents, settings) as work,
+        draft(out, "trajectories", parents, settings, host.share) as work,
         track(host, params.run.name, "sample", iteration, settings) as log,
     ):
         its = params.sample
         rolled = RolloutSettings(its.horizon, its.temperature, its.observe_every, its.inference_batch)
         fill(groups, load_policy(actor, host.device), params.environment, rolled, work, host, tally, "sample")
+        if not host.share.whole:
+            log(tally.as_metrics(), 0)
+            return None
         found = counts([episode for shard in shards(work.folder) for episode in read_shard(shard)])
         log({**found, **tally.as_metrics()}, 0)
         return work.publish({**found, "protocol": params.sample.protocol, "action_space": checkpoint.facts.action_space.digest})

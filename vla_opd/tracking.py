@@ -127,7 +127,11 @@ def _user() -> str:
 
 @contextmanager
 def track(host: Host, run: str, stage: str, name: str, config: Mapping[str, Any]) -> Generator[Log]:
-    """`log(metrics, step)` for one execution of a stage. Metrics are numbers by name; `step` counts what the stage repeats."""
+    """`log(metrics, step)` for one execution of a stage. Metrics are numbers by name; `step` counts what the stage repeats.
+
+    What makes a share has its own lines and its own W&B run.
+    """
+    name = name if host.share.whole else f"{name}-share{host.share.number}of{host.share.count}"
     with _jsonl(host, run, stage, name) as lines:
         online = _Online(_wandb(host, run, stage, name, config) if host.tracking == "wandb" else None, host.metrics)
 

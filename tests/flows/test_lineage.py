@@ -13,7 +13,7 @@ from prov.model import ProvDocument
 
 from flows import answers, exports, provenance
 from flows.lineage import Difference, History, diff, layout, mermaid, page
-from flows.store import flat, read_store
+from flows.store import read_store
 from tests.flows.manifests import publish
 from vla_opd.host import Host
 from vla_opd.tracking import EXECUTIONS, Execution, execution
@@ -168,10 +168,6 @@ def test_a_name_cannot_write_into_the_page(tmp_path: Path) -> None:
     text = page(told(tmp_path / "artifacts", "<b>x"))
     assert "<script" not in text
     assert "<b>x" not in text
-
-
-def test_nested_settings_are_told_by_their_dotted_names() -> None:
-    assert flat({"a": {"b": 1, "c": {"d": []}}, "e": {}, "f": None}) == {"a.b": 1, "a.c.d": [], "e": {}, "f": None}
 
 
 # Two histories

@@ -5,19 +5,24 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vla_opd import artifacts
-from vla_opd.artifacts import MANIFEST, BusyError, Manifest, draft, link, open_artifact, read_manifest
+from vla_opd.artifacts import MANIFEST, BusyError, Manifest, Share, draft, flat, link, open_artifact, read_manifest
 
 ROOT = Path(__file__).parents[2]
 PARENTS = {"student": "abc"}
@@ -372,3 +377,89 @@ def test_a_write_that_is_cut_short_publishes_nothing(tmp_path: Path, limit: int)
     assert "File too large" in done.stderr
     assert not (tmp_path / "it001").exists()
     assert make(tmp_path / "it001").digest == make(tmp_path / "undisturbed").digest
+
+
+def test_nested_settings_are_told_by_their_dotted_names() -> None:
+    assert flat({"a": {"b": 1, "c": {"d": []}}, "e": {}, "f": None}) == {"a.b": 1, "a.c.d": [], "e": {}, "f": None}
+
+
+# Shares
+
+
+@given(count=st.integers(1, 9), parts=st.integers(0, 20))
+def test_shares_are_stretches_of_equal_length_but_for_one_and_together_all(count: int, parts: int) -> None:
+    items = list(range(parts))
+    stretches = [Share(number, count).of(items) for number in range(1, count + 1)]
+    assert [item for stretch in stretches for item in stretch] == items
+    assert max(map(len, stretches)) - min(map(len, stretches)) <= 1
+    assert Share.parse(f"{count}/{count}") == Share(count, count)
+    assert Share(1, count).whole == (count == 1)
+
+
+@pytest.mark.parametrize("text", ["", "2", "0/2", "3/2", "1/2/3", "-1/2", "a/b", "1 / 2"])
+def test_what_is_no_share_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"share is {text!r}; expected NUMBER/COUNT, as in 2/8, the second of eight")):
+        Share.parse(text)
+
+
+def test_shares_are_written_side_by_side_and_published_by_one(tmp_path: Path) -> None:
+    names = sorted(PARTS)
+    with draft(tmp_path / "b", "logits", PARENTS, PARAMS, Share(1, 2)) as one, draft(tmp_path / "b", "logits", PARENTS, PARAMS, Share(2, 2)) as two:
+        assert one.missing(names) + two.missing(names) == names
+        for work in (one, two):
+            for name in work.missing(names):
+                with work.part(name) as path:
+                    path.write_bytes(PARTS[name])
+        with pytest.raises(BusyError, match="another process is writing it"), draft(tmp_path / "b", "logits", PARENTS, PARAMS):
+            pass
+    with draft(tmp_path / "b", "logits", PARENTS, PARAMS) as work:
+        assert work.missing(names) == []
+        made = work.publish({})
+    alone = make(tmp_path / "a")
+    assert (made.files, made.params, made.parents) == (alone.files, alone.params, alone.parents)
+
+
+def test_who_publishes_makes_what_a_share_has_not(tmp_path: Path) -> None:
+    with draft(tmp_path / "b", "logits", PARENTS, PARAMS, Share(1, 2)) as work, work.part("one") as path:
+        path.write_bytes(PARTS["one"])
+    with draft(tmp_path / "b", "logits", PARENTS, PARAMS) as work:
+        assert sorted(work.missing(PARTS)) == ["inner/three", "two"]
+
+
+def test_a_share_waits_while_the_draft_is_made_ready_and_gives_up_beside_a_whole_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifacts, "PATIENCE", 0.2)
+    with draft(tmp_path / "b", "logits", PARENTS, PARAMS):
+        began = time.monotonic()
+        with pytest.raises(BusyError), draft(tmp_path / "b", "logits", PARENTS, PARAMS, Share(1, 2)):
+            pass
+        assert time.monotonic() - began >= 0.2
+        monkeypatch.setattr(artifacts, "PATIENCE", 30.0)
+        waiting = threading.Thread(target=lambda: _joined(tmp_path / "b"))
+        waiting.start()
+    waiting.join(20)
+    assert not waiting.is_alive()
+    assert (tmp_path / ".b.draft/two").read_bytes() == PARTS["two"]
+
+
+def _joined(target: Path) -> None:
+    with draft(target, "logits", PARENTS, PARAMS, Share(2, 2)) as work, work.part("two") as path:
+        path.write_bytes(PARTS["two"])
+
+
+@pytest.mark.parametrize(
+    ("told", "steps", "patched", "value"),
+    [
+        ("params.steps is 4 here; expected 3", 4, None, None),
+        ("package.torch is '9' here; expected '", 3, "_versions", {"torch": "9"}),
+        ("code.vla_opd/tokens.py is 'other' here; expected '", 3, "_code", {"vla_opd/tokens.py": "other"}),
+    ],
+)
+def test_a_share_of_other_settings_packages_or_code_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str, steps: int, patched: str | None, value: object
+) -> None:
+    with draft(tmp_path / "b", "logits", PARENTS, PARAMS, Share(1, 2)):
+        if patched:
+            monkeypatch.setattr(artifacts, patched, lambda: value)
+        other = draft(tmp_path / "b", "logits", PARENTS, PARAMS | {"steps": steps}, Share(2, 2))
+        with pytest.raises(ValueError, match=re.escape(f"b, share 2/2: {told}")), other:
+            pass

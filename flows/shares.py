@@ -1,0 +1,133 @@
+"""Shares: the shards of a stage, made side by side by tasks on Ray, on Dask or on this machine, before DVC runs the stage, which puts them together.
+
+`OPD_SHARES` says how many; `OPD_CLUSTER` where: `ray` or `dask` start a cluster on this machine, `ray:ADDRESS` and `dask:ADDRESS` use one that is
+there, and without it they are processes of this machine. What is made depends on none of it: a shard's bytes are its seed's. Every node needs this
+folder under the same path, the same packages and code (a share of others is refused), and an address of Prefect's server that it can reach.
+"""
+
+import os
+import platform
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.logging import get_run_logger
+from prefect.settings import PREFECT_API_URL
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
+
+from flows import gpu, pipeline
+from flows.dvc import Kept, Line, Tell, lines
+from flows.pipeline import StageFailed, Step
+
+STAGES = {"sample": "--iteration", "label": "--iteration", "explore": "--iteration", "evaluate": "--name"}
+CLUSTERS = {"ray": "prefect_ray", "dask": "prefect_dask"}
+HANDED_ON = ("OPD_", "WANDB_", "MUJOCO_", "PYTHONPATH")  # beginnings of the environment variables that the nodes get
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How many shares a stage is cut into, and who makes them: `ray`, `dask` or this machine (``), at an address or started for it."""
+
+    count: int
+    cluster: str = ""
+    address: str | None = None
+
+
+def wanted() -> Spread | None:
+    """What the environment says; None for no shares. ValueError for what it can't mean."""
+    said, where = os.environ.get("OPD_SHARES", "1"), os.environ.get("OPD_CLUSTER", "")
+    if not said.isdecimal() or int(said) < 1:
+        raise ValueError(f"OPD_SHARES is {said!r}; expected a number of shares, at least 1")
+    cluster, _, address = where.partition(":")
+    if cluster and cluster not in CLUSTERS:
+        raise ValueError(f"OPD_CLUSTER is {where!r}; expected ray, ray:ADDRESS, dask or dask:ADDRESS (or nothing: processes of this machine)")
+    if cluster and find_spec(CLUSTERS[cluster]) is None:
+        raise ValueError(f"OPD_CLUSTER is {where!r}; expected {CLUSTERS[cluster].replace('_', '-')} to be installed (pip install 'vla-opd[cluster]')")
+    return Spread(int(said), cluster, address or None) if int(said) > 1 else None
+
+
+def make(step: Step, tell: Tell) -> None:
+    """The shares of a stage that DVC would run now, if there are to be any. StageFailed with the last lines of one that failed; the others go on."""
+    spread = wanted()
+    if spread is None or step.verb not in STAGES or not pipeline.would_run(step.name):
+        return
+    side_by_side = shares.with_options(flow_run_name=f"{step.name} in {spread.count} shares", task_runner=_runner(spread))
+    told = side_by_side(step.name, spread, str(Path.cwd()))
+    failed = [said for said in told if said]
+    tell(Line(f"{spread.count - len(failed)} of {spread.count} shares are made"))
+    if failed:
+        raise StageFailed(step.name, failed[0].splitlines())
+
+
+@flow(name="shares", validate_parameters=False)
+def shares(stage: str, spread: Spread, folder: str) -> list[str]:
+    """Every share of a stage a task. What each that failed said; nothing of one that didn't."""
+    environment = {name: value for name, value in os.environ.items() if name.startswith(HANDED_ON)}
+    with _placed(spread):
+        futures = [
+            share.with_options(task_run_name=f"{stage}, {number} of {spread.count}").submit(
+                stage, f"{number}/{spread.count}", folder, environment | ({} if spread.cluster else _local(number, spread.count))
+            )
+            for number in range(1, spread.count + 1)
+        ]
+        ended = [future.result(raise_on_failure=False) for future in futures]
+    return [str(one) if isinstance(one, BaseException) else one for one in ended]
+
+
+@task(cache_policy=NO_CACHE)
+def share(stage: str, part: str, folder: str, environment: Mapping[str, str]) -> str:
+    """One share of a stage, in a process of its own on whatever machine this is. What it said last, if it failed."""
+    verb, _, key = stage.partition("@")
+    if not Path(folder).is_dir():
+        return f"{platform.node()}: no {folder} here; expected the folder of the run, on a file system that every node sees"
+    command = [sys.executable, "-m", "stages", verb, STAGES[verb], key, "--share", part]
+    kept, said = Kept(get_run_logger()), deque[str](maxlen=15)
+    with subprocess.Popen(command, cwd=folder, env=os.environ | dict(environment), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout is not None
+        for line in lines(process.stdout):
+            kept.tell(line)
+            if not line.passing:
+                said.append(line.text)
+    return "" if process.returncode == 0 else f"share {part} on {platform.node()} ended with {process.returncode}\n" + "\n".join(said)
+
+
+def _local(number: int, count: int) -> dict[str, str]:
+    """What a share on this machine has of it: its part of the cores, and one of the GPUs, in turn."""
+    its = {} if "OPD_WORKERS" in os.environ else {"OPD_WORKERS": str(max(1, len(os.sched_getaffinity(0)) // count))}
+    devices = gpu.devices()
+    return its | ({"CUDA_VISIBLE_DEVICES": devices[(number - 1) % len(devices)]} if len(devices) > 1 else {})
+
+
+def _runner(spread: Spread) -> TaskRunner[Any]:
+    if spread.cluster == "ray":
+        from prefect_ray import RayTaskRunner
+
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves the machine
+        told = {"log_to_driver": False, "runtime_env": {"env_vars": {"PREFECT_API_URL": PREFECT_API_URL.value()}}}
+        return RayTaskRunner(spread.address, told if spread.address else told | {"include_dashboard": False})
+    if spread.cluster == "dask":
+        from prefect_dask import DaskTaskRunner
+
+        return DaskTaskRunner(address=spread.address)
+    return ThreadPoolTaskRunner(max_workers=spread.count)
+
+
+@contextmanager
+def _placed(spread: Spread) -> Generator[None]:
+    """Ray spreads the shares over its nodes, each with a GPU of its own where the cluster has any; it hides GPUs from who doesn't ask for one."""
+    if spread.cluster != "ray":
+        yield
+        return
+    import ray
+    from prefect_ray.context import remote_options
+
+    with remote_options(scheduling_strategy="SPREAD", num_gpus=1 if ray.cluster_resources().get("GPU") else 0):
+        yield

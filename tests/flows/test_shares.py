@@ -1,0 +1,211 @@
+"""A stage in shares: whoever makes them, on one node or on two, what DVC's stage puts together is what one process makes."""
+
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import chdir, suppress
+from pathlib import Path
+from typing import Any, Self
+
+import psutil
+import pytest
+from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS, temporary_settings
+from prefect.testing.utilities import prefect_test_harness
+
+from flows import pipeline, shares
+from flows.pipeline import StageFailed, Step
+from flows.shares import Spread
+from flows.train import opd
+from tests.flows.served import checkout
+from tests.flows.toy import Toy
+from tests.small_run import PARAMS, STAGES, run_stage
+from vla_opd.artifacts import MANIFEST
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+MORE = "adopt: {}\nlabel: {teacher: teacher}\nreport: {}\n"
+
+
+class Watch(threading.Thread):
+    """Every process that makes a share is shown to `each`, again and again for a while: `sample --iteration it001 --share 1/2`, and it."""
+
+    def __init__(self, each: Callable[[str, psutil.Process], object]) -> None:
+        super().__init__(daemon=True)
+        self._each, self._over = each, threading.Event()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._over.set()
+        self.join()
+
+    def run(self) -> None:
+        while not self._over.wait(0.1):
+            for process in psutil.process_iter(["cmdline"]):
+                command = process.info["cmdline"] or []
+                if "--share" in command and command[2] == "stages":
+                    with suppress(psutil.Error):
+                        self._each(" ".join(command[3:]), process)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server() -> Iterator[None]:
+    with temporary_settings({PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: 120}), prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    for name, value in {"OPD_DEVICE": "cpu", "OPD_TRACKING": "jsonl", "OPD_WORKERS": "1"}.items():
+        monkeypatch.setenv(name, value)
+
+
+def make(stage: str, monkeypatch: pytest.MonkeyPatch, cluster: str = "", count: int = 2) -> list[str]:
+    """The shares of a stage that DVC would run. What is said of them."""
+    said: list[str] = []
+    monkeypatch.setenv("OPD_SHARES", str(count))
+    monkeypatch.setenv("OPD_CLUSTER", cluster)
+    monkeypatch.setattr(pipeline, "would_run", lambda _name: True)
+    shares.make(Step(stage), lambda line: said.append(line.text))
+    return said
+
+
+@pytest.mark.parametrize(
+    ("stage", "artifact", "cluster"),
+    [
+        ("sample@it001", "trajectories/it001", ""),
+        ("explore@rl001", "trajectories/rl001", ""),
+        ("evaluate@final", "evaluations/final", ""),
+        ("label@it001", "logits/it001", "dask"),
+    ],
+)
+def test_whoever_makes_the_shares_the_bytes_are_those_of_one_process(
+    small: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], stage: str, artifact: str, cluster: str
+) -> None:
+    expected = {path.name: path.read_bytes() for path in (small / artifact).iterdir()}
+    shutil.rmtree(small / artifact)
+    assert make(stage, monkeypatch, cluster) == ["2 of 2 shares are made"]
+    assert not (small / artifact).exists()
+    capfd.readouterr()
+    run_stage(small.parents[1], STAGES[artifact], workers=1)
+    whole = {"sample": 8, "explore": 4, "evaluate": 20, "label": 8}[stage.partition("@")[0]]  # of explore its first round
+    assert f"reusing {whole} of {whole} " in capfd.readouterr().err
+    assert {path.name: path.read_bytes() for path in (small / artifact).iterdir()} == expected
+    lines = [path.name for path in (small.parent / ".metrics/small").glob("*share*.jsonl")]
+    assert len(lines) == 2
+
+
+def test_a_share_that_fails_is_the_stages_failure_and_the_others_are_kept(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StageFailed) as caught:
+        make("label@it009", monkeypatch)
+    assert "share 1/2 on" in caught.value.said[0]
+    assert any("iterations is 'it009'; expected one of ['it001']" in line for line in caught.value.said)
+    shutil.rmtree(small / "logits/it001")
+    killer = Watch(lambda part, process: process.kill() if part.endswith("2/2") else None)
+    with killer, pytest.raises(StageFailed) as caught:
+        make("label@it001", monkeypatch)
+    assert caught.value.said[0].endswith("ended with -9")
+    assert len(list((small / "logits/.it001.draft").glob("shard-*"))) >= 4
+
+
+def test_what_the_environment_cannot_mean_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for count in ("0", "-1", "two"):
+        monkeypatch.setenv("OPD_SHARES", count)
+        with pytest.raises(ValueError, match=f"OPD_SHARES is '{count}'; expected a number of shares, at least 1"):
+            shares.wanted()
+    monkeypatch.setenv("OPD_SHARES", "1")
+    assert shares.wanted() is None
+    monkeypatch.setenv("OPD_SHARES", "3")
+    assert shares.wanted() == Spread(3)
+    monkeypatch.setenv("OPD_CLUSTER", "ray:10.0.0.1:6379")
+    assert shares.wanted() == Spread(3, "ray", "10.0.0.1:6379")
+    monkeypatch.setenv("OPD_CLUSTER", "dask:tcp://10.0.0.1:8786")
+    assert shares.wanted() == Spread(3, "dask", "tcp://10.0.0.1:8786")
+    monkeypatch.setenv("OPD_CLUSTER", "slurm")
+    with pytest.raises(ValueError, match="OPD_CLUSTER is 'slurm'; expected ray, ray:ADDRESS, dask or dask:ADDRESS"):
+        shares.wanted()
+    monkeypatch.setattr(shares, "find_spec", lambda _name: None)
+    monkeypatch.setenv("OPD_CLUSTER", "ray")
+    with pytest.raises(ValueError, match=r"OPD_CLUSTER is 'ray'; expected prefect-ray to be installed"):
+        shares.wanted()
+
+
+def test_each_share_on_this_machine_has_its_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPD_WORKERS")
+    monkeypatch.setattr(shares.os, "sched_getaffinity", lambda _pid: set(range(16)))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
+    assert [shares._local(number, 4) for number in range(1, 5)] == [
+        {"OPD_WORKERS": "4", "CUDA_VISIBLE_DEVICES": device} for device in ("4", "6", "7", "4")
+    ]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
+    monkeypatch.setenv("OPD_WORKERS", "9")
+    assert shares._local(1, 4) == {}
+
+
+def test_a_folder_that_a_node_does_not_see_is_named(tmp_path: Path) -> None:
+    said = shares.share.fn("label@it001", "1/2", str(tmp_path / "elsewhere"), {})
+    assert f"no {tmp_path / 'elsewhere'} here; expected the folder of the run, on a file system that every node sees" in said
+
+
+@pytest.fixture
+def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A Ray cluster of two nodes of one core each, both on this machine."""
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # a test on a busy machine shall end
+    import ray
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 100_000_000})
+    cluster.add_node(num_cpus=1, object_store_memory=100_000_000)
+    cluster.wait_for_nodes()
+    try:
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
+def test_a_run_on_two_nodes_of_ray_is_the_run_of_one_process(
+    two_nodes: Any, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flow, with DVC: sampled and labelled in shares on either node, and the digests are those of the stages run one by one."""
+    project = checkout(PARAMS.replace("reinforcements: {rl001: it001}", "reinforcements: {}") + MORE, tmp_path)
+    monkeypatch.setenv("OPD_SHARES", "2")
+    monkeypatch.setenv("OPD_CLUSTER", f"ray:{two_nodes.address}")
+    homes: dict[str, int] = {}  # the node of each share, by the process that stands for it
+
+    def note(part: str, process: psutil.Process) -> None:
+        for parent in process.parents():
+            if parent.name() == "raylet":
+                homes[part] = parent.pid
+
+    with chdir(project.folder), Watch(note):
+        states = opd(targets=["label@it001"])
+        assert {state.name for state in states.values()} == {"Completed"}
+        assert not [step for step in pipeline.plan(["label@it001"]) if step.due]
+    for name in ("trajectories/it001", "logits/it001"):
+        ours, theirs = (json.loads((root / "artifacts/small" / name / MANIFEST).read_text())["digest"] for root in (tmp_path, undisturbed))
+        assert ours == theirs
+    for verb in ("sample", "label"):
+        assert len({home for part, home in homes.items() if part.startswith(verb)}) == 2, homes
+
+
+def test_a_stage_that_dvc_would_not_run_has_no_shares(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither if it is up to date, nor if the cache has what its command would make."""
+    before = (toy.folder / "params.yaml").read_text()
+    assert pipeline.would_run("demonstrate@pre")
+    toy.dvc("repro", "sample@it001")
+    assert not pipeline.would_run("sample@it001")
+    (toy.folder / "params.yaml").write_text(before.replace("sample: {group: 2}", "sample: {group: 3}"))
+    assert pipeline.would_run("sample@it001")
+    toy.dvc("repro", "sample@it001")
+    (toy.folder / "params.yaml").write_text(before)
+    assert not pipeline.would_run("sample@it001")
+    monkeypatch.setenv("OPD_SHARES", "2")
+    monkeypatch.setattr(shares, "shares", None)  # so that nothing could be started
+    shares.make(Step("sample@it001"), lambda _line: None)
+    shares.make(Step("optimize@it001"), lambda _line: None)
