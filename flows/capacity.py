@@ -16,15 +16,19 @@ from vla_opd.params import START, Params
 USABLE = 0.9  # of a device's memory: its driver, its libraries and what lies between the allocator's blocks take the rest
 
 
-def plan(run: Params, capacity_gb: float | None) -> tuple[str, list[str]]:
+def plan(run: Params, capacity_gb: float | None, processes: int = 1) -> tuple[str, list[str]]:
     """The table, and what doesn't fit. capacity_gb: of the device; that of the one that is here, if none is given.
 
+    processes: that train together, each on such a device.
     ValueError for a checkpoint of which nothing is known yet.
     """
     here, root = this_host(1, os.environ.get("OPD_DEVICE", "auto"), "none", Path()).device, ROOT / run.run.name
     capacity = _capacity(here) if capacity_gb is None else round(capacity_gb * 1e9)
-    needs = memory.device(run, root)
-    table = rows(["on the device", "weights", "gradients", "moments", "activations", "together"], [_row(need) for need in needs])
+    needs = memory.device(run, root, processes)
+    table = rows(
+        ["on the device" if processes == 1 else f"on each of {processes} devices", "weights", "gradients", "moments", "activations", "together"],
+        [_row(need) for need in needs],
+    )
     device = f"{here}: {_size(capacity)}" if capacity_gb is None else _size(capacity)
     left = memory.stored(run, memory.described(run, root, START).facts)
     host = [("frames", _size(left.frames)), ("labels", _size(left.labels)), ("in the host's memory", _size(left.held))]

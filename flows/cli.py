@@ -127,10 +127,13 @@ def plan(
     capacity: Annotated[
         float | None, typer.Option(min=0, metavar="GB", help="with --memory: of the device, if it isn't the one that is here")
     ] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, envvar="OPD_PROCESSES", help="with --memory: that train together, each on a device of its own")
+    ] = 1,
 ) -> None:
     """Say what is up to date and what is not; or, with --memory, what the run will need. Exit code 1 if that is more than there is."""
     if memory and not targets:
-        _plan_memory(capacity)
+        _plan_memory(capacity, processes)
         return
     if memory or capacity is not None:
         raise ValueError(
@@ -141,10 +144,10 @@ def plan(
         print(f"  {step.name:<20} {state}")
 
 
-def _plan_memory(capacity: float | None) -> None:
+def _plan_memory(capacity: float | None, processes: int) -> None:
     from flows import capacity as needed
 
-    told, too_much = needed.plan(params.load(), capacity)
+    told, too_much = needed.plan(params.load(), capacity, processes)
     print(told)
     if too_much:
         raise ValueError("\n".join(too_much))

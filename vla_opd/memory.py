@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers.initialization import no_init_weights
 
-from vla_opd import adapters
+from vla_opd import adapters, ranks
 from vla_opd.artifacts import MANIFEST, read_manifest
 from vla_opd.checkpoint import WEIGHTS, CheckpointFacts, public_facts
 from vla_opd.openvla import read_tokenizer
@@ -67,9 +67,10 @@ class Stored:
     held: int
 
 
-def device(params: Params, root: Path) -> list[Need]:
+def device(params: Params, root: Path, processes: int = 1) -> list[Need]:
     """What the stages need that run a policy, one after the other: student and teacher are never there at the same time.
 
+    processes: that train together, each on a device of its own; it is one such device's need.
     ValueError for a checkpoint of which nothing is known yet.
     """
     student = described(params, root, START)
@@ -77,9 +78,9 @@ def device(params: Params, root: Path) -> list[Need]:
     if params.iterations:
         teacher = described(params, root, params.label.teacher)
         needs += [inference("sample", student, params.sample.inference_batch), inference("label", teacher, params.label.batch_size)]
-        needs += [update("optimize", student, params.optimize), *_anchored(student, params)]
+        needs += [update("optimize", student, params.optimize, processes), *_anchored(student, params)]
     if params.reinforcements:
-        needs += [inference("explore", student, params.explore.inference_batch), update("reinforce", student, params.reinforce)]
+        needs += [inference("explore", student, params.explore.inference_batch), update("reinforce", student, params.reinforce, processes)]
     return needs
 
 
@@ -118,17 +119,35 @@ def _forward(checkpoint: Described, batch: int) -> tuple[int, int]:
     return counted.held, counted.peak
 
 
-def update(stage: str, checkpoint: Described, settings: UpdateParams) -> Need:
-    """An optimiser's step: forward and backward pass, the gradients, and the optimiser's moments."""
+def update(stage: str, checkpoint: Described, settings: UpdateParams, processes: int = 1) -> Need:
+    """An optimiser's step: forward and backward pass, the gradients, and the optimiser's moments.
+
+    Of several processes (`ranks`) each has its share of states, weights, gradients and moments. It holds besides, as activations, what is gathered
+    whole: of the weights what is in no block, and two blocks, the one that computes and the next; and those blocks' gradients.
+    """
+    if settings.batch_size % processes:
+        raise ValueError(f"{stage}.batch_size is {settings.batch_size}; expected a multiple of the {processes} processes that train together")
     policy = _policy(checkpoint)
     with torch.device("meta"):
         adapters.prepare(policy, settings.lora, 0, stage)
     trained = FLOAT32 * sum(one.numel() for one in policy.parameters() if one.requires_grad)
     with adapters.recomputing(policy, wanted=settings.gradient_checkpointing), _counting(policy) as counted:
-        value = policy.logits(_observations(checkpoint.facts, settings.batch_size)).log_softmax(-1).mean()
+        value = policy.logits(_observations(checkpoint.facts, settings.batch_size // processes)).log_softmax(-1).mean()
         value.backward()
-    activations = counted.peak - counted.held - trained
-    return Need(stage, counted.held, trained, 2 * trained, max(activations, trained))  # AdamW's own step holds a copy of what it trains
+    own, gathered = -(-trained // processes), _gathered(policy) if processes > 1 else 0
+    activations = max(counted.peak - counted.held - trained + gathered, own)  # AdamW's own step holds a copy of what it trains
+    return Need(stage, -(-counted.held // processes), own, 2 * own, activations)
+
+
+def _gathered(policy: nn.Module) -> int:
+    """Weights and gradients that are whole in the middle of a pass."""
+    each = sorted((_whole(block) for block in ranks.blocks(policy)), reverse=True)
+    return _whole(policy) - sum(each) + sum(each[:2])
+
+
+def _whole(module: nn.Module) -> int:
+    """Its weights, and the gradients of what of it is trained."""
+    return sum(one.numel() * one.element_size() * (1 + one.requires_grad) for one in module.parameters())
 
 
 def stored(params: Params, facts: CheckpointFacts) -> Stored:

@@ -90,15 +90,18 @@ def sharded(policy: Any) -> Generator[Any]:
     policy.to(device)
 
 
+def blocks(policy: nn.Module) -> list[nn.Module]:
+    """What is gathered by itself, for as long as it computes: each block of each stack of blocks. What is left is gathered as a whole."""
+    return [block for stack in policy.modules() if isinstance(stack, nn.ModuleList) for block in stack]
+
+
 def _cut(policy: Any, device: str) -> Any:
-    """Each block of each stack of blocks is gathered by itself, and what is left as a whole."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(device, (count(),))
-    for stack in [module for module in policy.modules() if isinstance(module, nn.ModuleList)]:
-        for block in stack:
-            fully_shard(block, mesh=mesh)
+    for block in blocks(policy):
+        fully_shard(block, mesh=mesh)
     fully_shard(policy, mesh=mesh)
     register_fsdp_forward_method(policy, "logits")
     return policy

@@ -59,6 +59,30 @@ def test_what_can_be_counted_by_hand_is() -> None:
     assert (adapted.weights, adapted.gradients, adapted.moments) == (4 * (weights + extra), 4 * extra, 8 * extra)
 
 
+class Stack(Chain):
+    """The same, of which the two products are blocks."""
+
+    def __init__(self, facts: CheckpointFacts) -> None:
+        super().__init__(facts)
+        self.blocks = nn.ModuleList([self.first, self.second])
+
+
+def test_of_processes_that_train_together_each_holds_its_share_and_what_is_gathered() -> None:
+    block, head = 4 * WIDTH * WIDTH, 4 * WIDTH * small.TOKENS * small.BINS
+    shape = small.SHAPE.model_copy(update={"family": f"{__name__}:Stack"})
+    described, settings = replace(chain(), facts=small.FACTS.model_copy(update={"policy": shape})), OptimizeParams(batch_size=64)
+    alone, two, four = (update("optimize", described, settings, count) for count in (1, 2, 4))
+    assert alone == update("optimize", chain(), settings)
+    for one, count in ((two, 2), (four, 4)):
+        assert (one.weights, one.gradients, one.moments) == tuple(size // count for size in (alone.weights, alone.gradients, alone.moments))
+    gathered = 2 * (2 * block + head)  # both blocks and what is in none, and the gradients of all
+    small_share = update("optimize", chain(), settings.model_copy(update={"batch_size": 16}))
+    assert small_share.activations == small_share.gradients  # of so few states next to nothing is kept
+    assert gathered < four.activations < gathered + 0.2 * small_share.activations
+    with pytest.raises(ValueError, match=r"optimize\.batch_size is 64; expected a multiple of the 3 processes"):
+        update("optimize", described, settings, 3)
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_sizes_without_numbers_are_those_of_real_tensors(recompute: bool) -> None:
     """TinyVLA on the CPU, with its real attention kernel."""
