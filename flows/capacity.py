@@ -31,7 +31,9 @@ def plan(run: Params, capacity_gb: float | None, processes: int = 1) -> tuple[st
     )
     device = f"{here}: {_size(capacity)}" if capacity_gb is None else _size(capacity)
     left = memory.stored(run, memory.described(run, root, START).facts)
-    host = [("frames", _size(left.frames)), ("labels", _size(left.labels)), ("in the host's memory", _size(left.held))]
+    held = left.held if processes == 1 else processes * (left.held + 2 * needs[0].weights)  # the policy whole, and what is cut up
+    where = "in the host's memory" if processes == 1 else f"in the memory of a host of all {processes}, with the policy twice for each"
+    host = [("frames", _size(left.frames)), ("labels", _size(left.labels)), (where, _size(held))]
     return "\n".join(
         [
             table,
@@ -40,19 +42,19 @@ def plan(run: Params, capacity_gb: float | None, processes: int = 1) -> tuple[st
             rows([f"of an iteration, {left.states} states at most", "before compression"], host),
             f"  the host has {_size(psutil.virtual_memory().total)}",
         ]
-    ), _too_much(needs, capacity, left)
+    ), _too_much(needs, capacity, held)
 
 
-def _too_much(needs: Sequence[memory.Need], capacity: int, left: memory.Stored) -> list[str]:
+def _too_much(needs: Sequence[memory.Need], capacity: int, held: int) -> list[str]:
     usable, host = round(USABLE * capacity), psutil.virtual_memory().total
     found = [
         f"{one.stage} needs {_size(one.total)} on the device; expected at most {_size(usable)} ({_less(one.stage)})"
         for one in needs
         if one.total > usable
     ]
-    if left.held > host:
+    if held > host:
         less = "fewer sample.prompts, a larger sample.observe_every"
-        found.append(f"optimize needs {_size(left.held)} of the host's memory; expected at most {_size(host)} ({less})")
+        found.append(f"optimize needs {_size(held)} of the host's memory; expected at most {_size(host)} ({less})")
     return found
 
 

@@ -12,7 +12,7 @@ import typer
 
 from flows import members, pipeline, serve, server, settings, summary, terminal
 from flows.pipeline import Busy, StageFailed
-from vla_opd import params
+from vla_opd import host, params
 from vla_opd.host import METRICS, this_host
 
 if TYPE_CHECKING:  # what answers questions is imported by the question: torch, DuckDB and the exports' libraries take seconds
@@ -128,8 +128,8 @@ def plan(
         float | None, typer.Option(min=0, metavar="GB", help="with --memory: of the device, if it isn't the one that is here")
     ] = None,
     processes: Annotated[
-        int, typer.Option(min=1, envvar="OPD_PROCESSES", help="with --memory: that train together, each on a device of its own")
-    ] = 1,
+        str, typer.Option(metavar="N", envvar="OPD_PROCESSES", help="with --memory: that train together, each on a device of its own")
+    ] = "1",
 ) -> None:
     """Say what is up to date and what is not; or, with --memory, what the run will need. Exit code 1 if that is more than there is."""
     if memory and not targets:
@@ -144,10 +144,10 @@ def plan(
         print(f"  {step.name:<20} {state}")
 
 
-def _plan_memory(capacity: float | None, processes: int) -> None:
+def _plan_memory(capacity: float | None, processes: str) -> None:
     from flows import capacity as needed
 
-    told, too_much = needed.plan(params.load(), capacity, processes)
+    told, too_much = needed.plan(params.load(), capacity, host.processes(processes))
     print(told)
     if too_much:
         raise ValueError("\n".join(too_much))

@@ -15,18 +15,18 @@ from typing import Any
 
 from flows import dvc, locks
 from flows.dvc import Line, Tell
-from vla_opd.host import TASK_RUN
+from vla_opd.host import LAUNCH, TASK_RUN
 from vla_opd.params import load
 
 PARAMS = Path("params.yaml")
 PER_ITERATION = ("sample", "label", "optimize", "explore", "reinforce")  # the stages that dvc.yaml repeats for each iteration, of either kind
 UPDATES = ("optimize@", "reinforce@")  # those that end one
 ABSENT = re.compile(r"Could not find '([\w.]+)'")
-LOCKED = re.compile(r"is busy, it is being blocked|Unable to acquire lock")
+LOCKED = re.compile(r"is busy, it is being blocked|Unable to acquire lock|another process is writing it")
 
 
 class Busy(RuntimeError):  # noqa: N818 - a state of affairs, not a mistake
-    """Another DVC process holds what this one needs; ask again later."""
+    """Another process, DVC's or a stage's, holds what this one needs; ask again later."""
 
 
 class StageFailed(RuntimeError):  # noqa: N818 - reads as what happened
@@ -175,24 +175,28 @@ def mark_due(steps: tuple[Step, ...]) -> tuple[Step, ...]:
 
 
 def would_run(name: str) -> bool:
-    """Whether DVC would run a stage's command now: it isn't up to date, and what the command would make is in no cache."""
+    """Whether DVC would run a stage's command now: it isn't up to date, and what the command would make is in no cache. Errors as of `bring`."""
+    from dvc.lock import LockError
     from dvc.repo import Repo
 
-    with Repo() as repo, repo.lock:
-        (stage,) = repo.stage.collect(name)
-        if not stage.changed() or (not stage.changed(allow_missing=True) and stage.outs_cached()):
-            return False
-        stage.save_deps()
-        runs: Any = repo.stage_cache  # `restore(stage, dry=True)` looks for the run that dvc.lock tells of, not for this one
-        known = runs._load(stage)  # noqa: SLF001
-        return not (known and runs._create_stage(known, wdir=stage.wdir).outs_cached())  # noqa: SLF001
+    try:
+        with Repo() as repo, repo.lock:
+            (stage,) = repo.stage.collect(name)
+            if not stage.changed() or (not stage.changed(allow_missing=True) and stage.outs_cached()):
+                return False
+            stage.save_deps()
+            runs: Any = repo.stage_cache  # `restore(stage, dry=True)` looks for the run that dvc.lock tells of, not for this one
+            known = runs._load(stage)  # noqa: SLF001
+            return not (known and runs._create_stage(known, wdir=stage.wdir).outs_cached())  # noqa: SLF001
+    except LockError as error:
+        raise Busy(str(error)) from error
 
 
-def bring(name: str, tell: Tell, task_run: str = "") -> bool:
+def bring(name: str, tell: Tell, task_run: str = "", launch: str = "") -> bool:
     """Bring stage `name` up to date by `dvc repro --single-item`, and hand on each line as it is said. True if it ran, False if nothing had changed.
 
     In the context's DVC process (`dvc.staying`), or in one for this stage only.
-    task_run: of Prefect, for the record of who ran the stage.
+    task_run: of Prefect, for the record of who ran the stage. launch: of the shares that the stage puts together, if it has any.
     Raises Busy if another DVC process is in the way, StageFailed with the last lines if the command fails.
     """
     locks.heal()
@@ -207,11 +211,11 @@ def bring(name: str, tell: Tell, task_run: str = "") -> bool:
             said.append(line.text)
 
     with dvc.staying() as process:
-        code = process.repro(name, hear, {TASK_RUN: task_run})
+        code = process.repro(name, hear, {TASK_RUN: task_run, LAUNCH: launch})
     if code == 0:
         return ran
     if LOCKED.search("\n".join(said)):
-        raise Busy(f"{name}: another DVC process is at work here")
+        raise Busy(f"{name}: another process is at work on it, or another DVC in this folder")
     raise StageFailed(name, said)
 
 

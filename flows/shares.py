@@ -7,6 +7,7 @@ folder under the same path, the same packages and code (a share of others is ref
 
 import os
 import platform
+import secrets
 import subprocess
 import sys
 from collections import deque
@@ -19,6 +20,7 @@ from typing import Any
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
+from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 from prefect.settings import PREFECT_API_URL
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
@@ -26,9 +28,12 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from flows import gpu, pipeline
 from flows.dvc import Kept, Line, Tell, lines
 from flows.pipeline import StageFailed, Step
+from vla_opd.host import LAUNCH
+from vla_opd.lifeline import STARTED_BY
 
 STAGES = {"sample": "--iteration", "label": "--iteration", "explore": "--iteration", "evaluate": "--name"}
 CLUSTERS = {"ray": "prefect_ray", "dask": "prefect_dask"}
+_RUNNING = set["subprocess.Popen[bytes]"]()  # the shares of this process, of whichever run
 HANDED_ON = ("OPD_", "WANDB_", "MUJOCO_", "PYTHONPATH")  # beginnings of the environment variables that the nodes get
 
 
@@ -54,32 +59,51 @@ def wanted() -> Spread | None:
     return Spread(int(said), cluster, address or None) if int(said) > 1 else None
 
 
-def make(step: Step, tell: Tell) -> None:
-    """The shares of a stage that DVC would run now, if there are to be any. StageFailed with the last lines of one that failed; the others go on."""
+def make(step: Step, tell: Tell) -> str:
+    """The shares of a stage that DVC would run now, if there are to be any. Their launch, which the stage has to know when it puts them together.
+
+    What a share leaves undone, the stage does. StageFailed with the last lines of the first, if none was made.
+    """
     spread = wanted()
     if spread is None or step.verb not in STAGES or not pipeline.would_run(step.name):
-        return
+        return ""
+    launch = secrets.token_hex(4)
     side_by_side = shares.with_options(flow_run_name=f"{step.name} in {spread.count} shares", task_runner=_runner(spread))
-    told = side_by_side(step.name, spread, str(Path.cwd()))
+    told = side_by_side(step.name, spread, str(Path.cwd()), launch)
     failed = [said for said in told if said]
-    tell(Line(f"{spread.count - len(failed)} of {spread.count} shares are made"))
-    if failed:
+    for said in failed:
+        tell(Line(said))
+    if len(failed) == spread.count:
         raise StageFailed(step.name, failed[0].splitlines())
+    tell(Line(f"{spread.count - len(failed)} of {spread.count} shares are made"))
+    return launch
 
 
 @flow(name="shares", validate_parameters=False)
-def shares(stage: str, spread: Spread, folder: str) -> list[str]:
+def shares(stage: str, spread: Spread, folder: str, launch: str) -> list[str]:
     """Every share of a stage a task. What each that failed said; nothing of one that didn't."""
-    environment = {name: value for name, value in os.environ.items() if name.startswith(HANDED_ON)}
-    with _placed(spread):
+    with _placed(spread) as its:
+        environment = {name: value for name, value in os.environ.items() if name.startswith(HANDED_ON)} | its | {LAUNCH: launch}
         futures = [
             share.with_options(task_run_name=f"{stage}, {number} of {spread.count}").submit(
-                stage, f"{number}/{spread.count}", folder, environment | ({} if spread.cluster else _local(number, spread.count))
+                stage, f"{number}/{spread.count}", folder, environment | ({} if spread.cluster else _gpu(number))
             )
             for number in range(1, spread.count + 1)
         ]
-        ended = [future.result(raise_on_failure=False) for future in futures]
-    return [str(one) if isinstance(one, BaseException) else one for one in ended]
+        try:
+            return [_outcome(future) for future in futures]
+        except BaseException:  # the run is ended; the threads that wait for these processes would wait on
+            for process in list(_RUNNING):
+                process.terminate()
+            raise
+
+
+def _outcome(future: PrefectFuture[str]) -> str:
+    try:
+        found = future.result(raise_on_failure=False)
+    except Exception as error:  # noqa: BLE001 - Ray's own, of a node or a worker that is gone
+        found = error
+    return found if isinstance(found, str) else f"a share was lost: {found}"
 
 
 @task(cache_policy=NO_CACHE)
@@ -90,20 +114,23 @@ def share(stage: str, part: str, folder: str, environment: Mapping[str, str]) ->
         return f"{platform.node()}: no {folder} here; expected the folder of the run, on a file system that every node sees"
     command = [sys.executable, "-m", "stages", verb, STAGES[verb], key, "--share", part]
     kept, said = Kept(get_run_logger()), deque[str](maxlen=15)
-    with subprocess.Popen(command, cwd=folder, env=os.environ | dict(environment), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+    its = os.environ | dict(environment) | {STARTED_BY: str(os.getpid())}
+    with subprocess.Popen(command, cwd=folder, env=its, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         assert process.stdout is not None
+        _RUNNING.add(process)
         for line in lines(process.stdout):
             kept.tell(line)
             if not line.passing:
                 said.append(line.text)
+    _RUNNING.discard(process)
     return "" if process.returncode == 0 else f"share {part} on {platform.node()} ended with {process.returncode}\n" + "\n".join(said)
 
 
-def _local(number: int, count: int) -> dict[str, str]:
-    """What a share on this machine has of it: its part of the cores, and one of the GPUs, in turn."""
-    its = {} if "OPD_WORKERS" in os.environ else {"OPD_WORKERS": str(max(1, len(os.sched_getaffinity(0)) // count))}
+def _gpu(number: int) -> dict[str, str]:
+    """On this machine, one of its GPUs for each share in turn."""
     devices = gpu.devices()
-    return its | ({"CUDA_VISIBLE_DEVICES": devices[(number - 1) % len(devices)]} if len(devices) > 1 else {})
+    named = ":" in os.environ.get("OPD_DEVICE", "")
+    return {"CUDA_VISIBLE_DEVICES": devices[(number - 1) % len(devices)]} if len(devices) > 1 and not named else {}
 
 
 def _runner(spread: Spread) -> TaskRunner[Any]:
@@ -121,13 +148,21 @@ def _runner(spread: Spread) -> TaskRunner[Any]:
 
 
 @contextmanager
-def _placed(spread: Spread) -> Generator[None]:
-    """Ray spreads the shares over its nodes, each with a GPU of its own where the cluster has any; it hides GPUs from who doesn't ask for one."""
+def _placed(spread: Spread) -> Generator[dict[str, str]]:
+    """How many simulators a share has, where that isn't said: on this machine its part of the cores; on a node of Ray that of one of the node's GPUs.
+
+    Ray spreads the shares over its nodes, as many at a time as have such a part; it hides GPUs from who doesn't ask for one.
+    """
+    said, here = os.environ.get("OPD_WORKERS", "0"), str(max(1, len(os.sched_getaffinity(0)) // spread.count))
     if spread.cluster != "ray":
-        yield
+        yield {} if said != "0" or spread.address else {"OPD_WORKERS": here}
         return
     import ray
     from prefect_ray.context import remote_options
 
-    with remote_options(scheduling_strategy="SPREAD", num_gpus=1 if ray.cluster_resources().get("GPU") else 0):
-        yield
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    gpus = min(node.get("GPU", 0) for node in nodes)
+    part = int(min(node["CPU"] // max(1, node.get("GPU", 0)) for node in nodes)) if spread.address else int(here)
+    workers = min(int(said) or part, int(min(node["CPU"] for node in nodes)))
+    with remote_options(scheduling_strategy="SPREAD", num_cpus=workers, num_gpus=1 if gpus else 0):
+        yield {"OPD_WORKERS": said if said != "0" else str(workers)}

@@ -27,7 +27,7 @@ from flows.settings import Settings, extension, write
 from flows.store import ROOT
 from flows.terminal import StageLine, heading, table
 from vla_opd.artifacts import MANIFEST
-from vla_opd.host import METRICS
+from vla_opd.host import METRICS, processes, require_equal_shares
 from vla_opd.params import load
 
 BUSY_RETRIES, BUSY_DELAY = 720, 5  # an hour: as long as a stage that someone runs by hand may take
@@ -65,9 +65,8 @@ def _ran(step: Step, screen: StageLine, tell: Tell, task_run: str = "", *, share
     began = time.monotonic()
     pipeline.require_same_settings(step)
     try:
-        if shared:
-            shares.make(step, screen.tell)
-        ran = pipeline.bring(step.name, lambda line: (screen.tell(line), tell(line)), task_run)
+        launch = shares.make(step, screen.tell) if shared else ""
+        ran = pipeline.bring(step.name, lambda line: (screen.tell(line), tell(line)), task_run, launch)
     except StageFailed:
         screen.failed()
         raise
@@ -113,6 +112,7 @@ def opd(
         with presence.held(run):
             write(settings or {}, run=run)
             write(extension(iterations) if iterations else {}, run=run)
+            require_equal_shares(load().batch_sizes, processes(os.environ.get("OPD_PROCESSES", "1")))
             with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):  # of iterations: the flow's own goes on; each takes up to 1 s to end
                 return _bring_run(pipeline.plan(targets or ()))
     except httpx.HTTPError as error:

@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +19,8 @@ from pathlib import Path
 from vla_opd.artifacts import BusyError, Manifest, Share
 from vla_opd.envs import ENVS
 from vla_opd.envs.graphics import use_backend
-from vla_opd.host import METRICS, Host, this_host
-from vla_opd.lifeline import die_with_parent
+from vla_opd.host import LAUNCH, METRICS, Host, processes, require_equal_shares, this_host
+from vla_opd.lifeline import STARTED_BY, die_with_parent
 from vla_opd.params import START, Params, load, named_function
 from vla_opd.tracking import execution
 
@@ -42,38 +43,46 @@ NO_ROOM = (
 SIMULATED = ("demonstrate", "sample", "explore", "evaluate")
 SHARED = ("sample", "label", "explore", "evaluate")
 TRAINED = ("finetune", "optimize", "reinforce")
+FIRST_SPEAKS = 3.0  # seconds
 LAUNCHED = "TORCHELASTIC_RUN_ID"  # the environment variable by which torchrun's processes are known
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a stage. A user's mistake is one message on stderr and exit code 2; numbers that are not finite, or a second process, one message and 1."""
     options = _parser().parse_args(arguments)
-    rank = int(os.environ.get("RANK", "0")) if LAUNCHED in os.environ else 0
-    if "DVC_STAGE" in os.environ or LAUNCHED in os.environ or options.share:
-        # By hand, a stage may outlive its terminal; DVC's, whose lock dies with DVC, must not be met by the next one.
+    if "DVC_STAGE" in os.environ:  # by hand, a stage may outlive its terminal; DVC's, whose lock dies with DVC, must not be met by the next one
         die_with_parent()
+    elif (parent := os.environ.get(STARTED_BY)) is not None:
+        die_with_parent(parent=int(parent))
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        return _obey(options, sys.argv[1:] if arguments is None else arguments, rank)
+        return _obey(options, sys.argv[1:] if arguments is None else arguments)
     except ValueError as mistake:
-        return _told(2, options.verb, mistake, rank)
+        return _told(2, options.verb, mistake)
     except (FloatingPointError, BusyError) as error:
-        return _told(1, options.verb, error, rank)
+        return _told(1, options.verb, error)
     except Exception as error:
         if "No space left" not in str(error) and "Disk quota exceeded" not in str(error):  # some writers are not Python's, and raise no OSError
             raise
-        return _told(1, options.verb, f"{error}. {NO_ROOM.format(free=shutil.disk_usage(Path()).free / 1e6)}", rank)
+        return _told(1, options.verb, f"{error}. {NO_ROOM.format(free=shutil.disk_usage(Path()).free / 1e6)}")
 
 
-def _obey(options: argparse.Namespace, arguments: Sequence[str], rank: int) -> int:
+def _obey(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Run the stage, or have it run as several processes. The exit code. Errors as they come."""
-    params = load("params.yaml", options.set)
-    if _several(options.verb, options.processes, params):
+    params, count = load("params.yaml", options.set), processes(options.processes)
+    if LAUNCHED in os.environ:
+        count = int(os.environ["WORLD_SIZE"])
+    if count > 1 and options.verb not in TRAINED:
+        raise ValueError(f"{count} processes; expected one, as of every stage but {', '.join(TRAINED)}")
+    if options.verb in TRAINED:
+        require_equal_shares({f"{options.verb}.batch_size": getattr(params, options.verb).batch_size}, count)
+    if count > 1 and LAUNCHED not in os.environ:
         from vla_opd import ranks
 
-        return ranks.launch(options.processes, "stages", arguments)
+        return ranks.launch(count, "stages", arguments)
+    rank = int(os.environ["RANK"]) if LAUNCHED in os.environ else 0
     host = this_host(options.workers, options.device, options.tracking if rank == 0 else "none", METRICS)
-    host = host if options.share is None else replace(host, share=Share.parse(options.share))
+    host = replace(host, share=Share.parse(options.share, os.environ.get(LAUNCH, "")))
     finished = execution(host, params.run.name, options.verb, options.key or options.verb)
     digest = _report_study(params, options.study) if options.study else _made(options.verb, options.key, params, host)
     if digest is None:
@@ -84,21 +93,13 @@ def _obey(options: argparse.Namespace, arguments: Sequence[str], rank: int) -> i
     return 0
 
 
-def _told(code: int, verb: str, what: object, rank: int) -> int:
-    """The exit code, once it is said what went wrong. Of processes that train together the first says it: the others have met the same."""
-    if rank == 0:
+def _told(code: int, verb: str, what: object) -> int:
+    """The exit code, once it is said what went wrong. Of processes that train together the first of each machine says it for all of them."""
+    if LAUNCHED in os.environ and os.environ["LOCAL_RANK"] != "0":
+        time.sleep(FIRST_SPEAKS)  # torchrun ends the others as soon as one has ended
+    else:
         print(f"{verb}: {what}", file=sys.stderr, flush=True)
     return code
-
-
-def _several(verb: str, processes: int, params: Params) -> bool:
-    """Whether a stage is to be run as several processes, and isn't yet. ValueError if its batches can't be shared out among them."""
-    count = int(os.environ.get("WORLD_SIZE", "1")) if LAUNCHED in os.environ else processes
-    if count < 1 or (count > 1 and verb not in TRAINED):
-        raise ValueError(f"{count} processes; expected at least 1, and more for {', '.join(TRAINED)} only")
-    if verb in TRAINED and (batch := getattr(params, verb).batch_size) % count:
-        raise ValueError(f"{verb}.batch_size is {batch}; expected a multiple of the {count} processes that are to train together")
-    return count > 1 and LAUNCHED not in os.environ
 
 
 def _made(verb: str, key: str | None, params: Params, host: Host) -> str | None:
@@ -113,7 +114,7 @@ def _made(verb: str, key: str | None, params: Params, host: Host) -> str | None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m stages", description="Run one stage of the run that params.yaml describes.")
-    parser.set_defaults(key=None, study=None, share=None, processes=1)
+    parser.set_defaults(key=None, study=None, share="1/1", processes="1")
     verbs = parser.add_subparsers(dest="verb", required=True)
     for verb, key in VERBS.items():
         command = verbs.add_parser(verb)
@@ -125,11 +126,12 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--workers", type=int, default=os.environ.get("OPD_WORKERS", "0"), help="simulator processes (0: one a core)")
         command.add_argument("--device", default=os.environ.get("OPD_DEVICE", "auto"), help="torch device (auto: a GPU if there is one)")
         if verb in SHARED:
-            command.add_argument("--share", metavar="NUMBER/COUNT", help="of the shards; whoever runs the stage without it then puts them together")
+            command.add_argument(
+                "--share", metavar="NUMBER/COUNT", default="1/1", help="of the shards; whoever runs the stage without it then puts them together"
+            )
         if verb in TRAINED:
             command.add_argument(
                 "--processes",
-                type=int,
                 default=os.environ.get("OPD_PROCESSES", "1"),
                 help="that train together, each on its own GPU if there are any",
             )

@@ -1,13 +1,15 @@
 """evaluate: checkpoint -> evaluation. Greedy, from the benchmark's fixed initial states, every episode recorded."""
 
 import json
+import secrets
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from tqdm import tqdm
 
 from vla_opd.artifacts import Draft, Manifest, draft
@@ -73,10 +75,9 @@ def _records(params: Params, policy: Policy, work: Draft, host: Host, tally: Tal
     Finished episodes, of a killed run or of those who have shares, are read from the journals in the draft.
     """
     how, tasks = params.evaluate, _tasks(params)
-    journal = work.scratch / ("journal.jsonl" if host.share.whole else f"journal-{host.share.number}of{host.share.count}.jsonl")
-    read = sorted(work.scratch.glob("journal*.jsonl")) if host.share.whole else [journal]
-    known = {(r.task, r.state): r for path in read for r in _read_journal(path)}
-    wanted = host.share.of(_wanted(how, tasks))
+    journal, wanted = work.scratch / f"journal-{secrets.token_hex(4)}.jsonl", host.share.of(_wanted(how, tasks))
+    mine = set(wanted)
+    known = {(r.task, r.state): r for r in _read_journals(work.scratch) if (r.task, r.state) in mine}
     if known:
         print(f"{work.target.name}: reusing {len(known)} of {len(wanted)} episodes", file=sys.stderr)
     if (decision := _decision(how, wanted, known)) is not None:
@@ -126,12 +127,9 @@ def _line(record: Record) -> str:
     return json.dumps(record.model_dump(), sort_keys=True) + "\n"
 
 
-def _read_journal(path: Path) -> list[Record]:
-    """The records of whole lines; a line cut by a kill is dropped, and its episode run again."""
-    if not path.is_file():
-        return []
-    text = path.read_text()
-    whole, _, cut = text.rpartition("\n")
-    if cut:
-        path.write_text(whole + "\n" if whole else "")
-    return [Record.model_validate_json(line) for line in whole.splitlines()]
+def _read_journals(folder: Path) -> Iterator[Record]:
+    """The records of whole lines, each process's of its own; a line cut by a kill is passed over, and its episode run again."""
+    for path in sorted(folder.glob("journal-*.jsonl")):
+        for line in path.read_text().splitlines():
+            with suppress(ValidationError):
+                yield Record.model_validate_json(line)

@@ -16,7 +16,7 @@ import shutil
 import sys
 import time
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -45,18 +45,22 @@ class BusyError(RuntimeError):
 
 @dataclass(frozen=True)
 class Share:
-    """What one of several processes makes of an artifact: the `number`-th of `count` stretches of its parts, equally long but for one. Alone: all."""
+    """What one of several processes makes of an artifact: the `number`-th of `count` stretches of its parts, equally long but for one. Alone: all.
+
+    launch: names what has started them, and the process that puts their parts together; empty for what was started by hand.
+    """
 
     number: int = 1
     count: int = 1
+    launch: str = ""
 
     @classmethod
-    def parse(cls, text: str) -> "Share":
+    def parse(cls, text: str, launch: str = "") -> "Share":
         """`2/8`, the second of eight. ValueError for anything else."""
         match = re.fullmatch(r"(\d+)/(\d+)", text)
         if match is None or not 1 <= int(match[1]) <= int(match[2]):
             raise ValueError(f"share is {text!r}; expected NUMBER/COUNT, as in 2/8, the second of eight")
-        return cls(int(match[1]), int(match[2]))
+        return cls(int(match[1]), int(match[2]), launch)
 
     def __str__(self) -> str:
         return f"{self.number}/{self.count}"
@@ -186,25 +190,38 @@ class Draft:
     def _mark(self) -> Path:
         return self.scratch / "fingerprint"
 
+    @property
+    def begun(self) -> bool:
+        """Whether it is ready to be written."""
+        return self._mark.is_file()
+
     def prepare(self) -> None:
-        """Keep an earlier draft of the same fingerprint; start anew otherwise."""
+        """Keep an earlier draft of the same fingerprint; start anew otherwise. ValueError if that would throw away others' shares."""
+        launch = self.scratch / "launch"
+        if self._mark.is_file():
+            theirs = launch.read_text() if launch.is_file() else ""
+            if self.share.launch == theirs if self.share.launch else not self.share.whole:
+                self.require_same()
         if not (self._mark.is_file() and self._mark.read_text() == self.fingerprint):
             _remove(self.folder)
             self.scratch.mkdir(parents=True)
             self._mark.write_text(self.fingerprint)
+        launch.write_text(self.share.launch)
         for leftover in sorted(self.folder.rglob(".tmp-*")):
             _remove(leftover)
 
     def require_same(self) -> None:
         """ValueError unless the draft was begun by a process with the same inputs, settings, code and packages: names the first that differs."""
+        if not self._mark.is_file():
+            raise ValueError(f"{self.folder}: isn't there; expected the draft that another process has begun, in a folder that all of them see")
         ours, theirs = self.fingerprint, self._mark.read_text()
         if ours == theirs:
             return
         here, there = (flat(json.loads(text)) for text in (ours, theirs))
         field = differing(here, there)[0]
         raise ValueError(
-            f"{self.target}, share {self.share}: {field} is {here.get(field)!r} here; expected {there.get(field)!r}, "
-            "with which another process has begun (all of them need the same inputs, settings, code and packages)"
+            f"{self.target}: {field} is {here.get(field)!r} here; expected {there.get(field)!r}, with which another process has begun it "
+            f"(all of them need the same inputs, settings, code and packages; or remove {self.folder})"
         )
 
     def has(self, name: str) -> bool:
@@ -228,8 +245,9 @@ class Draft:
         _remove(temporary)
         yield temporary
         _sync(temporary)
-        _remove(self.folder / name)
-        temporary.rename(self.folder / name)
+        if (self.folder / name).is_dir():
+            _remove(self.folder / name)
+        temporary.rename(self.folder / name)  # a file takes the other's place at once
 
     def remember(self, made_with: Mapping[str, str]) -> None:
         """Keep what the parts are being made with, for the manifest: a process that only publishes an earlier one's parts does not know."""
@@ -282,7 +300,7 @@ def draft(target: Path, kind: Kind, parents: Mapping[str, str], params: Mapping[
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Draft(target, kind, parents, params, share)
-    with (target.parent / f".{target.name}.lock").open("w") as lock:
+    with (target.parent / f".{target.name}.lock").open("a+") as lock:  # NFS shares a lock with who may read the file
         if share.whole:
             _hold(lock, fcntl.LOCK_EX, work)
             work.prepare()
@@ -302,20 +320,20 @@ def _join(lock: IO[str], work: Draft) -> None:
     """Have the draft together with other processes. The first to come makes it ready, and has it for itself for as long as that takes."""
     deadline = time.monotonic() + PATIENCE
     while True:
-        try:
+        with suppress(BusyError):
             _hold(lock, fcntl.LOCK_EX, work)
             work.prepare()
-            fcntl.flock(lock, fcntl.LOCK_SH)
+        try:
+            _hold(lock, fcntl.LOCK_SH, work)
         except BusyError:
-            try:
-                _hold(lock, fcntl.LOCK_SH, work)
-            except BusyError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.05)
-                continue
-        work.require_same()
-        return
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+            continue
+        if work.begun:  # it isn't, if whoever had it has published it meanwhile, or was killed as they began
+            work.require_same()
+            return
+        fcntl.flock(lock, fcntl.LOCK_UN)
 
 
 def link(source: Path, target: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -10,6 +11,7 @@ from vla_opd.artifacts import ALL, Share
 
 TrackingMode = Literal["wandb", "jsonl", "none"]
 METRICS = Path("artifacts/.metrics")  # a folder a run: curves, how long stages took, who ran them
+LAUNCH = "OPD_LAUNCH"  # the environment variable by which shares of a stage, and the stage, know that they belong together
 TASK_RUN = "OPD_TASK_RUN"  # the environment variable by which a flow tells a stage which of its task runs it is
 
 
@@ -34,6 +36,20 @@ class Host:
     def not_finite(self, run: str) -> Path:
         """Where a run's optimiser steps that went wrong are kept."""
         return self.metrics / run / "not_finite"
+
+
+def processes(said: str) -> int:
+    """How many processes train together. ValueError for what is no such number."""
+    if not said.isdecimal() or int(said) < 1:
+        raise ValueError(f"OPD_PROCESSES, or --processes, is {said!r}; expected a number of processes, at least 1")
+    return int(said)
+
+
+def require_equal_shares(batch_sizes: Mapping[str, int], count: int) -> None:
+    """ValueError for a batch, by its setting, that can't be shared out among the processes that are to train together."""
+    for setting, size in batch_sizes.items():
+        if size % count:
+            raise ValueError(f"{setting} is {size}; expected a multiple of the {count} processes that are to train together")
 
 
 def this_host(workers: int | None, device: str, tracking: TrackingMode, metrics: Path) -> Host:

@@ -5,6 +5,7 @@ import os
 import signal
 from contextlib import suppress
 
+STARTED_BY = "OPD_STARTED_BY"  # the environment variable by which a process that is to die with its parent is told which that is
 _PR_SET_PDEATHSIG = 1
 
 

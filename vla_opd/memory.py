@@ -133,10 +133,12 @@ def update(stage: str, checkpoint: Described, settings: UpdateParams, processes:
     trained = FLOAT32 * sum(one.numel() for one in policy.parameters() if one.requires_grad)
     with adapters.recomputing(policy, wanted=settings.gradient_checkpointing), _counting(policy) as counted:
         value = policy.logits(_observations(checkpoint.facts, settings.batch_size // processes)).log_softmax(-1).mean()
+        forward = counted.peak
         value.backward()
-    own, gathered = -(-trained // processes), _gathered(policy) if processes > 1 else 0
-    activations = max(counted.peak - counted.held - trained + gathered, own)  # AdamW's own step holds a copy of what it trains
-    return Need(stage, -(-counted.held // processes), own, 2 * own, activations)
+    own, activations = -(-trained // processes), counted.peak - counted.held - trained
+    if processes > 1:  # before the backward pass no gradient is there to be less of
+        activations = max(activations, forward - counted.held) + _gathered(policy)
+    return Need(stage, -(-counted.held // processes), own, 2 * own, max(activations, own))  # AdamW's own step holds a copy of what it trains
 
 
 def _gathered(policy: nn.Module) -> int:

@@ -518,6 +518,12 @@ class Params(Section):
     studies: Mapping[Name, StudyParams] = Field(default_factory=dict, description="each is `report/<name>` beside the run's own, `report/page`")
 
     @property
+    def batch_sizes(self) -> dict[str, int]:
+        """Of the stages of this run that train, by the name of the setting."""
+        used = {"finetune": self.trained, "optimize": self.iterations, "reinforce": self.reinforcements}
+        return {f"{verb}.batch_size": getattr(self, verb).batch_size for verb, what in used.items() if what}
+
+    @property
     def trained(self) -> dict[str, PretrainedParams]:
         """The checkpoints that `finetune` makes, by name."""
         return {**self.pretrained, **self.finetuned}

@@ -8,8 +8,10 @@ A process alone is left as it is, bit for bit. The first process is the one that
 import copy
 import os
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -19,8 +21,11 @@ from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vla_opd import artifacts
-from vla_opd.artifacts import Draft, Kind, Manifest, read_manifest
+from vla_opd.artifacts import BusyError, Draft, Kind, Manifest, read_manifest
+from vla_opd.lifeline import STARTED_BY
 from vla_opd.seeds import derive
+
+PATIENCE = timedelta(hours=12)  # for which the others wait while the first writes and hashes; a process that dies ends all of them at once
 
 
 def rank() -> int:
@@ -41,7 +46,9 @@ def together(device: str) -> Generator[None]:
         return
     if device.startswith("cuda"):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    if ":" in device:
+        raise ValueError(f"device is {device!r}; expected 'cuda' or 'auto' for processes that train together: each has a GPU of its own")
+    distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=PATIENCE)
     try:
         yield
     finally:
@@ -54,10 +61,12 @@ def launch(processes: int, module: str, arguments: Sequence[str]) -> int:
     from torch.distributed.run import parse_args, run
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun says at length that it does so; the stages set their own number
-    try:
-        run(parse_args(["--standalone", f"--nproc-per-node={processes}", "-m", module, *arguments]))
-    except ChildFailedError as error:
-        return error.get_first_failure()[1].exitcode
+    os.environ[STARTED_BY] = str(os.getpid())
+    with TemporaryDirectory() as logs:  # torchrun makes a folder for them in any case, and leaves it
+        try:
+            run(parse_args(["--standalone", f"--nproc-per-node={processes}", f"--log-dir={logs}", "-m", module, *arguments]))
+        except ChildFailedError as error:
+            return error.get_first_failure()[1].exitcode
     return 0
 
 
@@ -127,6 +136,18 @@ def _total(values: Sequence[float]) -> list[float]:
     return summed.tolist()
 
 
+def wait() -> None:
+    """Until every process has come here."""
+    if count() > 1:
+        distributed.barrier()
+
+
+def require_agreement(number: int, what: str) -> None:
+    """ValueError unless all processes have the same number."""
+    if count() > 1 and (average := _total([number])[0] / count()) != number:
+        raise ValueError(f"{what} is {number} here, {average:g} in the mean of all processes; expected the same, in a folder that all of them see")
+
+
 def entire(tensor: Tensor) -> Tensor:
     """All of a tensor that is shared out, in every process. Every process has to ask at once."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -142,7 +163,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 def cut(tensor: Float[Tensor, "..."], like: Tensor) -> Tensor:
     """This process's part of a whole tensor, shared out as another of its shape is."""
-    if not isinstance(like, DTensor) or tensor.shape != like.shape:
+    if not isinstance(like, DTensor) or not tensor.ndim:  # AdamW's count of steps is everybody's
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
@@ -153,21 +174,37 @@ class _Follower(Draft):
     def publish(self, facts: Mapping[str, Any]) -> Manifest:
         """The manifest that the first process has published."""
         del facts
-        distributed.barrier()
+        wait()
         return read_manifest(self.target, self.kind)
 
 
 @contextmanager
 def draft(target: Path, kind: Kind, parents: Mapping[str, str], params: Mapping[str, Any]) -> Generator[Draft]:
-    """`artifacts.draft`, which only the first process writes: the others' is there when its is, and published when its is."""
+    """`artifacts.draft`, which only the first process writes: the others' is there when its is, and published when its is.
+
+    ValueError in a process that has other inputs, settings, code or packages than the first, or doesn't see its draft.
+    """
     if rank():
-        distributed.barrier()
-        yield _Follower(target, kind, parents, params)
+        if not _total([1.0])[0] == count():
+            raise BusyError(f"{target}: the first process could not begin")
+        work = _Follower(target, kind, parents, params)
+        work.require_same()
+        yield work
         return
-    with artifacts.draft(target, kind, parents, params) as work:
+    with ExitStack() as held:
+        try:
+            work = held.enter_context(artifacts.draft(target, kind, parents, params))
+        except BaseException:
+            _begin(ready=False)
+            raise
+        _begin(ready=True)
         if count() > 1:
             work.remember({"processes": str(count())})
-            distributed.barrier()
         yield work
-        if count() > 1:
-            distributed.barrier()
+        wait()
+
+
+def _begin(*, ready: bool) -> None:
+    """Tell the others whether there is a draft."""
+    if count() > 1:
+        _total([float(ready)])

@@ -100,6 +100,7 @@ def train(
     if moments:
         _set_moments(optimizer, moments)
     rows = _resume(policy, optimizer, scratch)
+    ranks.require_agreement(len(rows), f"{label}: the step to go on from")
     quiet = ranks.rank() > 0
     if rows and not quiet:
         print(f"{label}: going on from step {len(rows)}", file=sys.stderr)
@@ -132,6 +133,7 @@ def _keep(evidence: Evidence, policy: nn.Module, step: int, label: str) -> Path:
     tensors |= {name: value.cpu().contiguous() for name, value in weights.items() if not which}
     path.parent.mkdir(parents=True, exist_ok=True)
     safetensors.torch.save_file(tensors, path)
+    ranks.wait()  # the first to fail ends the others
     return path
 
 

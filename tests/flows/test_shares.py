@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import chdir, suppress
 from pathlib import Path
@@ -98,17 +99,41 @@ def test_whoever_makes_the_shares_the_bytes_are_those_of_one_process(
     assert len(lines) == 2
 
 
-def test_a_share_that_fails_is_the_stages_failure_and_the_others_are_kept(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_if_no_share_is_made_the_stage_has_failed(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StageFailed) as caught:
         make("label@it009", monkeypatch)
     assert "share 1/2 on" in caught.value.said[0]
     assert any("iterations is 'it009'; expected one of ['it001']" in line for line in caught.value.said)
+
+
+def test_what_a_lost_share_leaves_the_stage_makes(small: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.rmtree(small / "logits/it001")
-    killer = Watch(lambda part, process: process.kill() if part.endswith("2/2") else None)
-    with killer, pytest.raises(StageFailed) as caught:
+    with Watch(lambda part, process: process.kill() if part.endswith("2/2") else None):
+        said = make("label@it001", monkeypatch)
+    assert said[0].startswith("share 2/2 on ")
+    assert "ended with -9" in said[0]
+    assert said[1] == "1 of 2 shares are made"
+    draft, expected = small / "logits/.it001.draft", undisturbed / "artifacts/small/logits/it001"
+    assert 4 <= len(list(draft.glob("shard-*"))) < 8
+    monkeypatch.setenv("OPD_LAUNCH", (draft / ".scratch/launch").read_text())
+    run_stage(small.parents[1], STAGES["logits/it001"], workers=1)
+    assert (small / "logits/it001/manifest.json").read_bytes() == (expected / "manifest.json").read_bytes()
+
+
+def test_a_run_that_is_ended_ends_its_shares(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a signal to the flow, as of a cancelled deployment: the threads that wait for the shares know nothing of it."""
+    ended: list[psutil.Process] = []
+
+    def interrupted(future: Any) -> str:
+        while len(ended) < 2:
+            time.sleep(0.05)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shares, "_outcome", interrupted)
+    with Watch(lambda _part, process: ended.append(process) if process not in ended else None), pytest.raises(KeyboardInterrupt):
         make("label@it001", monkeypatch)
-    assert caught.value.said[0].endswith("ended with -9")
-    assert len(list((small / "logits/.it001.draft").glob("shard-*"))) >= 4
+    assert psutil.wait_procs(ended, timeout=5)[1] == []
+    assert not shares._RUNNING
 
 
 def test_what_the_environment_cannot_mean_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,13 +161,46 @@ def test_what_the_environment_cannot_mean_is_refused(monkeypatch: pytest.MonkeyP
 def test_each_share_on_this_machine_has_its_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPD_WORKERS")
     monkeypatch.setattr(shares.os, "sched_getaffinity", lambda _pid: set(range(16)))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
-    assert [shares._local(number, 4) for number in range(1, 5)] == [
-        {"OPD_WORKERS": "4", "CUDA_VISIBLE_DEVICES": device} for device in ("4", "6", "7", "4")
-    ]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
+    for spread, part in ((Spread(4), "4"), (Spread(40), "1"), (Spread(4, "dask"), "4")):
+        with shares._placed(spread) as its:
+            assert its == {"OPD_WORKERS": part}
+    with shares._placed(Spread(4, "dask", "tcp://there")) as its:
+        assert its == {}
     monkeypatch.setenv("OPD_WORKERS", "9")
-    assert shares._local(1, 4) == {}
+    with shares._placed(Spread(4)) as its:
+        assert its == {}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
+    assert [shares._gpu(number) for number in range(1, 5)] == [{"CUDA_VISIBLE_DEVICES": device} for device in ("4", "6", "7", "4")]
+    monkeypatch.setenv("OPD_DEVICE", "cuda:1")
+    assert shares._gpu(1) == {}
+    monkeypatch.setenv("OPD_DEVICE", "auto")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
+    assert shares._gpu(1) == {}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "expected", "cpus", "gpus"),
+    [
+        ([(64, 0), (32, 0)], "0", "32", 32, 0),  # one share a node
+        ([(64, 8), (64, 8)], "0", "8", 8, 1),  # one a GPU
+        ([(64, 8), (64, 0)], "0", "8", 8, 0),
+        ([(64, 0)], "16", "16", 16, 0),
+        ([(8, 0)], "16", "16", 8, 0),  # what no node has would wait for ever
+    ],
+)
+def test_on_ray_a_share_asks_for_the_part_of_a_node_that_it_uses(
+    monkeypatch: pytest.MonkeyPatch, nodes: list[tuple[int, int]], workers: str, expected: str, cpus: int, gpus: int
+) -> None:
+    import ray
+    from prefect_ray.context import RemoteOptionsContext
+
+    its = [{"Alive": True, "Resources": {"CPU": float(cpu)} | ({"GPU": float(gpu)} if gpu else {})} for cpu, gpu in nodes]
+    monkeypatch.setattr(ray, "nodes", lambda: [*its, {"Alive": False, "Resources": {}}])
+    monkeypatch.setenv("OPD_WORKERS", workers)
+    with shares._placed(Spread(4, "ray", "there:6379")) as told:
+        options = RemoteOptionsContext.get().current_remote_options
+    assert told == {"OPD_WORKERS": expected}
+    assert options == {"scheduling_strategy": "SPREAD", "num_cpus": cpus, "num_gpus": gpus}
 
 
 def test_a_folder_that_a_node_does_not_see_is_named(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.evaluate import _decision, _read_journal, _wanted
+from stages.evaluate import _decision, _read_journals, _wanted
 from stages.evaluate import _line as line
 from vla_opd.comparison import SequentialTest
 from vla_opd.evaluation import Record
@@ -15,32 +15,29 @@ def records(successes: int, episodes: int) -> list[Record]:
     return [Record(task="reach-v3", instruction="reach", state=n, success=n < successes, steps=7) for n in range(episodes)]
 
 
-def journal(tmp_path: Path, text: str) -> Path:
-    path = tmp_path / "journal.jsonl"
+def journal(tmp_path: Path, name: str, text: str) -> Path:
+    path = tmp_path / f"journal-{name}.jsonl"
     path.write_text(text)
     return path
 
 
-def test_a_journal_returns_its_records(tmp_path: Path) -> None:
+def test_the_journals_of_all_processes_are_read(tmp_path: Path) -> None:
     wanted = records(2, 4)
-    assert _read_journal(journal(tmp_path, "".join(map(line, wanted)))) == wanted
-    assert _read_journal(tmp_path / "none") == []
+    journal(tmp_path, "b", "".join(map(line, wanted[2:])))
+    journal(tmp_path, "a", "".join(map(line, wanted[:2])))
+    (tmp_path / "other.jsonl").write_text("{}")
+    assert list(_read_journals(tmp_path)) == wanted
+    assert list(_read_journals(tmp_path / "none")) == []
 
 
-@pytest.mark.parametrize("cut", [1, 20, 50])
-def test_a_line_cut_by_a_kill_is_dropped_and_the_journal_goes_on(tmp_path: Path, cut: int) -> None:
+@pytest.mark.parametrize("cut", [1, 20, -2])
+def test_a_line_cut_by_a_kill_is_passed_over_wherever_it_stands(tmp_path: Path, cut: int) -> None:
+    """The journal itself stays as it is: whoever wrote it may still be at work."""
     wanted = records(2, 4)
-    path = journal(tmp_path, "".join(map(line, wanted[:3])) + line(wanted[3])[:cut])
-    assert _read_journal(path) == wanted[:3]
-    with path.open("a") as stream:
-        stream.write(line(wanted[3]))
-    assert _read_journal(path) == wanted
-
-
-def test_a_journal_of_one_cut_line_is_empty(tmp_path: Path) -> None:
-    path = journal(tmp_path, '{"task": "re')
-    assert _read_journal(path) == []
-    assert not path.read_text()
+    text = "".join(map(line, wanted[:2])) + line(wanted[2])[:cut] + "\n" + line(wanted[3]) + line(wanted[2])[:cut]
+    path = journal(tmp_path, "a", text)
+    assert list(_read_journals(tmp_path)) == [*wanted[:2], wanted[3]]
+    assert path.read_text() == text
 
 
 def test_a_decision_is_made_by_the_first_episodes_that_are_wanted() -> None:

@@ -262,8 +262,8 @@ def _finished(draft: Path) -> int:
         return 0
     try:
         finished = len(list(draft.glob("shard-*")))
-        journal, save = scratch / "journal.jsonl", scratch / "training.safetensors"
-        lines = journal.read_text().count("\n") if journal.is_file() else 0
+        save = scratch / "training.safetensors"
+        lines = sum(journal.read_text().count("\n") for journal in scratch.glob("journal-*.jsonl"))
         return finished + lines + (_saved_steps(save) if save.is_file() else 0)
     except FileNotFoundError:  # published under our eyes
         return 0

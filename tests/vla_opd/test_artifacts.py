@@ -14,8 +14,9 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -446,20 +447,72 @@ def _joined(target: Path) -> None:
         path.write_bytes(PARTS["two"])
 
 
-@pytest.mark.parametrize(
-    ("told", "steps", "patched", "value"),
-    [
-        ("params.steps is 4 here; expected 3", 4, None, None),
-        ("package.torch is '9' here; expected '", 3, "_versions", {"torch": "9"}),
-        ("code.vla_opd/tokens.py is 'other' here; expected '", 3, "_code", {"vla_opd/tokens.py": "other"}),
-    ],
-)
+OTHERS = [
+    ("params.steps is 4 here; expected 3", 4, None, None),
+    ("package.torch is '9' here; expected '", 3, "_versions", {"torch": "9"}),
+    ("code.vla_opd/tokens.py is 'other' here; expected '", 3, "_code", {"vla_opd/tokens.py": "other"}),
+]
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("launch", ["", "one"])
+@pytest.mark.parametrize(("told", "steps", "patched", "value"), OTHERS)
 def test_a_share_of_other_settings_packages_or_code_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str, steps: int, patched: str | None, value: object
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str, steps: int, patched: str | None, value: object, launch: str, at_once: bool
 ) -> None:
-    with draft(tmp_path / "b", "logits", PARENTS, PARAMS, Share(1, 2)):
+    """Beside the first, or after it: what that has made stays."""
+    with ExitStack() as first:
+        work = first.enter_context(draft(tmp_path / "b", "logits", PARENTS, PARAMS, Share(1, 2, launch)))
+        with work.part("one") as path:
+            path.write_bytes(PARTS["one"])
+        if not at_once:
+            first.close()
         if patched:
             monkeypatch.setattr(artifacts, patched, lambda: value)
-        other = draft(tmp_path / "b", "logits", PARENTS, PARAMS | {"steps": steps}, Share(2, 2))
-        with pytest.raises(ValueError, match=re.escape(f"b, share 2/2: {told}")), other:
+        other = draft(tmp_path / "b", "logits", PARENTS, PARAMS | {"steps": steps}, Share(2, 2, launch))
+        with pytest.raises(ValueError, match=re.escape(f"b: {told}")), other:
             pass
+    assert (tmp_path / ".b.draft/one").read_bytes() == PARTS["one"]
+
+
+def test_what_a_launch_has_made_is_thrown_away_by_another_but_not_by_its_own(tmp_path: Path) -> None:
+    with draft(tmp_path / "b", "logits", PARENTS, PARAMS, Share(1, 2, "one")) as work, work.part("one") as path:
+        path.write_bytes(PARTS["one"])
+    changed = PARAMS | {"device": "cuda"}
+    whole = draft(tmp_path / "b", "logits", PARENTS, changed, Share(launch="one"))
+    with pytest.raises(ValueError, match=r"params\.device is 'cuda' here; expected None, with which another process has begun it"), whole:
+        pass
+    with draft(tmp_path / "b", "logits", PARENTS, PARAMS, Share(1, 2, "two")) as work:  # of the same fingerprint: its own now
+        assert work.has("one")
+    with draft(tmp_path / "b", "logits", PARENTS, changed, Share(1, 2, "three")) as work:
+        assert not work.has("one")
+    with draft(tmp_path / "b", "logits", PARENTS, PARAMS) as work:  # by hand, as ever
+        assert not work.missing([])
+        assert work.begun
+
+
+def test_a_share_that_comes_as_another_publishes_begins_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused the draft for itself, and when it may share it, it isn't there any more."""
+    hold, came = artifacts._hold, []
+
+    def late(lock: Any, how: int, work: artifacts.Draft) -> None:
+        if not came:
+            came.append(how)
+            raise BusyError
+        hold(lock, how, work)
+
+    monkeypatch.setattr(artifacts, "_hold", late)
+    with draft(tmp_path / "b", "logits", PARENTS, PARAMS, Share(1, 2)) as work:
+        assert work.begun
+    assert came
+
+
+def test_the_lock_can_be_shared_where_that_takes_the_right_to_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on NFS."""
+    readable: list[bool] = []
+    hold = artifacts._hold
+    monkeypatch.setattr(artifacts, "_hold", lambda lock, how, work: (readable.append(lock.readable()), hold(lock, how, work)))
+    with draft(tmp_path / "b", "logits", PARENTS, PARAMS, Share(1, 2)):
+        pass
+    assert readable
+    assert all(readable)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vla_opd.host import this_host
+from vla_opd.host import processes, require_equal_shares, this_host
 
 
 def test_auto_takes_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,3 +27,16 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="device is 'cuda:0'; expected 'auto', 'cpu'"):
         this_host(1, "cuda:0", "none", Path("m"))
+
+
+def test_a_number_of_processes_is_one() -> None:
+    assert processes("8") == 8
+    for said in ("0", "-1", "two", "", "1.5"):
+        with pytest.raises(ValueError, match=f"OPD_PROCESSES, or --processes, is '{said}'; expected a number of processes, at least 1"):
+            processes(said)
+
+
+def test_a_batch_that_cannot_be_shared_out_is_named() -> None:
+    require_equal_shares({"optimize.batch_size": 64, "finetune.batch_size": 8}, 8)
+    with pytest.raises(ValueError, match=r"finetune\.batch_size is 8; expected a multiple of the 16 processes that are to train together"):
+        require_equal_shares({"optimize.batch_size": 64, "finetune.batch_size": 8}, 16)

@@ -79,6 +79,10 @@ def test_of_processes_that_train_together_each_holds_its_share_and_what_is_gathe
     small_share = update("optimize", chain(), settings.model_copy(update={"batch_size": 16}))
     assert small_share.activations == small_share.gradients  # of so few states next to nothing is kept
     assert gathered < four.activations < gathered + 0.2 * small_share.activations
+    for count in (2, 8):  # at the end of the forward pass what it keeps is there, and no gradient yet
+        many = OptimizeParams(batch_size=4096)
+        planned, rows = update("optimize", described, many, count), 4096 // count
+        assert planned.activations >= 4 * rows * 3 * WIDTH + gathered // 2
     with pytest.raises(ValueError, match=r"optimize\.batch_size is 64; expected a multiple of the 3 processes"):
         update("optimize", described, settings, 3)
 

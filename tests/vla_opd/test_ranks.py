@@ -17,10 +17,12 @@ import safetensors.torch
 import torch
 
 import stages.__main__ as command
+from flows.server import free_port
 from tests.processes import dies
 from tests.small_run import HOST, STAGES
 from tests.vla_opd import public
 from vla_opd import ranks
+from vla_opd.artifacts import draft as artifact_draft
 from vla_opd.artifacts import open_artifact
 
 REPOSITORY = Path(__file__).parents[2]
@@ -158,7 +160,7 @@ def test_what_cannot_be_shared_out_is_said_once_and_before_anything_starts(small
     assert command.main([*OPTIMIZE, *HOST, "--processes", "3"]) == 2
     assert capsys.readouterr().err == "optimize: optimize.batch_size is 16; expected a multiple of the 3 processes that are to train together\n"
     assert command.main([*OPTIMIZE, *HOST, "--processes", "0"]) == 2
-    assert "0 processes; expected at least 1" in capsys.readouterr().err
+    assert "OPD_PROCESSES, or --processes, is '0'; expected a number of processes, at least 1" in capsys.readouterr().err
     assert open_artifact(small / "checkpoints/it001", "checkpoint").made_with.get("processes") is None
 
 
@@ -167,6 +169,39 @@ def test_a_mistake_of_the_user_is_said_once(small: Path) -> None:
     code, said = ends([*OPTIMIZE, *TWO])
     assert code == 2
     assert said.count("logits/it001: no manifest.json; expected a complete artifact") == 1
+    assert "Traceback" not in said
+
+
+def test_two_machines_that_have_been_told_different_things_train_nothing(small: Path, tmp_path: Path) -> None:
+    """Each says so of itself: they may not see each other's terminal."""
+    other = tmp_path / "other"
+    shutil.copytree(small.parents[1], other, ignore=shutil.ignore_patterns("other"))
+    for folder in (small, other / "artifacts/small"):
+        shutil.rmtree(folder / "checkpoints/it001")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [*launcher, "--node-rank", str(rank), "-m", "stages", *OPTIMIZE, *HOST],
+            cwd=folder,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, folder in enumerate((small.parents[1], other))
+    ]
+    said = [process.communicate(timeout=120)[1] for process in processes]
+    assert all(process.returncode for process in processes)
+    assert ".it001.draft: isn't there; expected the draft that another process has begun, in a folder that all of them see" in said[1]
+    for folder in (small, other / "artifacts/small"):
+        assert not (folder / "checkpoints/it001").exists()
+
+
+def test_one_that_another_is_writing_is_left_to_it(small: Path) -> None:
+    with artifact_draft(small / "checkpoints/it001", "checkpoint", {}, {}):
+        code, said = ends([*OPTIMIZE, *TWO])
+    assert code == 1
+    assert said.count("another process is writing it") == 1
     assert "Traceback" not in said
 
 
