@@ -51,6 +51,8 @@ def wanted() -> Spread | None:
     said, where = os.environ.get("OPD_SHARES", "1"), os.environ.get("OPD_CLUSTER", "")
     if not said.isdecimal() or int(said) < 1:
         raise ValueError(f"OPD_SHARES is {said!r}; expected a number of shares, at least 1")
+    if not (workers := os.environ.get("OPD_WORKERS", "0")).isdecimal():
+        raise ValueError(f"OPD_WORKERS is {workers!r}; expected a number of simulator processes, or 0 for one a core")
     cluster, _, address = where.partition(":")
     if cluster and cluster not in CLUSTERS:
         raise ValueError(f"OPD_CLUSTER is {where!r}; expected ray, ray:ADDRESS, dask or dask:ADDRESS (or nothing: processes of this machine)")
@@ -163,6 +165,6 @@ def _placed(spread: Spread) -> Generator[dict[str, str]]:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
     gpus = min(node.get("GPU", 0) for node in nodes)
     part = int(min(node["CPU"] // max(1, node.get("GPU", 0)) for node in nodes)) if spread.address else int(here)
-    workers = min(int(said) or part, int(min(node["CPU"] for node in nodes)))
+    workers = max(1, min(int(said) or part, int(min(node["CPU"] for node in nodes))))
     with remote_options(scheduling_strategy="SPREAD", num_cpus=workers, num_gpus=1 if gpus else 0):
         yield {"OPD_WORKERS": said if said != "0" else str(workers)}

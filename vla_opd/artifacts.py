@@ -198,11 +198,11 @@ class Draft:
     def prepare(self) -> None:
         """Keep an earlier draft of the same fingerprint; start anew otherwise. ValueError if that would throw away others' shares."""
         launch = self.scratch / "launch"
-        if self._mark.is_file():
-            theirs = launch.read_text() if launch.is_file() else ""
-            if self.share.launch == theirs if self.share.launch else not self.share.whole:
-                self.require_same()
-        if not (self._mark.is_file() and self._mark.read_text() == self.fingerprint):
+        theirs = launch.read_text() if launch.is_file() else ""
+        shared = self.share.launch == theirs if self.share.launch else not self.share.whole
+        if self.begun and shared:
+            self.require_same()
+        if not (self.begun and self._mark.read_text() == self.fingerprint):
             _remove(self.folder)
             self.scratch.mkdir(parents=True)
             self._mark.write_text(self.fingerprint)
@@ -212,7 +212,7 @@ class Draft:
 
     def require_same(self) -> None:
         """ValueError unless the draft was begun by a process with the same inputs, settings, code and packages: names the first that differs."""
-        if not self._mark.is_file():
+        if not self.begun:
             raise ValueError(f"{self.folder}: isn't there; expected the draft that another process has begun, in a folder that all of them see")
         ours, theirs = self.fingerprint, self._mark.read_text()
         if ours == theirs:

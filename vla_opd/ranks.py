@@ -44,10 +44,10 @@ def together(device: str) -> Generator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    if device.startswith("cuda"):
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if ":" in device:
         raise ValueError(f"device is {device!r}; expected 'cuda' or 'auto' for processes that train together: each has a GPU of its own")
+    if device.startswith("cuda"):
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=PATIENCE)
     try:
         yield
@@ -185,7 +185,7 @@ def draft(target: Path, kind: Kind, parents: Mapping[str, str], params: Mapping[
     ValueError in a process that has other inputs, settings, code or packages than the first, or doesn't see its draft.
     """
     if rank():
-        if not _total([1.0])[0] == count():
+        if not _all_are(ready=True):
             raise BusyError(f"{target}: the first process could not begin")
         work = _Follower(target, kind, parents, params)
         work.require_same()
@@ -195,16 +195,15 @@ def draft(target: Path, kind: Kind, parents: Mapping[str, str], params: Mapping[
         try:
             work = held.enter_context(artifacts.draft(target, kind, parents, params))
         except BaseException:
-            _begin(ready=False)
+            _all_are(ready=False)
             raise
-        _begin(ready=True)
+        _all_are(ready=True)
         if count() > 1:
             work.remember({"processes": str(count())})
         yield work
         wait()
 
 
-def _begin(*, ready: bool) -> None:
-    """Tell the others whether there is a draft."""
-    if count() > 1:
-        _total([float(ready)])
+def _all_are(*, ready: bool) -> bool:
+    """Whether every process is ready, once each has said so of itself."""
+    return count() == 1 or _total([float(ready)])[0] == count()

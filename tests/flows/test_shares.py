@@ -142,6 +142,10 @@ def test_what_the_environment_cannot_mean_is_refused(monkeypatch: pytest.MonkeyP
         with pytest.raises(ValueError, match=f"OPD_SHARES is '{count}'; expected a number of shares, at least 1"):
             shares.wanted()
     monkeypatch.setenv("OPD_SHARES", "1")
+    monkeypatch.setenv("OPD_WORKERS", "many")
+    with pytest.raises(ValueError, match="OPD_WORKERS is 'many'; expected a number of simulator processes, or 0 for one a core"):
+        shares.wanted()
+    monkeypatch.setenv("OPD_WORKERS", "1")
     assert shares.wanted() is None
     monkeypatch.setenv("OPD_SHARES", "3")
     assert shares.wanted() == Spread(3)
