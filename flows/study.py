@@ -26,12 +26,12 @@ from flows.members import DONE, TABLE, Member, crowded, environment, fingerprint
 from flows.store import ROOT
 from flows.train import opd
 from vla_opd import study_page
-from vla_opd.artifacts import BusyError, Manifest, draft
+from vla_opd.artifacts import MANIFEST, BusyError, Draft, Manifest, draft, open_artifact
 from vla_opd.host import METRICS
 from vla_opd.lifeline import die_with_parent
 from vla_opd.params import Params, load
 from vla_opd.results import discard, read_run
-from vla_opd.study import joined, member_rows, read, shared_rows, write
+from vla_opd.study import Table, joined, member_rows, read, shared_rows, write
 from vla_opd.tracking import executions
 
 LOG = "study.log"
@@ -162,17 +162,34 @@ def _discard_rollouts(root: Path) -> None:
 
 @task(cache_policy=NO_CACHE)
 def tabulate(name: str, run: Params) -> Manifest:
-    """`artifacts/<run>/studies/<name>`: the rows of all members that are done, in the order of arms and seeds, and those of what they share."""
+    """`artifacts/<run>/studies/<name>`: the rows of all members that are done, in the order of arms and seeds, and those of what they share.
+
+    Of members that aren't, say because another machine has them, the rows stay that a table of the same checkpoints and settings has; `kept` counts
+    them, as other code may have made them.
+    """
     root, its = ROOT / run.run.name, run.studies[name]
-    done = [read(member.folder / TABLE) for arm in its.arms for member in members(name, run, [arm]) if is_done(member, run)]
     shared = read_run(run.model_copy(update={"iterations": {}, "reinforcements": {}, "evaluations": run.reference}), root)
-    table = joined(done)
     parents = {f"checkpoints/{checkpoint}": manifest.digest for checkpoint, manifest in shared.checkpoints.items()}
     parameters = run.model_copy(update={"studies": {name: its}}).model_dump(mode="json")
     with draft(root / "studies" / name, "study", parents, {"parameters": parameters}) as work:
+        every = [member for arm in its.arms for member in members(name, run, [arm])]
+        before = _table(work)
+        done = {member: read(member.folder / TABLE) for member in every if is_done(member, run)}
+        kept = {member: rows for member in every if member not in done and (rows := before.of(member.arm, member.seed)).episodes}
+        table = joined((done | kept)[member] for member in every if member in done or member in kept)
         write(table.with_shared(shared_rows(shared.evaluations.values())), work.folder)
         facts = {name: _made(manifest) for name, manifest in shared.checkpoints.items() if name in run.trained}
-        return work.publish({**facts, "members": len(done), "episodes": len(table.episodes), "iterations": len(table.updates)})
+        facts |= {"kept": len(kept)} if kept else {}
+        return work.publish({**facts, "members": len(done) + len(kept), "episodes": len(table.episodes), "iterations": len(table.updates)})
+
+
+def _table(work: Draft) -> Table:
+    """What stands where a table is to be published, if it is one of the same checkpoints and settings; an empty one otherwise."""
+    nothing = Table((), ())
+    if not (work.target / MANIFEST).is_file():
+        return nothing
+    there = open_artifact(work.target, "study")
+    return read(work.target) if (there.parents, there.params) == (work.parents, work.params) else nothing
 
 
 def _made(checkpoint: Manifest) -> dict[str, int]:

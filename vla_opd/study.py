@@ -112,6 +112,11 @@ class Table:
         """In the order of the rows."""
         return tuple(dict.fromkeys(row.arm for row in self.episodes if row.arm is not None))
 
+    def of(self, arm: str, seed: int) -> "Table":
+        """The rows of one member."""
+        episodes = tuple(row for row in self.episodes if (row.arm, row.seed) == (arm, seed))
+        return Table(episodes, tuple(row for row in self.updates if (row.arm, row.seed) == (arm, seed)))
+
     def with_shared(self, episodes: Iterable[EpisodeRow]) -> "Table":
         """With episodes that belong to no arm before all others."""
         return Table((*episodes, *self.episodes), self.updates)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from flows.members import TABLE, Member, members
 from flows.server import free_port
 from flows.study import tabulate
 from tests.flows.manifests import publish
@@ -167,3 +168,53 @@ def test_what_an_adopted_checkpoint_cost_is_in_no_table(tmp_path: Path, monkeypa
     made = tabulate.fn("which", run)
     assert made.facts == {"members": 0, "episodes": 0, "iterations": 0}
     assert set(made.parents) == {"checkpoints/student", "checkpoints/teacher"}
+
+
+def episode(arm: str, seed: int) -> study.EpisodeRow:
+    its = {
+        "evaluation": "e",
+        "checkpoint": "it001",
+        "horizon": 9,
+        "task": "red",
+        "seen": True,
+        "state": 0,
+        "success": True,
+        "steps": 3,
+        "digest": "d",
+    }
+    return study.EpisodeRow.model_validate({"arm": arm, "seed": seed, **its})
+
+
+def test_a_table_keeps_the_members_that_another_machine_has_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a clone, in which only one seed is made; not if settings or checkpoints are others."""
+    monkeypatch.chdir(tmp_path)
+    run = Params.model_validate(
+        {
+            "run": {"name": "small"},
+            "environment": {"tasks": ["libero_object/0"]},
+            "adopt": {"student": {"folder": "public"}, "teacher": {"folder": "public"}},
+            "iterations": {},
+            "evaluations": {},
+            "studies": {"which": {"seeds": [0, 1, 2], "arms": {"late": {"distill": 1}, "early": {"distill": 1}}}},
+        }
+    )
+    for name in run.origins:
+        publish(tmp_path / "artifacts/small/checkpoints" / name, "checkpoint", {}, name=name)
+    here: dict[Member, bool] = {}
+    monkeypatch.setattr("flows.study.is_done", lambda member, _run: member in here)
+    tables = {member.folder / TABLE: study.Table((episode(member.arm, member.seed),), ()) for member in members("which", run)}
+    read = study.read
+    monkeypatch.setattr("flows.study.read", lambda folder: tables.get(folder) or read(folder))
+
+    def found(*done: tuple[str, int]) -> tuple[list[tuple[str | None, int | None]], dict[str, int]]:
+        here.clear()
+        here.update({Member("which", *one): True for one in done})
+        made = tabulate.fn("which", run)
+        table = study.read(tmp_path / "artifacts/small/studies/which")
+        return [(row.arm, row.seed) for row in table.episodes], {name: made.facts[name] for name in ("members", "kept") if name in made.facts}
+
+    assert found(("early", 0), ("late", 1)) == ([("late", 1), ("early", 0)], {"members": 2})
+    assert found(("late", 0)) == ([("late", 0), ("late", 1), ("early", 0)], {"members": 3, "kept": 2})
+    assert found(("late", 0), ("late", 1), ("early", 0)) == ([("late", 0), ("late", 1), ("early", 0)], {"members": 3})
+    publish(tmp_path / "artifacts/small/checkpoints/student", "checkpoint", {}, name="another")
+    assert found(("early", 2)) == ([("early", 2)], {"members": 1})
