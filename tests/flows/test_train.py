@@ -14,7 +14,7 @@ from prefect.exceptions import ParameterTypeError
 from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS, temporary_settings
 from prefect.testing.utilities import prefect_test_harness
 
-from flows import dvc, gpu, pipeline, presence
+from flows import dvc, gpu, pipeline, presence, shares
 from flows.dvc import Line, Tell
 from flows.pipeline import StageFailed, Step
 from flows.train import in_groups, opd
@@ -136,7 +136,7 @@ def test_the_early_cut_off_is_dvcs(clone: Toy) -> None:
 def test_a_task_waits_while_another_dvc_is_at_work(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter([pipeline.Busy("another DVC process is at work here"), True])
 
-    def bring(name: str, tell: Tell, task_run: str) -> bool:
+    def bring(name: str, tell: Tell, task_run: str, launch: str) -> bool:
         answer = next(answers)
         if isinstance(answer, Exception):
             raise answer
@@ -150,19 +150,20 @@ def test_a_task_waits_while_another_dvc_is_at_work(toy: Toy, monkeypatch: pytest
     assert next(answers, None) is None
 
 
-def test_a_stage_is_told_its_task_run_and_what_it_made_is_posted(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: dict[str, str] = {}
+def test_a_stage_is_told_its_task_run_and_its_shares_and_what_it_made_is_posted(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, tuple[str, str]] = {}
     made: list[str] = []
 
-    def bring(name: str, tell: Tell, task_run: str) -> bool:
-        told[name] = task_run
+    def bring(name: str, tell: Tell, task_run: str, launch: str) -> bool:
+        told[name] = task_run, launch
         made.append(publish(toy.folder / "artifacts/toy/demonstrations/pre", "demonstrations", {"parent": "0" * 64}))
         return True
 
     monkeypatch.setattr(pipeline, "bring", bring)
+    monkeypatch.setattr(shares, "make", lambda step, _tell: f"shares of {step.name}")
     states = opd(targets=["demonstrate@pre"])
     run = states["demonstrate@pre"].state_details.task_run_id
-    assert told == {"demonstrate@pre": str(run)}
+    assert told == {"demonstrate@pre": (str(run), "shares of demonstrate@pre")}
     with get_client(sync_client=True) as client:
         (posted,) = client.read_artifacts(artifact_filter=ArtifactFilter(task_run_id=ArtifactFilterTaskRunId(any_=[run])))
     assert posted.key == "demonstrate-pre"
@@ -206,8 +207,8 @@ def test_settings_are_validated_then_written_with_comments_kept(toy: Toy) -> Non
 def test_an_edit_of_the_settings_ends_a_run_that_is_at_work(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     bring = pipeline.bring
 
-    def edited(name: str, tell: Tell, task_run: str) -> bool:
-        ran = bring(name, tell, task_run)
+    def edited(name: str, tell: Tell, task_run: str, launch: str) -> bool:
+        ran = bring(name, tell, task_run, launch)
         toy.edit(
             "params.yaml",
             "optimize: {steps: 4}",
@@ -229,6 +230,23 @@ def test_settings_of_a_run_at_work_are_not_changed_by_another(toy: Toy) -> None:
             opd(targets=["demonstrate@pre"], settings={"optimize.steps": 7})
         assert (toy.folder / "params.yaml").read_text() == before
         assert names(opd(targets=["demonstrate@pre"], settings={"optimize.steps": 4})) == {"Completed"}, "the same settings may be said again"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("OPD_PROCESSES", "3", r"finetune\.batch_size is 4; expected a multiple of the 3 processes"),
+        ("OPD_PROCESSES", "", "OPD_PROCESSES, or --processes, is ''; expected a number of processes"),
+        ("OPD_SHARES", "x", "OPD_SHARES is 'x'; expected a number of shares"),
+    ],
+)
+def test_how_the_work_is_to_be_spread_is_looked_at_before_there_is_any(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, name: str, value: str, told: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=told):
+        opd()
+    assert not (toy.folder / "artifacts/toy").exists()
 
 
 def test_groups_keep_the_order_of_the_plan() -> None:
