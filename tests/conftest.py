@@ -11,6 +11,11 @@ CHECKED = ["arrays", "tokens", "objectives", "logits", "trajectory", "checkpoint
 install_import_hook([f"vla_opd.{module}" for module in CHECKED], "beartype.beartype")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that are slow as a whole come first, so that at the end no worker waits for another's."""
+    items.sort(key=lambda item: not any(mark.name == "slow" for mark in item.getparent(pytest.Module).own_markers))
+
+
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The smallest whole run, made once by one worker; tests copy what they change."""
