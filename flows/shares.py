@@ -28,10 +28,10 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from flows import gpu, pipeline
 from flows.dvc import Kept, Line, Tell, lines
 from flows.pipeline import StageFailed, Step
-from vla_opd.host import LAUNCH
+from stages.__main__ import SHARED, VERBS
+from vla_opd.host import LAUNCH, at_least_one
 from vla_opd.lifeline import STARTED_BY
 
-STAGES = {"sample": "--iteration", "label": "--iteration", "explore": "--iteration", "evaluate": "--name"}
 CLUSTERS = {"ray": "prefect_ray", "dask": "prefect_dask"}
 _RUNNING = set["subprocess.Popen[bytes]"]()  # the shares of this process, of whichever run
 HANDED_ON = ("OPD_", "WANDB_", "MUJOCO_", "PYTHONPATH")  # beginnings of the environment variables that the nodes get
@@ -49,8 +49,7 @@ class Spread:
 def wanted() -> Spread | None:
     """What the environment says; None for no shares. ValueError for what it can't mean."""
     said, where = os.environ.get("OPD_SHARES", "1"), os.environ.get("OPD_CLUSTER", "")
-    if not said.isdecimal() or int(said) < 1:
-        raise ValueError(f"OPD_SHARES is {said!r}; expected a number of shares, at least 1")
+    count = at_least_one("OPD_SHARES", said, "shares")
     if not (workers := os.environ.get("OPD_WORKERS", "0")).isdecimal():
         raise ValueError(f"OPD_WORKERS is {workers!r}; expected a number of simulator processes, or 0 for one a core")
     cluster, _, address = where.partition(":")
@@ -58,7 +57,7 @@ def wanted() -> Spread | None:
         raise ValueError(f"OPD_CLUSTER is {where!r}; expected ray, ray:ADDRESS, dask or dask:ADDRESS (or nothing: processes of this machine)")
     if cluster and find_spec(CLUSTERS[cluster]) is None:
         raise ValueError(f"OPD_CLUSTER is {where!r}; expected {CLUSTERS[cluster].replace('_', '-')} to be installed (pip install 'vla-opd[cluster]')")
-    return Spread(int(said), cluster, address or None) if int(said) > 1 else None
+    return Spread(count, cluster, address or None) if count > 1 else None
 
 
 def make(step: Step, tell: Tell) -> str:
@@ -67,7 +66,7 @@ def make(step: Step, tell: Tell) -> str:
     What a share leaves undone, the stage does. StageFailed with the last lines of the first, if none was made.
     """
     spread = wanted()
-    if spread is None or step.verb not in STAGES or not pipeline.would_run(step.name):
+    if spread is None or step.verb not in SHARED or not pipeline.would_run(step.name):
         return ""
     launch = secrets.token_hex(4)
     side_by_side = shares.with_options(flow_run_name=f"{step.name} in {spread.count} shares", task_runner=_runner(spread))
@@ -114,7 +113,7 @@ def share(stage: str, part: str, folder: str, environment: Mapping[str, str]) ->
     verb, _, key = stage.partition("@")
     if not Path(folder).is_dir():
         return f"{platform.node()}: no {folder} here; expected the folder of the run, on a file system that every node sees"
-    command = [sys.executable, "-m", "stages", verb, STAGES[verb], key, "--share", part]
+    command = [sys.executable, "-m", "stages", verb, str(VERBS[verb]), key, "--share", part]
     kept, said = Kept(get_run_logger()), deque[str](maxlen=15)
     its = os.environ | dict(environment) | {STARTED_BY: str(os.getpid())}
     with subprocess.Popen(command, cwd=folder, env=its, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -180,7 +181,7 @@ class Draft:
         self.folder = target.parent / f".{target.name}.draft"
         self.scratch = self.folder / SCRATCH
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """What the parts depend on, code and packages included: a draft of another fingerprint is thrown away."""
         told = {"format": FORMAT, "kind": self.kind, "parents": self.parents, "params": self.params, "package": _versions(), "code": _code()}

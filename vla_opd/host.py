@@ -40,8 +40,13 @@ class Host:
 
 def processes(said: str) -> int:
     """How many processes train together. ValueError for what is no such number."""
+    return at_least_one("OPD_PROCESSES, or --processes,", said, "processes")
+
+
+def at_least_one(field: str, said: str, what: str) -> int:
+    """The number that a field of the environment or the command line says. ValueError for what is none, and for less than 1."""
     if not said.isdecimal() or int(said) < 1:
-        raise ValueError(f"OPD_PROCESSES, or --processes, is {said!r}; expected a number of processes, at least 1")
+        raise ValueError(f"{field} is {said!r}; expected a number of {what}, at least 1")
     return int(said)
 
 

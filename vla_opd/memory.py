@@ -23,6 +23,7 @@ from transformers.initialization import no_init_weights
 from vla_opd import adapters, ranks
 from vla_opd.artifacts import MANIFEST, read_manifest
 from vla_opd.checkpoint import WEIGHTS, CheckpointFacts, public_facts
+from vla_opd.host import require_equal_shares
 from vla_opd.openvla import read_tokenizer
 from vla_opd.params import START, Params, UpdateParams
 from vla_opd.policies import build_policy
@@ -125,8 +126,7 @@ def update(stage: str, checkpoint: Described, settings: UpdateParams, processes:
     Of several processes (`ranks`) each has its share of states, weights, gradients and moments. It holds besides, as activations, what is gathered
     whole: of the weights what is in no block, and two blocks, the one that computes and the next; and those blocks' gradients.
     """
-    if settings.batch_size % processes:
-        raise ValueError(f"{stage}.batch_size is {settings.batch_size}; expected a multiple of the {processes} processes that train together")
+    require_equal_shares({f"{stage}.batch_size": settings.batch_size}, processes)
     policy = _policy(checkpoint)
     with torch.device("meta"):
         adapters.prepare(policy, settings.lora, 0, stage)

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vla_opd import artifacts
 from vla_opd.artifacts import BusyError, Draft, Kind, Manifest, read_manifest
+from vla_opd.host import require_equal_shares
 from vla_opd.lifeline import STARTED_BY
 from vla_opd.seeds import derive
 
@@ -72,8 +73,7 @@ def launch(processes: int, module: str, arguments: Sequence[str]) -> int:
 
 def share(rows: Int[np.ndarray, " B"]) -> Int[np.ndarray, " b"]:
     """This process's states of a batch: every `count()`-th. ValueError if they can't be shared out evenly."""
-    if len(rows) % count():
-        raise ValueError(f"batch_size is {len(rows)}; expected a multiple of the {count()} processes that train together")
+    require_equal_shares({"batch_size": len(rows)}, count())
     return rows[rank() :: count()]
 
 

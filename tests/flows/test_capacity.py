@@ -54,7 +54,7 @@ def test_on_several_devices_each_holds_less_of_what_is_trained(capsys: pytest.Ca
     monkeypatch.setenv("OPD_PROCESSES", "2")
     assert float(gradients()) == pytest.approx(alone / 2, abs=0.1)
     assert cli.main(["plan", "--memory", "--capacity", "80", "--processes", "4"]) == 1  # reinforce learns from two states at a time
-    assert "reinforce.batch_size is 2; expected a multiple of the 4 processes that train together" in capsys.readouterr().err
+    assert "reinforce.batch_size is 2; expected a multiple of the 4 processes that are to train together" in capsys.readouterr().err
 
 
 def test_what_does_not_fit_is_named_with_what_would_help(capsys: pytest.CaptureFixture[str]) -> None:
