@@ -28,10 +28,10 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from flows import gpu, pipeline
 from flows.dvc import Kept, Line, Tell, lines
 from flows.pipeline import StageFailed, Step
-from stages.__main__ import SHARED, VERBS
 from vla_opd.host import LAUNCH, at_least_one
 from vla_opd.lifeline import STARTED_BY
 
+SHARED = {"sample": "--iteration", "label": "--iteration", "explore": "--iteration", "evaluate": "--name"}  # as the stages' own
 CLUSTERS = {"ray": "prefect_ray", "dask": "prefect_dask"}
 _RUNNING = set["subprocess.Popen[bytes]"]()  # the shares of this process, of whichever run
 HANDED_ON = ("OPD_", "WANDB_", "MUJOCO_", "PYTHONPATH")  # beginnings of the environment variables that the nodes get
@@ -113,7 +113,7 @@ def share(stage: str, part: str, folder: str, environment: Mapping[str, str]) ->
     verb, _, key = stage.partition("@")
     if not Path(folder).is_dir():
         return f"{platform.node()}: no {folder} here; expected the folder of the run, on a file system that every node sees"
-    command = [sys.executable, "-m", "stages", verb, str(VERBS[verb]), key, "--share", part]
+    command = [sys.executable, "-m", "stages", verb, SHARED[verb], key, "--share", part]
     kept, said = Kept(get_run_logger()), deque[str](maxlen=15)
     its = os.environ | dict(environment) | {STARTED_BY: str(os.getpid())}
     with subprocess.Popen(command, cwd=folder, env=its, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:

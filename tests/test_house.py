@@ -12,9 +12,9 @@ from typing import Any, get_args
 import pytest
 from ruamel.yaml import YAML
 
-from flows import cli
+from flows import cli, shares
 from flows.train import TARGET
-from stages.__main__ import VERBS
+from stages.__main__ import SHARED, VERBS
 from vla_opd.params import Params, load
 
 ROOT = Path(__file__).parents[1]
@@ -94,6 +94,10 @@ def test_the_commands_of_dvc_yaml_are_the_stages_own() -> None:
         option = VERBS[verb(name)]
         item = {"--name": "${key}", "--iteration": "${key}", None: ""}[option]
         assert stage["cmd"] == " ".join(filter(None, ["exec python -m stages", verb(name), option, item]))
+
+
+def test_shares_are_asked_for_by_the_stages_own_options() -> None:
+    assert {verb: VERBS[verb] for verb in SHARED} == shares.SHARED
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
