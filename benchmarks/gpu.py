@@ -2,7 +2,8 @@
 
 `python -m benchmarks.gpu --batch 16` (`--tiny` for a look at a CPU)
 
-For a forward pass, as rollouts and labels make it, and for an optimiser's step on an adapter: sequence tokens a second, model FLOPs utilisation (the
+For a forward pass, as rollouts and labels make it, for an optimiser's step on an adapter, and for a pass of one row alone, as it is and as a captured
+graph (`OPD_GRAPHS`): sequence tokens a second, model FLOPs utilisation (the
 products of one forward and one backward pass, nothing counted twice for what is computed again), the share of the time in which the device waits for
 pictures, and the peak of its memory beside what `opd plan --memory` says.
 """
@@ -77,17 +78,28 @@ def described(folder: Path, *, tiny: bool, dtype: torch.dtype) -> Described:
 
 
 def lines(checkpoint: Described, batch: int, repeats: int, device: torch.device) -> dict[str, str]:
-    """What is said of a forward pass, and of an optimiser's step."""
+    """What is said of each kind of pass."""
     settings = OptimizeParams(lora_rank=32, gradient_checkpointing=True, batch_size=batch)
     policy = built(checkpoint, device)
-    seen = Observations(np.zeros((batch, 1, 256, 256, 3), np.uint8), np.zeros((batch, 8), np.float32), ("",) * batch)
+    seen = _black(batch)
     forward = measured(policy, seen, _ask, repeats)
     said = {"forward": _line(forward, checkpoint, batch, memory.inference("forward", checkpoint, batch), products(checkpoint, batch))}
     adapters.prepare(policy, settings.lora, 0, "optimize")
     optimizer = torch.optim.AdamW([one for one in policy.parameters() if one.requires_grad])
     with adapters.recomputing(policy, wanted=True):
         step = measured(policy, seen, lambda answer: _step(answer, optimizer), repeats)
-    return said | {"step": _line(step, checkpoint, batch, memory.update("step", checkpoint, settings), products(checkpoint, batch, settings))}
+    said["step"] = _line(step, checkpoint, batch, memory.update("step", checkpoint, settings), products(checkpoint, batch, settings))
+    del optimizer  # its moments are no part of a rollout
+    for name in ("alone", "graphs"):
+        if name == "graphs":
+            policy.capture()
+        alone = measured(policy, _black(1), _ask, repeats)
+        said[name] = _line(alone, checkpoint, 1, memory.inference(name, checkpoint, 1), products(checkpoint, 1))
+    return said
+
+
+def _black(rows: int) -> Observations:
+    return Observations(np.zeros((rows, 1, 256, 256, 3), np.uint8), np.zeros((rows, 8), np.float32), ("",) * rows)
 
 
 def built(checkpoint: Described, device: torch.device) -> OpenVLAOFT:
@@ -118,9 +130,9 @@ def products(checkpoint: Described, batch: int, settings: OptimizeParams | None 
         prompts, lengths = torch.ones(batch, LONGEST, dtype=torch.long), torch.full((batch,), LONGEST)
         pixels = torch.zeros(batch, 6, SIZE, SIZE, dtype=checkpoint.dtype)
     with FlopCounterMode(display=False) as counted, torch.set_grad_enabled(settings is not None):
-        logits = policy.head(policy.hidden(policy.projector(policy.features(pixels)), prompts, lengths))
+        logits = policy(pixels, prompts, lengths)
         if settings is not None:
-            logits.float().log_softmax(-1).mean().backward()
+            logits.log_softmax(-1).mean().backward()
     return counted.get_total_flops()
 
 

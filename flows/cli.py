@@ -273,7 +273,9 @@ def verify_(
 def _replay(there: "Store", one: "Artifact", shard: str) -> None:
     from flows import replay
 
-    again = replay.replay(there, one, shard, params.load(), this_host(None, one.manifest.params.get("device", "cpu"), "none", METRICS))
+    its = one.manifest.params
+    host = this_host(None, its.get("device", "cpu"), "none", METRICS, graphs=its.get("graphs", False))
+    again = replay.replay(there, one, shard, params.load(), host)
     if again.differing:
         raise ValueError(f"{again.name}/{again.shard}: made again, it came out differently: {', '.join(again.differing)}")
     print(f"  {again.name}/{again.shard}: made again, the same bytes")

@@ -42,6 +42,7 @@ NO_ROOM = (
 )
 SIMULATED = ("demonstrate", "sample", "explore", "evaluate")
 SHARED = ("sample", "label", "explore", "evaluate")
+ROLLED_OUT = ("sample", "explore", "evaluate")
 TRAINED = ("finetune", "optimize", "reinforce")
 FIRST_SPEAKS = 3.0  # seconds
 LAUNCHED = "TORCHELASTIC_RUN_ID"  # the environment variable by which torchrun's processes are known
@@ -81,7 +82,7 @@ def _obey(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
         return ranks.launch(count, "stages", arguments)
     rank = int(os.environ["RANK"]) if LAUNCHED in os.environ else 0
-    host = this_host(options.workers, options.device, options.tracking if rank == 0 else "none", METRICS)
+    host = this_host(options.workers, options.device, options.tracking if rank == 0 else "none", METRICS, graphs=options.graphs)
     host = replace(host, share=Share.parse(options.share, os.environ.get(LAUNCH, "")))
     finished = execution(host, params.run.name, options.verb, options.key or options.verb)
     digest = _report_study(params, options.study) if options.study else _made(options.verb, options.key, params, host)
@@ -114,7 +115,7 @@ def _made(verb: str, key: str | None, params: Params, host: Host) -> str | None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m stages", description="Run one stage of the run that params.yaml describes.")
-    parser.set_defaults(key=None, study=None, share="1/1", processes="1")
+    parser.set_defaults(key=None, study=None, share="1/1", processes="1", graphs=False)
     verbs = parser.add_subparsers(dest="verb", required=True)
     for verb, key in VERBS.items():
         command = verbs.add_parser(verb)
@@ -125,6 +126,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--set", action="append", default=[], metavar="section.key=value", help="override a setting of params.yaml")
         command.add_argument("--workers", type=int, default=os.environ.get("OPD_WORKERS", "0"), help="simulator processes (0: one a core)")
         command.add_argument("--device", default=os.environ.get("OPD_DEVICE", "auto"), help="torch device (auto: a GPU if there is one)")
+        if verb in ROLLED_OUT:
+            graphs = os.environ.get("OPD_GRAPHS", "") not in ("", "0")
+            command.add_argument("--graphs", action="store_true", default=graphs, help="capture forward passes as CUDA graphs (OpenVLA-OFT)")
         if verb in SHARED:
             command.add_argument(
                 "--share", metavar="NUMBER/COUNT", default="1/1", help="of the shards; whoever runs the stage without it then puts them together"

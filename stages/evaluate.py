@@ -39,14 +39,14 @@ def run(params: Params, checkpoint: Path, out: Path, host: Host) -> Manifest | N
         "seed": params.run.seed,
         "evaluate": how.model_dump(exclude_none=True),
         "environment": params.environment.model_dump(),
-        "device": host.device,
+        **host.computes,
     }
     tally = Tally()
     with (
         draft(out, "evaluation", {"checkpoint": policy.digest}, settings, host.share) as work,
         track(host, params.run.name, "evaluate", out.name, settings) as log,
     ):
-        records, decided = _records(params, load_policy(policy, host.device), work, host, tally)
+        records, decided = _records(params, load_policy(policy, host.device, graphs=host.graphs), work, host, tally)
         if not host.share.whole:
             log(tally.as_metrics(), 0)
             return None

@@ -27,14 +27,14 @@ def run(params: Params, iteration: str, student: Path, out: Path, host: Host) ->
         "iteration": iteration,
         "explore": its.model_dump(),
         "environment": params.environment.model_dump(),
-        "device": host.device,
+        **host.computes,
     }
     tally, wanted = Tally(), its.prompts * len(params.environment.tasks)
     with (
         draft(out, "trajectories", {"student": checkpoint.digest}, settings, host.share) as work,
         track(host, params.run.name, "explore", iteration, settings) as log,
     ):
-        policy = load_policy(checkpoint, host.device)
+        policy = load_policy(checkpoint, host.device, graphs=host.graphs)
         rolled = RolloutSettings(its.horizon, its.temperature, policy.chunk, its.inference_batch)
         groups, useful = list[tuple[Episode, ...]](), 0
         for number in range(its.rounds):

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from torch import Tensor
 from tqdm import tqdm
 
 from vla_opd.artifacts import Manifest, draft, open_artifact
@@ -110,7 +112,8 @@ class _Asked:
         observations = states.observations
         batches = in_batches(np.arange(len(observations)), self.label.batch_size)
         with torch.inference_mode(), threads(self.label.threads):
-            labels = np.concatenate([normalised(self.teacher.logits(observations.at(rows)), dtype) for rows in batches])
+            answers = _one_behind(self.teacher.logits(observations.at(rows)) for rows in batches)
+            labels = np.concatenate([normalised(logits, dtype) for logits in answers])
         spoilt = np.flatnonzero(~np.isfinite(labels).all((1, 2)))
         if len(spoilt):
             raise FloatingPointError(
@@ -142,6 +145,12 @@ class _Asked:
             name: {Job(e.placement, e.member, 0): Recorded(e.placement, e.success, e.actions, e.step, e.proprio) for e in read_shard(path)}
             for name, path in ((name, self.trajectories / name) for name in names)
         }
+
+
+def _one_behind(answers: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Each answer once the next has been asked for: a GPU is at work on that while the host waits for this one and stores it."""
+    after_the_last = torch.empty(0)
+    return (answer for answer, _ in pairwise(chain(answers, [after_the_last])))
 
 
 def _all(recorded: Mapping[str, Mapping[Job, Recorded]]) -> dict[Job, Recorded]:

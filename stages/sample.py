@@ -34,7 +34,7 @@ def run(params: Params, iteration: str, student: Path, teacher: Path, out: Path,
         "iteration": iteration,
         "sample": params.sample.model_dump(),
         "environment": params.environment.model_dump(),
-        "device": host.device,
+        **host.computes,
     }
     groups = _groups(params, iteration)
     tally = Tally()
@@ -44,7 +44,7 @@ def run(params: Params, iteration: str, student: Path, teacher: Path, out: Path,
     ):
         its = params.sample
         rolled = RolloutSettings(its.horizon, its.temperature, its.observe_every, its.inference_batch)
-        fill(groups, load_policy(actor, host.device), params.environment, rolled, work, host, tally, "sample")
+        fill(groups, load_policy(actor, host.device, graphs=host.graphs), params.environment, rolled, work, host, tally, "sample")
         if not host.share.whole:
             log(tally.as_metrics(), 0)
             return None

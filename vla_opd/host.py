@@ -22,6 +22,7 @@ class Host:
     share:     what of the stage's shards this process makes; others make the rest, and one puts them together then.
     execution: names this run of a stage, in the record of executions and as its id in W&B.
     task_run:  the Prefect task run that it is, if it is one.
+    graphs:    forward passes of rollouts are captured as CUDA graphs.
     """
 
     workers: int = 1
@@ -32,6 +33,12 @@ class Host:
     share: Share = ALL
     execution: str = ""
     task_run: str = ""
+    graphs: bool = False
+
+    @property
+    def computes(self) -> dict[str, str | bool]:
+        """What of it a rollout's last bits may depend on, for the manifest."""
+        return {"device": self.device} | ({"graphs": True} if self.graphs else {})
 
     def not_finite(self, run: str) -> Path:
         """Where a run's optimiser steps that went wrong are kept."""
@@ -57,8 +64,8 @@ def require_equal_shares(batch_sizes: Mapping[str, int], count: int) -> None:
             raise ValueError(f"{setting} is {size}; expected a multiple of the {count} processes that are to train together")
 
 
-def this_host(workers: int | None, device: str, tracking: TrackingMode, metrics: Path) -> Host:
-    """The host with `auto` resolved: one worker a core, the GPU if there is one. ValueError names a device or tracking that is not there."""
+def this_host(workers: int | None, device: str, tracking: TrackingMode, metrics: Path, *, graphs: bool = False) -> Host:
+    """The host with `auto` resolved: one worker a core, the GPU if there is one. ValueError names what is not there."""
     import torch  # slow to import, and `python -m stages --help` should not be
 
     if device == "auto":
@@ -67,5 +74,7 @@ def this_host(workers: int | None, device: str, tracking: TrackingMode, metrics:
         raise ValueError(f"device is {device!r}; expected 'auto', 'cpu' or, where torch sees one, 'cuda'")
     if tracking not in get_args(TrackingMode):  # argparse checks the option, but not its default from the environment
         raise ValueError(f"tracking is {tracking!r}; expected one of {list(get_args(TrackingMode))}")
-    workers = workers or len(os.sched_getaffinity(0))
-    return Host(workers, device, tracking, metrics, execution=secrets.token_hex(4), task_run=os.environ.get(TASK_RUN, ""))
+    if graphs and device == "cpu":
+        raise ValueError(f"OPD_GRAPHS, or --graphs, with the device {device!r}; expected a GPU, whose graphs they are")
+    workers, task_run = workers or len(os.sched_getaffinity(0)), os.environ.get(TASK_RUN, "")
+    return Host(workers, device, tracking, metrics, execution=secrets.token_hex(4), task_run=task_run, graphs=graphs)

@@ -29,6 +29,14 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         this_host(1, "cuda:0", "none", Path("m"))
 
 
+def test_graphs_are_a_gpus_and_in_the_manifest(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="OPD_GRAPHS, or --graphs, with the device 'cpu'; expected a GPU"):
+        this_host(1, "cpu", "none", Path("m"), graphs=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert this_host(1, "auto", "none", Path("m"), graphs=True).computes == {"device": "cuda", "graphs": True}
+    assert this_host(1, "auto", "none", Path("m")).computes == {"device": "cuda"}
+
+
 def test_a_number_of_processes_is_one() -> None:
     assert processes("8") == 8
     for said in ("0", "-1", "two", "", "1.5"):

@@ -23,14 +23,21 @@ def build_policy(facts: CheckpointFacts) -> Any:  # a Policy that is also a torc
     return named_function(facts.policy.family, POLICIES, "policy.family")(facts)
 
 
-def load_policy(checkpoint: Checkpoint, device: str = "cpu") -> Any:  # as above
-    """The policy with its weights, in the precision that they are stored in, its adapter and its tokenizer, on a device, in evaluation mode."""
+def load_policy(checkpoint: Checkpoint, device: str = "cpu", *, graphs: bool = False) -> Any:  # as above
+    """The policy with its weights, in the precision that they are stored in, its adapter and its tokenizer, on a device, in evaluation mode.
+
+    graphs: its forward passes are captured, for those who only ask it. ValueError for a family that has no such passes.
+    """
     with no_init_weights():  # what nobody writes to takes no memory
         policy = build_policy(checkpoint.facts)
     policy.load_state_dict({name: tensor.clone() for name, tensor in checkpoint.weights().items()}, assign=True)  # aligned as torch's own are
     adapters.read(policy, checkpoint.folder)
     if (tokenizer := checkpoint.tokenizer()) is not None:
         policy.tokenizer = tokenizer
+    if graphs:
+        if not hasattr(policy, "capture"):
+            raise ValueError(f"OPD_GRAPHS, or --graphs: {checkpoint.folder} is of the family {checkpoint.facts.policy.family}; expected openvla_oft")
+        policy.capture()
     return policy.to(device).eval()
 
 

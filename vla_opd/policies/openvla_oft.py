@@ -5,7 +5,9 @@ placeholder per action token, a stop token; every position sees every other. Act
 there are only the rows of the V action tokens, turned so that bins ascend in action value.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -75,6 +77,7 @@ class OpenVLAOFT(nn.Module):
             )
         )
         self.head = nn.Linear(architecture.hidden, space.bins, bias=False)
+        self._captured: Callable[..., Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -89,10 +92,23 @@ class OpenVLAOFT(nn.Module):
 
     def answers(self, pixels: Float[Tensor, "B 6 S S"], instructions: Sequence[str]) -> Float[Tensor, "B K V"]:
         """Logits for pictures that are ready."""
-        patches = self.projector(self.features(pixels))
         prompts = [self.prompt(instruction) for instruction in instructions]
         padded = torch.tensor([ids + [PAD] * (LONGEST - len(ids)) for ids in prompts], device=self.device)
-        return self.head(self.hidden(patches, padded, torch.tensor([len(ids) for ids in prompts], device=self.device))).float()
+        return (self._captured or self.forward)(pixels, padded, torch.tensor([len(ids) for ids in prompts], device=self.device))
+
+    def forward(self, pixels: Float[Tensor, "B 6 S S"], prompts: Int[Tensor, "B L"], lengths: Int[Tensor, " B"]) -> Float[Tensor, "B K V"]:
+        """All that the device does for logits. Shapes are those of the batch, and no value decides what is computed: it can be captured as one graph.
+
+        prompts: ids, from BOS on, padded at the right.
+        """
+        return self.head(self.hidden(self.projector(self.features(pixels)), prompts, lengths)).float()
+
+    def capture(self, backend: str = "cudagraphs") -> None:
+        """From now on a forward pass is one graph for each number of rows, of the same kernels: nothing waits for Python to start the next one.
+
+        Made at the first pass of a size, of the weights and the adapter that are there then; the logits are overwritten by the next pass.
+        """
+        self._captured = torch.compile(self.forward, backend=backend, fullgraph=True, dynamic=False)
 
     def prompt(self, instruction: str) -> list[int]:
         """The ids that put an instruction, from BOS to the last one before the action tokens. ValueError if they are more than `LONGEST`."""
@@ -114,15 +130,24 @@ class OpenVLAOFT(nn.Module):
     def pictures(self, frames: UInt8[np.ndarray, "B H W 3"]) -> Pictures:
         """Upright frames, step by step to what is normalised."""
         turned = np.ascontiguousarray(frames[:, :, ::-1])
-        decoded = np.stack([pictures.jpeg_round_trip(one) for one in turned])
-        resized = np.stack([pictures.lanczos(one, SIZE) for one in decoded])
-        return Pictures(turned, decoded, resized, np.stack([pictures.centre_crop(one, self.architecture.crop) for one in resized]))
+        with ThreadPoolExecutor(min(len(turned), len(os.sched_getaffinity(0)))) as side_by_side:
+            return Pictures(*map(np.stack, zip(*side_by_side.map(self._picture, turned), strict=True)))
+
+    def _picture(self, turned: UInt8[np.ndarray, "H W 3"]) -> tuple[UInt8[np.ndarray, "_ _ 3"], ...]:
+        decoded = pictures.jpeg_round_trip(turned)
+        resized = pictures.lanczos(decoded, SIZE)
+        return turned, decoded, resized, pictures.centre_crop(resized, self.architecture.crop)
 
     def normalised(self, cropped: UInt8[np.ndarray, "B S S 3"]) -> Float[Tensor, "B 6 S S"]:
-        """Both towers' normalisation of pictures of the right size: (x / 255 - mean) / std."""
-        values = torch.from_numpy(cropped).permute(0, 3, 1, 2).float().div(255)
-        mean, std = (torch.tensor([*half, 0.5, 0.5, 0.5]).view(1, 6, 1, 1) for half in (self.architecture.mean, self.architecture.std))
-        return ((values.repeat(1, 2, 1, 1) - mean) / std).to(self.device, self.head.weight.dtype)
+        """Both towers' normalisation of pictures of the right size, (x / 255 - mean) / std, on the device: a byte goes there for every level."""
+        levels = torch.from_numpy(cropped)
+        if self.device.type == "cuda":
+            levels = levels.pin_memory()
+        levels = levels.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float()
+        # By tensors: to divide by a number, a GPU multiplies by its inverse, which differs in the last bit.
+        most, halves = torch.tensor(255.0, device=self.device), (self.architecture.mean, self.architecture.std)
+        mean, std = (torch.tensor([*half, 0.5, 0.5, 0.5], device=self.device).view(1, 6, 1, 1) for half in halves)
+        return (((levels / most).repeat(1, 2, 1, 1) - mean) / std).to(self.head.weight.dtype)
 
     def features(self, pixels: Float[Tensor, "B 6 S S"]) -> Float[Tensor, "B P F"]:
         """Both towers' patch features, of the last block but one, without a final norm."""

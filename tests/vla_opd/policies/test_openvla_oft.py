@@ -3,7 +3,7 @@ every step (openvla-oft 213c5ff, SimpleVLA-RL 7c51662, transformers 4.40.1 with 
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,9 @@ import torch
 
 from tests.vla_opd import public
 from tests.vla_opd.public import GOLDEN
+from vla_opd import adapters
 from vla_opd.openvla import Architecture, read_weights, renamed
+from vla_opd.params import Lora
 from vla_opd.parity import arrays, compare
 from vla_opd.policies.openvla_oft import OpenVLAOFT, from_public
 from vla_opd.trajectory import Observations
@@ -82,7 +84,7 @@ def test_gradients_are_the_originals(policy: OpenVLAOFT, inputs: dict[str, np.nd
     with np.load(GOLDEN / "gradients.npz") as archive:
         whole = dict(archive)
     policy.zero_grad()
-    logits = policy.head(policy.hidden(policy.projector(policy.features(policy.normalised(inputs["center_cropped"]))), *prompts(inputs)))
+    logits = policy(policy.normalised(inputs["center_cropped"]), *prompts(inputs))
     sampled = torch.from_numpy(policy.architecture.vocabulary - 1 - outputs["sampled_token_ids"])
     loss = -(logits / 1.6).log_softmax(-1).gather(-1, sampled.unsqueeze(-1)).mean()
     loss.backward()
@@ -120,9 +122,9 @@ def test_neither_padding_nor_neighbours_say_anything(policy: OpenVLAOFT, inputs:
 def test_rows_of_a_batch_can_change_places_bit_by_bit(policy: OpenVLAOFT, inputs: dict[str, np.ndarray]) -> None:
     pixels, (text, lengths) = policy.normalised(inputs["center_cropped"]), prompts(inputs)
     with torch.inference_mode():
-        there = policy.head(policy.hidden(policy.projector(policy.features(pixels)), text, lengths))
+        there = policy(pixels, text, lengths)
         for order in ([2, 0, 1], [1, 0, 2]):
-            again = policy.head(policy.hidden(policy.projector(policy.features(pixels[order])), text[order], lengths[order]))
+            again = policy(pixels[order], text[order], lengths[order])
             assert torch.equal(again, there[order])
 
 
@@ -149,6 +151,24 @@ def speaking(tmp_path: Path) -> OpenVLAOFT:
 def seen(inputs: dict[str, np.ndarray], *instructions: str) -> Observations:
     """The golden pictures, upright, from the one camera."""
     return Observations(inputs["raw_image"][: len(instructions), None, ::-1], np.zeros((len(instructions), 8), np.float32), instructions)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_forward_pass_is_one_graph_which_answers_the_same(speaking: OpenVLAOFT, inputs: dict[str, np.ndarray], adapted: bool) -> None:
+    if adapted:
+        adapters.prepare(speaking, Lora(2, 4), 0, "optimize")
+    observations, graphs = seen(inputs, "Pick up the BOWL", "open the top drawer", "close it"), list[torch.fx.GraphModule]()
+
+    def backend(graph: torch.fx.GraphModule, _inputs: list[torch.Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    with torch.inference_mode():
+        expected = speaking.logits(observations)
+        speaking.capture(backend)
+        for rows in (np.array([0, 1, 2]), np.array([2, 0, 1])):  # other values in the same shapes
+            assert torch.equal(speaking.logits(observations.at(rows)), expected[rows])
+    assert len(graphs) == 1
 
 
 def test_an_instruction_is_put_as_in_training(speaking: OpenVLAOFT) -> None:

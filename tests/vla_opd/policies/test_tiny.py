@@ -10,7 +10,7 @@ import torch
 
 from tests.vla_opd import small
 from vla_opd.checkpoint import open_checkpoint
-from vla_opd.policies import POLICIES, build_policy, from_pretrained, save_pretrained
+from vla_opd.policies import POLICIES, build_policy, from_pretrained, load_policy, save_pretrained
 from vla_opd.policies.tiny import FIRST_WORD, VOCABULARY_SIZE, TinyVLA, extend_vocabulary, words
 from vla_opd.trajectory import Observations
 
@@ -194,3 +194,9 @@ def test_families_are_named_or_found_by_path() -> None:
     assert isinstance(build_policy(elsewhere), TinyVLA)
     with pytest.raises(ValueError, match=r"policy\.family is 'huge'; expected one of \['openvla_oft', 'tiny'\]"):
         build_policy(small.FACTS.model_copy(update={"policy": small.SHAPE.model_copy(update={"family": "huge"})}))
+
+
+def test_its_passes_are_not_captured(policy: TinyVLA, tmp_path: Path) -> None:
+    save_pretrained(policy, small.FACTS, tmp_path / "checkpoint")
+    with pytest.raises(ValueError, match=r"OPD_GRAPHS, or --graphs: .*checkpoint is of the family tiny; expected openvla_oft"):
+        load_policy(open_checkpoint(tmp_path / "checkpoint"), graphs=True)
