@@ -25,6 +25,7 @@ STUDIES = ROOT / ".studies"
 COPIED = ("dvc.yaml", ".dvcignore")
 LOCK = "dvc.lock"
 DONE = ".done"  # in a member's folder, while its last process has come to its end: the fingerprint of what it is made from
+MADE_BEFORE = ("demonstrations", "pretrained", "finetuned", "adopt")  # the sections of what is there before a member
 TABLE = "table"  # in a member's folder: its rows of the study's table
 
 
@@ -181,6 +182,18 @@ def _settings(member: Member, run: Params) -> None:
     except ValueError as error:
         raise ValueError(f"studies.{member.study}.arms.{member.arm}: {error}") from error
     new.rename(path)
+
+
+def made_alike(member: Member, run: Params, earlier: Params) -> bool:
+    """Whether an earlier run made this member as this one would. What only one of them has besides, seeds, arms, checkpoints, makes no difference."""
+    if member.study not in earlier.studies or member not in members(member.study, earlier):
+        return False
+    ours, theirs = (Params.model_validate(tree(member, one)).model_dump() for one in (run, earlier))
+    for its, one in ((ours, run), (theirs, earlier)):
+        its["evaluations"] = its["evaluations"].keys() - one.reference
+        its["report"] = None  # whose last evaluation may be one of the others
+    shared = {name: {key: ours[name].get(key) for key in theirs[name]} for name in MADE_BEFORE}
+    return ours | shared == theirs
 
 
 def tree(member: Member, run: Params) -> dict[str, Any]:

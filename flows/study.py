@@ -19,10 +19,10 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.flow_engine import run_flow_in_subprocess
 from prefect.runtime import flow_run
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from flows import presence, terminal
-from flows.members import DONE, TABLE, Member, crowded, environment, fingerprint, go_on, hand_over, is_done, members, prepare, reference
+from flows.members import DONE, TABLE, Member, crowded, environment, fingerprint, go_on, hand_over, is_done, made_alike, members, prepare, reference
 from flows.store import ROOT
 from flows.train import opd
 from vla_opd import study_page
@@ -164,8 +164,8 @@ def _discard_rollouts(root: Path) -> None:
 def tabulate(name: str, run: Params) -> Manifest:
     """`artifacts/<run>/studies/<name>`: the rows of all members that are done, in the order of arms and seeds, and those of what they share.
 
-    Of members that aren't, say because another machine has them, the rows stay that a table of the same checkpoints and settings has; `kept` counts
-    them, as other code may have made them.
+    Of members that aren't, say because another machine has them, the rows stay that the table has which is there, if they are of the same checkpoints
+    and settings; `kept` counts them, as other code may have made them.
     """
     root, its = ROOT / run.run.name, run.studies[name]
     shared = read_run(run.model_copy(update={"iterations": {}, "reinforcements": {}, "evaluations": run.reference}), root)
@@ -173,9 +173,10 @@ def tabulate(name: str, run: Params) -> Manifest:
     parameters = run.model_copy(update={"studies": {name: its}}).model_dump(mode="json")
     with draft(root / "studies" / name, "study", parents, {"parameters": parameters}) as work:
         every = [member for arm in its.arms for member in members(name, run, [arm])]
-        before = _table(work)
+        before, earlier = _before(work)
         done = {member: read(member.folder / TABLE) for member in every if is_done(member, run)}
-        kept = {member: rows for member in every if member not in done and (rows := before.of(member.arm, member.seed)).episodes}
+        missing = [member for member in every if member not in done and earlier is not None and made_alike(member, run, earlier)]
+        kept = {member: rows for member in missing if (rows := before.of(member.arm, member.seed)).episodes}
         table = joined((done | kept)[member] for member in every if member in done or member in kept)
         write(table.with_shared(shared_rows(shared.evaluations.values())), work.folder)
         facts = {name: _made(manifest) for name, manifest in shared.checkpoints.items() if name in run.trained}
@@ -183,13 +184,18 @@ def tabulate(name: str, run: Params) -> Manifest:
         return work.publish({**facts, "members": len(done) + len(kept), "episodes": len(table.episodes), "iterations": len(table.updates)})
 
 
-def _table(work: Draft) -> Table:
-    """What stands where a table is to be published, if it is one of the same checkpoints and settings; an empty one otherwise."""
-    nothing = Table((), ())
+def _before(work: Draft) -> tuple[Table, Params | None]:
+    """What stands where a table is to be published, and by which settings, if it is one of these checkpoints, of all or some of them."""
+    nothing = Table((), ()), None
     if not (work.target / MANIFEST).is_file():
         return nothing
     there = open_artifact(work.target, "study")
-    return read(work.target) if (there.parents, there.params) == (work.parents, work.params) else nothing
+    if not there.parents.items() <= work.parents.items():
+        return nothing
+    try:
+        return read(work.target), Params.model_validate(there.params["parameters"])
+    except ValidationError:  # settings have other names by now
+        return nothing
 
 
 def _made(checkpoint: Manifest) -> dict[str, int]:

@@ -7,7 +7,22 @@ import pytest
 from ruamel.yaml import YAML
 
 from flows import pipeline
-from flows.members import DONE, STUDIES, Member, chain, crowded, environment, fingerprint, go_on, hand_over, is_done, members, prepare, reference
+from flows.members import (
+    DONE,
+    STUDIES,
+    Member,
+    chain,
+    crowded,
+    environment,
+    fingerprint,
+    go_on,
+    hand_over,
+    is_done,
+    made_alike,
+    members,
+    prepare,
+    reference,
+)
 from tests.flows.manifests import publish
 from tests.flows.toy import REFERENCE, Toy
 from tests.vla_opd.test_curves import update
@@ -48,6 +63,24 @@ def test_seed_by_seed(run: Params) -> None:
     found = [(member.arm, member.seed) for member in members("which", run)]
     assert found == [("plain", 3), ("other", 3), ("both", 3), ("plain", 5), ("other", 5), ("both", 5)]
     assert [(m.arm, m.seed) for m in members("which", run, ["both"], [5])] == [("both", 5)]
+
+
+def test_what_a_run_has_besides_makes_no_other_members(run: Params) -> None:
+    its = run.model_dump()
+    its["studies"]["which"]["arms"]["tuned"] = {"settings": {"finetuned.student.steps": 9}}
+
+    def alike(arm: str, **sections: object) -> bool:
+        return made_alike(Member("which", arm, 3), *map(Params.model_validate, (its | sections, its)))
+
+    added = its["finetuned"]["teacher"] | {"steps": 7}
+    more = {"finetuned": its["finetuned"] | {"kept": added}, "evaluations": its["evaluations"] | {"kept": "kept"}}
+    assert alike("both", **more)
+    assert alike("tuned", **more)
+    assert not alike("both", finetuned=its["finetuned"] | {"teacher": added})
+    assert not alike("plain", optimize=its["optimize"] | {"steps": 8})
+    assert alike("other", optimize=its["optimize"] | {"steps": 8})  # it says another number itself
+    assert not made_alike(Member("which", "plain", 7), run, run)
+    assert not made_alike(Member("whose", "plain", 3), run, run)
 
 
 def test_wandb_can_tell_members_apart_and_each_has_its_share_of_the_cores(run: Params, monkeypatch: pytest.MonkeyPatch) -> None:

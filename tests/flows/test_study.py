@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from flows.members import TABLE, Member, members
+from flows.members import TABLE, Member
 from flows.server import free_port
 from flows.study import tabulate
 from tests.flows.manifests import publish
@@ -186,35 +186,51 @@ def episode(arm: str, seed: int) -> study.EpisodeRow:
 
 
 def test_a_table_keeps_the_members_that_another_machine_has_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a clone, in which only one seed is made; not if settings or checkpoints are others."""
+    """As in a clone, in which only one seed is made, or after seeds, arms and teachers were added; not if settings or checkpoints are others."""
     monkeypatch.chdir(tmp_path)
-    run = Params.model_validate(
-        {
-            "run": {"name": "small"},
-            "environment": {"tasks": ["libero_object/0"]},
-            "adopt": {"student": {"folder": "public"}, "teacher": {"folder": "public"}},
-            "iterations": {},
-            "evaluations": {},
-            "studies": {"which": {"seeds": [0, 1, 2], "arms": {"late": {"distill": 1}, "early": {"distill": 1}}}},
-        }
-    )
-    for name in run.origins:
+    its: dict[str, Any] = {"seeds": [0, 1, 2], "arms": {"late": {"distill": 1}, "early": {"distill": 1}}}
+    settings: dict[str, Any] = {
+        "run": {"name": "small"},
+        "environment": {"tasks": ["libero_object/0"]},
+        "adopt": {"student": {"folder": "public"}, "teacher": {"folder": "public"}},
+        "iterations": {},
+        "evaluations": {},
+        "studies": {"which": its},
+    }
+    run = Params.model_validate(settings)
+    for name in (*run.origins, "another"):
         publish(tmp_path / "artifacts/small/checkpoints" / name, "checkpoint", {}, name=name)
     here: dict[Member, bool] = {}
     monkeypatch.setattr("flows.study.is_done", lambda member, _run: member in here)
-    tables = {member.folder / TABLE: study.Table((episode(member.arm, member.seed),), ()) for member in members("which", run)}
     read = study.read
-    monkeypatch.setattr("flows.study.read", lambda folder: tables.get(folder) or read(folder))
+
+    def read_made(folder: Path) -> study.Table:
+        _, arm, seed, of_member = folder.parts[-4:]
+        return study.Table((episode(arm, int(seed)),), ()) if of_member == TABLE else read(folder)
+
+    monkeypatch.setattr("flows.study.read", read_made)
 
     def found(*done: tuple[str, int]) -> tuple[list[tuple[str | None, int | None]], dict[str, int]]:
         here.clear()
         here.update({Member("which", *one): True for one in done})
-        made = tabulate.fn("which", run)
+        made = tabulate.fn("which", Params.model_validate(settings))
         table = study.read(tmp_path / "artifacts/small/studies/which")
         return [(row.arm, row.seed) for row in table.episodes], {name: made.facts[name] for name in ("members", "kept") if name in made.facts}
 
     assert found(("early", 0), ("late", 1)) == ([("late", 1), ("early", 0)], {"members": 2})
     assert found(("late", 0)) == ([("late", 0), ("late", 1), ("early", 0)], {"members": 3, "kept": 2})
     assert found(("late", 0), ("late", 1), ("early", 0)) == ([("late", 0), ("late", 1), ("early", 0)], {"members": 3})
+
+    its["seeds"].append(3)
+    its["arms"]["new"] = {"distill": 2}
+    settings["adopt"]["another"] = {"folder": "public"}
+    assert found(("new", 3)) == ([("late", 0), ("late", 1), ("early", 0), ("new", 3)], {"members": 4, "kept": 3})
+    its["arms"]["late"] = {"distill": 1, "settings": {"optimize.steps": 7}}
+    assert found() == ([("early", 0), ("new", 3)], {"members": 2, "kept": 2})
+    its["every"] = 2
+    assert found() == ([("early", 0)], {"members": 1, "kept": 1})
+    settings["label"] = {"batch_size": 7}
+    assert found() == ([], {"members": 0})
+    assert found(("early", 0)) == ([("early", 0)], {"members": 1})
     publish(tmp_path / "artifacts/small/checkpoints/student", "checkpoint", {}, name="another")
     assert found(("early", 2)) == ([("early", 2)], {"members": 1})
