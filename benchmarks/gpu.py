@@ -90,7 +90,7 @@ def lines(checkpoint: Described, batch: int, repeats: int, device: torch.device)
         step = measured(policy, seen, lambda answer: _step(answer, optimizer), repeats)
     said["step"] = _line(step, checkpoint, batch, memory.update("step", checkpoint, settings), products(checkpoint, batch, settings))
     del optimizer  # its moments are no part of a rollout
-    for name in ("alone", "graphs"):
+    for name in ("alone", "graphs") if device.type == "cuda" else ("alone",):
         if name == "graphs":
             policy.capture()
         alone = measured(policy, _black(1), _ask, repeats)
@@ -111,9 +111,9 @@ def built(checkpoint: Described, device: torch.device) -> OpenVLAOFT:
 
 
 def measured(policy: OpenVLAOFT, seen: Observations, work: Callable[[Answer], None], repeats: int) -> Measured:
-    """`work` on observations, and on pixels that are on the device already; the first time is not counted."""
+    """`work` on observations, and on pixels that are on the device already; the first two times are not counted."""
     pixels = policy.pixels(seen.frames[:, 0])
-    work(lambda: policy.logits(seen))
+    _seconds(lambda: work(lambda: policy.logits(seen)), 2)
     if policy.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     whole = _seconds(lambda: work(lambda: policy.logits(seen)), repeats)
@@ -148,6 +148,8 @@ def _step(answer: Answer, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _seconds(work: Callable[[], None], repeats: int) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     began = time.perf_counter()
     for _ in range(repeats):
         work()

@@ -168,9 +168,7 @@ def _run(verb: str, key: str | None, params: Params, host: Host) -> str | None:
         case "report":
             made = stage.run(params, root, root / "report" / "page", host)
         case "explore" | "reinforce":
-            name = _known(key, params.reinforcements, "reinforcements")
-            student, trajectories = checkpoints / params.reinforcements[name], root / "trajectories" / name
-            made = stage.run(params, name, student, trajectories, *([checkpoints / name] if verb == "reinforce" else []), host)
+            made = _run_reinforcement(verb, _known(key, params.reinforcements, "reinforcements"), params, root, host)
         case _:
             made = _run_iteration(verb, _known(key, params.iterations, "iterations"), params, root, host)
     return None if made is None else made.digest
@@ -197,6 +195,16 @@ def _run_iteration(verb: str, iteration: str, params: Params, root: Path, host: 
             return stage.run(params, iteration, student, trajectories, logits, checkpoints / START, checkpoints / iteration, host)
 
 
+def _run_reinforcement(verb: str, iteration: str, params: Params, root: Path, host: Host) -> Manifest | None:
+    stage = importlib.import_module(f"stages.{verb}")
+    checkpoints, trajectories = root / "checkpoints", root / "trajectories" / iteration
+    student = checkpoints / params.reinforcements[iteration]
+    if verb == "reinforce":
+        return stage.run(params, iteration, student, trajectories, checkpoints / iteration, host)
+    _require_trainable(params, "reinforce", student)
+    return stage.run(params, iteration, student, trajectories, host)
+
+
 def _check_what_follows(params: Params, student: Path, teacher: Path) -> None:
     """ValueError, before any rollout, for what `label` and `optimize` would refuse after it."""
     from vla_opd.checkpoint import open_checkpoint, require_environment  # these bring torch, and --help can do without
@@ -210,6 +218,15 @@ def _check_what_follows(params: Params, student: Path, teacher: Path) -> None:
     facts = open_checkpoint(teacher).facts
     require_environment(facts, params.environment, str(teacher))
     require_actions(open_checkpoint(student).facts, facts.action_space, str(teacher), transfer=params.label.transfer)
+    _require_trainable(params, "optimize", student)
+
+
+def _require_trainable(params: Params, verb: str, student: Path) -> None:
+    """ValueError, before any rollout, for an adapter that can't be trained on the student, or a student that can't be trained without."""
+    from vla_opd import adapters
+    from vla_opd.checkpoint import open_checkpoint
+
+    adapters.require_trainable(getattr(params, verb).lora, adapters.beside(student), open_checkpoint(student).dtype, verb)
 
 
 def _known(key: str | None, choices: object, field: str) -> str:

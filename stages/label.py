@@ -1,15 +1,14 @@
 """label: teacher, trajectories -> logits, eq. (4): the teacher is asked at every kept state of the rollouts; or, for DAgger, the scripted expert."""
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
 from tqdm import tqdm
 
 from vla_opd.artifacts import Manifest, draft, open_artifact
@@ -112,8 +111,8 @@ class _Asked:
         observations = states.observations
         batches = in_batches(np.arange(len(observations)), self.label.batch_size)
         with torch.inference_mode(), threads(self.label.threads):
-            answers = _one_behind(self.teacher.logits(observations.at(rows)) for rows in batches)
-            labels = np.concatenate([normalised(logits, dtype) for logits in answers])
+            under_way = (normalised(self.teacher.logits(observations.at(rows)), dtype) for rows in batches)
+            labels = np.concatenate([log_probs() for log_probs in _one_behind(under_way)])
         spoilt = np.flatnonzero(~np.isfinite(labels).all((1, 2)))
         if len(spoilt):
             raise FloatingPointError(
@@ -147,10 +146,14 @@ class _Asked:
         }
 
 
-def _one_behind(answers: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Each answer once the next has been asked for: a GPU is at work on that while the host waits for this one and stores it."""
-    after_the_last = torch.empty(0)
-    return (answer for answer, _ in pairwise(chain(answers, [after_the_last])))
+def _one_behind(ones: Iterable[Result]) -> Iterator[Result]:
+    """Each once the next has been asked for: a GPU computes that while the host has to do with this."""
+    before = deque[Result]()
+    for one in ones:
+        before.append(one)
+        if len(before) > 1:
+            yield before.popleft()
+    yield from before
 
 
 def _all(recorded: Mapping[str, Mapping[Job, Recorded]]) -> dict[Job, Recorded]:

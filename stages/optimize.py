@@ -103,8 +103,8 @@ def run(params: Params, iteration: str, student: Path, trajectories: Path, logit
     data = _together([own, *(_read(opt, *source, checkpoint.facts.action_space) for source in earlier)])
     depth = params.depth(iteration)
     with ranks.draft(out, "checkpoint", parents, settings) as work, track(host, params.run.name, "optimize", iteration, settings) as log:
-        policy = load_policy(checkpoint, host.device)
         data = data if anchor is None else replace(data, initial=_scores(load_policy(anchor, host.device), data, opt))
+        policy = load_policy(checkpoint, host.device)
         before = _probe(policy, own, opt)
         seed = derive(params.run.learning_seed, "optimize", iteration)
         data = data if opt.states is None else replace(data, kept=_drawn(data, opt.states, seed))

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from jaxtyping import install_import_hook
 
 CHECKED = ["arrays", "tokens", "objectives", "logits", "trajectory", "checkpoint", "decisions", "comparison"]
@@ -12,7 +13,10 @@ install_import_hook([f"vla_opd.{module}" for module in CHECKED], "beartype.beart
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that are slow as a whole come first, so that at the end no worker waits for another's."""
+    """Files that are slow as a whole come first, so that at the end no worker waits for another's; what needs a GPU is skipped without one."""
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
     items.sort(key=lambda item: not any(mark.name == "slow" for mark in item.getparent(pytest.Module).own_markers))
 
 

@@ -37,20 +37,23 @@ class Config(BaseModel):
 def prepare(policy: nn.Module, lora: Lora | None, seed: int, where: str) -> None:
     """Leave to be trained what is to be trained: an adapter, the one that is there or a new one; or all weights, with an adapter merged into them.
 
-    where: the section that says so. ValueError for another adapter than the one that is there, and for weights that are too coarse to train.
+    where: the section that says so. ValueError as `require_trainable`'s.
     """
     there = attached(policy)
+    require_trainable(lora, there, next(policy.parameters()).dtype, where)
     if lora is None and there is not None:
         merge(policy)
     elif lora is not None and there is None:
         attach(policy, lora, seed)
-    elif lora is not None and there is not None and lora != there:
+
+
+def require_trainable(lora: Lora | None, there: Lora | None, stored: torch.dtype, where: str) -> None:
+    """ValueError for another adapter than the one that is there, and, without one, for weights that are too coarse to train."""
+    if lora is not None and there is not None and lora != there:
         ours, theirs = ([one.rank, one.alpha] for one in (lora, there))
         raise ValueError(f"{where}.lora_rank and lora_alpha are {ours}; expected the checkpoint's {theirs}, or null, by which its adapter is merged")
-    if coarse := {str(one.dtype) for one in policy.parameters() if one.requires_grad and one.dtype != torch.float32}:
-        raise ValueError(
-            f"{where}.lora_rank is null, and the weights are {', '.join(coarse)}, too coarse for small steps; expected an adapter, or float32"
-        )
+    if lora is None and stored != torch.float32:
+        raise ValueError(f"{where}.lora_rank is null, and the weights are {stored}, too coarse for small steps; expected an adapter, or float32")
 
 
 def attached(policy: nn.Module) -> Lora | None:

@@ -42,6 +42,9 @@ class CheckpointFacts(BaseModel):
     instruction_length: int = Field(default=20, ge=1)
 
 
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # by their names in safetensors
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint on disk, its bytes verified."""
@@ -54,6 +57,15 @@ class Checkpoint:
     def digest(self) -> str:
         """The artifact's digest."""
         return self.manifest.digest
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which its weights are stored, by the first of them. ValueError as `weights`'."""
+        try:
+            with safetensors.safe_open(self.folder / WEIGHTS, "pt") as file:
+                return DTYPES[file.get_slice(next(iter(file.keys()))).get_dtype()]
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{self.folder / WEIGHTS}: not safetensors ({error}); expected what `save_weights` writes") from error
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The tensors by name, on the CPU. ValueError for anything that isn't safetensors: no other kind of file is ever loaded."""

@@ -7,13 +7,12 @@ keeps no B x H x N x N probabilities. What a device's driver and allocator take 
 import weakref
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,7 +21,7 @@ from transformers.initialization import no_init_weights
 
 from vla_opd import adapters, ranks
 from vla_opd.artifacts import MANIFEST, read_manifest
-from vla_opd.checkpoint import WEIGHTS, CheckpointFacts, public_facts
+from vla_opd.checkpoint import Checkpoint, CheckpointFacts, public_facts
 from vla_opd.host import require_equal_shares
 from vla_opd.openvla import read_tokenizer
 from vla_opd.params import START, Params, UpdateParams
@@ -30,7 +29,6 @@ from vla_opd.policies import build_policy
 from vla_opd.trajectory import Observations
 
 FLOAT32 = 4
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ class Stored:
 
 
 def device(params: Params, root: Path, processes: int = 1) -> list[Need]:
-    """What the stages need that run a policy, one after the other: student and teacher are never there at the same time.
+    """What the stages need that run a policy, one after the other: student, teacher and anchor are never there at the same time.
 
     processes: that train together, each on a device of its own; it is one such device's need.
     ValueError for a checkpoint of which nothing is known yet.
@@ -79,28 +77,20 @@ def device(params: Params, root: Path, processes: int = 1) -> list[Need]:
     if params.iterations:
         teacher = described(params, root, params.label.teacher)
         needs += [inference("sample", student, params.sample.inference_batch), inference("label", teacher, params.label.batch_size)]
-        needs += [update("optimize", student, params.optimize, processes), *_anchored(student, params)]
+        needs += [inference("anchor", student, params.optimize.batch_size)] if params.optimize.anchor else []
+        needs += [update("optimize", student, params.optimize, processes)]
     if params.reinforcements:
         needs += [inference("explore", student, params.explore.inference_batch), update("reinforce", student, params.reinforce, processes)]
     return needs
-
-
-def _anchored(student: Described, params: Params) -> list[Need]:
-    """Where `optimize.anchor` asks for it: before the first step, the initial student is there beside the one that learns."""
-    if not params.optimize.anchor:
-        return []
-    alone = inference("anchor", student, params.optimize.batch_size)
-    return [replace(alone, weights=2 * alone.weights)]
 
 
 def described(params: Params, root: Path, name: str) -> Described:
     """A checkpoint by its public files, if it is one that is adopted and they are here; by its manifest otherwise."""
     folder, its = root / "checkpoints" / name, params.adopt.get(name)
     if (folder / MANIFEST).is_file() and not (its and Path(its.folder).is_dir()):
-        facts = CheckpointFacts.model_validate(read_manifest(folder, "checkpoint").facts["checkpoint"])
-        with safetensors.safe_open(folder / WEIGHTS, "pt") as file:
-            stored = file.get_slice(next(iter(file.keys()))).get_dtype()
-        return Described(facts, DTYPES[stored], folder)
+        manifest = read_manifest(folder, "checkpoint")
+        facts = CheckpointFacts.model_validate(manifest.facts["checkpoint"])
+        return Described(facts, Checkpoint(folder, manifest, facts).dtype, folder)
     if its is None:
         raise ValueError(f"{folder}: isn't there yet, and what it will need isn't known before; expected it, or an entry of `adopt`")
     return Described(public_facts(its, params.environment), getattr(torch, its.dtype), Path(its.folder))

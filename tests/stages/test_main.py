@@ -73,6 +73,19 @@ def test_what_label_and_optimize_would_refuse_stops_before_any_rollout(
     assert called == []
 
 
+def test_weights_that_could_not_be_trained_are_not_rolled_out(
+    called: list[tuple[Any, ...]], project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights, facts = build_policy(small.FACTS).state_dict(), {"checkpoint": small.FACTS.model_dump()}
+    publish(project / ROOT / "checkpoints/teacher", weights, facts)
+    publish(project / ROOT / "checkpoints/student", {name: tensor.bfloat16() for name, tensor in weights.items()}, facts)
+    same = ["environment.cameras=[front, side]", "environment.image_size=20", "policy.crop=16", "reinforcements.rl001=student"]
+    for verb, iteration, trained in (("sample", "it001", "optimize"), ("explore", "rl001", "reinforce")):
+        assert command.main([verb, "--iteration", iteration, *(word for one in same for word in ("--set", one))]) == 2
+        assert f"{trained}.lora_rank is null, and the weights are torch.bfloat16, too coarse" in capsys.readouterr().err
+    assert called == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -114,7 +127,8 @@ def test_a_stage_finds_its_inputs_and_its_output(
     arguments: list[str],
     expected: tuple[object, ...],
 ) -> None:
-    monkeypatch.setattr(command, "_check_what_follows", lambda *_: None)  # nothing is there
+    for check in ("_check_what_follows", "_require_trainable"):
+        monkeypatch.setattr(command, check, lambda *_: None)  # nothing is there
     assert command.main(arguments) == 0
     ((*found, host),) = called
     assert tuple(found) == expected

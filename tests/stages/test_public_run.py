@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from stages.__main__ import main
 from tests.small_run import HOST, run_stage
 from tests.vla_opd import public
 from vla_opd import adapters
@@ -79,6 +80,13 @@ def test_it_is_scored_and_reported(loop: Path) -> None:
     (record,) = read_records(loop / "evaluations/final")
     assert (record.task, record.steps, record.success) == ("libero_object/0", 8, False)
     assert "it001" in (loop / "report/page/index.html").read_text()
+
+
+def test_an_adapter_that_could_not_be_trained_is_not_rolled_out(loop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["--set", "reinforcements.rl001=it001", "--set", "reinforce.lora_rank=8"]
+    with chdir(loop.parents[1]):
+        assert main(["explore", "--iteration", "rl001", *settings, *HOST]) == 2
+    assert "reinforce.lora_rank and lora_alpha are [8, 16]; expected the checkpoint's [4, 16]" in capsys.readouterr().err
 
 
 def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(loop: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from vla_opd.logits import Cost, Labels, normalised, read_outcome, read_shard, s
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_what_is_stored_is_normalised_and_read_back(tmp_path: Path, dtype: str) -> None:
     logits = 5 * torch.randn(20, 6, 8, generator=torch.Generator().manual_seed(0))
-    stored = normalised(logits, dtype)
+    stored = normalised(logits, dtype)()
     write_shard(tmp_path / "shard-0", Labels(stored))
     found = read_shard(tmp_path / "shard-0", 20).log_probs
     assert found.dtype == dtype

@@ -77,7 +77,7 @@ class OpenVLAOFT(nn.Module):
             )
         )
         self.head = nn.Linear(architecture.hidden, space.bins, bias=False)
-        self._captured: Callable[..., Tensor] | None = None
+        self._captured: Captured | None = None
 
     @property
     def device(self) -> torch.device:
@@ -93,8 +93,8 @@ class OpenVLAOFT(nn.Module):
     def answers(self, pixels: Float[Tensor, "B 6 S S"], instructions: Sequence[str]) -> Float[Tensor, "B K V"]:
         """Logits for pictures that are ready."""
         prompts = [self.prompt(instruction) for instruction in instructions]
-        padded = torch.tensor([ids + [PAD] * (LONGEST - len(ids)) for ids in prompts], device=self.device)
-        return (self._captured or self.forward)(pixels, padded, torch.tensor([len(ids) for ids in prompts], device=self.device))
+        padded = self._sent(torch.tensor([ids + [PAD] * (LONGEST - len(ids)) for ids in prompts]))
+        return (self._captured or self.forward)(pixels, padded, self._sent(torch.tensor([len(ids) for ids in prompts])))
 
     def forward(self, pixels: Float[Tensor, "B 6 S S"], prompts: Int[Tensor, "B L"], lengths: Int[Tensor, " B"]) -> Float[Tensor, "B K V"]:
         """All that the device does for logits. Shapes are those of the batch, and no value decides what is computed: it can be captured as one graph.
@@ -103,12 +103,9 @@ class OpenVLAOFT(nn.Module):
         """
         return self.head(self.hidden(self.projector(self.features(pixels)), prompts, lengths)).float()
 
-    def capture(self, backend: str = "cudagraphs") -> None:
-        """From now on a forward pass is one graph for each number of rows, of the same kernels: nothing waits for Python to start the next one.
-
-        Made at the first pass of a size, of the weights and the adapter that are there then; the logits are overwritten by the next pass.
-        """
-        self._captured = torch.compile(self.forward, backend=backend, fullgraph=True, dynamic=False)
+    def capture(self) -> None:
+        """From now on forward passes without gradient are CUDA graphs: nothing waits for Python to start the next kernel."""
+        self._captured = Captured(self.forward)
 
     def prompt(self, instruction: str) -> list[int]:
         """The ids that put an instruction, from BOS to the last one before the action tokens. ValueError if they are more than `LONGEST`."""
@@ -140,14 +137,15 @@ class OpenVLAOFT(nn.Module):
 
     def normalised(self, cropped: UInt8[np.ndarray, "B S S 3"]) -> Float[Tensor, "B 6 S S"]:
         """Both towers' normalisation of pictures of the right size, (x / 255 - mean) / std, on the device: a byte goes there for every level."""
-        levels = torch.from_numpy(cropped)
-        if self.device.type == "cuda":
-            levels = levels.pin_memory()
-        levels = levels.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float()
-        # By tensors: to divide by a number, a GPU multiplies by its inverse, which differs in the last bit.
-        most, halves = torch.tensor(255.0, device=self.device), (self.architecture.mean, self.architecture.std)
-        mean, std = (torch.tensor([*half, 0.5, 0.5, 0.5], device=self.device).view(1, 6, 1, 1) for half in halves)
-        return (((levels / most).repeat(1, 2, 1, 1) - mean) / std).to(self.head.weight.dtype)
+        levels = self._sent(torch.from_numpy(cropped)).permute(0, 3, 1, 2).repeat(1, 2, 1, 1).float()
+        # All by tensors: to divide by a number, a GPU multiplies by its inverse, which differs in the last bit.
+        halves = (0.5,) * 3
+        most, mean, std = self._sent(torch.tensor([[255.0] * 6, self.architecture.mean + halves, self.architecture.std + halves])).view(3, 1, 6, 1, 1)
+        return ((levels / most - mean) / std).to(self.head.weight.dtype)
+
+    def _sent(self, values: Tensor) -> Tensor:
+        """On the policy's device; under way there, if that is a GPU, which may be at work on something else."""
+        return values.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else values.to(self.device)
 
     def features(self, pixels: Float[Tensor, "B 6 S S"]) -> Float[Tensor, "B P F"]:
         """Both towers' patch features, of the last block but one, without a final norm."""
@@ -216,6 +214,40 @@ def public_weights(folder: Path, architecture: Architecture, space: ActionSpace,
             shape = "missing" if found is None else f"of shape {list(found.shape)}"
             raise ValueError(f"{folder}: the tensor that is {name} here is {shape}; by config.json, expected {wanted or 'none'}")
     return {name: tensor.to(dtype) for name, tensor in weights.items()}
+
+
+class Captured:
+    """A function of tensors on a GPU, captured as one CUDA graph for each number of rows that it is asked for.
+
+    A graph is of the tensors that the function reads beside its arguments as they lie in memory then; their values may change.
+    """
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self._function = function
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]] = {}
+
+    def __call__(self, *given: Tensor) -> Tensor:
+        """The function's answer, without gradient."""
+        rows = len(given[0])
+        if rows not in self._graphs:
+            self._graphs[rows] = self._capture(tuple(one.clone() for one in given))
+        graph, arguments, answer = self._graphs[rows]
+        for argument, one in zip(arguments, given, strict=True):
+            argument.copy_(one)
+        graph.replay()
+        return answer.clone()
+
+    def _capture(self, arguments: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]:
+        graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        with torch.no_grad():
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):  # libraries set themselves up at their first calls, which can't be captured
+                for _ in range(3):
+                    self._function(*arguments)
+            torch.cuda.current_stream().wait_stream(aside)
+            with torch.cuda.graph(graph):
+                answer = self._function(*arguments)
+        return graph, arguments, answer
 
 
 class Projector(nn.Module):

@@ -4,11 +4,15 @@ every step (openvla-oft 213c5ff, SimpleVLA-RL 7c51662, transformers 4.40.1 with 
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.vla_opd import public
 from tests.vla_opd.public import GOLDEN
@@ -154,21 +158,58 @@ def seen(inputs: dict[str, np.ndarray], *instructions: str) -> Observations:
 
 
 @pytest.mark.parametrize("adapted", [False, True])
-def test_a_forward_pass_is_one_graph_which_answers_the_same(speaking: OpenVLAOFT, inputs: dict[str, np.ndarray], adapted: bool) -> None:
+def test_a_forward_pass_can_be_captured(speaking: OpenVLAOFT, inputs: dict[str, np.ndarray], adapted: bool) -> None:
+    """It is one graph, whatever the values: nothing in it asks for one. And it needs nothing of the host."""
     if adapted:
         adapters.prepare(speaking, Lora(2, 4), 0, "optimize")
-    observations, graphs = seen(inputs, "Pick up the BOWL", "open the top drawer", "close it"), list[torch.fx.GraphModule]()
+    pixels, (text, lengths), graphs = speaking.normalised(inputs["center_cropped"]), prompts(inputs), list[torch.fx.GraphModule]()
 
     def backend(graph: torch.fx.GraphModule, _inputs: list[torch.Tensor]) -> Callable[..., object]:
         graphs.append(graph)
         return graph.forward
 
     with torch.inference_mode():
-        expected = speaking.logits(observations)
-        speaking.capture(backend)
-        for rows in (np.array([0, 1, 2]), np.array([2, 0, 1])):  # other values in the same shapes
-            assert torch.equal(speaking.logits(observations.at(rows)), expected[rows])
-    assert len(graphs) == 1
+        expected, compiled = speaking(pixels, text, lengths), torch.compile(speaking.forward, backend=backend, fullgraph=True, dynamic=False)
+        for rows in (np.array([0, 1, 2]), np.array([2, 0, 1])):
+            assert torch.equal(compiled(pixels[rows], text[rows], lengths[rows]), expected[rows])
+        assert len(graphs) == 1
+        there, arguments = speaking.to("meta"), [one.to("meta") for one in (pixels, text, lengths)]
+        with elsewhere("meta") as on_the_host:
+            there(*arguments)
+    assert on_the_host == []
+
+
+@pytest.mark.gpu
+def test_captured_it_answers_the_same(speaking: OpenVLAOFT, inputs: dict[str, np.ndarray]) -> None:
+    observations = seen(inputs, "Pick up the BOWL", "open the top drawer", "close it")
+    policy = speaking.to("cuda", torch.bfloat16)
+    with torch.inference_mode():
+        expected = policy.logits(observations)
+        policy.capture()
+        for rows in ([0, 1, 2], [2, 0, 1], [1]):
+            torch.testing.assert_close(policy.logits(observations.at(np.array(rows))), expected[rows])
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_given_the_very_pixels(speaking: OpenVLAOFT, inputs: dict[str, np.ndarray]) -> None:
+    here = speaking.normalised(inputs["center_cropped"])
+    assert torch.equal(speaking.to("cuda").normalised(inputs["center_cropped"]).cpu(), here)
+
+
+@contextmanager
+def elsewhere(device: str) -> Iterator[list[str]]:
+    """The operations, while it lasts, that have to do with a tensor on another device."""
+    found = list[str]()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = func(*args, **(kwargs or {}))
+            if any(one.device.type != device for one in tree_leaves((args, kwargs, made)) if isinstance(one, torch.Tensor)):
+                found.append(str(func))
+            return made
+
+    with Watch():
+        yield found
 
 
 def test_an_instruction_is_put_as_in_training(speaking: OpenVLAOFT) -> None:
