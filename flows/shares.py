@@ -87,7 +87,7 @@ def shares(stage: str, spread: Spread, folder: str, launch: str) -> list[str]:
         environment = {name: value for name, value in os.environ.items() if name.startswith(HANDED_ON)} | its | {LAUNCH: launch}
         futures = [
             share.with_options(task_run_name=f"{stage}, {number} of {spread.count}").submit(
-                stage, f"{number}/{spread.count}", folder, environment | ({} if spread.cluster else _gpu(number))
+                stage, f"{number}/{spread.count}", folder, environment | ({} if spread.cluster == "ray" or spread.address else _gpu(number))
             )
             for number in range(1, spread.count + 1)
         ]
@@ -162,8 +162,10 @@ def _placed(spread: Spread) -> Generator[dict[str, str]]:
     from prefect_ray.context import remote_options
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-    gpus = min(node.get("GPU", 0) for node in nodes)
+    with_gpu = sum(bool(node.get("GPU")) for node in nodes)
+    if with_gpu not in (0, len(nodes)):
+        raise ValueError(f"OPD_CLUSTER: {with_gpu} of {len(nodes)} nodes have GPUs; expected all or none: what both made couldn't be put together")
     part = int(min(node["CPU"] // max(1, node.get("GPU", 0)) for node in nodes)) if spread.address else int(here)
     workers = max(1, min(int(said) or part, int(min(node["CPU"] for node in nodes))))
-    with remote_options(scheduling_strategy="SPREAD", num_cpus=workers, num_gpus=1 if gpus else 0):
+    with remote_options(scheduling_strategy="SPREAD", num_cpus=workers, num_gpus=1 if with_gpu else 0):
         yield {"OPD_WORKERS": said if said != "0" else str(workers)}

@@ -25,6 +25,7 @@ FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "base
 NOT_IN_RESULTS = {"vla_opd/host.py", "vla_opd/tracking.py"}
 MACHINE_PATH = re.compile(r"(?<![\w.\-/}*])/(work|root|tmp|home|Users)/\w")
 REGISTRY = re.compile(r"https?://[^\s\"']*(pypi|simple/|conda|index|download\.pytorch)[^\s\"']*|--(extra-)?index-url[ =]+http|--find-links")
+FOREIGN_CODE = re.compile(r"trust_remote_code|torch\.load\(|pickle\.loads?\(|allow_pickle=True|\bAuto(Model|Processor|Tokenizer|Config)\b")
 
 
 def tracked() -> list[Path]:
@@ -210,6 +211,27 @@ def test_no_registry_address_is_in_a_tracked_file() -> None:
 @pytest.mark.parametrize(("line", "bad"), [("see /{}/x", True), ("'/{}/a'", True), ("artifacts/{}/x", False), ("!/*/{}/x", False)])
 def test_the_rule_on_machine_paths_catches_what_it_should(line: str, bad: bool, folder: str) -> None:
     assert bool(MACHINE_PATH.search(line.format(folder))) == bad
+
+
+def test_no_code_comes_with_a_checkpoint_and_no_pickle_is_opened() -> None:
+    python = [*sources(), *(ROOT / "benchmarks").glob("*.py")]
+    lines = [(path.relative_to(ROOT).as_posix(), line) for path in python for line in path.read_text().splitlines()]
+    assert [one for one in lines if FOREIGN_CODE.search(one[1])] == []
+
+
+@pytest.mark.parametrize(
+    ("line", "bad"),
+    [
+        ("AutoModel.from_pretrained(x, trust_remote_code=True)", True),
+        ("torch.load(path)", True),
+        ("pickle.loads(data)", True),
+        ("np.load(path, allow_pickle=True)", True),
+        ("np.load(path, allow_pickle=False)", False),
+        ("safetensors.torch.load_file(path)", False),
+    ],
+)
+def test_the_rule_on_foreign_code_catches_what_it_should(line: str, bad: bool) -> None:
+    assert bool(FOREIGN_CODE.search(line)) == bad
 
 
 # The README

@@ -213,19 +213,43 @@ class FinetunedParams(PretrainedParams):
     parent: Name
 
 
+SUITES = {"-spatial": "libero_spatial", "-object": "libero_object", "-goal": "libero_goal", "10": "libero_10"}
+KNOWN: dict[str, dict[str, Any]] = {
+    f"Haozhan72/Openvla-oft-SFT-libero{suite}-{demonstrations}": {"unnorm_key": f"{name}_no_noops", "crop": 0.9}
+    for suite, name in SUITES.items()
+    for demonstrations in ("traj1", "trajall")
+}
+"""Public checkpoints by the names under which they are published: with which statistics and which pictures SimpleVLA-RL's scripts run them."""
+
+
 class AdoptParams(Section):
     """One checkpoint made of a public one, OpenVLA-OFT with discrete tokens. See docs/openvla-oft.md.
 
     folder:     where its files are: `config.json`, `dataset_statistics.json`, `model*.safetensors`, `tokenizer.json` and so on.
+    known:      the name under which it is published, a key of `KNOWN`, which then says the next two. A folder's name says nothing.
     unnorm_key: whose action statistics it has; may be left out where there is only one.
     crop:       share of a picture's area that it sees, from the centre: 1 if it was trained without random crops. No file says it.
     dtype:      in which its weights are stored here and computed with.
     """
 
     folder: str = Field(min_length=1)
+    known: str | None = Field(default=None, exclude_if=_is(None))
     unnorm_key: str | None = None
     crop: float = Field(default=0.9, gt=0, le=1)
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_its_name(cls, told: Any) -> Any:
+        name: Any = told.get("known") if isinstance(told, dict) else None  # pyright: ignore[reportUnknownMemberType]
+        if name is None:
+            return told
+        if name not in KNOWN:
+            raise ValueError(f"known is {name!r}; expected one of {sorted(KNOWN)}, or unnorm_key and crop in its place")
+        for field, value in KNOWN[name].items():
+            if told.get(field, value) != value:
+                raise ValueError(f"{field} is {told[field]!r}; expected {value!r}, by which {name} was trained, or nothing")
+        return {**told, **KNOWN[name]}
 
 
 class SampleParams(Section):

@@ -187,7 +187,6 @@ def test_each_share_on_this_machine_has_its_part_of_it(monkeypatch: pytest.Monke
     [
         ([(64, 0), (32, 0)], "0", "32", 32, 0),  # one share a node
         ([(64, 8), (64, 8)], "0", "8", 8, 1),  # one a GPU
-        ([(64, 8), (64, 0)], "0", "8", 8, 0),
         ([(64, 0)], "16", "16", 16, 0),
         ([(8, 0)], "16", "16", 8, 0),  # what no node has would wait for ever
     ],
@@ -205,6 +204,15 @@ def test_on_ray_a_share_asks_for_the_part_of_a_node_that_it_uses(
         options = RemoteOptionsContext.get().current_remote_options
     assert told == {"OPD_WORKERS": expected}
     assert options == {"scheduling_strategy": "SPREAD", "num_cpus": cpus, "num_gpus": gpus}
+
+
+def test_nodes_with_gpus_and_without_make_nothing_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    its = [{"Alive": True, "Resources": resources} for resources in ({"CPU": 64.0, "GPU": 8.0}, {"CPU": 64.0})]
+    monkeypatch.setattr(ray, "nodes", lambda: its)
+    with pytest.raises(ValueError, match="OPD_CLUSTER: 1 of 2 nodes have GPUs; expected all or none"), shares._placed(Spread(4, "ray", "there:6379")):
+        pass
 
 
 def test_a_folder_that_a_node_does_not_see_is_named(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from vla_opd.objectives import ON_DECISIONS
-from vla_opd.params import EvaluateParams, Params, load, named_function
+from vla_opd.params import AdoptParams, EvaluateParams, Params, load, named_function
 
 MINIMAL = """
 run: {name: test}
@@ -319,3 +319,15 @@ def test_functions_by_name_or_by_path() -> None:
 def test_functions_that_do_not_exist_are_refused(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         named_function(name, {"length": len}, "policy.family")
+
+
+def test_a_public_checkpoint_is_known_by_its_name() -> None:
+    name = "Haozhan72/Openvla-oft-SFT-libero10-traj1"
+    its = AdoptParams.model_validate({"folder": "x", "known": name})
+    assert (its.unnorm_key, its.crop) == ("libero_10_no_noops", 0.9)
+    assert AdoptParams.model_validate({"folder": "x", "known": name, "unnorm_key": "libero_10_no_noops"}) == its
+    with pytest.raises(ValidationError, match=rf"crop is 1\.0; expected 0\.9, by which {name} was trained, or nothing"):
+        AdoptParams.model_validate({"folder": "x", "known": name, "crop": 1.0})
+    with pytest.raises(ValidationError, match=r"known is 'openvla'; expected one of \['Haozhan72/.*'\], or unnorm_key and crop in its place"):
+        AdoptParams.model_validate({"folder": "x", "known": "openvla"})
+    assert "known" not in AdoptParams(folder="x").model_dump()
