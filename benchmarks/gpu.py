@@ -89,7 +89,6 @@ def lines(checkpoint: Described, batch: int, repeats: int, device: torch.device)
     with adapters.recomputing(policy, wanted=True):
         step = measured(policy, seen, lambda answer: _step(answer, optimizer), repeats)
     said["step"] = _line(step, checkpoint, batch, memory.update("step", checkpoint, settings), products(checkpoint, batch, settings))
-    del optimizer  # its moments are no part of a rollout
     for name in ("alone", "graphs") if device.type == "cuda" else ("alone",):
         if name == "graphs":
             policy.capture()

@@ -314,6 +314,23 @@ def parity(
 
 
 @app.command()
+def export(
+    artifact: Wanted,
+    out: Annotated[Path, typer.Argument(help="a new folder")],
+    like: Annotated[Path, typer.Option(metavar="FOLDER", help="the public checkpoint that it came from")],
+    unnorm_key: Annotated[str | None, typer.Option(help="whose statistics the actions have, if there are several")] = None,
+) -> None:
+    """Write an OpenVLA-OFT checkpoint in the public layout, its adapter merged, for the original's own code."""
+    from flows import store
+    from vla_opd.checkpoint import open_checkpoint
+    from vla_opd.export import to_public
+
+    checkpoint = open_checkpoint(_find(store.read_store(), artifact).folder)
+    to_public(checkpoint, like, out, unnorm_key)
+    print(f"  {out}: {checkpoint.folder}, {checkpoint.digest[:12]}")
+
+
+@app.command()
 def sign(artifact: Wanted, key: Annotated[Path, typer.Option(help="an Ed25519 private key (PEM)")], out: Out = None) -> None:
     """Sign an artifact's whole history."""
     from flows import exports

@@ -5,12 +5,13 @@ Nothing else is opened: no `auto_map` code, no pickles. Source of the layout: op
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
 import safetensors
 import safetensors.torch
+import torch
 from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, model_validator
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -233,7 +234,7 @@ def read_weights(folder: Path, architecture: Architecture, bins: int) -> dict[st
     What the policy never uses is left out: both towers' last blocks, final norms and pooling, and all rows of the head but the actions'.
     """
     found: dict[str, Tensor] = {}
-    for path in _files(folder):
+    for path in weight_files(folder):
         try:
             tensors = safetensors.torch.load_file(path)
         except (OSError, safetensors.SafetensorError) as error:
@@ -263,7 +264,7 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
 
 def sources(folder: Path) -> list[Path]:
     """The files of which something is read."""
-    weights = list(_files(folder))
+    weights = list(weight_files(folder))
     beside = ["config.json", "preprocessor_config.json", "dataset_statistics.json", TOKENIZER, *([] if weights == [folder / WHOLE] else [INDEX])]
     return [*(folder / name for name in beside if (folder / name).exists()), *weights]
 
@@ -290,7 +291,19 @@ def _parts(name: str, tensor: Tensor, architecture: Architecture, bins: int) -> 
     return (tensor[0] if name == "vision_backbone.fused_featurizer.pos_embed" else tensor,)
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def restored(name: str, public: Tensor, ours: Mapping[str, Tensor], architecture: Architecture, bins: int) -> Tensor:
+    """The reverse of `read_weights`: the public tensor, with the values of those of ours that were made of it. In its own precision."""
+    parts = [ours[one].to(public.dtype) for one in renamed(name, architecture)]
+    if not parts:
+        return public
+    if name == "language_model.lm_head.weight":
+        rows = public.clone()
+        rows[architecture.vocabulary - bins : architecture.vocabulary] = parts[0].flip(0)
+        return rows
+    return torch.cat(parts).view_as(public)
+
+
+def weight_files(folder: Path) -> Iterator[Path]:
     """The whole file, or else the index's shards, none of which lies elsewhere."""
     whole, index = folder / WHOLE, folder / INDEX
     if not whole.exists() and not index.exists():

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from flows import cli
 from stages.__main__ import main
 from tests.small_run import HOST, run_stage
 from tests.vla_opd import public
@@ -21,6 +22,7 @@ from vla_opd.artifacts import read_manifest
 from vla_opd.checkpoint import open_checkpoint
 from vla_opd.evaluation import read_records
 from vla_opd.policies import load_policy
+from vla_opd.policies.openvla_oft import from_public
 from vla_opd.trajectory import read_states, shards
 
 pytestmark = [pytest.mark.simulator, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -87,6 +89,14 @@ def test_an_adapter_that_could_not_be_trained_is_not_rolled_out(loop: Path, caps
     with chdir(loop.parents[1]):
         assert main(["explore", "--iteration", "rl001", *settings, *HOST]) == 2
     assert "reinforce.lora_rank and lora_alpha are [8, 16]; expected the checkpoint's [4, 16]" in capsys.readouterr().err
+
+
+def test_it_goes_out_as_it_came(loop: Path, tmp_path: Path) -> None:
+    with chdir(loop.parents[1]):
+        assert cli.main(["export", "checkpoints/it001", str(tmp_path / "out"), "--like", "public"]) == 0
+    before, after = from_public(loop.parents[1] / "public"), from_public(tmp_path / "out")
+    changed = {name.rpartition(".")[0] for name, one in after.state_dict().items() if not torch.equal(one, before.state_dict()[name])}
+    assert {name.partition(".")[0] for name in changed} == {"dino", "siglip", "projector", "language_model"}
 
 
 def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(loop: Path, tmp_path: Path) -> None:
