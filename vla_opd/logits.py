@@ -80,9 +80,9 @@ def normalised(logits: Float[torch.Tensor, "N K V"], dtype: str) -> Callable[[],
     """The log-softmax over the bins, as stored: on its way to the host, and there once it is called for. Till then a GPU may be asked for more."""
     found, arrived = torch.log_softmax(logits.float(), -1), None
     if found.device.type == "cuda":
+        stream, arrived = torch.cuda.current_stream(found.device), torch.cuda.Event()
         found = torch.empty_like(found, device="cpu", pin_memory=True).copy_(found, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
+        arrived.record(stream)
 
     def call() -> Float[np.ndarray, "N K V"]:
         if arrived is not None:

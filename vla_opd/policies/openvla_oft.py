@@ -229,13 +229,14 @@ class Captured:
     def __call__(self, *given: Tensor) -> Tensor:
         """The function's answer, without gradient."""
         rows = len(given[0])
-        if rows not in self._graphs:
-            self._graphs[rows] = self._capture(tuple(one.clone() for one in given))
-        graph, arguments, answer = self._graphs[rows]
-        for argument, one in zip(arguments, given, strict=True):
-            argument.copy_(one)
-        graph.replay()
-        return answer.clone()
+        with torch.cuda.device(given[0].device):
+            if rows not in self._graphs:
+                self._graphs[rows] = self._capture(tuple(one.clone() for one in given))
+            graph, arguments, answer = self._graphs[rows]
+            for argument, one in zip(arguments, given, strict=True):
+                argument.copy_(one)
+            graph.replay()
+            return answer.clone()
 
     def _capture(self, arguments: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]:
         graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()

@@ -103,7 +103,7 @@ def fast() -> Iterator[LiberoEnv]:
 @simulator
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # the stock environment renders every step
-@pytest.mark.parametrize("placement", [Placement(BOWL, "evaluation", 3), Placement(BOWL, "training", 5), Placement(DRAWER, "training", 1)])
+@pytest.mark.parametrize("placement", [Placement(BOWL, "evaluation", 3), Placement(DRAWER, "training", 1)])
 def test_exact_is_the_stock_environment_bit_for_bit(exact: LiberoEnv, placement: Placement) -> None:
     _disturb(exact)
     seen, states = _episode(exact, placement)
