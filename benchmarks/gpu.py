@@ -9,6 +9,7 @@ pictures, and the peak of its memory beside what `opd plan --memory` says.
 """
 
 import argparse
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -79,22 +80,28 @@ def described(folder: Path, *, tiny: bool, dtype: torch.dtype) -> Described:
 
 def lines(checkpoint: Described, batch: int, repeats: int, device: torch.device) -> dict[str, str]:
     """What is said of each kind of pass."""
+    return _asked(checkpoint, batch, repeats, device) | _trained(checkpoint, batch, repeats, device)
+
+
+def _asked(checkpoint: Described, batch: int, repeats: int, device: torch.device) -> dict[str, str]:
+    policy, said = built(checkpoint, device), dict[str, str]()
+    for name, rows in {"forward": batch, "alone": 1, **({"graphs": 1} if device.type == "cuda" else {})}.items():
+        if name == "graphs":
+            policy.capture()
+        its = measured(policy, _black(rows), _ask, repeats)
+        said[name] = _line(its, checkpoint, rows, memory.inference(name, checkpoint, rows), products(checkpoint, rows))
+    return said
+
+
+def _trained(checkpoint: Described, batch: int, repeats: int, device: torch.device) -> dict[str, str]:
+    gc.collect()  # a captured policy refers to itself
     settings = OptimizeParams(lora_rank=32, gradient_checkpointing=True, batch_size=batch)
     policy = built(checkpoint, device)
-    seen = _black(batch)
-    forward = measured(policy, seen, _ask, repeats)
-    said = {"forward": _line(forward, checkpoint, batch, memory.inference("forward", checkpoint, batch), products(checkpoint, batch))}
     adapters.prepare(policy, settings.lora, 0, "optimize")
     optimizer = torch.optim.AdamW([one for one in policy.parameters() if one.requires_grad])
     with adapters.recomputing(policy, wanted=True):
-        step = measured(policy, seen, lambda answer: _step(answer, optimizer), repeats)
-    said["step"] = _line(step, checkpoint, batch, memory.update("step", checkpoint, settings), products(checkpoint, batch, settings))
-    for name in ("alone", "graphs") if device.type == "cuda" else ("alone",):
-        if name == "graphs":
-            policy.capture()
-        alone = measured(policy, _black(1), _ask, repeats)
-        said[name] = _line(alone, checkpoint, 1, memory.inference(name, checkpoint, 1), products(checkpoint, 1))
-    return said
+        step = measured(policy, _black(batch), lambda answer: _step(answer, optimizer), repeats)
+    return {"step": _line(step, checkpoint, batch, memory.update("step", checkpoint, settings), products(checkpoint, batch, settings))}
 
 
 def _black(rows: int) -> Observations:

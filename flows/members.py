@@ -185,15 +185,23 @@ def _settings(member: Member, run: Params) -> None:
 
 
 def made_alike(member: Member, run: Params, earlier: Params) -> bool:
-    """Whether an earlier run made this member as this one would. What only one of them has besides, seeds, arms, checkpoints, makes no difference."""
+    """Whether an earlier run made this member as this one would. What this one has besides, seeds, arms, checkpoints, makes no difference.
+
+    Nor does where adopted files lie, or the report; that the checkpoints are the same is for who asks to know.
+    """
     if member.study not in earlier.studies or member not in members(member.study, earlier):
         return False
-    ours, theirs = (Params.model_validate(tree(member, one)).model_dump() for one in (run, earlier))
-    for its, one in ((ours, run), (theirs, earlier)):
-        its["evaluations"] = its["evaluations"].keys() - one.reference
-        its["report"] = None  # whose last evaluation may be one of the others
-    shared = {name: {key: ours[name].get(key) for key in theirs[name]} for name in MADE_BEFORE}
-    return ours | shared == theirs
+    ours, theirs = _makings(member, run), _makings(member, earlier)
+    return ours | {name: {key: ours[name].get(key) for key in theirs[name]} for name in MADE_BEFORE} == theirs
+
+
+def _makings(member: Member, run: Params) -> dict[str, Any]:
+    """All settings that say something of a member's rows."""
+    study = run.studies[member.study]
+    its = Params.model_validate(tree(member, run)).model_dump(exclude={"report": True, "adopt": {"__all__": {"folder"}}})
+    own = {START} if study.own_student(member.arm) else set[str]()  # its rows are its student's, too
+    its["evaluations"] = {name: what for name, what in its["evaluations"].items() if name not in run.reference or what in own}
+    return its | {"switch": [arm.switch for arm in study.lineage(member.arm)]}
 
 
 def tree(member: Member, run: Params) -> dict[str, Any]:

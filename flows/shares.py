@@ -162,9 +162,9 @@ def _placed(spread: Spread) -> Generator[dict[str, str]]:
     from prefect_ray.context import remote_options
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-    with_gpu = sum(bool(node.get("GPU")) for node in nodes)
+    with_gpu = 0 if os.environ.get("OPD_DEVICE") == "cpu" else sum(bool(node.get("GPU")) for node in nodes)
     if with_gpu not in (0, len(nodes)):
-        raise ValueError(f"OPD_CLUSTER: {with_gpu} of {len(nodes)} nodes have GPUs; expected all or none: what both made couldn't be put together")
+        raise ValueError(f"OPD_CLUSTER: {with_gpu} of {len(nodes)} nodes have GPUs; expected all or none (a head without CPUs, OPD_DEVICE=cpu)")
     part = int(min(node["CPU"] // max(1, node.get("GPU", 0)) for node in nodes)) if spread.address else int(here)
     workers = max(1, min(int(said) or part, int(min(node["CPU"] for node in nodes))))
     with remote_options(scheduling_strategy="SPREAD", num_cpus=workers, num_gpus=1 if with_gpu else 0):

@@ -165,7 +165,7 @@ def tabulate(name: str, run: Params) -> Manifest:
     """`artifacts/<run>/studies/<name>`: the rows of all members that are done, in the order of arms and seeds, and those of what they share.
 
     Of members that aren't, say because another machine has them, the rows stay that the table has which is there, if they are of the same checkpoints
-    and settings; `kept` counts them, as other code may have made them.
+    and settings; `members_kept` counts them, as other code may have made them.
     """
     root, its = ROOT / run.run.name, run.studies[name]
     shared = read_run(run.model_copy(update={"iterations": {}, "reinforcements": {}, "evaluations": run.reference}), root)
@@ -180,7 +180,7 @@ def tabulate(name: str, run: Params) -> Manifest:
         table = joined((done | kept)[member] for member in every if member in done or member in kept)
         write(table.with_shared(shared_rows(shared.evaluations.values())), work.folder)
         facts = {name: _made(manifest) for name, manifest in shared.checkpoints.items() if name in run.trained}
-        facts |= {"kept": len(kept)} if kept else {}
+        facts |= {"members_kept": len(kept)} if kept else {}
         return work.publish({**facts, "members": len(done) + len(kept), "episodes": len(table.episodes), "iterations": len(table.updates)})
 
 

@@ -1,7 +1,7 @@
 """`python -m stages VERB ...`: run one stage of the run that `params.yaml` describes. This is what `dvc.yaml` runs.
 
-Nothing here is part of a result: `--workers`, `--device`, `--processes` and `--tracking` (or OPD_WORKERS, OPD_DEVICE, OPD_PROCESSES, OPD_TRACKING)
-say how this machine does the work.
+Nothing here is part of `params.yaml`: `--workers`, `--device`, `--graphs`, `--processes` and `--tracking` (or OPD_WORKERS, OPD_DEVICE, OPD_GRAPHS,
+OPD_PROCESSES, OPD_TRACKING) say how this machine does the work. Manifests name the device and graphs, on which the last bits of logits depend.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 from vla_opd.artifacts import BusyError, Manifest, Share
 from vla_opd.envs import ENVS
 from vla_opd.envs.graphics import use_backend
-from vla_opd.host import LAUNCH, METRICS, Host, processes, require_equal_shares, this_host
+from vla_opd.host import LAUNCH, METRICS, Host, on_or_off, processes, require_equal_shares, this_host
 from vla_opd.lifeline import STARTED_BY, die_with_parent
 from vla_opd.params import START, Params, load, named_function
 from vla_opd.tracking import execution
@@ -82,7 +82,8 @@ def _obey(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
         return ranks.launch(count, "stages", arguments)
     rank = int(os.environ["RANK"]) if LAUNCHED in os.environ else 0
-    host = this_host(options.workers, options.device, options.tracking if rank == 0 else "none", METRICS, graphs=options.graphs)
+    graphs = on_or_off("OPD_GRAPHS, or --graphs,", options.graphs)
+    host = this_host(options.workers, options.device, options.tracking if rank == 0 else "none", METRICS, graphs=graphs)
     host = replace(host, share=Share.parse(options.share, os.environ.get(LAUNCH, "")))
     finished = execution(host, params.run.name, options.verb, options.key or options.verb)
     digest = _report_study(params, options.study) if options.study else _made(options.verb, options.key, params, host)
@@ -115,7 +116,7 @@ def _made(verb: str, key: str | None, params: Params, host: Host) -> str | None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m stages", description="Run one stage of the run that params.yaml describes.")
-    parser.set_defaults(key=None, study=None, share="1/1", processes="1", graphs=False)
+    parser.set_defaults(key=None, study=None, share="1/1", processes="1", graphs="0")
     verbs = parser.add_subparsers(dest="verb", required=True)
     for verb, key in VERBS.items():
         command = verbs.add_parser(verb)
@@ -127,8 +128,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--workers", type=int, default=os.environ.get("OPD_WORKERS", "0"), help="simulator processes (0: one a core)")
         command.add_argument("--device", default=os.environ.get("OPD_DEVICE", "auto"), help="torch device (auto: a GPU if there is one)")
         if verb in ROLLED_OUT:
-            graphs = os.environ.get("OPD_GRAPHS", "") not in ("", "0")
-            command.add_argument("--graphs", action="store_true", default=graphs, help="capture forward passes as CUDA graphs (OpenVLA-OFT)")
+            said = os.environ.get("OPD_GRAPHS", "0")
+            command.add_argument("--graphs", nargs="?", const="1", default=said, help="capture forward passes as CUDA graphs (OpenVLA-OFT)")
         if verb in SHARED:
             command.add_argument(
                 "--share", metavar="NUMBER/COUNT", default="1/1", help="of the shards; whoever runs the stage without it then puts them together"
@@ -207,7 +208,7 @@ def _run_reinforcement(verb: str, iteration: str, params: Params, root: Path, ho
 
 def _check_what_follows(params: Params, student: Path, teacher: Path) -> None:
     """ValueError, before any rollout, for what `label` and `optimize` would refuse after it."""
-    from vla_opd.checkpoint import open_checkpoint, require_environment  # these bring torch, and --help can do without
+    from vla_opd.checkpoint import glance, require_environment  # these bring torch, and --help can do without
     from vla_opd.experts import EXPERTS
     from vla_opd.objectives import OBJECTIVES, ON_DECISIONS
     from vla_opd.transfer import require_actions
@@ -215,18 +216,18 @@ def _check_what_follows(params: Params, student: Path, teacher: Path) -> None:
     named_function(params.optimize.objective, {**OBJECTIVES, **ON_DECISIONS}, "optimize.objective")
     if params.label.expert is not None:
         named_function(params.label.expert, EXPERTS, "label.expert")
-    facts = open_checkpoint(teacher).facts
+    facts = glance(teacher).facts  # the stage itself checks the bytes
     require_environment(facts, params.environment, str(teacher))
-    require_actions(open_checkpoint(student).facts, facts.action_space, str(teacher), transfer=params.label.transfer)
+    require_actions(glance(student).facts, facts.action_space, str(teacher), transfer=params.label.transfer)
     _require_trainable(params, "optimize", student)
 
 
 def _require_trainable(params: Params, verb: str, student: Path) -> None:
     """ValueError, before any rollout, for an adapter that can't be trained on the student, or a student that can't be trained without."""
     from vla_opd import adapters
-    from vla_opd.checkpoint import open_checkpoint
+    from vla_opd.checkpoint import glance
 
-    adapters.require_trainable(getattr(params, verb).lora, adapters.beside(student), open_checkpoint(student).dtype, verb)
+    adapters.require_trainable(getattr(params, verb).lora, adapters.beside(student), glance(student).dtype, verb)
 
 
 def _known(key: str | None, choices: object, field: str) -> str:

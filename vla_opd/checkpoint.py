@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from vla_opd import adapters
-from vla_opd.artifacts import Draft, Manifest, link, open_artifact
+from vla_opd.artifacts import Draft, Manifest, link, open_artifact, read_manifest
 from vla_opd.openvla import QUESTION, TOKENIZER, Architecture, read_public, read_tokenizer
 from vla_opd.params import AdoptParams, EnvironmentParams, PolicyParams
 from vla_opd.tokens import ActionSpace
@@ -60,12 +60,15 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which its weights are stored, by the first of them. ValueError as `weights`'."""
+        """In which its weights are stored. ValueError as `weights`', and for weights that aren't stored in one precision."""
         try:
             with safetensors.safe_open(self.folder / WEIGHTS, "pt") as file:
-                return DTYPES[file.get_slice(next(iter(file.keys()))).get_dtype()]
+                found = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - no mapping
         except safetensors.SafetensorError as error:
             raise ValueError(f"{self.folder / WEIGHTS}: not safetensors ({error}); expected what `save_weights` writes") from error
+        if len(found) != 1 or not found <= DTYPES.keys():
+            raise ValueError(f"{self.folder / WEIGHTS}: is in {sorted(found)}; expected one of {sorted(DTYPES)}")
+        return DTYPES[found.pop()]
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The tensors by name, on the CPU. ValueError for anything that isn't safetensors: no other kind of file is ever loaded."""
@@ -81,7 +84,15 @@ class Checkpoint:
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Open and verify a checkpoint. ValueError says what is missing or wrong."""
-    manifest = open_artifact(folder, "checkpoint")
+    return _described(folder, open_artifact(folder, "checkpoint"))
+
+
+def glance(folder: Path) -> Checkpoint:
+    """What a checkpoint's manifest says, for who only asks: no byte of the weights is checked. ValueError as `open_checkpoint`'s."""
+    return _described(folder, read_manifest(folder, "checkpoint"))
+
+
+def _described(folder: Path, manifest: Manifest) -> Checkpoint:
     try:
         facts = CheckpointFacts.model_validate(manifest.facts["checkpoint"])
     except (KeyError, ValidationError) as error:
@@ -91,7 +102,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 def public_facts(its: AdoptParams, environment: EnvironmentParams) -> CheckpointFacts:
     """How to use a public checkpoint's weights, by its files. ValueError as `read_public`'s."""
-    public = read_public(Path(its.folder), its.unnorm_key, its.crop)
+    public = read_public(Path(its.folder), *its.variant)
     return CheckpointFacts(policy=public.architecture, action_space=public.space, environment=environment, prompt=QUESTION)
 
 

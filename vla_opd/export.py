@@ -1,23 +1,25 @@
 """A checkpoint back in OpenVLA-OFT's public layout, for the original's own code and whatever else reads that."""
 
 import shutil
-import tempfile
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 
 from vla_opd import adapters
 from vla_opd.checkpoint import Checkpoint
-from vla_opd.openvla import Architecture, read_public, restored, weight_files
+from vla_opd.openvla import Architecture, read_public, renamed, restored, weight_files
 from vla_opd.policies import load_policy
+
+WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}  # endings of files that may hold other weights than the new ones
 
 
 def to_public(checkpoint: Checkpoint, like: Path, out: Path, unnorm_key: str | None = None) -> None:
     """Write the folder `out`: the public checkpoint `like`, which this one came from, with this one's weights, an adapter merged into them.
 
     W + (alpha / r) B A is rounded to the precision in which W is stored, and that to the public tensor's. What the policy never reads (either tower's
-    last block, rows of words in the head, ...) stays as it is there; files that aren't weights are copied. All of `out` is there, or nothing.
-    ValueError if `out` is there, and for a checkpoint of another family, size or action statistics than `like`.
+    last block, rows of words in the head, ...) stays as it is there; the other files of `like`, but for folders and other weights, are copied.
+    All of `out` is there, or nothing. ValueError if `out` is there, and for a checkpoint of another family, size or action statistics than `like`.
     """
     shape = checkpoint.facts.policy
     if out.exists():
@@ -25,20 +27,33 @@ def to_public(checkpoint: Checkpoint, like: Path, out: Path, unnorm_key: str | N
     if not isinstance(shape, Architecture):
         raise ValueError(f"{checkpoint.folder}: is of the family {shape.family!r}; expected openvla_oft, whose layout it is")
     _require_alike(checkpoint, shape, like, unnorm_key)
+    shards = list(weight_files(like))
     policy = load_policy(checkpoint)
     if adapters.attached(policy) is not None:
         adapters.merge(policy)
-    ours = policy.state_dict()
-    weights = list(weight_files(like))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as there:
-        whole = Path(there) / "whole"
-        shutil.copytree(like, whole, ignore=shutil.ignore_patterns(*(path.name for path in weights)))
-        for path in weights:
-            tensors = safetensors.torch.load_file(path)
-            made = {name: restored(name, tensor, ours, shape, checkpoint.facts.action_space.bins) for name, tensor in tensors.items()}
-            safetensors.torch.save_file(made, whole / path.name, metadata={"format": "pt"})
-        whole.rename(out)
+    hidden = out.with_name(f".{out.name}.export")
+    shutil.rmtree(hidden, ignore_errors=True)  # of one that was killed
+    hidden.mkdir(parents=True)
+    for path in like.iterdir():
+        if path.is_file() and path.suffix not in WEIGHTS:
+            shutil.copyfile(path, hidden / path.name)
+    ours, bins = policy.state_dict(), checkpoint.facts.action_space.bins
+    written = {name for path in shards for name in _write(path, hidden / path.name, ours, shape, bins)}
+    if lost := ours.keys() - written:
+        raise ValueError(f"{like}: has no tensor for {min(lost)}; expected all that {checkpoint.folder} has")
+    hidden.rename(out)
+
+
+def _write(public: Path, new: Path, ours: dict[str, Any], shape: Architecture, bins: int) -> list[str]:
+    """A file of weights with our values; the names, here, of what it holds. ValueError for weights that aren't safetensors, or of another size."""
+    try:
+        tensors = safetensors.torch.load_file(public)
+        names = [one for name in tensors for one in renamed(name, shape)]
+        made = {name: restored(name, tensor, ours, shape, bins) for name, tensor in tensors.items()}
+    except (OSError, safetensors.SafetensorError, ValueError, RuntimeError, KeyError) as error:
+        raise ValueError(f"{public}: {error}; expected the weights of an OpenVLA-OFT of this size") from error
+    safetensors.torch.save_file(made, new, metadata={"format": "pt"})
+    return names
 
 
 def _require_alike(checkpoint: Checkpoint, shape: Architecture, like: Path, unnorm_key: str | None) -> None:

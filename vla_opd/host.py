@@ -50,6 +50,13 @@ def processes(said: str) -> int:
     return at_least_one("OPD_PROCESSES, or --processes,", said, "processes")
 
 
+def on_or_off(field: str, said: str) -> bool:
+    """What a field of the environment or the command line says. ValueError for what is neither 0 nor 1."""
+    if said not in ("", "0", "1"):
+        raise ValueError(f"{field} is {said!r}; expected 0 or 1")
+    return said == "1"
+
+
 def at_least_one(field: str, said: str, what: str) -> int:
     """The number that a field of the environment or the command line says. ValueError for what is none, and for less than 1."""
     if not said.isdecimal() or int(said) < 1:
@@ -74,7 +81,7 @@ def this_host(workers: int | None, device: str, tracking: TrackingMode, metrics:
         raise ValueError(f"device is {device!r}; expected 'auto', 'cpu' or, where torch sees one, 'cuda'")
     if tracking not in get_args(TrackingMode):  # argparse checks the option, but not its default from the environment
         raise ValueError(f"tracking is {tracking!r}; expected one of {list(get_args(TrackingMode))}")
-    if graphs and device == "cpu":
+    if graphs and not device.startswith("cuda"):
         raise ValueError(f"OPD_GRAPHS, or --graphs, with the device {device!r}; expected a GPU, whose graphs they are")
     workers, task_run = workers or len(os.sched_getaffinity(0)), os.environ.get(TASK_RUN, "")
     return Host(workers, device, tracking, metrics, execution=secrets.token_hex(4), task_run=task_run, graphs=graphs)

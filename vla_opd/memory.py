@@ -20,8 +20,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers.initialization import no_init_weights
 
 from vla_opd import adapters, ranks
-from vla_opd.artifacts import MANIFEST, read_manifest
-from vla_opd.checkpoint import Checkpoint, CheckpointFacts, public_facts
+from vla_opd.artifacts import MANIFEST
+from vla_opd.checkpoint import CheckpointFacts, glance, public_facts
 from vla_opd.host import require_equal_shares
 from vla_opd.openvla import read_tokenizer
 from vla_opd.params import START, Params, UpdateParams
@@ -88,9 +88,8 @@ def described(params: Params, root: Path, name: str) -> Described:
     """A checkpoint by its public files, if it is one that is adopted and they are here; by its manifest otherwise."""
     folder, its = root / "checkpoints" / name, params.adopt.get(name)
     if (folder / MANIFEST).is_file() and not (its and Path(its.folder).is_dir()):
-        manifest = read_manifest(folder, "checkpoint")
-        facts = CheckpointFacts.model_validate(manifest.facts["checkpoint"])
-        return Described(facts, Checkpoint(folder, manifest, facts).dtype, folder)
+        there = glance(folder)
+        return Described(there.facts, there.dtype, folder)
     if its is None:
         raise ValueError(f"{folder}: isn't there yet, and what it will need isn't known before; expected it, or an entry of `adopt`")
     return Described(public_facts(its, params.environment), getattr(torch, its.dtype), Path(its.folder))

@@ -213,9 +213,16 @@ class FinetunedParams(PretrainedParams):
     parent: Name
 
 
+class Variant(NamedTuple):
+    """Whose action statistics a public checkpoint has, and what share of a picture's area it sees."""
+
+    unnorm_key: str | None
+    crop: float
+
+
 SUITES = {"-spatial": "libero_spatial", "-object": "libero_object", "-goal": "libero_goal", "10": "libero_10"}
-KNOWN: dict[str, dict[str, Any]] = {
-    f"Haozhan72/Openvla-oft-SFT-libero{suite}-{demonstrations}": {"unnorm_key": f"{name}_no_noops", "crop": 0.9}
+KNOWN = {
+    f"Haozhan72/Openvla-oft-SFT-libero{suite}-{demonstrations}": Variant(f"{name}_no_noops", 0.9)
     for suite, name in SUITES.items()
     for demonstrations in ("traj1", "trajall")
 }
@@ -238,18 +245,19 @@ class AdoptParams(Section):
     crop: float = Field(default=0.9, gt=0, le=1)
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
-    @model_validator(mode="before")
-    @classmethod
-    def _by_its_name(cls, told: Any) -> Any:
-        name: Any = told.get("known") if isinstance(told, dict) else None  # pyright: ignore[reportUnknownMemberType]
-        if name is None:
-            return told
-        if name not in KNOWN:
-            raise ValueError(f"known is {name!r}; expected one of {sorted(KNOWN)}, or unnorm_key and crop in its place")
-        for field, value in KNOWN[name].items():
-            if told.get(field, value) != value:
-                raise ValueError(f"{field} is {told[field]!r}; expected {value!r}, by which {name} was trained, or nothing")
-        return {**told, **KNOWN[name]}
+    @model_validator(mode="after")
+    def _as_its_name_says(self) -> "AdoptParams":
+        if self.known is not None and self.known not in KNOWN:
+            raise ValueError(f"known is {self.known!r}; expected one of {sorted(KNOWN)}, or unnorm_key and crop in its place")
+        for field, (said, known) in {"unnorm_key": (self.unnorm_key, self.variant.unnorm_key), "crop": (self.crop, self.variant.crop)}.items():
+            if field in self.model_fields_set and said not in (None, known):
+                raise ValueError(f"{field} is {said!r}; expected {known!r}, by which {self.known} was trained, or nothing")
+        return self
+
+    @property
+    def variant(self) -> Variant:
+        """By the name, if there is one, and as it is said otherwise."""
+        return Variant(self.unnorm_key, self.crop) if self.known is None else KNOWN[self.known]
 
 
 class SampleParams(Section):

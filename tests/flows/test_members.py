@@ -79,6 +79,11 @@ def test_what_a_run_has_besides_makes_no_other_members(run: Params) -> None:
     assert not alike("both", finetuned=its["finetuned"] | {"teacher": added})
     assert not alike("plain", optimize=its["optimize"] | {"steps": 8})
     assert alike("other", optimize=its["optimize"] | {"steps": 8})  # it says another number itself
+    assert not alike("tuned", evaluations=its["evaluations"] | {"again": "student"})  # of which such an arm's rows are
+    assert alike("plain", evaluations=its["evaluations"] | {"again": "student"})
+    before = its["studies"]["which"]
+    arms = [before["arms"] | {"both": {"after": "other", "reinforce": 3, "switch": at}} for at in (0.5, 0.9)]
+    assert not made_alike(Member("which", "both", 3), *(Params.model_validate(its | {"studies": {"which": before | {"arms": one}}}) for one in arms))
     assert not made_alike(Member("which", "plain", 7), run, run)
     assert not made_alike(Member("whose", "plain", 3), run, run)
 

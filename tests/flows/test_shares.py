@@ -211,8 +211,12 @@ def test_nodes_with_gpus_and_without_make_nothing_together(monkeypatch: pytest.M
 
     its = [{"Alive": True, "Resources": resources} for resources in ({"CPU": 64.0, "GPU": 8.0}, {"CPU": 64.0})]
     monkeypatch.setattr(ray, "nodes", lambda: its)
+    monkeypatch.delenv("OPD_WORKERS", raising=False)
     with pytest.raises(ValueError, match="OPD_CLUSTER: 1 of 2 nodes have GPUs; expected all or none"), shares._placed(Spread(4, "ray", "there:6379")):
         pass
+    monkeypatch.setenv("OPD_DEVICE", "cpu")
+    with shares._placed(Spread(4, "ray", "there:6379")) as told:
+        assert told == {"OPD_WORKERS": "8"}
 
 
 def test_a_folder_that_a_node_does_not_see_is_named(tmp_path: Path) -> None:

@@ -215,20 +215,20 @@ def test_a_table_keeps_the_members_that_another_machine_has_made(tmp_path: Path,
         here.update({Member("which", *one): True for one in done})
         made = tabulate.fn("which", Params.model_validate(settings))
         table = study.read(tmp_path / "artifacts/small/studies/which")
-        return [(row.arm, row.seed) for row in table.episodes], {name: made.facts[name] for name in ("members", "kept") if name in made.facts}
+        return [(row.arm, row.seed) for row in table.episodes], {name: made.facts[name] for name in ("members", "members_kept") if name in made.facts}
 
     assert found(("early", 0), ("late", 1)) == ([("late", 1), ("early", 0)], {"members": 2})
-    assert found(("late", 0)) == ([("late", 0), ("late", 1), ("early", 0)], {"members": 3, "kept": 2})
+    assert found(("late", 0)) == ([("late", 0), ("late", 1), ("early", 0)], {"members": 3, "members_kept": 2})
     assert found(("late", 0), ("late", 1), ("early", 0)) == ([("late", 0), ("late", 1), ("early", 0)], {"members": 3})
 
     its["seeds"].append(3)
     its["arms"]["new"] = {"distill": 2}
     settings["adopt"]["another"] = {"folder": "public"}
-    assert found(("new", 3)) == ([("late", 0), ("late", 1), ("early", 0), ("new", 3)], {"members": 4, "kept": 3})
+    assert found(("new", 3)) == ([("late", 0), ("late", 1), ("early", 0), ("new", 3)], {"members": 4, "members_kept": 3})
     its["arms"]["late"] = {"distill": 1, "settings": {"optimize.steps": 7}}
-    assert found() == ([("early", 0), ("new", 3)], {"members": 2, "kept": 2})
+    assert found() == ([("early", 0), ("new", 3)], {"members": 2, "members_kept": 2})
     its["every"] = 2
-    assert found() == ([("early", 0)], {"members": 1, "kept": 1})
+    assert found() == ([("early", 0)], {"members": 1, "members_kept": 1})
     settings["label"] = {"batch_size": 7}
     assert found() == ([], {"members": 0})
     assert found(("early", 0)) == ([("early", 0)], {"members": 1})

@@ -1,5 +1,6 @@
 """Who is asked about which states: a teacher, about pictures of the kind that it was trained on; the expert; a teacher that takes over."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -188,3 +189,17 @@ def test_grpo_weighs_every_episode_alike_whatever_is_left_of_it(small: Path) -> 
     assert data.kept is not None
     assert any(0 < data.kept[episode == one].mean() < 1 for one in np.unique(episode)), "the fixture should show an episode that is cut"
     assert len(rows) < (data.on_policy.decisions.decided & data.mask.any(1)).sum()  # some are left out
+
+
+def test_the_next_is_asked_for_before_one_is_waited_for() -> None:
+    happened = list[str]()
+
+    def asked() -> Iterator[int]:
+        for one in range(3):
+            happened.append(f"ask {one}")
+            yield one
+
+    for one in label._one_behind(asked()):
+        happened.append(f"wait {one}")
+    assert happened == ["ask 0", "ask 1", "wait 0", "ask 2", "wait 1", "wait 2"]
+    assert list(label._one_behind(iter(()))) == []

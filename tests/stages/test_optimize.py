@@ -3,10 +3,11 @@
 import json
 import re
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ from tests.small_run import HOST
 from tests.vla_opd import small
 from tests.vla_opd.test_checkpoint import publish
 from vla_opd.artifacts import draft, read_manifest
-from vla_opd.checkpoint import open_checkpoint
+from vla_opd.checkpoint import Checkpoint, open_checkpoint
 from vla_opd.decisions import Decisions
 from vla_opd.objectives import OBJECTIVES, DecisionBatch, TokenBatch, confidence, group_advantage, masked_mean, mixed, of, tempered
 from vla_opd.params import DemonstrationSet, OptimizeParams, Params, PretrainedParams, RunParams, load
@@ -304,8 +305,18 @@ def test_without_a_group_to_learn_from_the_student_stays_as_it_is(small: Path, c
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_the_anchor_is_a_parent(small: Path) -> None:
+def test_the_anchor_is_a_parent_and_gone_before_the_student_comes(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = list[weakref.ref[torch.nn.Module]]()
+
+    def load(checkpoint: Checkpoint, device: str) -> Any:
+        assert all(one() is None for one in loaded)
+        policy = load_policy(checkpoint, device)
+        loaded.append(weakref.ref(policy))
+        return policy
+
+    monkeypatch.setattr("stages.optimize.load_policy", load)
     assert command.main(["optimize", "--iteration", "it001", "--device", "cpu", "--tracking", "none", "--set", "optimize.anchor=0.1"]) == 0
+    assert len(loaded) == 2
     assert open_checkpoint(small / "checkpoints/it001").manifest.parents["anchor"] == open_checkpoint(small / "checkpoints/student").digest
     rows = [json.loads(line) for line in (small / "checkpoints/it001/metrics.jsonl").read_text().splitlines()]
     assert rows[0]["anchor_kl"] == pytest.approx(0, abs=1e-4)  # the student is the one that the run began with

@@ -73,7 +73,43 @@ def test_an_adapter_is_merged_into_it(folder: Path, tmp_path: Path) -> None:
     ours, before = asked(load_policy(made)), asked(from_public(folder))
     torch.testing.assert_close(asked(from_public(tmp_path / "deep/out")), ours, rtol=0, atol=1e-4)
     assert (ours - before).abs().max() > 0.1
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]  # nothing hidden
+
+
+def test_shards_come_out_as_shards_and_nothing_comes_along(folder: Path, tmp_path: Path) -> None:
+    """As a hub's cache has them: links, an index, and folders beside them."""
+    whole = safetensors.torch.load_file(folder / "model.safetensors")
+    parts = {"model-00001-of-00002.safetensors": sorted(whole)[::2], "model-00002-of-00002.safetensors": sorted(whole)[1::2]}
+    (tmp_path / "blobs").mkdir()
+    for name, tensors in parts.items():
+        safetensors.torch.save_file({one: whole[one] for one in tensors}, tmp_path / "blobs" / name)
+        (folder / name).symlink_to(tmp_path / "blobs" / name)
+    index = {"metadata": {}, "weight_map": {one: name for name, tensors in parts.items() for one in tensors}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").unlink()
+    (folder / "lora_adapter").mkdir()
+    (folder / "training_state.pt").write_bytes(b"old")
+    to_public(adopted(folder, tmp_path / "it"), folder, folder / "out")  # within it, too
+    made = {path.name for path in (folder / "out").iterdir()}
+    assert made == {path.name for path in folder.iterdir()} - {"lora_adapter", "training_state.pt", "out"}
+    assert not any(path.is_symlink() for path in (folder / "out").iterdir())
+    for name, tensors in parts.items():
+        after = safetensors.torch.load_file(folder / "out" / name)
+        assert all(torch.equal(after[one], whole[one]) for one in tensors)
+
+
+def test_of_one_that_lacks_something_nothing_is_made(folder: Path, tmp_path: Path) -> None:
+    made, weights = adopted(folder, tmp_path / "it"), folder / "model.safetensors"
+    whole = safetensors.torch.load_file(weights)
+    safetensors.torch.save_file({name: one for name, one in whole.items() if "lm_head" not in name}, weights)
+    with pytest.raises(ValueError, match=r"public: has no tensor for head\.weight; expected all that .*it has"):
+        to_public(made, folder, tmp_path / "out")
+    weights.write_bytes(b"no weights")
+    with pytest.raises(ValueError, match=r"model\.safetensors: .*; expected the weights of an OpenVLA-OFT of this size"):
+        to_public(made, folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    safetensors.torch.save_file(whole, weights)
+    to_public(made, folder, tmp_path / "out")  # what the others have left is no hindrance
 
 
 def test_in_bfloat16_it_is_merged_up_to_rounding(folder: Path, tmp_path: Path) -> None:

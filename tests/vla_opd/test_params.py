@@ -324,10 +324,13 @@ def test_functions_that_do_not_exist_are_refused(name: str, message: str) -> Non
 def test_a_public_checkpoint_is_known_by_its_name() -> None:
     name = "Haozhan72/Openvla-oft-SFT-libero10-traj1"
     its = AdoptParams.model_validate({"folder": "x", "known": name})
-    assert (its.unnorm_key, its.crop) == ("libero_10_no_noops", 0.9)
-    assert AdoptParams.model_validate({"folder": "x", "known": name, "unnorm_key": "libero_10_no_noops"}) == its
+    assert its.variant == ("libero_10_no_noops", 0.9)
+    assert its.model_dump(exclude_unset=True) == {"folder": "x", "known": name}  # as a study hands it on
+    for said in ({"unnorm_key": "libero_10_no_noops"}, {"unnorm_key": None}, {"crop": 0.9}):
+        assert AdoptParams.model_validate({"folder": "x", "known": name, **said}).variant == its.variant
     with pytest.raises(ValidationError, match=rf"crop is 1\.0; expected 0\.9, by which {name} was trained, or nothing"):
         AdoptParams.model_validate({"folder": "x", "known": name, "crop": 1.0})
     with pytest.raises(ValidationError, match=r"known is 'openvla'; expected one of \['Haozhan72/.*'\], or unnorm_key and crop in its place"):
         AdoptParams.model_validate({"folder": "x", "known": "openvla"})
+    assert AdoptParams(folder="x", unnorm_key="k", crop=1.0).variant == ("k", 1.0)
     assert "known" not in AdoptParams(folder="x").model_dump()

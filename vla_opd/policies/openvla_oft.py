@@ -94,7 +94,8 @@ class OpenVLAOFT(nn.Module):
         """Logits for pictures that are ready."""
         prompts = [self.prompt(instruction) for instruction in instructions]
         padded = self._sent(torch.tensor([ids + [PAD] * (LONGEST - len(ids)) for ids in prompts]))
-        return (self._captured or self.forward)(pixels, padded, self._sent(torch.tensor([len(ids) for ids in prompts])))
+        ask = self.forward if self._captured is None or torch.is_grad_enabled() else self._captured
+        return ask(pixels, padded, self._sent(torch.tensor([len(ids) for ids in prompts])))
 
     def forward(self, pixels: Float[Tensor, "B 6 S S"], prompts: Int[Tensor, "B L"], lengths: Int[Tensor, " B"]) -> Float[Tensor, "B K V"]:
         """All that the device does for logits. Shapes are those of the batch, and no value decides what is computed: it can be captured as one graph.
@@ -246,7 +247,7 @@ class Captured:
                 for _ in range(3):
                     self._function(*arguments)
             torch.cuda.current_stream().wait_stream(aside)
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=aside):
                 answer = self._function(*arguments)
         return graph, arguments, answer
 

@@ -182,12 +182,13 @@ def test_a_forward_pass_can_be_captured(speaking: OpenVLAOFT, inputs: dict[str, 
 @pytest.mark.gpu
 def test_captured_it_answers_the_same(speaking: OpenVLAOFT, inputs: dict[str, np.ndarray]) -> None:
     observations = seen(inputs, "Pick up the BOWL", "open the top drawer", "close it")
-    policy = speaking.to("cuda", torch.bfloat16)
+    policy, batches = speaking.to("cuda"), [observations.at(np.array(rows)) for rows in ([0, 1, 2], [2, 0, 1], [1])]
     with torch.inference_mode():
-        expected = policy.logits(observations)
+        expected = [policy.logits(batch) for batch in batches]
         policy.capture()
-        for rows in ([0, 1, 2], [2, 0, 1], [1]):
-            torch.testing.assert_close(policy.logits(observations.at(np.array(rows))), expected[rows])
+        for batch, answer in zip(batches, expected, strict=True):
+            torch.testing.assert_close(policy.logits(batch), answer, rtol=0, atol=1e-4)
+    assert policy.logits(batches[0]).requires_grad
 
 
 @pytest.mark.gpu
