@@ -200,6 +200,7 @@ def test_on_ray_a_share_asks_for_the_part_of_a_node_that_it_uses(
     its = [{"Alive": True, "Resources": {"CPU": float(cpu)} | ({"GPU": float(gpu)} if gpu else {})} for cpu, gpu in nodes]
     monkeypatch.setattr(ray, "nodes", lambda: [*its, {"Alive": False, "Resources": {}}])
     monkeypatch.setenv("OPD_WORKERS", workers)
+    monkeypatch.delenv("OPD_DEVICE")
     with shares._placed(Spread(4, "ray", "there:6379")) as told:
         options = RemoteOptionsContext.get().current_remote_options
     assert told == {"OPD_WORKERS": expected}
@@ -211,7 +212,8 @@ def test_nodes_with_gpus_and_without_make_nothing_together(monkeypatch: pytest.M
 
     its = [{"Alive": True, "Resources": resources} for resources in ({"CPU": 64.0, "GPU": 8.0}, {"CPU": 64.0})]
     monkeypatch.setattr(ray, "nodes", lambda: its)
-    monkeypatch.delenv("OPD_WORKERS", raising=False)
+    for name in ("OPD_WORKERS", "OPD_DEVICE"):
+        monkeypatch.delenv(name)
     with pytest.raises(ValueError, match="OPD_CLUSTER: 1 of 2 nodes have GPUs; expected all or none"), shares._placed(Spread(4, "ray", "there:6379")):
         pass
     monkeypatch.setenv("OPD_DEVICE", "cpu")
