@@ -6,7 +6,7 @@ import threading
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -189,13 +189,6 @@ def _changes(pairs: Sequence[str]) -> dict[str, str]:
 # Lineage
 
 
-class Precision(StrEnum):
-    """What weights may be computed in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
 class Form(StrEnum):
     """How a history is written."""
 
@@ -305,7 +298,7 @@ def parity(
     crop: Annotated[float, typer.Option(min=0.01, max=1, help="share of a picture's area that is seen; 1 if it was trained without crops")] = 0.9,
     tolerance: Annotated[float, typer.Option(min=0, help="of features, logits and log-probabilities; what is counted is to be equal")] = 5e-4,
     device: Annotated[str, typer.Option(help="where ours is computed, as torch says it")] = "cpu",
-    dtype: Annotated[Precision, typer.Option(help="and in which precision")] = Precision.float32,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="and in which precision")] = "float32",
     out: Annotated[Path | None, typer.Option("--out", help="write our arrays to this file")] = None,
 ) -> None:
     """Whether OpenVLA-OFT as it is here computes what the original does, step by step. Exit code 1 if an array is farther off than it may be."""
@@ -316,7 +309,7 @@ def parity(
     from vla_opd.policies.openvla_oft import from_public
 
     where = this_host(None, device, "none", METRICS).device
-    policy = from_public(checkpoint, unnorm_key, getattr(torch, dtype.value), crop).to(where)
+    policy = from_public(checkpoint, unnorm_key, getattr(torch, dtype), crop).to(where)
     found = parity.of_files(policy, inputs, reference, tolerance, out)
     told = [(one.name, f"{one.difference:.1e}", f"{one.tolerance:.0e}", "" if one.holds else "too far") for one in found.compared]
     print(answers.rows(["array", "largest difference", "allowed", ""], told))

@@ -208,7 +208,7 @@ def _run_reinforcement(verb: str, iteration: str, params: Params, root: Path, ho
 
 def _check_what_follows(params: Params, student: Path, teacher: Path) -> None:
     """ValueError, before any rollout, for what `label` and `optimize` would refuse after it."""
-    from vla_opd.checkpoint import glance, require_environment  # these bring torch, and --help can do without
+    from vla_opd.checkpoint import glance, open_checkpoint, require_environment  # these bring torch, and --help can do without
     from vla_opd.experts import EXPERTS
     from vla_opd.objectives import OBJECTIVES, ON_DECISIONS
     from vla_opd.transfer import require_actions
@@ -216,7 +216,7 @@ def _check_what_follows(params: Params, student: Path, teacher: Path) -> None:
     named_function(params.optimize.objective, {**OBJECTIVES, **ON_DECISIONS}, "optimize.objective")
     if params.label.expert is not None:
         named_function(params.label.expert, EXPERTS, "label.expert")
-    facts = glance(teacher).facts  # the stage itself checks the bytes
+    facts = open_checkpoint(teacher).facts  # its bytes too: nobody reads them before `label`. The student's, the stage checks
     require_environment(facts, params.environment, str(teacher))
     require_actions(glance(student).facts, facts.action_space, str(teacher), transfer=params.label.transfer)
     _require_trainable(params, "optimize", student)
@@ -227,7 +227,7 @@ def _require_trainable(params: Params, verb: str, student: Path) -> None:
     from vla_opd import adapters
     from vla_opd.checkpoint import glance
 
-    adapters.require_trainable(getattr(params, verb).lora, adapters.beside(student), glance(student).dtype, verb)
+    adapters.require_trainable(getattr(params, verb).lora, adapters.beside(student), glance(student).dtypes, verb)
 
 
 def _known(key: str | None, choices: object, field: str) -> str:

@@ -5,7 +5,7 @@ A checkpoint with an adapter has its base's weights beside it, byte for byte, an
 peft is imported where it is needed: that takes seconds, and most runs have no adapters.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -40,20 +40,21 @@ def prepare(policy: nn.Module, lora: Lora | None, seed: int, where: str) -> None
     where: the section that says so. ValueError as `require_trainable`'s.
     """
     there = attached(policy)
-    require_trainable(lora, there, next(policy.parameters()).dtype, where)
+    require_trainable(lora, there, [one.dtype for one in policy.parameters()], where)
     if lora is None and there is not None:
         merge(policy)
     elif lora is not None and there is None:
         attach(policy, lora, seed)
 
 
-def require_trainable(lora: Lora | None, there: Lora | None, stored: torch.dtype, where: str) -> None:
+def require_trainable(lora: Lora | None, there: Lora | None, stored: Iterable[torch.dtype], where: str) -> None:
     """ValueError for another adapter than the one that is there, and, without one, for weights that are too coarse to train."""
     if lora is not None and there is not None and lora != there:
         ours, theirs = ([one.rank, one.alpha] for one in (lora, there))
         raise ValueError(f"{where}.lora_rank and lora_alpha are {ours}; expected the checkpoint's {theirs}, or null, by which its adapter is merged")
-    if lora is None and stored != torch.float32:
-        raise ValueError(f"{where}.lora_rank is null, and the weights are {stored}, too coarse for small steps; expected an adapter, or float32")
+    if lora is None and (coarse := {str(one) for one in stored if one != torch.float32}):
+        told = ", ".join(sorted(coarse))
+        raise ValueError(f"{where}.lora_rank is null, and the weights are {told}, too coarse for small steps; expected an adapter, or float32")
 
 
 def attached(policy: nn.Module) -> Lora | None:

@@ -42,7 +42,7 @@ class CheckpointFacts(BaseModel):
     instruction_length: int = Field(default=20, ge=1)
 
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # by their names in safetensors
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}  # by their names in safetensors
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,16 @@ class Checkpoint:
         return self.manifest.digest
 
     @property
-    def dtype(self) -> torch.dtype:
-        """In which its weights are stored. ValueError as `weights`', and for weights that aren't stored in one precision."""
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """In which its weights are stored, the first tensor's first; buffers of integers aside. ValueError as `weights`', and if there are none."""
         try:
             with safetensors.safe_open(self.folder / WEIGHTS, "pt") as file:
-                found = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - no mapping
+                stored = [file.get_slice(name).get_dtype() for name in file.keys()]  # noqa: SIM118 - no mapping
         except safetensors.SafetensorError as error:
             raise ValueError(f"{self.folder / WEIGHTS}: not safetensors ({error}); expected what `save_weights` writes") from error
-        if len(found) != 1 or not found <= DTYPES.keys():
-            raise ValueError(f"{self.folder / WEIGHTS}: is in {sorted(found)}; expected one of {sorted(DTYPES)}")
-        return DTYPES[found.pop()]
+        if not (found := tuple(DTYPES[name] for name in dict.fromkeys(stored) if name in DTYPES)):
+            raise ValueError(f"{self.folder / WEIGHTS}: is in {sorted(set(stored))}; expected some tensors in {sorted(DTYPES)}")
+        return found
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The tensors by name, on the CPU. ValueError for anything that isn't safetensors: no other kind of file is ever loaded."""

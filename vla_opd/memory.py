@@ -89,7 +89,7 @@ def described(params: Params, root: Path, name: str) -> Described:
     folder, its = root / "checkpoints" / name, params.adopt.get(name)
     if (folder / MANIFEST).is_file() and not (its and Path(its.folder).is_dir()):
         there = glance(folder)
-        return Described(there.facts, there.dtype, folder)
+        return Described(there.facts, there.dtypes[0], folder)
     if its is None:
         raise ValueError(f"{folder}: isn't there yet, and what it will need isn't known before; expected it, or an entry of `adopt`")
     return Described(public_facts(its, params.environment), getattr(torch, its.dtype), Path(its.folder))

@@ -86,6 +86,18 @@ def test_weights_that_could_not_be_trained_are_not_rolled_out(
     assert called == []
 
 
+def test_a_damaged_teacher_is_found_before_any_rollout(called: list[tuple[Any, ...]], project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights, facts = build_policy(small.FACTS).state_dict(), {"checkpoint": small.FACTS.model_dump()}
+    for name in ("student", "teacher"):
+        publish(project / ROOT / "checkpoints" / name, weights, facts)
+    file = project / ROOT / "checkpoints/teacher/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    same = ["environment.cameras=[front, side]", "environment.image_size=20", "policy.crop=16"]
+    assert command.main(["sample", "--iteration", "it001", *(word for one in same for word in ("--set", one))]) == 2
+    assert "model.safetensors" in capsys.readouterr().err
+    assert called == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

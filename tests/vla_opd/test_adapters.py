@@ -186,6 +186,13 @@ def test_an_adapted_policy_without_its_base_is_not_published(tmp_path: Path) -> 
     assert not (tmp_path / "it").exists()
 
 
+def test_all_weights_are_looked_at_before_they_are_trained() -> None:
+    mixed = policy()
+    mixed.head.bfloat16()
+    with pytest.raises(ValueError, match=r"optimize\.lora_rank is null, and the weights are torch\.bfloat16, too coarse"):
+        adapters.prepare(mixed, None, 0, "optimize")
+
+
 def test_over_coarse_weights_an_adapter_is_fine_and_they_are_not_trained_without() -> None:
     coarse = from_public(GOLDEN / "checkpoint", dtype=torch.bfloat16)
     with pytest.raises(
