@@ -56,10 +56,7 @@ class Member:
 
 
 def members(study: str, run: Params, arms: Iterable[str] = (), seeds: Iterable[int] = ()) -> tuple[Member, ...]:
-    """The members, seed by seed, so that a study that was stopped has all arms of some seeds. ValueError names an unknown arm or seed.
-
-    An arm without iterations draws nothing by these seeds, and has one member, with the first of them.
-    """
+    """The members, seed by seed, so that a study that was stopped has all arms of some seeds. ValueError names an unknown arm or seed."""
     if study not in run.studies:
         raise ValueError(f"studies has no {study!r}; expected one of {sorted(run.studies)}")
     if run.evaluate.decide is not None:
@@ -71,11 +68,7 @@ def members(study: str, run: Params, arms: Iterable[str] = (), seeds: Iterable[i
     for field, wanted, known in (("arms", wanted_arms, list(its.arms)), ("seeds", wanted_seeds, list(its.seeds))):
         if unknown := [one for one in wanted if one not in known]:
             raise ValueError(f"studies.{study}.{field} has no {unknown[0]!r}; expected some of {known}")
-    learning = {arm: any(one.distill + one.reinforce for one in its.lineage(arm)) for arm in wanted_arms}
-    found = tuple(Member(study, arm, seed) for seed in wanted_seeds for arm in wanted_arms if learning[arm] or seed == its.seeds[0])
-    if not found:
-        raise ValueError(f"seeds is {wanted_seeds}; expected {its.seeds[0]} among them: arms without iterations, as {wanted_arms}, have only that")
-    return found
+    return tuple(Member(study, arm, seed) for seed in wanted_seeds for arm in wanted_arms)
 
 
 def reference(run: Params) -> list[str]:
@@ -214,6 +207,8 @@ def tree(member: Member, run: Params) -> dict[str, Any]:
         reduce(lambda node, section: node.setdefault(section, {}), sections, settings)[key] = value
     settings["run"]["learning_seed"] = member.seed
     names, scored = chain(member, study)
+    if not names and member.seed != run.run.seed:  # nothing is drawn but by its fine-tuning; with the run's seed that is the run's own
+        settings["finetuned"][START]["seed"] = member.seed
     starts = dict(zip(names, [START, *names], strict=False))
     evaluations = run.reference | {name: name for name in scored}
     for section, prefix in (("iterations", "it"), ("reinforcements", "rl")):

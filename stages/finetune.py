@@ -32,10 +32,11 @@ from vla_opd.update import order, write
 def run(params: Params, name: str, demonstrations: Path, parent: Path | None, out: Path, host: Host) -> Manifest:
     """Train the checkpoint `name` on (some of) a set of demonstrations, from its parent's weights if it has one."""
     made, sft = params.trained[name], params.finetune
+    seed = params.run.seed if made.seed is None else made.seed
     source, origin = open_artifact(demonstrations, "demonstrations"), open_checkpoint(parent) if parent else None
     parents = {"demonstrations": source.digest} | ({"parent": origin.digest} if origin else {})
     settings = {
-        "seed": params.run.seed,
+        "seed": seed,
         "name": name,
         "checkpoint": {"parent": None, **made.model_dump()},
         "finetune": sft.model_dump(),
@@ -47,11 +48,12 @@ def run(params: Params, name: str, demonstrations: Path, parent: Path | None, ou
     states = read_states(shards(demonstrations), made.per_task)
     facts = _facts(params, states, origin)
     with ranks.draft(out, "checkpoint", parents, settings) as work, track(host, params.run.name, "finetune", name, settings) as log:
-        policy = _policy(facts, origin, derive(params.run.seed, "finetune", name), host.device)
+        policy = _policy(facts, origin, derive(seed, "finetune", name), host.device)
         bins = policy.encode(states.labels)
-        loss = _loss(bins, facts.action_space.bins, states, params, name)
-        evidence = Evidence(host.not_finite(params.run.name), lambda step: _examples(states, bins, _order(states, params, name)(step)))
-        adapters.prepare(policy, sft.lora if origin else None, derive(params.run.seed, "finetune", name), "finetune")
+        states_of = order(np.arange(len(states)), sft.batch_size, derive(seed, "finetune", name, "order"))
+        loss = _loss(bins, states, smoothed_targets(facts.action_space.bins, sft.smoothing), states_of)
+        evidence = Evidence(host.not_finite(params.run.name), lambda step: _examples(states, bins, states_of(step)))
+        adapters.prepare(policy, sft.lora if origin else None, derive(seed, "finetune", name), "finetune")
         with ranks.sharded(policy) as shared, adapters.recomputing(shared, wanted=sft.gradient_checkpointing):
             rows, _ = train(shared, loss, _budget(made, params), work.scratch, None, f"finetune {name}", log, evidence)
         write(work, policy, origin, rows, None)
@@ -90,10 +92,10 @@ def _budget(made: PretrainedParams, params: Params) -> Budget:
     return Budget(made.steps, schedule, sft.gradient_clip, sft.weight_decay, sft.save_every)
 
 
-def _loss(bins: Int16[np.ndarray, "N K"], count: int, states: States, params: Params, name: str) -> Loss:
-    """-sum_v q(v) log p(v) over valid tokens, q the Gaussian-smoothed one-hot of the demonstrated bin, one of `count`."""
-    soft = smoothed_targets(count, params.finetune.smoothing)
-    states_of = _order(states, params, name)
+def _loss(
+    bins: Int16[np.ndarray, "N K"], states: States, soft: Float[Tensor, "V V"], states_of: Callable[[int], Int[np.ndarray, " B"]]
+) -> Loss:
+    """-sum_v q(v) log p(v) over valid tokens, q the row of `soft` that is the demonstrated bin's. states_of: step -> its batch of them."""
 
     def loss(policy: Policy, step: int) -> Means:
         rows = states_of(step)
@@ -105,11 +107,6 @@ def _loss(bins: Int16[np.ndarray, "N K"], count: int, states: States, params: Pa
         return Means(masked_mean(-(target * log_probs).sum(-1), mask), {"accuracy": hit}, int(states.mask[rows].sum()))
 
     return loss
-
-
-def _order(states: States, params: Params, name: str) -> Callable[[int], Int[np.ndarray, " B"]]:
-    """Step -> the states of its batch; this process's share of them."""
-    return order(np.arange(len(states)), params.finetune.batch_size, derive(params.run.seed, "finetune", name, "order"))
 
 
 def _examples(states: States, bins: Int16[np.ndarray, "N K"], rows: Int[np.ndarray, " B"]) -> dict[str, np.ndarray]:

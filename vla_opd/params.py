@@ -202,6 +202,7 @@ class PretrainedParams(Section):
     per_task: int | None = Field(default=None, ge=1, description="demonstrations per task; all of them if null")
     steps: int = Field(ge=1)
     learning_rate: float = Field(gt=0)
+    seed: int | None = Field(default=None, ge=0, exclude_if=_is(None), description="of its first weights and its order; run.seed if null")
 
 
 class FinetunedParams(PretrainedParams):
@@ -457,7 +458,8 @@ class ArmParams(Section):
     after:    the arm that it goes on from, with the same seed and the same settings; if none is named, it starts from the run's student.
     switch:   from where on: from the checkpoint of that arm's first iteration whose rollouts had at least this success, not from its last one.
     settings: `section.key: value`, in which the arm differs from the run. Some of `finetuned.student` give it a student of its own; without
-              iterations, it is that student: offline fine-tuning, for example on all demonstrations (`finetuned.student.per_task: null`).
+              iterations, it is that student, made once with every seed: offline fine-tuning, for example on all demonstrations
+              (`finetuned.student.per_task: null`).
     """
 
     after: Name | None = None
@@ -490,7 +492,7 @@ class ArmParams(Section):
 class StudyParams(Section):
     """Arms x seeds: every arm learns once with every seed, from the run's own student and teacher, and is scored on the same initial states.
 
-    seeds:         values of `run.learning_seed`.
+    seeds:         values of `run.learning_seed`; of `finetuned.student.seed`, for arms without iterations.
     every:         checkpoints are scored after every that many iterations, and at the end.
     keep_rollouts: keep what the iterations saw, and the labels. By default they go once a member is done; its checkpoints name their digests, and DVC
                    can make them again.

@@ -76,7 +76,8 @@ def run(root: Path, name: str) -> Manifest:
     table = open_artifact(folder, "study")
     params = Params.model_validate(table.params["parameters"])
     rows = read(folder)
-    study, unseen = (_study(rows, params, seen=seen) for seen in (True, False))
+    teacher = _teacher(params, name)
+    study, unseen = (_study(rows, params, teacher, seen=seen) for seen in (True, False))
     if study is None or not study.curves:
         raise ValueError(f"{folder}: no member is done; expected one at least (opd study {name})")
     found = results(study, unseen)
@@ -84,16 +85,25 @@ def run(root: Path, name: str) -> Manifest:
         with work.part("results.json") as path:
             path.write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
         with work.part("index.html") as path:
-            path.write_text(render(name, params, table, study, unseen, found), encoding="utf-8")
+            path.write_text(render(name, params, table, params.evaluations[teacher], study, unseen, found), encoding="utf-8")
         work.remember({package: version(package) for package in (*DRAWN_WITH, "duckdb", "numpy")})
         return work.publish({"arms": [one.arm for one in found.arms], "success": {one.arm: one.success.value for one in found.arms}})
 
 
-def _study(rows: Table, params: Params, *, seen: bool) -> Study | None:
+def _study(rows: Table, params: Params, teacher: str, *, seen: bool) -> Study | None:
     """Of the tasks that the run trains on, or of those that it doesn't, if any were scored."""
     if not any(row.seen is seen for row in rows.episodes):
         return None
-    return read_study(rows, params.report.start, params.report.teacher, seen=seen)
+    return read_study(rows, params.report.start, teacher, seen=seen)
+
+
+def _teacher(params: Params, name: str) -> str:
+    """The evaluation of the teacher that all arms which distil ask; the report's, where they ask several, or theirs isn't scored."""
+    its = params.studies[name]
+    told = [{key: value for one in its.lineage(arm) for key, value in one.settings.items()} for arm, one in its.arms.items() if one.distill]
+    asked = {settings.get("label.teacher", params.label.teacher) for settings in told}
+    scored = [evaluation for evaluation, checkpoint in params.reference.items() if {checkpoint} == asked]
+    return params.report.teacher if params.report.teacher in scored or not scored else scored[0]
 
 
 def results(study: Study, unseen: Study | None) -> StudyResults:
@@ -143,14 +153,15 @@ def _finite(value: float) -> float | None:
 # The page.
 
 
-def render(name: str, params: Params, table: Manifest, study: Study, unseen: Study | None, found: StudyResults) -> str:
-    """The page, whole."""
+def render(name: str, params: Params, table: Manifest, teacher: str, study: Study, unseen: Study | None, found: StudyResults) -> str:
+    """The page, whole. teacher: the checkpoint."""
     return page.render(
         "vla_opd",
         TEMPLATE,
         name=name,
         params=params,
         table=table,
+        teacher=teacher,
         found=found,
         arms=[(one, curve, _told(params.studies[name], one.arm)) for one, curve in zip(found.arms, study.curves, strict=True)],
         tasks=list(dict.fromkeys(study.tasks)),

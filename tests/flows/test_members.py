@@ -109,12 +109,12 @@ def test_members_that_would_fight_for_the_cores_are_warned_of(run: Params, monke
     assert said.startswith("2 members at the same time on 4 cores, but label.threads is 1, optimize.threads is 3, reinforce.threads is 2")
 
 
-def test_an_arm_without_iterations_has_one_member(run: Params) -> None:
-    arms = {**run.studies["which"].arms, "sft": ArmParams(settings={"finetuned.student.steps": 7})}
-    its = run.model_copy(update={"studies": {"which": run.studies["which"].model_copy(update={"arms": arms})}})
-    assert [str(one) for one in members("which", its) if one.arm == "sft"] == ["sft, seed 3"]
-    with pytest.raises(ValueError, match=r"seeds is \[5\]; expected 3 among them: arms without iterations, as \['sft'\], have only that"):
-        members("which", its, ["sft"], [5])
+def test_an_arm_without_iterations_is_fine_tuned_by_the_members_seed(run: Params) -> None:
+    its = arms(run, sft=ArmParams(settings={"finetuned.student.steps": 7}), on=ArmParams(after="sft", distill=1))
+    for arm, seed, drawn_by in (("sft", 5, 5), ("sft", run.run.seed, None), ("on", 5, None)):  # those that learn on have one start, as all others
+        prepare(Member("which", arm, seed), its)
+        its_own = told(Member("which", arm, seed))
+        assert (its_own.finetuned["student"].steps, its_own.finetuned["student"].seed) == (7, drawn_by)
 
 
 @pytest.mark.parametrize(

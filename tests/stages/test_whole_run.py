@@ -107,6 +107,16 @@ def test_rollouts_by_the_benchmarks_own_protocol_say_so(undisturbed: Path, tmp_p
     assert _manifest(out)["params"]["sample"]["protocol"] == "benchmark"
 
 
+def test_fine_tuning_draws_by_a_seed_of_its_own_if_it_has_one(undisturbed: Path, tmp_path: Path) -> None:
+    out = _all_but("checkpoints/student", undisturbed, tmp_path)
+    as_it_is = (undisturbed / "artifacts/small/checkpoints/student" / WEIGHTS).read_bytes()
+    for seed, same in ((3, True), (4, False)):  # the run's is 3
+        run_stage(tmp_path, [*STAGES["checkpoints/student"], "--set", f"finetuned.student.seed={seed}"], workers=1)
+        assert ((out / WEIGHTS).read_bytes() == as_it_is) is same
+        assert _manifest(out)["params"]["seed"] == seed
+        shutil.rmtree(out)
+
+
 def test_unseen_tasks_are_scored_apart(small: Path) -> None:
     """The run's own score stays what it was, to the episode; and a report of the run still is of its own tasks."""
     folder = small / "evaluations/final"

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,12 +14,12 @@ from vla_opd.artifacts import draft, open_artifact
 from vla_opd.params import Params
 from vla_opd.study import Table
 
-STUDIES = {"speed": {"seeds": [0, 1], "arms": {"fast": {"distill": 4}, "slow": {"distill": 4, "settings": {"optimize.objective": "hard_ce"}}}}}
+STUDIES: dict[str, Any] = {"speed": {"seeds": [0, 1], "arms": {"fast": {"distill": 4}, "slow": {"distill": 4, "settings": {"optimize.objective": "hard_ce"}}}}}
 
 
-def publish(root: Path, rows: Table) -> None:
-    made = Params.model_validate({**TREE, "studies": STUDIES})
-    parents = {"checkpoints/student": "5" * 64, "checkpoints/teacher": "7" * 64}
+def publish(root: Path, rows: Table, **changes: Any) -> None:
+    made = Params.model_validate({**TREE, "studies": STUDIES, **changes})
+    parents = {f"checkpoints/{name}": digit * 64 for name, digit in (("student", "5"), ("teacher", "7"), ("other", "8"))}
     with draft(root / "studies/speed", "study", parents, {"parameters": made.model_dump(mode="json")}) as work:
         study.write(rows, work.folder)
         facts = {name: {"episodes": 50, "optimizer_steps": 10} for name in ("student", "teacher")}
@@ -69,6 +70,21 @@ def test_what_is_forgotten_is_shown_where_it_was_scored(tmp_path: Path, page: st
     assert [one["forgotten"]["value"] for one in found["arms"]] == pytest.approx([0.1, 0.5])
     assert found["unseen_start"]["value"] == pytest.approx(0.6)
     assert found["start"]["value"] == pytest.approx(0.2)
+
+
+def test_the_teacher_is_the_one_that_its_arms_ask_wherever_it_is_from(tmp_path: Path) -> None:
+    rows = table()
+    theirs = [row.model_copy(update={"evaluation": "theirs", "checkpoint": "other"}) for row in rows.episodes if row.evaluation == "teacher"]
+    lost = [row.model_copy(update={"success": row.success and row.state > 0}) for row in theirs]
+    made = TREE | {"adopt": {"other": {"folder": "somewhere"}}, "evaluations": TREE["evaluations"] | {"theirs": "other"}}
+    for arms, of, expected in (("fast",), "7" * 12, 1.0), (("fast", "slow"), "8" * 12, 0.9):  # one asks another than the rest, or all ask it
+        asked = {arm: its | {"settings": {"label.teacher": "other"}} for arm, its in STUDIES["speed"]["arms"].items() if arm in arms}
+        its = {"speed": STUDIES["speed"] | {"arms": STUDIES["speed"]["arms"] | asked}}
+        folder = tmp_path / of
+        publish(folder, rows.with_shared(lost), **made, studies=its)
+        study_page.run(folder, "speed")
+        assert json.loads((folder / "report/speed/results.json").read_text())["teacher"]["value"] == pytest.approx(expected)
+        assert f"teacher <code>{of}" in (folder / "report/speed/index.html").read_text()
 
 
 def test_it_needs_nothing_but_itself(page: str) -> None:
