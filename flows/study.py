@@ -141,8 +141,7 @@ def member_run(folders: list[str], arm: str, seed: int, *, own_student: bool, ke
     run = load()
     opd(targets=[f"evaluate@{name}" for name in run.evaluations])
     root = ROOT / run.run.name
-    known = [one for folder in folders for one in executions(Path(folder) / METRICS / run.run.name)]
-    seconds = {one.digest: (one.ended - one.began).total_seconds() for one in known}
+    seconds = _seconds(run, *map(Path, folders))
     temporary = Path(f".{TABLE}")
     write(member_rows(read_run(run, root), arm, seed, seconds, own_student=own_student), temporary)
     shutil.rmtree(TABLE, ignore_errors=True)
@@ -150,6 +149,12 @@ def member_run(folders: list[str], arm: str, seed: int, *, own_student: bool, ke
     if not keep_rollouts:
         _discard_rollouts(root)
     Path(DONE).write_text(made_from)
+
+
+def _seconds(run: Params, *folders: Path) -> dict[str, float]:
+    """How long the making of artifacts took, by their digests, as these projects' records of executions say."""
+    known = [one for folder in folders for one in executions(folder / METRICS / run.run.name)]
+    return {one.digest: (one.ended - one.began).total_seconds() for one in known}
 
 
 def _discard_rollouts(root: Path) -> None:
@@ -178,9 +183,8 @@ def tabulate(name: str, run: Params) -> Manifest:
         missing = [member for member in every if member not in done and earlier is not None and made_alike(member, run, earlier)]
         kept = {member: rows for member in missing if (rows := before.of(member.arm, member.seed)).episodes}
         table = joined((done | kept)[member] for member in every if member in done or member in kept)
-        write(table.with_shared(shared_rows(shared.evaluations.values())), work.folder)
-        facts = {name: _made(manifest) for name, manifest in shared.checkpoints.items() if name in run.trained}
-        facts |= {"members_kept": len(kept)} if kept else {}
+        write(table.with_shared(shared_rows(shared, _seconds(run, Path()))), work.folder)
+        facts = {"members_kept": len(kept)} if kept else {}
         return work.publish({**facts, "members": len(done) + len(kept), "episodes": len(table.episodes), "iterations": len(table.updates)})
 
 
@@ -196,11 +200,6 @@ def _before(work: Draft) -> tuple[Table, Params | None]:
         return read(work.target), Params.model_validate(there.params["parameters"])
     except ValidationError:  # settings have other names by now
         return nothing
-
-
-def _made(checkpoint: Manifest) -> dict[str, int]:
-    """What a fine-tuned checkpoint cost."""
-    return {"episodes": checkpoint.facts["episodes"], "optimizer_steps": checkpoint.params["checkpoint"]["steps"]}
 
 
 @task(cache_policy=NO_CACHE)

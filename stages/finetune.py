@@ -92,9 +92,7 @@ def _budget(made: PretrainedParams, params: Params) -> Budget:
     return Budget(made.steps, schedule, sft.gradient_clip, sft.weight_decay, sft.save_every)
 
 
-def _loss(
-    bins: Int16[np.ndarray, "N K"], states: States, soft: Float[Tensor, "V V"], states_of: Callable[[int], Int[np.ndarray, " B"]]
-) -> Loss:
+def _loss(bins: Int16[np.ndarray, "N K"], states: States, soft: Float[Tensor, "V V"], states_of: Callable[[int], Int[np.ndarray, " B"]]) -> Loss:
     """-sum_v q(v) log p(v) over valid tokens, q the row of `soft` that is the demonstrated bin's. states_of: step -> its batch of them."""
 
     def loss(policy: Policy, step: int) -> Means:

@@ -13,7 +13,7 @@ from torch import Tensor
 from vla_opd import ranks
 from vla_opd.artifacts import Manifest, open_artifact, read_manifest
 from vla_opd.checkpoint import Checkpoint, open_checkpoint, require_same_actions
-from vla_opd.decisions import Decisions, Graded, failed_share, read_decisions
+from vla_opd.decisions import Decisions, failed_share, read_decisions
 from vla_opd.diagnostics import Distance, distance
 from vla_opd.host import Host
 from vla_opd.logits import Labels, read_shard
@@ -64,7 +64,7 @@ class Labelled:
     @property
     def usable(self) -> Int[np.ndarray, " U"]:
         """The states to learn from: those kept with a valid token, among those that the objective can be asked at."""
-        there = self.mask.any(1) if self.on_policy is None else self.on_policy.graded.usable
+        there = self.mask.any(1) if self.on_policy is None else self.on_policy.there
         return np.flatnonzero(there if self.kept is None else there & self.kept)
 
     @property
@@ -80,10 +80,15 @@ class Labelled:
 
 @dataclass(frozen=True)
 class OnPolicy:
-    """The rollout's decisions. temperature: at which it drew. to_go: see `rewards_to_go`."""
+    """The rollout's decisions. temperature: at which it drew. to_go: see `rewards_to_go`.
+
+    there:     the states at which it decided, with a valid token.
+    advantage: GRPO's, with the weight of a state in its mean; zero in groups that it doesn't learn from.
+    """
 
     decisions: Decisions
-    graded: Graded
+    there: Bool[np.ndarray, " N"]
+    advantage: Float[np.ndarray, " N"]
     temperature: float
     to_go: Float[np.ndarray, " N"]
 
@@ -112,10 +117,8 @@ def run(params: Params, iteration: str, student: Path, trajectories: Path, logit
         evidence = Evidence(host.not_finite(params.run.name), lambda step: data.at(order(data.usable, opt.batch_size, seed)(step)))
         learn(policy, _loss(data, params, seed), opt, plan, work, checkpoint, f"optimize {iteration}", seed, log, evidence)
         after, failed = _probe(policy, own, opt), failed_share(shards(trajectories), data.learnt[: len(own.mask)])
-        log(
-            {f"{when}/{name}": value for when, it in (("before", before), ("after", after)) for name, value in it if isinstance(value, float)},
-            plan.end,
-        )
+        measured = {f"{when}/{name}": value for when, it in (("before", before), ("after", after)) for name, value in it.numbers.items()}
+        log({**measured, "failed_share": failed}, plan.end)
         facts = {"checkpoint": checkpoint.facts.model_dump(), "before": before.model_dump(), "after": after.model_dump(), "failed_share": failed}
         labelled_in = _space(logits)
         facts |= {} if labelled_in == checkpoint.facts.action_space else {"transferred_from": labelled_in.digest}
@@ -210,13 +213,17 @@ def _drawn(data: Labelled, states: int, seed: int) -> Bool[np.ndarray, " N"]:
 
 
 def _on_policy(data: Labelled, decisions: Decisions, opt: OptimizeParams, temperature: float) -> OnPolicy:
-    """Without an advantage, and every decision with the same weight, where the objective is the teacher's alone."""
+    """The teacher is asked at every decision, each with the same weight. In the groups that GRPO learns from there is an advantage, too.
+
+    GRPO's mean is over the episodes of those groups, the teacher's over all tokens: the advantage makes up for it.
+    """
+    there = decisions.decided & data.mask.any(1)
+    advantage = np.zeros(len(data.mask), np.float32)
     if opt.objective == "mixed":
-        graded = decisions.graded(data.learnt, opt)
-    else:
-        ones = np.ones(len(data.mask), np.float32)
-        graded = Graded(0 * ones, decisions.decided & data.mask.any(1), ones)
-    return OnPolicy(decisions, graded, temperature, _to_go(data, decisions, opt))
+        graded, tokens = decisions.graded(data.learnt, opt), data.learnt.sum(1)
+        there = there if opt.distill else graded.usable
+        advantage = graded.advantage * graded.weight * np.float32(tokens[there].sum() / max(1, tokens[graded.usable].sum()))
+    return OnPolicy(decisions, there, advantage, temperature, _to_go(data, decisions, opt))
 
 
 def _to_go(data: Labelled, decisions: Decisions, opt: OptimizeParams) -> Float[np.ndarray, " N"]:
@@ -250,8 +257,6 @@ def _loss(data: Labelled, params: Params, seed: int) -> Loss:
         values = objective(batch)
         if opt.confidence:
             values = values * confidence(batch.teacher, opt.confidence)
-        if data.on_policy is not None:
-            values = values * torch.from_numpy(data.on_policy.graded.weight[rows]).to(values.device).unsqueeze(-1)
         total = masked_mean(values, mask)
         if data.initial is not None:
             away = masked_mean(reverse_kl(replace(batch, teacher=torch.from_numpy(data.initial[rows]).to(values.device))), mask)
@@ -292,7 +297,7 @@ def _decided(batch: TokenBatch, logits: Float[Tensor, "N K V"], on_policy: OnPol
 
     tokens = there(on_policy.decisions.tokens)
     now, then = of(tempered(logits, on_policy.temperature), tokens), there(on_policy.decisions.log_probs)
-    taken = Taken(now, then, there(on_policy.graded.advantage), batch.settings)
+    taken = Taken(now, then, there(on_policy.advantage), batch.settings)
     return DecisionBatch(batch.student, batch.teacher, batch.draw, batch.settings, tokens=tokens, taken=taken, to_go=there(on_policy.to_go))
 
 

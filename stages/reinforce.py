@@ -69,7 +69,9 @@ def run(params: Params, iteration: str, student: Path, trajectories: Path, out: 
         before, plan = _probe(policy, data, its.batch_size), budget(its, depth, len(data.usable))
         evidence = Evidence(host.not_finite(params.run.name), lambda step: data.at(order(data.usable, its.batch_size, seed)(step)))
         learn(policy, _loss(data, its, seed), its, plan, work, checkpoint, f"reinforce {iteration}", seed, log, evidence)
-        facts = {"checkpoint": checkpoint.facts.model_dump(), "before": before, "after": _probe(policy, data, its.batch_size)}
+        after = _probe(policy, data, its.batch_size)
+        log({f"{when}/{name}": value for when, it in (("before", before), ("after", after)) for name, value in it.items()}, plan.end)
+        facts = {"checkpoint": checkpoint.facts.model_dump(), "before": before, "after": after}
         return work.publish({**facts, "depth": depth, "states": len(data.usable)})
 
 

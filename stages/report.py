@@ -107,7 +107,8 @@ def _figures(run: Run) -> dict[str, Markup]:
     if run.iterations:
         figures |= {"kl": _kl(run), "entropy": _entropy(run)}
         for axis in ("position", "dimension"):
-            figures |= {f"kl-{axis}": _kl_along(run, axis), f"entropy-{axis}": _entropy_along(run, axis)}
+            figures |= {f"kl-{axis}": _kl_along(run, axis, "reverse_kl"), f"entropy-{axis}": _entropy_along(run, axis)}
+            figures |= {f"forward-kl-{axis}": _kl_along(run, axis, "forward_kl")} if run.iterations[-1].after.by_position.forward_kl else {}
     if _stepped(run):
         figures |= {"kl-steps": _kl_steps(run), "entropy-steps": _entropy_steps(run)}
     return figures
@@ -221,17 +222,19 @@ def _entropy(run: Run) -> Markup:
     return draw("entropy", f"Entropy in nats a token on each iteration's states: {told}.", (450, 300), paint)
 
 
-def _kl_along(run: Run, axis: str) -> Markup:
-    """Reverse KL by position or dimension: on the first iteration's states before its update, on the last one's after."""
-    first, last = (getattr(one, f"by_{axis}").reverse_kl for one in (run.iterations[0].before, run.iterations[-1].after))
+def _kl_along(run: Run, axis: str, which: str) -> Markup:
+    """A KL by position or dimension: on the first iteration's states before its update, on the last one's after."""
+    first, last = (getattr(getattr(one, f"by_{axis}"), which) for one in (run.iterations[0].before, run.iterations[-1].after))
+    name = {"reverse_kl": "reverse KL", "forward_kl": "forward KL"}[which]
 
     def paint(axes: "Axes") -> None:
         _profile(axes, first, color=STUDENT, markerfacecolor=PAPER, linewidth=1, label=f"before {run.iterations[0].result.name}")
         _profile(axes, last, color=STUDENT, linewidth=2, label=f"after {run.iterations[-1].result.name}")
-        axes.set(xlabel=AXES[axis], ylabel="reverse KL, nats a token", ylim=(0, None))
+        axes.set(xlabel=AXES[axis], ylabel=f"{name}, nats a token", ylim=(0, None))
         axes.legend(loc="best")
 
-    return draw(f"kl-{axis}", f"Reverse KL by {AXES[axis]}: before {_listed(first)}; after {_listed(last)}.", (450, 280), paint)
+    told = f"{name.capitalize().replace('kl', 'KL')} by {AXES[axis]}: before {_listed(first)}; after {_listed(last)}."
+    return draw(f"{which.replace('_', '-').removeprefix('reverse-')}-{axis}", told, (450, 280), paint)
 
 
 def _entropy_along(run: Run, axis: str) -> Markup:

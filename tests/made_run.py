@@ -104,7 +104,8 @@ def publish_iteration(root: Path, name: str, depth: int, student: Manifest, teac
 
 def distance(reverse_kl: float, entropy: float) -> dict[str, object]:
     """Of a student to its teacher; in the second action of three no token is valid."""
-    profile = {"reverse_kl": [reverse_kl, None, reverse_kl / 2], "student_entropy": [entropy, None, 1.0], "teacher_entropy": [3.3, None, 1.5]}
+    kl = {"reverse_kl": [reverse_kl, None, reverse_kl / 2], "forward_kl": [2 * reverse_kl, None, reverse_kl]}
+    profile = kl | {"student_entropy": [entropy, None, 1.0], "teacher_entropy": [3.3, None, 1.5]}
     return {
         "reverse_kl": reverse_kl,
         "forward_kl": 1.5 * reverse_kl,
@@ -124,7 +125,7 @@ def publish_reinforcement(root: Path, name: str, student: Manifest) -> Manifest:
     parents = {"student": student.digest, "trajectories": trajectories.digest}
     with draft(root / "checkpoints" / name, "checkpoint", parents, {"iteration": name}) as work:
         with work.part("metrics.jsonl") as path:
-            path.write_text("{}\n" * 7)
+            path.write_text('{"loss": 0.1, "student_entropy": 4.0, "gradient_norm": 0.25, "clip_fraction": 0.125}\n' * 7)
         return work.publish({"checkpoint": {}, "depth": 0, "before": {"student_entropy": 4.125}, "after": {"student_entropy": 4.0}})
 
 

@@ -72,11 +72,12 @@ class Curve:
 
 @dataclass(frozen=True)
 class Study:
-    """All arms, and what they share: the student that they start from, and the teacher. tasks: of every episode."""
+    """All arms, and what they share: the student that they start from, and the teacher, with what it took to make it. tasks: of every episode."""
 
     curves: tuple[Curve, ...]
     start: Bool[np.ndarray, " E"]
     teacher: Bool[np.ndarray, " E"]
+    teacher_cost: Cost
     tasks: tuple[str, ...]
     horizon: int
 
@@ -202,7 +203,8 @@ def read_study(table: Table, start: str, teacher: str, *, seen: bool = True) -> 
     own = _by(rows, lambda row: row.arm)
     begun = _outcomes(shared[start], episodes)
     curves = tuple(_curve(arm, own[arm], [u for u in table.updates if u.arm == arm], begun, episodes) for arm in table.arms if arm in own)
-    return Study(curves, begun, _outcomes(shared[teacher], episodes), tuple(task for task, _ in episodes), max(row.horizon for row in rows))
+    cost, tasks = Cost(**{name: getattr(shared[teacher][0], name) for name in COSTS}), tuple(task for task, _ in episodes)
+    return Study(curves, begun, _outcomes(shared[teacher], episodes), cost, tasks, max(row.horizon for row in rows))
 
 
 def _curve(arm: str, rows: Sequence[EpisodeRow], updates: Sequence[UpdateRow], start: np.ndarray, episodes: list[tuple[str, int]]) -> Curve:

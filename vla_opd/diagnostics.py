@@ -13,10 +13,11 @@ def distance(batch: TokenBatch, mask: Bool[Tensor, "N K"], chunk: int) -> Distan
     """Measure a batch of chunks of `chunk` actions, whose K tokens are in order of action, then dimension."""
     each = {
         "reverse_kl": reverse_kl(batch),
+        "forward_kl": forward_kl(batch),
         "student_entropy": entropy(batch.student),
         "teacher_entropy": entropy(batch.teacher),
     }
-    rest = {"forward_kl": forward_kl(batch), "teacher_rank": _rank(batch), "top_overlap": _overlap(batch)}
+    rest = {"teacher_rank": _rank(batch), "top_overlap": _overlap(batch)}
     return Distance(
         **{name: masked_mean(values, mask).item() for name, values in (each | rest).items()},
         by_position=Profile(**{name: _along(values, mask, chunk, 1) for name, values in each.items()}),

@@ -4,10 +4,14 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Profile(BaseModel):
-    """Means in nats a token, of the tokens of each action of a chunk or of each action dimension; None where no token is valid."""
+    """Means in nats a token, of the tokens of each action of a chunk or of each action dimension; None where no token is valid.
+
+    forward_kl: empty in what was measured before it was.
+    """
 
     model_config = ConfigDict(frozen=True)
     reverse_kl: tuple[float | None, ...]
+    forward_kl: tuple[float | None, ...] = ()
     student_entropy: tuple[float | None, ...]
     teacher_entropy: tuple[float | None, ...]
 
@@ -34,3 +38,15 @@ class Distance(Means):
 
     by_position: Profile
     by_dimension: Profile
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """All of it, flat: `reverse_kl`, `by_position/reverse_kl/0`; without what no valid token says."""
+        along = {
+            f"{where}/{name}/{place}": value
+            for where in ("by_position", "by_dimension")
+            for name, values in getattr(self, where)
+            for place, value in enumerate(values)
+        }
+        own = {name: getattr(self, name) for name in Means.model_fields}
+        return {name: value for name, value in (own | along).items() if value is not None}

@@ -1,7 +1,7 @@
 """A run's artifacts, read together once it is proved that they belong together: every iteration, every evaluation, and what they cost."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -36,18 +36,32 @@ class Evaluated(Read):
 
 
 class Step(Read):
-    """A line of `metrics.jsonl`. Where the objective is the reverse KL itself, the loss is it."""
+    """A line of `metrics.jsonl`. Where the objective is the reverse KL itself, the loss is it.
+
+    gradient_norm: before it is clipped. clip_fraction, clamp_fraction: of the tokens, whose gradient the ratio's clip stops, or whose reward is cut.
+    """
 
     loss: float
     student_entropy: float
     reverse_kl: float | None = None
+    gradient_norm: float
+    clip_fraction: float | None = None
+    clamp_fraction: float | None = None
 
     @property
     def kl(self) -> float:
         return self.loss if self.reverse_kl is None else self.reverse_kl
 
 
-class IterationResult(Read):
+class UpdateResult(Read):
+    """Of an iteration of either kind: means over its optimiser steps of what `Step` says, None where none says it."""
+
+    gradient_norm: float | None = None
+    clip_fraction: float | None = None
+    clamp_fraction: float | None = None
+
+
+class IterationResult(UpdateResult):
     """What an iteration did and cost. `success` is that of its rollouts: sampled, and before its update. depth: iterations before it, of either kind.
 
     failed_share: the share of the tokens that are learnt from, and so of the labels' say, that lies in rollouts that failed.
@@ -73,7 +87,7 @@ class Entropy(Read):
     student_entropy: float
 
 
-class ReinforcementResult(Read):
+class ReinforcementResult(UpdateResult):
     """What an iteration of GRPO did and cost. `success` is that of its rollouts; useful_groups: of its `groups`, those to learn from."""
 
     name: str
@@ -142,11 +156,11 @@ class Iteration:
 
 @dataclass(frozen=True)
 class Reinforcement:
-    """An iteration of GRPO, its artifacts by their folder's name, and how many optimiser steps it made."""
+    """An iteration of GRPO, its artifacts by their folder's name, and a row of metrics for every optimiser step."""
 
     result: ReinforcementResult
     made: Mapping[str, Manifest]
-    steps: int
+    steps: tuple[Step, ...]
 
 
 @dataclass(frozen=True)
@@ -181,7 +195,7 @@ class Run:
 
     @property
     def optimizer_steps(self) -> int:
-        return sum(len(one.steps) for one in self.iterations) + sum(one.steps for one in self.reinforcements)
+        return sum(len(one.steps) for one in self.updates)
 
     @property
     def results(self) -> Results:
@@ -234,8 +248,8 @@ def _iteration(name: str, root: Path, depth: int) -> Iteration:
         _require_parent(folder, checkpoint, role, manifest)
     asked = {key: logits.facts[key] for key in ("teacher_queries", "recoverable") if key in logits.facts}
     env_steps = trajectories.facts["env_steps"] + logits.facts.get("env_steps", 0)
-    facts = {**checkpoint.facts, **trajectories.facts, **asked, "env_steps": env_steps, "name": name, "depth": depth}
-    steps = tuple(Step.model_validate_json(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+    steps = _steps(folder)
+    facts = {**checkpoint.facts, **trajectories.facts, **asked, **_means(steps), "env_steps": env_steps, "name": name, "depth": depth}
     made = {"checkpoints": checkpoint, "trajectories": trajectories, "logits": logits}
     before, after = (Distance.model_validate(facts[when]) for when in ("before", "after"))
     return Iteration(IterationResult.model_validate(facts), made, steps, before, after)
@@ -246,9 +260,19 @@ def _reinforcement(name: str, root: Path) -> Reinforcement:
     checkpoint = open_artifact(folder, "checkpoint")
     trajectories = _manifest(root, "trajectories", name)
     _require_parent(folder, checkpoint, "trajectories", trajectories)
-    result = ReinforcementResult.model_validate({**checkpoint.facts, **trajectories.facts, "name": name})
-    steps = len((folder / "metrics.jsonl").read_text().splitlines())
+    steps = _steps(folder)
+    result = ReinforcementResult.model_validate({**checkpoint.facts, **trajectories.facts, **_means(steps), "name": name})
     return Reinforcement(result, {"checkpoints": checkpoint, "trajectories": trajectories}, steps)
+
+
+def _steps(folder: Path) -> tuple[Step, ...]:
+    return tuple(Step.model_validate_json(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+
+
+def _means(steps: Sequence[Step]) -> dict[str, float]:
+    """See `UpdateResult`."""
+    said = {name: [value for step in steps if (value := getattr(step, name)) is not None] for name in UpdateResult.model_fields}
+    return {name: sum(values) / len(values) for name, values in said.items() if values}
 
 
 def _evaluation(name: str, params: Params, root: Path, checkpoints: Mapping[str, Manifest], positions: Mapping[str, int]) -> Evaluation:

@@ -4,7 +4,7 @@ Everything else that is said of a study is computed from these rows.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
+from vla_opd.artifacts import Manifest
 from vla_opd.distance import Means
 from vla_opd.params import START
 from vla_opd.results import Evaluation, Iteration, Reinforcement, Run
@@ -44,7 +45,8 @@ class Cost(BaseModel):
 
 
 class EpisodeRow(Cost):
-    """One episode of one evaluation; the costs are those of its checkpoint. arm and seed are None for what all members share: student and teacher.
+    """One episode of one evaluation; the costs are those of its checkpoint. arm and seed are None for what all members share: student and teacher,
+    whose costs are those of making them from nothing; an arm's begin at the student.
 
     seen:  whether the task is one that the run trains on.
     steps: the control step of the first success, or the horizon.
@@ -135,7 +137,7 @@ def member_rows(run: Run, arm: str, seed: int, seconds: Mapping[str, float], *, 
         its = Cost(
             iterations=1,
             episodes=one.result.episodes,
-            optimizer_steps=one.steps if isinstance(one, Reinforcement) else len(one.steps),
+            optimizer_steps=len(one.steps),
             env_steps=one.result.env_steps,
             teacher_queries=one.result.teacher_queries if isinstance(one, Iteration) else 0,
             seconds=_took(one, seconds),
@@ -147,14 +149,39 @@ def member_rows(run: Run, arm: str, seed: int, seconds: Mapping[str, float], *, 
     return Table(tuple(rows), tuple(updates))
 
 
-def shared_rows(evaluations: Iterable[Evaluation]) -> tuple[EpisodeRow, ...]:
-    """The episodes of what all members share."""
-    return tuple(row for one in evaluations for row in _episodes(one, Cost(), None, None))
+def shared_rows(run: Run, seconds: Mapping[str, float]) -> tuple[EpisodeRow, ...]:
+    """The episodes of what all members share, with what it took to make each from nothing. seconds: as in `member_rows`."""
+    return tuple(row for one in run.evaluations.values() for row in _episodes(one, made_from_nothing(run, one.checkpoint, seconds), None, None))
+
+
+def made_from_nothing(run: Run, name: str, seconds: Mapping[str, float]) -> Cost:
+    """What a checkpoint took that no iteration makes, and all that it comes from: each set of demonstrations once. Nothing is known of adopted ones.
+
+    An expert's control steps are counted by the states that were kept, `demonstrate.observe_every` apart, of its successes.
+    """
+    steps, digests, sets, trained = 0, list[str](), dict[str, Manifest](), run.params.trained
+    while (its := trained.get(name)) is not None:
+        made = run.checkpoints[name]
+        steps, digests = steps + its.steps, [*digests, made.digest]
+        known = sets.setdefault(made.parents["demonstrations"], made)
+        sets[made.parents["demonstrations"]] = max(known, made, key=lambda one: one.facts["states"])
+        name = getattr(its, "parent", "")
+    took = [seconds.get(digest) for digest in (*sets, *digests)]
+    return Cost(
+        episodes=sum(one.facts["episodes"] for one in sets.values()),
+        optimizer_steps=steps,
+        env_steps=sum(one.facts["states"] for one in sets.values()) * run.params.demonstrate.observe_every,
+        seconds=_all(took),
+    )
 
 
 def _took(one: Iteration | Reinforcement, seconds: Mapping[str, float]) -> float | None:
-    known = [seconds.get(manifest.digest) for manifest in one.made.values()]
-    return None if None in known else sum(value for value in known if value is not None)
+    return _all([seconds.get(manifest.digest) for manifest in one.made.values()])
+
+
+def _all(seconds: Sequence[float | None]) -> float | None:
+    """Their sum; None if one of them isn't known."""
+    return None if None in seconds else sum(value for value in seconds if value is not None)
 
 
 def _update(one: Iteration | Reinforcement, its: Cost, arm: str, seed: int, position: int, *, of_teacher: bool) -> UpdateRow:

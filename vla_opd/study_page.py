@@ -14,7 +14,7 @@ from vla_opd.artifacts import Manifest, draft, open_artifact
 from vla_opd.curves import COSTS, SHARE, Curve, Estimate, Study, read_study, shared_seeds
 from vla_opd.page import DRAWN_WITH, INK, MUTED, PAPER, SERIES, TEACHER, draw, percent
 from vla_opd.params import Params, StudyParams
-from vla_opd.study import Table, read
+from vla_opd.study import Cost, Table, read
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,6 +64,7 @@ class StudyResults(BaseModel):
     model_config = ConfigDict(frozen=True)
     start: Estimate
     teacher: Estimate
+    teacher_cost: Cost
     unseen_start: Estimate | None
     unseen_teacher: Estimate | None
     share: float
@@ -111,6 +112,7 @@ def results(study: Study, unseen: Study | None) -> StudyResults:
     return StudyResults(
         start=study.shared(study.start),
         teacher=study.shared(study.teacher),
+        teacher_cost=study.teacher_cost,
         unseen_start=unseen.shared(unseen.start) if unseen else None,
         unseen_teacher=unseen.shared(unseen.teacher) if unseen else None,
         share=SHARE,
@@ -199,14 +201,17 @@ def _shown(study: Study, cost: str) -> list[tuple[int, Curve]]:
 
 
 def _success(study: Study, found: StudyResults, cost: str) -> Markup:
-    """Success against a cost: the mean over seeds with its interval, each seed's last checkpoint as a dot, the teacher as a line."""
+    """Success against a cost: the mean over seeds with its interval; the teacher as a line, and as a star by what its own making cost."""
     shown = _shown(study, cost)
     told = "; ".join(f"{c.arm} {percent(study.success(c)[-1].value)} after {c.cost(cost)[-1]:,.0f}" for _, c in shown)
-    alt = f"Success against {NAMES[cost]}: {told}; teacher {percent(found.teacher.value)}."
+    own = getattr(found.teacher_cost, cost)
+    alt = f"Success against {NAMES[cost]}: {told}; teacher {percent(found.teacher.value)}{f', itself made with {own:,.0f}' if own else ''}."
 
     def paint(axes: "Axes") -> None:
         axes.axhline(found.teacher.value, color=TEACHER, linewidth=1.5)
         axes.axhline(SHARE * found.teacher.value, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+        if own:
+            axes.plot(own, found.teacher.value, marker="*", markersize=13, color=TEACHER, linestyle="none")
         for number, curve in reversed(shown):  # the first on top: another may begin as it does
             spent, means, look = curve.cost(cost), study.success(curve), _look(number)
             axes.fill_between(spent, [m.low for m in means], [m.high for m in means], color=look["color"], alpha=0.13, linewidth=0)

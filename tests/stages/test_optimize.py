@@ -32,7 +32,7 @@ from tests.vla_opd.test_checkpoint import publish
 from vla_opd.artifacts import draft, read_manifest
 from vla_opd.checkpoint import Checkpoint, open_checkpoint
 from vla_opd.decisions import Decisions
-from vla_opd.objectives import OBJECTIVES, DecisionBatch, TokenBatch, confidence, group_advantage, masked_mean, mixed, of, tempered
+from vla_opd.objectives import OBJECTIVES, DecisionBatch, TokenBatch, confidence, group_advantage, grpo, masked_mean, of, reverse_kl, tempered
 from vla_opd.params import DemonstrationSet, OptimizeParams, Params, PretrainedParams, RunParams, load
 from vla_opd.policies import build_policy, load_policy
 from vla_opd.training import train
@@ -181,23 +181,26 @@ def on_policy(data: Labelled, **settings: object) -> tuple[Labelled, OptimizePar
     return replace(data, on_policy=_on_policy(data, decisions, opt, 0.7)), opt
 
 
-def test_mixed_learns_from_the_decisions_of_groups_that_count() -> None:
+def test_mixed_learns_from_the_teacher_at_every_decision_and_from_the_rewards_of_groups_that_count() -> None:
     data, opt = on_policy(labelled(), objective="mixed", distill=0.5)
     assert data.on_policy is not None
-    assert data.usable.tolist() == [1, 2]  # state 0 has no valid token; the second group has no success
+    assert data.usable.tolist() == [1, 2, 3, 4]  # state 0 has no valid token; the second group, of 3 and 4, has no success
+    assert on_policy(labelled(), objective="mixed", distill=0.0)[0].usable.tolist() == [1, 2]
     policy = build_policy(small.FACTS).eval()
-    found = _loss(data, params(opt.model_copy(update={"batch_size": 2})), seed=1)(policy, 0)
-    rows = np.array([1, 2])
+    found = _loss(data, params(opt.model_copy(update={"batch_size": 4})), seed=1)(policy, 0)
+    rows = data.usable
     with torch.no_grad():
         batch, mask = _token_batch(policy, data, rows, opt, 0)
         assert isinstance(batch, DecisionBatch)
         tokens = torch.from_numpy(data.on_policy.decisions.tokens[rows])
         now = tempered(policy.logits(data.observations.at(rows)), 0.7).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
         torch.testing.assert_close(batch.taken.now, now)  # at the rollout's temperature, whatever the score's
+        assert batch.taken.advantage[2:].tolist() == [0, 0]
         advantage = group_advantage(torch.tensor([True, False, False]))[1:]
-        torch.testing.assert_close(batch.taken.advantage, advantage)
-        per_episode = [(mixed(batch)[i][mask[i]]).mean() for i in range(2)]
-    assert found.loss.item() == pytest.approx(torch.stack(per_episode).mean().item(), rel=1e-4)
+        rewarded = grpo(replace(batch.taken, advantage=torch.cat([advantage, torch.zeros(2)])))
+        per_episode = torch.stack([rewarded[i][mask[i]].mean() for i in range(2)])  # of one decision each
+        expected = per_episode.mean() + 0.5 * masked_mean(reverse_kl(batch), mask)
+    assert found.loss.item() == pytest.approx(expected.item(), rel=1e-4)
     assert set(found.row) == {"student_entropy", "reverse_kl", "clip_fraction"}
 
 
@@ -298,7 +301,7 @@ def test_the_teachers_own_rollouts_are_no_students(small: Path, capsys: pytest.C
 
 
 def test_without_a_group_to_learn_from_the_student_stays_as_it_is(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--set", "optimize.objective=mixed", "--set", "optimize.keep_low=0.99", "--set", "optimize.keep_high=0.995"]
+    arguments = [f"--set=optimize.{one}" for one in ("objective=mixed", "distill=0", "keep_low=0.99", "keep_high=0.995")]
     assert command.main(["optimize", "--iteration", "it001", "--device", "cpu", "--tracking", "none", *arguments]) == 0
     assert "no state to learn from (keep_low, keep_high, recoverable); the student stays as it is" in capsys.readouterr().err
     ours, theirs = (open_checkpoint(small / "checkpoints" / name).weights() for name in ("it001", "student"))

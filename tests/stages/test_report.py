@@ -177,12 +177,19 @@ def test_references_inside_the_drawings_hold(page: str) -> None:
 
 def test_drawings_have_text_alternatives_and_the_pages_colours(page: str) -> None:
     drawings = [attributes for tag, attributes in Elements(page).elements if tag == "svg"]
-    assert len(drawings) == 10
+    assert len(drawings) == 12
     assert all(drawing["role"] == "img" and len(drawing["aria-label"] or "") > 40 for drawing in drawings)
     assert "final after 3 iterations 80.0%" in (drawings[0]["aria-label"] or "")
     assert not re.search(r"#00000\d", page)
     inside = "".join(re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL))
     assert not re.search(r"(fill|stroke): ?#(?!0{6}\b)", inside)  # nothing painted in a colour that does not follow the theme
+
+
+def test_both_divergences_are_drawn_along_the_chunk_and_the_dimensions(page: str) -> None:
+    told = [attributes["aria-label"] or "" for tag, attributes in Elements(page).elements if tag == "svg"]
+    for name, before in (("Reverse", "1.900, none, 0.950"), ("Forward", "3.800, none, 1.900")):
+        for axis in ("action of the chunk", "action dimension"):
+            assert any(one.startswith(f"{name} KL by {axis}: before {before}; after ") for one in told)
 
 
 def test_provenance(root: Path, page: str) -> None:
@@ -243,13 +250,13 @@ def test_iterations_of_grpo_have_a_table_and_their_place_on_the_chain(copy: Path
     assert "After 3 iterations and 1 of GRPO the student succeeds" in page
     row = re.search(r'<tr><th scope="row">rl001</th>(.*?)</tr>', page)
     assert row is not None
-    assert re.findall(r"<td[^>]*>(.*?)</td>", row[1]) == ["it003", "50.0%", "32", "3,100", "3 of 4", "4.125 → 4.000"]
+    assert re.findall(r"<td[^>]*>(.*?)</td>", row[1]) == ["it003", "50.0%", "32", "3,100", "3 of 4", "4.125 → 4.000", "0.250", "12.5%"]
 
 
 def test_distances_are_told_with_what_they_are(page: str) -> None:
     rows = re.findall(r'<tr><th scope="row">it002</th>(.*?)</tr>', page)
     cells = re.findall(r"<td[^>]*>(.*?)</td>", rows[1])
-    assert cells == ["0.950 → 0.550", "1.425 → 0.825", "9.5 → 5.5", "40.0% → 40.0%", "50.0%"]
+    assert cells == ["0.950 → 0.550", "1.425 → 0.825", "9.5 → 5.5", "40.0% → 40.0%", "50.0%", "1.000"]
     assert "Reverse KL by action dimension: before 1.900, none, 0.950; after 0.367, none, 0.183." in page
 
 

@@ -1,5 +1,6 @@
 """Comparisons: pairs counted by hand, tests against their definitions, intervals against simulation, and what stopping early saves."""
 
+import math
 from itertools import product
 from math import comb
 
@@ -62,27 +63,47 @@ def test_the_interval_has_its_confidence() -> None:
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.8, 0.9), (0.5, 0.7)])
-def test_stopping_early_halves_the_episodes_at_the_same_errors(low: float, high: float) -> None:
+def test_stopping_early_takes_less_than_half_of_the_episodes_at_the_same_errors(low: float, high: float) -> None:
     """Against the smallest fixed design with two errors of at most 5 %. For 80 against 90 % no test with them has fewer than a 2.05th."""
     fixed = next(
         n for n in range(1, 999) if any(binom.sf(c - 1, n, low) <= 0.05 and binom.cdf(c - 1, n, high) <= 0.05 for c in range(int(n * low), n + 1))
     )
     test, random = SequentialTest(low, high), np.random.default_rng(1)
-    episodes: list[int] = []
+    expected, simulated = list[float](), list[float]()
     for rate in (low, high):
+        for_low, for_high, episodes = test.chances(rate)
+        assert for_low + for_high == pytest.approx(1, abs=1e-5)
+        assert min(for_low, for_high) <= 0.05
         ends = [test.decide((random.random(3000) < rate).tolist()) for _ in range(1500)]
         assert None not in {decided for decided, _ in ends}
-        episodes += [count for _, count in ends]
-        assert np.mean([decided != rate for decided, _ in ends]) < 0.05 + 3 * (0.05 * 0.95 / 1500) ** 0.5
-    assert fixed / np.mean(episodes) > 1.9
+        counts = np.array([count for _, count in ends])
+        assert counts.mean() == pytest.approx(episodes, abs=3 * counts.std() / 1500**0.5)
+        assert np.mean([decided == high for decided, _ in ends]) == pytest.approx(for_high, abs=3 * (0.05 * 0.95 / 1500) ** 0.5)
+        expected.append(episodes)
+        simulated.append(float(counts.mean()))
+    assert fixed / np.mean(expected) > 2
+    assert fixed / np.mean(simulated) > 2
+
+
+@pytest.mark.parametrize("rates", [(0.8, 0.9), (0.2, 0.35), (0.5, 0.9)])
+def test_bounds_are_drawn_in_as_far_as_the_errors_allow(rates: tuple[float, float]) -> None:
+    test = SequentialTest(*rates)
+    lower, upper = test.bounds
+    assert -math.log(19) < lower < 0 < upper < math.log(19)
+    assert max(test.chances(test.low)[1], test.chances(test.high)[0]) <= 0.05
+    assert test.chances(test.low, (lower, upper - 0.1))[1] > 0.05 or test.chances(test.high, (lower + 0.1, upper))[0] > 0.05
+
+
+def test_where_there_is_little_to_draw_in_the_bounds_are_walds() -> None:
+    assert SequentialTest(0.01, 0.011).bounds == pytest.approx((-math.log(19), math.log(19)))
 
 
 def test_it_takes_no_more_outcomes_than_it_needs() -> None:
     outcomes = iter([True] * 100)
     decided, count = SequentialTest(0.5, 0.9).decide(outcomes)
-    assert (decided, count) == (0.9, 6)  # 1.8^6 > 19 > 1.8^5
-    assert len(list(outcomes)) == 94
-    assert SequentialTest(0.5, 0.9).decide([False, False]) == (0.5, 2)  # 0.2^2 < 1/19
+    assert (decided, count) == (0.9, 5)  # 1.8^5 > exp(2.66) > 1.8^4
+    assert len(list(outcomes)) == 95
+    assert SequentialTest(0.5, 0.9).decide([False, False]) == (0.5, 2)  # 0.2^2 < exp(-2.45) < 0.2
     assert SequentialTest(0.5, 0.9).decide([True, False]) == (None, 2)
 
 

@@ -196,6 +196,6 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
         rates = np.clip(random.normal(0.7, 0.05, 5), 0, 1)
         outcomes = random.random((5, 2, 40)) < rates[:, None, None]
         curve = Curve("one", tuple(range(5)), ("start", "end"), outcomes, {}, ())
-        its = Study((curve,), outcomes[0, 0], outcomes[0, 0], ("a",) * 20 + ("b",) * 20, 100).success(curve)[-1]
+        its = Study((curve,), outcomes[0, 0], outcomes[0, 0], Cost(), ("a",) * 20 + ("b",) * 20, 100).success(curve)[-1]
         covered += its.low <= 0.7 <= its.high
     assert 0.88 <= covered / 150 <= 0.995

@@ -10,7 +10,7 @@ from vla_opd import study
 from vla_opd.artifacts import read_manifest
 from vla_opd.params import Params
 from vla_opd.results import Run, discard, read_run
-from vla_opd.study import Cost, Table, joined, member_rows, shared_rows
+from vla_opd.study import Cost, Table, joined, made_from_nothing, member_rows, shared_rows
 
 
 def grown(root: Path) -> Params:
@@ -82,7 +82,7 @@ def test_a_student_of_its_own_belongs_to_the_arm_and_to_its_cost(run: Run) -> No
 def test_unseen_tasks_are_marked(run: Run) -> None:
     start = run.evaluations["start"]
     known, other = start.records[:10], start.records[10:]
-    rows = shared_rows([replace(start, records=known, unseen=other)])
+    rows = shared_rows(replace(run, evaluations={"start": replace(start, records=known, unseen=other)}), {})
     assert [(row.task, row.seen) for row in rows] == [("libero_object/0", True)] * 10 + [("libero_object/1", False)] * 10
 
 
@@ -92,13 +92,31 @@ def test_costs_add_up() -> None:
 
 
 def test_what_members_share_belongs_to_no_arm(run: Run) -> None:
-    rows = shared_rows([run.evaluations["start"], run.evaluations["teacher"]])
+    rows = shared_rows(only(run, "start", "teacher"), {})
     assert {(row.arm, row.seed, row.evaluation, row.iterations) for row in rows} == {(None, None, "start", 0), (None, None, "teacher", 0)}
     assert len(rows) == 40
 
 
+def test_what_is_shared_has_the_cost_of_making_it_from_nothing(run: Run) -> None:
+    """The student is fine-tuned from the teacher, on one of the demonstrations of each task that the teacher has had all of."""
+    teacher, student = run.checkpoints["teacher"], run.checkpoints["student"]
+    demonstrations = teacher.parents["demonstrations"]
+    assert student.parents["demonstrations"] == demonstrations
+    seconds = {demonstrations: 30.0, teacher.digest: 20.0, student.digest: 4.0}
+    own, its_teachers = (made_from_nothing(run, name, seconds) for name in ("student", "teacher"))
+    facts, every = teacher.facts, run.params.demonstrate.observe_every
+    assert its_teachers == Cost(episodes=facts["episodes"], optimizer_steps=10, env_steps=every * facts["states"], seconds=50)
+    assert own == Cost(episodes=facts["episodes"], optimizer_steps=15, env_steps=every * facts["states"], seconds=54)
+    assert made_from_nothing(run, "teacher", {teacher.digest: 20.0}).seconds is None
+    assert {row.seconds for row in shared_rows(only(run, "teacher"), seconds)} == {50}
+
+
+def only(run: Run, *evaluations: str) -> Run:
+    return replace(run, evaluations={name: run.evaluations[name] for name in evaluations})
+
+
 def test_parquet_gives_the_rows_back(table: Table, run: Run, tmp_path: Path) -> None:
-    whole = joined([table, member_rows(run, "other", 8, {})]).with_shared(shared_rows([run.evaluations["start"]]))
+    whole = joined([table, member_rows(run, "other", 8, {})]).with_shared(shared_rows(only(run, "start"), {}))
     study.write(whole, tmp_path)
     again = study.read(tmp_path)
     assert again == whole

@@ -14,7 +14,9 @@ from vla_opd.artifacts import draft, open_artifact
 from vla_opd.params import Params
 from vla_opd.study import Table
 
-STUDIES: dict[str, Any] = {"speed": {"seeds": [0, 1], "arms": {"fast": {"distill": 4}, "slow": {"distill": 4, "settings": {"optimize.objective": "hard_ce"}}}}}
+STUDIES: dict[str, Any] = {
+    "speed": {"seeds": [0, 1], "arms": {"fast": {"distill": 4}, "slow": {"distill": 4, "settings": {"optimize.objective": "hard_ce"}}}}
+}
 
 
 def publish(root: Path, rows: Table, **changes: Any) -> None:
@@ -85,6 +87,18 @@ def test_the_teacher_is_the_one_that_its_arms_ask_wherever_it_is_from(tmp_path: 
         study_page.run(folder, "speed")
         assert json.loads((folder / "report/speed/results.json").read_text())["teacher"]["value"] == pytest.approx(expected)
         assert f"teacher <code>{of}" in (folder / "report/speed/index.html").read_text()
+
+
+def test_the_teacher_stands_where_its_own_making_puts_it(tmp_path: Path, page: str) -> None:
+    assert "itself made with" not in page  # nobody knows
+    own = {"episodes": 50, "env_steps": 2500, "optimizer_steps": 10}
+    rows = [row.model_copy(update=own) if row.evaluation == "teacher" else row for row in table().episodes]
+    publish(tmp_path, Table(tuple(rows), table().updates))
+    study_page.run(tmp_path, "speed")
+    text = (tmp_path / "report/speed/index.html").read_text()
+    assert "teacher 100.0%, itself made with 2,500." in text
+    assert "50 demonstrations, 2,500 environment steps, 10 optimiser steps" in text
+    assert json.loads((tmp_path / "report/speed/results.json").read_text())["teacher_cost"]["env_steps"] == 2500
 
 
 def test_it_needs_nothing_but_itself(page: str) -> None:
