@@ -207,7 +207,7 @@ def tree(member: Member, run: Params) -> dict[str, Any]:
         reduce(lambda node, section: node.setdefault(section, {}), sections, settings)[key] = value
     settings["run"]["learning_seed"] = member.seed
     names, scored = chain(member, study)
-    if not names and member.seed != run.run.seed:  # nothing is drawn but by its fine-tuning; with the run's seed that is the run's own
+    if any(not arm.distill + arm.reinforce for arm in arms) and member.seed != run.run.seed:  # by which it is drawn if nothing is said
         settings["finetuned"][START]["seed"] = member.seed
     starts = dict(zip(names, [START, *names], strict=False))
     evaluations = run.reference | {name: name for name in scored}

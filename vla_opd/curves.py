@@ -94,7 +94,13 @@ class Study:
         count = len(curve.seeds)
         return np.random.default_rng(1).multinomial(count, np.full(count, 1 / count), RESAMPLES) / count
 
-    def _resampled(self, curve: Curve) -> Float[np.ndarray, "R P"]:
+    @property
+    def resampled_start(self) -> Float[np.ndarray, " R"]:
+        """The success of the start in each resample."""
+        return self._weights @ self.start
+
+    def resampled(self, curve: Curve) -> Float[np.ndarray, "R P"]:
+        """The success of every checkpoint, the mean over seeds, in each resample."""
         return np.einsum("rs,spe,re->rp", self._seeds(curve), curve.outcomes, self._weights, optimize=True)
 
     def shared(self, outcomes: Bool[np.ndarray, " E"]) -> Estimate:
@@ -103,7 +109,7 @@ class Study:
 
     def success(self, curve: Curve) -> list[Estimate]:
         """Of every checkpoint, the mean over seeds."""
-        means, resampled = curve.outcomes.mean((0, 2)), self._resampled(curve)
+        means, resampled = curve.outcomes.mean((0, 2)), self.resampled(curve)
         return [_estimate(float(mean), resampled[:, point]) for point, mean in enumerate(means)]
 
     def difference(self, one: Curve, other: Curve) -> Estimate | None:
@@ -112,11 +118,11 @@ class Study:
         if not first.seeds:
             return None
         value = float(second.per_seed.mean() - first.per_seed.mean())
-        return _estimate(value, self._resampled(second)[:, -1] - self._resampled(first)[:, -1])
+        return _estimate(value, self.resampled(second)[:, -1] - self.resampled(first)[:, -1])
 
     def forgotten(self, curve: Curve) -> Estimate:
         """Of the success at the end, what it is less than at the start."""
-        resampled = self._weights @ self.start - self._resampled(curve)[:, -1]
+        resampled = self.resampled_start - self.resampled(curve)[:, -1]
         return _estimate(float(self.start.mean() - curve.per_seed.mean()), resampled)
 
     def task_success(self, outcomes: Bool[np.ndarray, "... E"]) -> dict[str, float]:
@@ -149,9 +155,9 @@ class Study:
         return _estimate((float(other.cost(cost)[-1]) if np.isinf(its_value) else its_value) / value, least[came] / resampled[came])
 
     def _reached(self, curve: Curve, cost: str, share: float) -> tuple[float, Float[np.ndarray, " R"]]:
-        value = _crossing(curve.outcomes.mean((0, 2))[None], curve.cost(cost)[None], np.array([share * self.teacher.mean()]))
+        value = crossing(curve.outcomes.mean((0, 2))[None], curve.cost(cost)[None], np.array([share * self.teacher.mean()]))
         spent = self._seeds(curve) @ curve.costs[cost]
-        return float(value[0]), _crossing(self._resampled(curve), spent, share * (self._weights @ self.teacher))
+        return float(value[0]), crossing(self.resampled(curve), spent, share * (self._weights @ self.teacher))
 
 
 def _estimate(value: float, resampled: Float[np.ndarray, " R"]) -> Estimate:
@@ -159,8 +165,11 @@ def _estimate(value: float, resampled: Float[np.ndarray, " R"]) -> Estimate:
     return Estimate(value, float(low), float(high))
 
 
-def _crossing(success: Float[np.ndarray, "R P"], spent: Float[np.ndarray, "R P"], wanted: Float[np.ndarray, " R"]) -> Float[np.ndarray, " R"]:
-    """Where each curve first comes to what is wanted of it, between two points by a straight line; infinite where it never does."""
+def crossing(success: Float[np.ndarray, "R P"], spent: Float[np.ndarray, "R P"], wanted: Float[np.ndarray, " R"]) -> Float[np.ndarray, " R"]:
+    """What was spent, or whatever else goes along, where each curve first comes to what is wanted of it: between two points by a straight line.
+
+    Infinite where it never does.
+    """
     above = success >= wanted[:, None]
     first, rows = above.argmax(1), np.arange(len(success))
     before = np.maximum(first - 1, 0)

@@ -492,7 +492,7 @@ class ArmParams(Section):
 class StudyParams(Section):
     """Arms x seeds: every arm learns once with every seed, from the run's own student and teacher, and is scored on the same initial states.
 
-    seeds:         values of `run.learning_seed`; of `finetuned.student.seed`, for arms without iterations.
+    seeds:         values of `run.learning_seed`; of `finetuned.student.seed`, for arms without iterations and those after them.
     every:         checkpoints are scored after every that many iterations, and at the end.
     keep_rollouts: keep what the iterations saw, and the labels. By default they go once a member is done; its checkpoints name their digests, and DVC
                    can make them again.

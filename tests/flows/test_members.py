@@ -110,8 +110,10 @@ def test_members_that_would_fight_for_the_cores_are_warned_of(run: Params, monke
 
 
 def test_an_arm_without_iterations_is_fine_tuned_by_the_members_seed(run: Params) -> None:
-    its = arms(run, sft=ArmParams(settings={"finetuned.student.steps": 7}), on=ArmParams(after="sft", distill=1))
-    for arm, seed, drawn_by in (("sft", 5, 5), ("sft", run.run.seed, None), ("on", 5, None)):  # those that learn on have one start, as all others
+    """So are those that go on from it; whoever learns from a student of its own has the same one with every seed."""
+    tuned = ArmParams(settings={"finetuned.student.steps": 7})
+    its = arms(run, sft=tuned, on=ArmParams(after="sft", distill=1), off=tuned.model_copy(update={"distill": 1}))
+    for arm, seed, drawn_by in (("sft", 5, 5), ("sft", run.run.seed, None), ("on", 5, 5), ("off", 5, None)):
         prepare(Member("which", arm, seed), its)
         its_own = told(Member("which", arm, seed))
         assert (its_own.finetuned["student"].steps, its_own.finetuned["student"].seed) == (7, drawn_by)

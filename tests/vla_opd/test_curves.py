@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from vla_opd.curves import Curve, Estimate, Study, _crossing, read_study
+from benchmarks.forgetting import at_level
+from vla_opd.curves import Curve, Estimate, Study, crossing, read_study
 from vla_opd.study import Cost, EpisodeRow, Table, UpdateRow
 
 TASKS = ("a", "b")
@@ -73,6 +74,19 @@ def with_unseen() -> Table:
         rows += episodes("fast", seed, "it004", (5, 5), spent(4, 2000), seen=False)
         rows += episodes("slow", seed, "it004", (1, 1), spent(4, 9000), seen=False)
     return Table((*table().episodes, *rows), table().updates)
+
+
+def test_what_is_left_of_unseen_tasks_is_read_off_at_equal_success_on_the_seen() -> None:
+    """`fast` goes from 20 % by 60 to 90 % of the seen and from 60 % by 60 to 50 % of the unseen; `slow` never comes so far, a path by both does."""
+    seen, unseen = (read_study(with_unseen(), "start", "teacher", seen=which) for which in (True, False))
+    value, low, high, share = at_level(seen, unseen, ["fast"], 0.75)
+    assert value == pytest.approx(0.55)
+    assert low < value < high
+    assert share > 0.9
+    assert at_level(seen, unseen, ["slow"], 0.75)[0] == math.inf
+    assert at_level(seen, unseen, ["slow", "fast"], 0.5)[0] == pytest.approx((0.1 + 0.6) / 2)
+    with pytest.raises(SystemExit, match=r"no arm 'quick'; expected some of \['fast', 'slow'\]"):
+        at_level(seen, unseen, ["quick"], 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +200,7 @@ def test_an_evaluation_that_is_not_there_is_named() -> None:
 )
 def test_the_first_crossing_counts(success: list[float], wanted: float, expected: float) -> None:
     spent = np.array([[0.0, 10, 20, 30]])
-    assert _crossing(np.array([success]), spent, np.array([wanted]))[0] == pytest.approx(expected)
+    assert crossing(np.array([success]), spent, np.array([wanted]))[0] == pytest.approx(expected)
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
