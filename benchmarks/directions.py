@@ -95,7 +95,7 @@ def main() -> None:
         arguments.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
     print("| objective | states | halves agree | with reverse KL | reverse KL | forward KL | hard CE | entropy |\n|---|---|---|---|---|---|---|---|")
     for row in rows:
-        moved = " | ".join(f"{row[name]:+.4f}" for name in MEASURED)
+        moved = " | ".join("" if row[name] is None else f"{row[name]:+.4f}" for name in MEASURED)
         agreement, cosine = ("{:+.2f} [{:+.2f}, {:+.2f}]".format(*row[name]) for name in ("agreement", "cosine"))
         print(f"| {row['objective']} | {row['states']:,} | {agreement} | {cosine} | {moved} |")
 
@@ -122,15 +122,22 @@ def _compared(batch: Batch, length: float) -> Iterator[dict[str, Any]]:
         except ValueError as error:  # for GRPO nothing to prefer
             print(f"{arm}: {error}")
             continue
-        moved = [_moved(batch.policy, (its.along(half) * size).float()) for half in halves]
-        after = [_measured(batch, one, half) for one, half in zip(moved, reversed(halves), strict=True)]
         yield {
             "objective": arm,
             "states": its.states,
             "agreement": _agreement(its),
             "cosine": _cosine(its, exact),
-            **{name: float(np.mean([a[name] - b[name] for a, b in zip(after, reversed(before), strict=True)])) for name in MEASURED},
+            **_stepped(batch, its, size, halves, before),
         }
+
+
+def _stepped(batch: Batch, its: Direction, size: Tensor, halves: Sequence[list[int]], before: Sequence[dict[str, float]]) -> dict[str, float | None]:
+    """What a step along one half's direction changes on the other, both ways round; None if a half has no group to learn from."""
+    if not all(its.by_group[half].any() for half in halves):
+        return dict.fromkeys(MEASURED)
+    moved = [_moved(batch.policy, (its.along(half) * size).float()) for half in halves]
+    after = [_measured(batch, one, half) for one, half in zip(moved, reversed(halves), strict=True)]
+    return {name: float(np.mean([a[name] - b[name] for a, b in zip(after, reversed(before), strict=True)])) for name in MEASURED}
 
 
 def _direction(batch: Batch, arm: str) -> Direction:
