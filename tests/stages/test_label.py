@@ -172,7 +172,7 @@ def test_only_recoverable_states_are_learnt_from_if_so_told(small: Path, capsys:
     assert run.results.env_steps == visited["env_steps"] + found["env_steps"]
     told = render(run)
     assert "Recoverable: the states from which the teacher still succeeds" in told
-    assert f'<td class="number">{found["recoverable"]:.1%}</td></tr>' in told
+    assert f'<td class="number">{found["recoverable"]:.1%}</td><td class="number">' in told  # then the gradient's norm
     assert "Labelled by a scripted expert" not in told
 
 
@@ -181,8 +181,10 @@ def test_grpo_weighs_every_episode_alike_whatever_is_left_of_it(small: Path) -> 
     opt = OptimizeParams(objective="mixed", recoverable=True, keep_low=0, keep_high=1)
     data = _read(opt, small / "trajectories/it001", small / "logits/it001", open_checkpoint(small / "checkpoints/student").facts.action_space)
     assert data.on_policy is not None
-    rows, graded = data.usable, data.on_policy.graded
-    weight, episode = graded.weight[rows] * data.mask[rows].sum(1), data.on_policy.decisions.episode
+    decisions = data.on_policy.decisions
+    advantage, episode = decisions.graded(data.learnt, opt).advantage, decisions.episode
+    rows = data.usable[advantage[data.usable] != 0]  # of groups in which not all came to the same
+    weight = data.on_policy.advantage[rows] / advantage[rows] * data.mask[rows].sum(1)
     each = [weight[episode[rows] == one].sum() for one in np.unique(episode[rows])]
     assert len(each) > 3
     np.testing.assert_allclose(each, each[0], rtol=1e-4)
