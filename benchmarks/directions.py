@@ -156,7 +156,7 @@ def _summed(policy: Policy, params: Params, data: Labelled, rows: np.ndarray, se
         kept[rows] = True
         opt = params.optimize.model_copy(update={"batch_size": len(rows)})
         means = _loss(replace(data, kept=kept), params.model_copy(update={"optimize": opt}), seed)(policy, 0)
-        (means.loss * int(data.mask[rows].sum())).backward()
+        (means.loss * means.tokens).backward()
     return torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in policy.parameters()])
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from vla_opd.artifacts import open_artifact
-from vla_opd.curves import RESAMPLES, Curve, Study, crossing, read_study
+from vla_opd.curves import RESAMPLES, Study, crossing, read_study
 from vla_opd.params import Params
 from vla_opd.study import read
 
@@ -28,7 +28,8 @@ def main() -> None:
     parser.add_argument("--level", type=float, default=0.9, help="success on the seen tasks")
     arguments = parser.parse_args()
     names = Params.model_validate(open_artifact(arguments.table, "study").params["parameters"]).report
-    seen, unseen = (read_study(read(arguments.table), names.start, names.teacher, seen=which) for which in (True, False))
+    rows = read(arguments.table)
+    seen, unseen = (read_study(rows, names.start, names.teacher, seen=which) for which in (True, False))
     print(f"| | unseen at {arguments.level:.0%} of the seen | comes so far in |\n|---|---|---|")
     for path in arguments.paths:
         name, _, arms = path.rpartition("=")
@@ -42,34 +43,25 @@ def at_level(seen: Study, unseen: Study, arms: Sequence[str], level: float) -> t
 
     Infinite where the means over seeds never do; the interval is that of the resamples that do.
     """
-    (found,) = crossing(*(_points(study, arms) for study in (seen, unseen)), np.array([level]))
-    drawn = crossing(*(_resampled(study, arms) for study in (seen, unseen)), np.full(RESAMPLES, level))
+    along = [_path(study, arms) for study in (seen, unseen)]
+    (found,) = crossing(*(means[None] for means, _ in along), np.array([level]))
+    drawn = crossing(*(resampled for _, resampled in along), np.full(RESAMPLES, level))
     came = drawn[np.isfinite(drawn)]
     low, high = np.quantile(came, [0.025, 0.975]) if len(came) else (np.inf, np.inf)
     return float(found), float(low), float(high), len(came) / RESAMPLES
 
 
-def _points(study: Study, arms: Sequence[str]) -> Float[np.ndarray, "1 P"]:
-    """The means over seeds along a path."""
-    parts = [curve.outcomes[:, _first(curve.checkpoints) :].mean((0, 2)) for curve in _curves(study, arms)]
-    return np.concatenate([[study.start.mean()], *parts])[None]
-
-
-def _resampled(study: Study, arms: Sequence[str]) -> Float[np.ndarray, "R P"]:
-    parts = [study.resampled(curve)[:, _first(curve.checkpoints) :] for curve in _curves(study, arms)]
-    return np.concatenate([study.resampled_start[:, None], *parts], axis=1)
-
-
-def _curves(study: Study, arms: Sequence[str]) -> list[Curve]:
+def _path(study: Study, arms: Sequence[str]) -> tuple[Float[np.ndarray, " P"], Float[np.ndarray, "R P"]]:
+    """Success along a path, the mean over seeds: as it was, and in each resample."""
     by_name = {curve.arm: curve for curve in study.curves}
     if missing := [arm for arm in arms if arm not in by_name]:
         raise SystemExit(f"the table has no arm {missing[0]!r}; expected some of {sorted(by_name)}")
-    return [by_name[arm] for arm in arms]
-
-
-def _first(checkpoints: Sequence[str]) -> int:
-    """The start is a point of every path already."""
-    return int(checkpoints[0] == "start")
+    means, resampled = [study.start.mean(keepdims=True)], [study.resampled_start[:, None]]
+    for curve in map(by_name.__getitem__, arms):
+        own = slice(int(curve.checkpoints[0] == "start"), None)  # the start is there already
+        means.append(curve.outcomes.mean((0, 2))[own])
+        resampled.append(study.resampled(curve)[:, own])
+    return np.concatenate(means), np.concatenate(resampled, axis=1)
 
 
 if __name__ == "__main__":

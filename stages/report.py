@@ -107,8 +107,8 @@ def _figures(run: Run) -> dict[str, Markup]:
     if run.iterations:
         figures |= {"kl": _kl(run), "entropy": _entropy(run)}
         for axis in ("position", "dimension"):
-            figures |= {f"kl-{axis}": _kl_along(run, axis, "reverse_kl"), f"entropy-{axis}": _entropy_along(run, axis)}
-            figures |= {f"forward-kl-{axis}": _kl_along(run, axis, "forward_kl")} if run.iterations[-1].after.by_position.forward_kl else {}
+            said = [name for name in ("reverse_kl", "forward_kl") if getattr(run.iterations[-1].after.by_position, name)]
+            figures |= {f"{name}-{axis}": _kl_along(run, axis, name) for name in said} | {f"entropy-{axis}": _entropy_along(run, axis)}
     if _stepped(run):
         figures |= {"kl-steps": _kl_steps(run), "entropy-steps": _entropy_steps(run)}
     return figures
@@ -225,7 +225,7 @@ def _entropy(run: Run) -> Markup:
 def _kl_along(run: Run, axis: str, which: str) -> Markup:
     """A KL by position or dimension: on the first iteration's states before its update, on the last one's after."""
     first, last = (getattr(getattr(one, f"by_{axis}"), which) for one in (run.iterations[0].before, run.iterations[-1].after))
-    name = {"reverse_kl": "reverse KL", "forward_kl": "forward KL"}[which]
+    name = which.replace("_kl", " KL")
 
     def paint(axes: "Axes") -> None:
         _profile(axes, first, color=STUDENT, markerfacecolor=PAPER, linewidth=1, label=f"before {run.iterations[0].result.name}")
@@ -233,8 +233,8 @@ def _kl_along(run: Run, axis: str, which: str) -> Markup:
         axes.set(xlabel=AXES[axis], ylabel=f"{name}, nats a token", ylim=(0, None))
         axes.legend(loc="best")
 
-    told = f"{name.capitalize().replace('kl', 'KL')} by {AXES[axis]}: before {_listed(first)}; after {_listed(last)}."
-    return draw(f"{which.replace('_', '-').removeprefix('reverse-')}-{axis}", told, (450, 280), paint)
+    told = f"{name[0].upper()}{name[1:]} by {AXES[axis]}: before {_listed(first)}; after {_listed(last)}."
+    return draw(f"{which.replace('_', '-')}-{axis}", told, (450, 280), paint)
 
 
 def _entropy_along(run: Run, axis: str) -> Markup:
