@@ -4,11 +4,13 @@
 
 A path is an arm's checkpoints from the start on; of several arms (`name=arm,arm`), as of fine-tuning for longer and longer, one after the other.
 Where its success on the seen tasks first comes to the level, by a straight line between two points, its success on the unseen ones is read off.
-Intervals of 95 % are those of `vla_opd.curves`: seeds and initial states drawn again, those of the seen tasks apart from those of the unseen.
+Intervals of 95 % are those of `vla_opd.curves`: seeds and initial states drawn again, those of the seen tasks apart from those of the unseen. All
+paths share the draws, so the difference from the first one is paired.
 """
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,25 +32,43 @@ def main() -> None:
     names = Params.model_validate(open_artifact(arguments.table, "study").params["parameters"]).report
     rows = read(arguments.table)
     seen, unseen = (read_study(rows, names.start, names.teacher, seen=which) for which in (True, False))
-    print(f"| | unseen at {arguments.level:.0%} of the seen | comes so far in |\n|---|---|---|")
+    print(f"| | unseen at {arguments.level:.0%} of the seen | against the first | comes so far in |\n|---|---|---|---|")
+    first: Left | None = None
     for path in arguments.paths:
         name, _, arms = path.rpartition("=")
-        value, low, high, share = at_level(seen, unseen, arms.split(","), arguments.level)
-        told = "never" if np.isinf(value) else f"{value:.1%} [{low:.1%}, {high:.1%}]"
-        print(f"| {name or arms} | {told} | {share:.0%} of the resamples |")
+        left = at_level(seen, unseen, arms.split(","), arguments.level)
+        told, further = left.told("never"), "" if first is None else left.minus(first).told("")
+        print(f"| {name or arms} | {told} | {further} | {np.isfinite(left.resampled).mean():.0%} of the resamples |")
+        first = first or left
 
 
-def at_level(seen: Study, unseen: Study, arms: Sequence[str], level: float) -> tuple[float, float, float, float]:
-    """Success on the unseen tasks where that on the seen ones first is `level`: with its interval, and the share of the resamples that come so far.
+@dataclass(frozen=True)
+class Left:
+    """Success on the unseen tasks, or a difference of two: the mean's over seeds, and each resample's. Not finite where the level isn't reached."""
 
-    Infinite where the means over seeds never do; the interval is that of the resamples that do.
-    """
+    value: float
+    resampled: Float[np.ndarray, " R"]
+
+    def minus(self, other: "Left") -> "Left":
+        """The paired difference."""
+        there = np.isfinite(self.resampled) & np.isfinite(other.resampled)
+        return Left(self.value - other.value, np.subtract(self.resampled, other.resampled, out=np.full(RESAMPLES, np.inf), where=there))
+
+    def interval(self) -> tuple[float, float]:
+        """Of 95 %, of the resamples that come so far."""
+        low, high = np.quantile(self.resampled[np.isfinite(self.resampled)], [0.025, 0.975])
+        return float(low), float(high)
+
+    def told(self, otherwise: str) -> str:
+        """In percent; `otherwise` where the level isn't reached."""
+        return "{:.1%} [{:.1%}, {:.1%}]".format(self.value, *self.interval()) if np.isfinite(self.value) else otherwise
+
+
+def at_level(seen: Study, unseen: Study, arms: Sequence[str], level: float) -> Left:
+    """Success on the unseen tasks where that on the seen ones first is `level`; infinite where it never is."""
     along = [_path(study, arms) for study in (seen, unseen)]
     (found,) = crossing(*(means[None] for means, _ in along), np.array([level]))
-    drawn = crossing(*(resampled for _, resampled in along), np.full(RESAMPLES, level))
-    came = drawn[np.isfinite(drawn)]
-    low, high = np.quantile(came, [0.025, 0.975]) if len(came) else (np.inf, np.inf)
-    return float(found), float(low), float(high), len(came) / RESAMPLES
+    return Left(float(found), crossing(*(resampled for _, resampled in along), np.full(RESAMPLES, level)))
 
 
 def _path(study: Study, arms: Sequence[str]) -> tuple[Float[np.ndarray, " P"], Float[np.ndarray, "R P"]]:

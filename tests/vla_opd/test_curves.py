@@ -79,14 +79,24 @@ def with_unseen() -> Table:
 def test_what_is_left_of_unseen_tasks_is_read_off_at_equal_success_on_the_seen() -> None:
     """`fast` goes from 20 % by 60 to 90 % of the seen and from 60 % by 60 to 50 % of the unseen; `slow` never comes so far, a path by both does."""
     seen, unseen = (read_study(with_unseen(), "start", "teacher", seen=which) for which in (True, False))
-    value, low, high, share = at_level(seen, unseen, ["fast"], 0.75)
-    assert value == pytest.approx(0.55)
-    assert low < value < high
-    assert share > 0.9
-    assert at_level(seen, unseen, ["slow"], 0.75)[0] == math.inf
-    assert at_level(seen, unseen, ["slow", "fast"], 0.5)[0] == pytest.approx((0.1 + 0.6) / 2)
+    fast, slow, both = (at_level(seen, unseen, arms, level) for arms, level in ((["fast"], 0.75), (["slow"], 0.75), (["slow", "fast"], 0.5)))
+    assert fast.value == pytest.approx(0.55)
+    low, high = fast.interval()
+    assert low < fast.value < high
+    assert np.isfinite(fast.resampled).mean() > 0.9
+    assert slow.value == math.inf
+    assert both.value == pytest.approx((0.1 + 0.6) / 2)
     with pytest.raises(SystemExit, match=r"no arm 'quick'; expected some of \['fast', 'slow'\]"):
         at_level(seen, unseen, ["quick"], 0.5)
+
+
+def test_a_difference_at_equal_success_is_paired() -> None:
+    """A path is no different from itself in any resample, and none is told from one that never comes so far."""
+    seen, unseen = (read_study(with_unseen(), "start", "teacher", seen=which) for which in (True, False))
+    fast, slow = (at_level(seen, unseen, [arm], 0.75) for arm in ("fast", "slow"))
+    assert fast.minus(fast).interval() == (0, 0)
+    assert at_level(seen, unseen, ["slow"], 0.35).minus(at_level(seen, unseen, ["fast"], 0.35)).value == pytest.approx(0.6 + (0.1 - 0.6) * 0.75 - 0.6)
+    assert slow.minus(fast).told("never") == "never"
 
 
 @pytest.fixture(scope="module")
