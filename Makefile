@@ -51,9 +51,10 @@ stop:
 	fi
 	rm -f .prefect/server.pid
 
-# File by file on two cores, the long ones (of flows) first; with ARGS="-n 0" one test after the other, and what they print at once.
+# File by file on two cores, a thread of torch on each, the long ones (of flows) first; with ARGS="-n 0" one test after the other, and what they print
+# at once.
 test: $(READY)
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(READY)
 	@$(BIN)/ruff format --check .
