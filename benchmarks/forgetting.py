@@ -4,8 +4,8 @@
 
 A path is an arm's checkpoints from the start on; of several arms (`name=arm,arm`), as of fine-tuning for longer and longer, one after the other.
 Where its success on the seen tasks first comes to the level, by a straight line between two points, its success on the unseen ones is read off.
-Intervals of 95 % are those of `vla_opd.curves`: seeds and initial states drawn again, those of the seen tasks apart from those of the unseen. All
-paths share the draws, so the difference from the first one is paired.
+Intervals of 95 % are those of `vla_opd.curves`: seeds and initial states drawn again, those of the seen tasks apart from those of the unseen.
+Paths of the same seeds share the draws, so the difference of such from the first one is paired; of others it isn't told.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 from vla_opd.artifacts import open_artifact
-from vla_opd.curves import RESAMPLES, Study, crossing, read_study
+from vla_opd.curves import RESAMPLES, Estimate, Study, crossing, read_study
 from vla_opd.params import Params
 from vla_opd.study import read
 
@@ -33,42 +33,48 @@ def main() -> None:
     rows = read(arguments.table)
     seen, unseen = (read_study(rows, names.start, names.teacher, seen=which) for which in (True, False))
     print(f"| | unseen at {arguments.level:.0%} of the seen | against the first | comes so far in |\n|---|---|---|---|")
-    first: Left | None = None
-    for path in arguments.paths:
-        name, _, arms = path.rpartition("=")
-        left = at_level(seen, unseen, arms.split(","), arguments.level)
-        told, further = left.told("never"), "" if first is None else left.minus(first).told("")
-        print(f"| {name or arms} | {told} | {further} | {np.isfinite(left.resampled).mean():.0%} of the resamples |")
-        first = first or left
+    paths = {name or arms: arms.split(",") for name, _, arms in (path.rpartition("=") for path in arguments.paths)}
+    lefts = {name: at_level(seen, unseen, arms, arguments.level) for name, arms in paths.items()}
+    first = next(iter(lefts.values()))
+    for name, left in lefts.items():
+        further = left.minus(first).told("") if left is not first and left.seeds == first.seeds else ""
+        print(f"| {name} | {left.told('never')} | {further} | {np.isfinite(left.resampled).mean():.0%} of the resamples |")
 
 
 @dataclass(frozen=True)
 class Left:
-    """Success on the unseen tasks, or a difference of two: the mean's over seeds, and each resample's. Not finite where the level isn't reached."""
+    """Success on the unseen tasks, or a difference of two: the mean's over seeds, and each resample's. Not finite where the level isn't reached.
 
+    seeds: of every arm along the path. Only paths of the same seeds share all draws.
+    """
+
+    seeds: tuple[tuple[int, ...], ...]
     value: float
     resampled: Float[np.ndarray, " R"]
 
     def minus(self, other: "Left") -> "Left":
         """The paired difference."""
-        there = np.isfinite(self.resampled) & np.isfinite(other.resampled)
-        return Left(self.value - other.value, np.subtract(self.resampled, other.resampled, out=np.full(RESAMPLES, np.inf), where=there))
+        with np.errstate(invalid="ignore"):  # neither comes so far
+            return Left(self.seeds, self.value - other.value, self.resampled - other.resampled)
 
-    def interval(self) -> tuple[float, float]:
-        """Of 95 %, of the resamples that come so far."""
-        low, high = np.quantile(self.resampled[np.isfinite(self.resampled)], [0.025, 0.975])
-        return float(low), float(high)
+    def estimate(self) -> Estimate:
+        """The interval is that of the resamples that come so far."""
+        return Estimate.of(self.value, self.resampled[np.isfinite(self.resampled)])
 
     def told(self, otherwise: str) -> str:
         """In percent; `otherwise` where the level isn't reached."""
-        return "{:.1%} [{:.1%}, {:.1%}]".format(self.value, *self.interval()) if np.isfinite(self.value) else otherwise
+        if not np.isfinite(self.value):
+            return otherwise
+        its = self.estimate()
+        return f"{its.value:.1%} [{its.low:.1%}, {its.high:.1%}]"
 
 
 def at_level(seen: Study, unseen: Study, arms: Sequence[str], level: float) -> Left:
     """Success on the unseen tasks where that on the seen ones first is `level`; infinite where it never is."""
     along = [_path(study, arms) for study in (seen, unseen)]
     (found,) = crossing(*(means[None] for means, _ in along), np.array([level]))
-    return Left(float(found), crossing(*(resampled for _, resampled in along), np.full(RESAMPLES, level)))
+    seeds = {curve.seeds for curve in seen.curves if curve.arm in arms}
+    return Left(tuple(sorted(seeds)), float(found), crossing(*(resampled for _, resampled in along), np.full(RESAMPLES, level)))
 
 
 def _path(study: Study, arms: Sequence[str]) -> tuple[Float[np.ndarray, " P"], Float[np.ndarray, "R P"]]:

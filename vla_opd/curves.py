@@ -8,7 +8,7 @@ interval is a little too short (Davison & Hinkley, 1997, section 3.8).
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -29,6 +29,12 @@ class Estimate:
     value: float
     low: float
     high: float
+
+    @classmethod
+    def of(cls, value: float, resampled: Float[np.ndarray, " R"]) -> Self:
+        """The interval of a bootstrap."""
+        low, high = np.quantile(resampled, [0.025, 0.975], method="inverted_cdf")  # some may be infinite, and there is nothing between those
+        return cls(value, float(low), float(high))
 
 
 @dataclass(frozen=True)
@@ -105,12 +111,12 @@ class Study:
 
     def shared(self, outcomes: Bool[np.ndarray, " E"]) -> Estimate:
         """The success of the start, or of the teacher: one checkpoint, so only its episodes are drawn again."""
-        return _estimate(float(outcomes.mean()), self._weights @ outcomes)
+        return Estimate.of(float(outcomes.mean()), self._weights @ outcomes)
 
     def success(self, curve: Curve) -> list[Estimate]:
         """Of every checkpoint, the mean over seeds."""
         means, resampled = curve.outcomes.mean((0, 2)), self.resampled(curve)
-        return [_estimate(float(mean), resampled[:, point]) for point, mean in enumerate(means)]
+        return [Estimate.of(float(mean), resampled[:, point]) for point, mean in enumerate(means)]
 
     def difference(self, one: Curve, other: Curve) -> Estimate | None:
         """Of the success at the end, other minus one, over the seeds that both have; None if they share none."""
@@ -118,12 +124,12 @@ class Study:
         if not first.seeds:
             return None
         value = float(second.per_seed.mean() - first.per_seed.mean())
-        return _estimate(value, self.resampled(second)[:, -1] - self.resampled(first)[:, -1])
+        return Estimate.of(value, self.resampled(second)[:, -1] - self.resampled(first)[:, -1])
 
     def forgotten(self, curve: Curve) -> Estimate:
         """Of the success at the end, what it is less than at the start."""
         resampled = self.resampled_start - self.resampled(curve)[:, -1]
-        return _estimate(float(self.start.mean() - curve.per_seed.mean()), resampled)
+        return Estimate.of(float(self.start.mean() - curve.per_seed.mean()), resampled)
 
     def task_success(self, outcomes: Bool[np.ndarray, "... E"]) -> dict[str, float]:
         """For each task."""
@@ -134,7 +140,7 @@ class Study:
 
         Infinite where it never came so far.
         """
-        return _estimate(*self._reached(curve, cost, share))
+        return Estimate.of(*self._reached(curve, cost, share))
 
     def ratio(self, one: Curve, other: Curve, cost: str, share: float = SHARE) -> Estimate | None:
         """`reach` of the other over that of the one, over the seeds that both have.
@@ -152,17 +158,12 @@ class Study:
         its_value, its_resampled = self._reached(other, cost, share)
         spent = self._seeds(other) @ other.costs[cost][:, -1]
         least = np.where(np.isinf(its_resampled), spent, its_resampled)
-        return _estimate((float(other.cost(cost)[-1]) if np.isinf(its_value) else its_value) / value, least[came] / resampled[came])
+        return Estimate.of((float(other.cost(cost)[-1]) if np.isinf(its_value) else its_value) / value, least[came] / resampled[came])
 
     def _reached(self, curve: Curve, cost: str, share: float) -> tuple[float, Float[np.ndarray, " R"]]:
         value = crossing(curve.outcomes.mean((0, 2))[None], curve.cost(cost)[None], np.array([share * self.teacher.mean()]))
         spent = self._seeds(curve) @ curve.costs[cost]
         return float(value[0]), crossing(self.resampled(curve), spent, share * (self._weights @ self.teacher))
-
-
-def _estimate(value: float, resampled: Float[np.ndarray, " R"]) -> Estimate:
-    low, high = np.quantile(resampled, [0.025, 0.975], method="inverted_cdf")  # some may be infinite, and there is nothing between those
-    return Estimate(value, float(low), float(high))
 
 
 def crossing(success: Float[np.ndarray, "R P"], spent: Float[np.ndarray, "R P"], wanted: Float[np.ndarray, " R"]) -> Float[np.ndarray, " R"]:

@@ -81,8 +81,8 @@ def test_what_is_left_of_unseen_tasks_is_read_off_at_equal_success_on_the_seen()
     seen, unseen = (read_study(with_unseen(), "start", "teacher", seen=which) for which in (True, False))
     fast, slow, both = (at_level(seen, unseen, arms, level) for arms, level in ((["fast"], 0.75), (["slow"], 0.75), (["slow", "fast"], 0.5)))
     assert fast.value == pytest.approx(0.55)
-    low, high = fast.interval()
-    assert low < fast.value < high
+    estimate = fast.estimate()
+    assert estimate.low < estimate.value < estimate.high
     assert np.isfinite(fast.resampled).mean() > 0.9
     assert slow.value == math.inf
     assert both.value == pytest.approx((0.1 + 0.6) / 2)
@@ -94,9 +94,10 @@ def test_a_difference_at_equal_success_is_paired() -> None:
     """A path is no different from itself in any resample, and none is told from one that never comes so far."""
     seen, unseen = (read_study(with_unseen(), "start", "teacher", seen=which) for which in (True, False))
     fast, slow = (at_level(seen, unseen, [arm], 0.75) for arm in ("fast", "slow"))
-    assert fast.minus(fast).interval() == (0, 0)
+    assert fast.minus(fast).estimate() == Estimate(0, 0, 0)
     assert at_level(seen, unseen, ["slow"], 0.35).minus(at_level(seen, unseen, ["fast"], 0.35)).value == pytest.approx(0.6 + (0.1 - 0.6) * 0.75 - 0.6)
     assert slow.minus(fast).told("never") == "never"
+    assert slow.seeds == fast.seeds == ((0, 1),)
 
 
 @pytest.fixture(scope="module")
