@@ -28,7 +28,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from vla_opd import adapters, memory
 from vla_opd.checkpoint import CheckpointFacts
 from vla_opd.memory import Described, Need
-from vla_opd.openvla import QUESTION, TOKENIZER, Architecture, Tower, read_tokenizer
+from vla_opd.openvla import QUESTION, Architecture, Tower
+from vla_opd.openvla_files import TOKENIZER, read_tokenizer
 from vla_opd.params import EnvironmentParams, OptimizeParams
 from vla_opd.policies.openvla_oft import LONGEST, PATCHES, SIZE, OpenVLAOFT, of_facts
 from vla_opd.tokens import ActionSpace

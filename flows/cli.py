@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from flows import members, pipeline, serve, server, settings, summary, terminal
-from flows.pipeline import Busy, StageFailed
-from vla_opd import host, params
+from flows.pipeline import StageFailed
+from vla_opd import host, mistakes, params
 from vla_opd.host import METRICS, this_host
 
 if TYPE_CHECKING:  # what answers questions is imported by the question: torch, DuckDB and the exports' libraries take seconds
@@ -25,6 +25,7 @@ PREFECT = {  # the terminal is for the stages; Prefect's own log is in its inter
     "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",
     "DO_NOT_TRACK": "1",
 }
+INTERRUPTED = 130
 LOST = threading.Event()  # Prefect's server, in the middle of a run
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -51,8 +52,12 @@ def _obey(arguments: Sequence[str] | None) -> int:
         print(f"\n{failure.name} failed; its last lines were\n{terminal.last_lines(failure.said)}\n\n  go on with  make run", file=sys.stderr)
     except BrokenPipeError:  # the reader of a pipe, `head` for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, RuntimeError, OSError, Busy) as error:
-        print(f"\n{error}\n", file=sys.stderr)
+    except (Exception, KeyboardInterrupt) as error:
+        code = mistakes.exit_code(error)
+        if code is None:
+            raise
+        print(f"\n{mistakes.message(error)}\n", file=sys.stderr)
+        return code if code == INTERRUPTED else 1
     return 1
 
 

@@ -9,14 +9,14 @@ import gc
 import importlib
 import logging
 import os
-import shutil
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from vla_opd.artifacts import BusyError, Manifest, Share
+from vla_opd import mistakes
+from vla_opd.artifacts import Manifest, Share
 from vla_opd.envs import ENVS
 from vla_opd.envs.graphics import use_backend
 from vla_opd.host import LAUNCH, METRICS, Host, on_or_off, processes, require_equal_shares, this_host
@@ -36,10 +36,6 @@ VERBS = {
     "evaluate": "--name",
     "report": None,
 }
-NO_ROOM = (
-    "{free:.0f} MB are free here. What was finished is kept: make room (`opd gc --dry-run` lists artifacts that nothing needs), "
-    "and run the same command again"
-)
 SIMULATED = ("demonstrate", "sample", "explore", "evaluate")
 SHARED = ("sample", "label", "explore", "evaluate")
 ROLLED_OUT = ("sample", "explore", "evaluate")
@@ -49,7 +45,7 @@ LAUNCHED = "TORCHELASTIC_RUN_ID"  # the environment variable by which torchrun's
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a stage. A user's mistake is one message on stderr and exit code 2; numbers that are not finite, or a second process, one message and 1."""
+    """Run a stage. What its user or the machine has to put right is one message on stderr, with the exit code of `vla_opd.mistakes`."""
     options = _parser().parse_args(arguments)
     if "DVC_STAGE" in os.environ:  # by hand, a stage may outlive its terminal; DVC's, whose lock dies with DVC, must not be met by the next one
         die_with_parent()
@@ -58,14 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         return _obey(options, sys.argv[1:] if arguments is None else arguments)
-    except ValueError as mistake:
-        return _told(2, options.verb, mistake)
-    except (FloatingPointError, BusyError) as error:
-        return _told(1, options.verb, error)
-    except Exception as error:
-        if "No space left" not in str(error) and "Disk quota exceeded" not in str(error):  # some writers are not Python's, and raise no OSError
+    except (Exception, KeyboardInterrupt) as error:
+        code = mistakes.exit_code(error)
+        if code is None:
             raise
-        return _told(1, options.verb, f"{error}. {NO_ROOM.format(free=shutil.disk_usage(Path()).free / 1e6)}")
+        return _say(code, options.verb, mistakes.message(error))
 
 
 def _obey(options: argparse.Namespace, arguments: Sequence[str]) -> int:
@@ -95,7 +88,7 @@ def _obey(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     return 0
 
 
-def _told(code: int, verb: str, what: object) -> int:
+def _say(code: int, verb: str, what: str) -> int:
     """The exit code, once it is said what went wrong. Of processes that train together the first of each machine says it for all of them."""
     if LAUNCHED in os.environ and os.environ["LOCAL_RANK"] != "0":
         time.sleep(FIRST_SPEAKS)  # torchrun ends the others as soon as one has ended

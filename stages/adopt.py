@@ -2,13 +2,15 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from vla_opd.artifacts import Manifest, draft, file_entry
 from vla_opd.checkpoint import WEIGHTS, public_facts, save_weights
 from vla_opd.host import Host
-from vla_opd.openvla import TOKENIZER, Architecture, read_tokenizer, sources
+from vla_opd.openvla import Architecture, sources
+from vla_opd.openvla_files import CONFIG, STATISTICS, TOKENIZER, read_tokenizer
 from vla_opd.params import EnvironmentParams, Params
 from vla_opd.policies.openvla_oft import public_weights
 from vla_opd.tracking import track
@@ -25,12 +27,14 @@ def run(params: Params, name: str, out: Path, host: Host) -> Manifest:
     assert isinstance(facts.policy, Architecture), "public facts are of an OpenVLA-OFT"
     if read_tokenizer(folder) is None:
         raise ValueError(f"{folder}: has no {TOKENIZER}; expected the checkpoint's own, by which instructions are put to it")
-    settings = {
+    settings: dict[str, Any] = {
         "name": name,
         "adopt": its.model_dump(exclude={"folder"}),
         "environment": params.environment.model_dump(exclude={"tasks"}),
         "sources": {path.name: file_entry(path).sha256 for path in sources(folder)},
     }
+    if STATISTICS not in settings["sources"]:
+        settings["statistics"] = CONFIG
     with draft(out, "checkpoint", {}, settings) as work, track(host, params.run.name, "adopt", name, settings):
         with work.part(WEIGHTS) as path:
             save_weights(path, public_weights(folder, facts.policy, facts.action_space, getattr(torch, its.dtype)))

@@ -14,7 +14,8 @@ from torch import nn
 
 from vla_opd import adapters
 from vla_opd.artifacts import Draft, Manifest, link, open_artifact, read_manifest
-from vla_opd.openvla import QUESTION, TOKENIZER, Architecture, read_public, read_tokenizer
+from vla_opd.openvla import QUESTION, Architecture, read_public
+from vla_opd.openvla_files import TOKENIZER, read_tokenizer
 from vla_opd.params import AdoptParams, EnvironmentParams, PolicyParams
 from vla_opd.tokens import ActionSpace
 

@@ -23,7 +23,7 @@ from vla_opd import adapters, ranks
 from vla_opd.artifacts import MANIFEST
 from vla_opd.checkpoint import CheckpointFacts, glance, public_facts
 from vla_opd.host import require_equal_shares
-from vla_opd.openvla import read_tokenizer
+from vla_opd.openvla_files import read_tokenizer
 from vla_opd.params import START, Params, UpdateParams
 from vla_opd.policies import build_policy
 from vla_opd.trajectory import Observations

@@ -1,28 +1,45 @@
 """OpenVLA-OFT's public checkpoint layout: what its files say, and its tensors by the names of this package's module.
 
-`config.json`, `preprocessor_config.json`, `dataset_statistics.json`, `model*.safetensors` (one file, or shards with an index) and `tokenizer.json`.
+The small files are read by `vla_opd.openvla_files`; beside them `model*.safetensors`, one file, or shards with an index.
 Nothing else is opened: no `auto_map` code, no pickles. Source of the layout: openvla-oft 213c5ff, transformers 4.40.1.
 """
 
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple
 
 import safetensors
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, model_validator
-from tokenizers import Tokenizer
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
-from vla_opd.params import SHORTER
+from vla_opd.openvla_files import (
+    CONFIG,
+    DINO,
+    LAYOUT,
+    PREPROCESSOR,
+    PROCESSOR,
+    SIGLIP,
+    STATISTICS,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    Action,
+    Config,
+    Index,
+    explain,
+    is_there,
+    read_image_processor,
+    read_json,
+    read_statistics,
+    require_file,
+)
 from vla_opd.tokens import ActionSpace
 
-DINO, SIGLIP = "vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"
 CHUNK, ACTION_DIM = 8, 7  # of LIBERO's checkpoints
 QUESTION = "In: What action should the robot take to {instruction}?\nOut:"
-TOKENIZER, WHOLE, INDEX = "tokenizer.json", "model.safetensors", "model.safetensors.index.json"
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 UNUSABLE = {  # what config.json mostly doesn't say: the original puts these weights into files of their own
     "action_head--*": "an L1 or diffusion head answers with actions, not with a distribution over action tokens, so there is nothing to distil",
     "noisy_action_projector--*": "a diffusion head answers with actions, not with a distribution over action tokens, so there is nothing to distil",
@@ -115,108 +132,30 @@ class Public(NamedTuple):
     space: ActionSpace
 
 
-class _File(BaseModel):
-    """What is read of a JSON file; other keys are left alone."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False, strict=True)
-
-
-class _Text(_File):
-    hidden_size: int = 4096
-    intermediate_size: int = 11008
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int | None = None
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    rope_scaling: None = None
-    hidden_act: Literal["silu"] = "silu"
-    vocab_size: int = 32064
-
-
-class _Size(_File):
-    embed_dim: int
-    depth: int
-    num_heads: int
-
-    @property
-    def tower(self) -> Tower:
-        return Tower(width=self.embed_dim, depth=self.depth, heads=self.num_heads)
-
-
-class _Config(_File):
-    """golden_timm_overrides: of a checkpoint that was made small for tests; only that says how large its towers are."""
-
-    model_type: Literal["openvla"]
-    use_fused_vision_backbone: Literal[True]
-    timm_model_ids: tuple[Literal["vit_large_patch14_reg4_dinov2.lvd142m"], Literal["vit_so400m_patch14_siglip_224"]]
-    arch_specifier: Literal["no-align+fused-gelu-mlp"] = "no-align+fused-gelu-mlp"
-    image_resize_strategy: Literal["resize-naive"] = "resize-naive"
-    image_sizes: tuple[Literal[224], Literal[224]] = (224, 224)
-    n_action_bins: int = Field(default=256, ge=2, le=256)
-    pad_to_multiple_of: int = Field(default=64, ge=0)
-    text_config: _Text = _Text()
-    golden_timm_overrides: dict[str, _Size] = Field(default_factory=dict)
-    num_images_in_input: Literal[1] = 1
-    use_proprio: Literal[False] = False
-    use_film: Literal[False] = False
-    use_l1_regression: Literal[False] = False
-    use_diffusion: Literal[False] = False
-
-
-class _Normalisation(_File):
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-
-class _Half(_File):
-    mean: tuple[Literal[0.5], Literal[0.5], Literal[0.5]]  # pyright: ignore[reportInvalidTypeForm]
-    std: tuple[Literal[0.5], Literal[0.5], Literal[0.5]]  # pyright: ignore[reportInvalidTypeForm]
-
-
-class _Processor(_File):
-    """The constants that the original image processor really uses: those it stored of its transforms, rounded to bfloat16, not `means` and `stds`."""
-
-    tvf_normalize_params: tuple[_Normalisation, _Half]
-
-
-class _Action(_File):
-    """mask: which dimensions are normalised; all of them, as in the original, if it isn't there."""
-
-    q01: tuple[float, ...]
-    q99: tuple[float, ...]
-    mask: tuple[bool, ...] | None = None
-
-
-class _Dataset(_File):
-    action: _Action
-
-
-class _Index(_File):
-    weight_map: dict[str, str]
-
-
 def read_public(folder: Path, unnorm_key: str | None, crop: float = 0.9) -> Public:
     """What the files of a public checkpoint say, without its weights. ValueError for what isn't OpenVLA-OFT with discrete tokens.
 
     unnorm_key: whose statistics the actions have; it may be left out where there is only one. crop: see `Architecture`; no file says it.
     """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: is no folder; expected the folder of a checkpoint, {LAYOUT.removeprefix('expected ')}")
     for pattern, why in UNUSABLE.items():
         if found := sorted(path.name for path in folder.glob(pattern)):
             raise ValueError(f"{folder}: has {found[0]}: {why}; expected a checkpoint with discrete action tokens and one camera")
-    config, colours = _read(folder / "config.json", _Config), _read(folder / "preprocessor_config.json", _Processor).tvf_normalize_params[0]
-    text, towers = config.text_config, {**TOWERS, **{name: size.tower for name, size in config.golden_timm_overrides.items()}}
+    config = read_json(folder / CONFIG, Config)
+    colours = read_image_processor(folder).tvf_normalize_params[0]
+    text = config.text_config
     try:
         architecture = Architecture(
-            dino=towers[DINO],
-            siglip=towers[SIGLIP],
+            dino=_tower(config, DINO),
+            siglip=_tower(config, SIGLIP),
             hidden=text.hidden_size,
             intermediate=text.intermediate_size,
             layers=text.num_hidden_layers,
             heads=text.num_attention_heads,
             key_value_heads=text.num_key_value_heads or text.num_attention_heads,
             rms_epsilon=text.rms_norm_eps,
-            rope_theta=text.rope_theta,
+            rope_theta=text.theta,
             vocabulary=text.vocab_size - config.pad_to_multiple_of,
             rows=text.vocab_size,
             mean=colours.mean,
@@ -224,8 +163,14 @@ def read_public(folder: Path, unnorm_key: str | None, crop: float = 0.9) -> Publ
             crop=crop,
         )
     except ValidationError as error:
-        raise ValueError(f"{folder}: {_told(error)}") from error
-    return Public(architecture, _action_space(folder / "dataset_statistics.json", unnorm_key, config.n_action_bins))
+        raise ValueError(f"{folder}: {explain(error)}") from error
+    where, action = read_statistics(folder, config, unnorm_key)
+    return Public(architecture, _action_space(where, action, config.n_action_bins))
+
+
+def _tower(config: Config, name: str) -> Tower:
+    size = config.golden_timm_overrides.get(name)
+    return TOWERS[name] if size is None else Tower(width=size.embed_dim, depth=size.depth, heads=size.num_heads)
 
 
 def read_weights(folder: Path, architecture: Architecture, bins: int) -> dict[str, Tensor]:
@@ -235,6 +180,7 @@ def read_weights(folder: Path, architecture: Architecture, bins: int) -> dict[st
     """
     found: dict[str, Tensor] = {}
     for path in weight_files(folder):
+        require_file(path)
         try:
             tensors = safetensors.torch.load_file(path)
         except (OSError, safetensors.SafetensorError) as error:
@@ -251,22 +197,16 @@ def read_weights(folder: Path, architecture: Architecture, bins: int) -> dict[st
     return found
 
 
-def read_tokenizer(folder: Path) -> Tokenizer | None:
-    """The checkpoint's tokenizer, if there is one. Of the files that it may come in, only `tokenizer.json` is read."""
-    path = folder / TOKENIZER
-    if not path.exists():
-        return None
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises no other
-        raise ValueError(f"{path}: not a tokenizer ({error}); expected what the library `tokenizers` writes") from error
-
-
 def sources(folder: Path) -> list[Path]:
-    """The files of which something is read."""
+    """The files of which something is read. ValueError for one that can't be."""
     weights = list(weight_files(folder))
-    beside = ["config.json", "preprocessor_config.json", "dataset_statistics.json", TOKENIZER, *([] if weights == [folder / WHOLE] else [INDEX])]
-    return [*(folder / name for name in beside if (folder / name).exists()), *weights]
+    small = [CONFIG, PREPROCESSOR, PROCESSOR, STATISTICS, TOKENIZER, TOKENIZER_CONFIG]
+    if weights != [folder / WHOLE]:
+        small.append(INDEX)
+    found = [folder / name for name in small if is_there(folder / name)] + weights
+    for path in found:
+        require_file(path)
+    return found
 
 
 def renamed(name: str, architecture: Architecture) -> tuple[str, ...]:
@@ -306,48 +246,25 @@ def restored(name: str, public: Tensor, ours: Mapping[str, Tensor], architecture
 def weight_files(folder: Path) -> Iterator[Path]:
     """The whole file, or else the index's shards, none of which lies elsewhere."""
     whole, index = folder / WHOLE, folder / INDEX
-    if not whole.exists() and not index.exists():
+    if not is_there(whole) and not is_there(index):
         merge = "; it holds an adapter, to be merged into its base first" if list(folder.glob("**/adapter_config.json")) else ""
         raise ValueError(f"{folder}: has neither {whole.name} nor {index.name}; no other kind of weights is read{merge}")
-    for name in [whole.name] if whole.exists() else sorted(set(_read(index, _Index).weight_map.values())):
+    if is_there(whole):
+        yield whole
+        return
+    for name in sorted(set(read_json(index, Index).weight_map.values())):
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise ValueError(f"{index}: weight_map names {name!r}; expected names of .safetensors files beside it")
+        require_file(folder / name, f"expected every file that {INDEX} names: the download isn't complete")
         yield folder / name
 
 
-Model = TypeVar("Model", bound=BaseModel)
-
-
-def _read(path: Path, model: type[Model]) -> Model:
-    try:
-        return model.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        raise ValueError(f"{path}: isn't there; expected the public layout of OpenVLA-OFT") from None
-    except ValidationError as error:
-        raise ValueError(f"{path}: {_told(error)}") from error
-
-
-def _told(error: ValidationError) -> str:
-    """Field, value and what was expected, of each mistake."""
-    found: list[str] = []
-    for one in error.errors():
-        field = ".".join(map(str, one["loc"])) or "it"
-        value = "missing" if one["type"] == "missing" else SHORTER.repr(one["input"])
-        found.append(f"{field} is {value}; {one['msg'].replace('Input should be', 'expected').removeprefix('Value error, ')}")
-    return "; ".join(found)
-
-
-def _action_space(path: Path, key: str | None, bins: int) -> ActionSpace:
-    statistics = _read(path, RootModel[dict[str, _Dataset]]).root
-    key = next(iter(statistics)) if key is None and len(statistics) == 1 else key
-    if key is None or key not in statistics:
-        raise ValueError(f"{path}: unnorm_key is {key!r}; expected one of {sorted(statistics)}")
-    action = statistics[key].action
+def _action_space(where: str, action: Action, bins: int) -> ActionSpace:
     mask = (True,) * ACTION_DIM if action.mask is None else action.mask
     for name, values in {"q01": action.q01, "q99": action.q99, "mask": mask}.items():
         if len(values) != ACTION_DIM:
-            raise ValueError(f"{path}: {key}.action.{name} has {len(values)} entries; expected {ACTION_DIM}, one an action dimension")
+            raise ValueError(f"{where}.{name} has {len(values)} entries; expected {ACTION_DIM}, one per action dimension")
     try:
         return ActionSpace(q01=action.q01, q99=action.q99, normalised=mask, chunk=CHUNK, bins=bins)
     except ValidationError as error:
-        raise ValueError(f"{path}: {key}.action: {_told(error)}") from error
+        raise ValueError(f"{where}: {explain(error)}") from error

@@ -45,6 +45,12 @@ def _rising(rates: tuple[float, float]) -> tuple[float, float]:
     return rates
 
 
+def _plain_path(path: str) -> str:
+    if path.startswith("~") or "$" in path:
+        raise PydanticCustomError("path", "expected a plain path: neither ~ nor $VARIABLE is expanded, by DVC or by a stage")
+    return path
+
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
@@ -240,7 +246,7 @@ class AdoptParams(Section):
     dtype:      in which its weights are stored here and computed with.
     """
 
-    folder: str = Field(min_length=1)
+    folder: Annotated[str, AfterValidator(_plain_path)] = Field(min_length=1)
     known: str | None = Field(default=None, exclude_if=_is(None))
     unnorm_key: str | None = None
     crop: float = Field(default=0.9, gt=0, le=1)

@@ -7,7 +7,7 @@ Source: OpenVLA-OFT, `ActionTokenizer` (ids 31744 ... 31999 of a vocabulary of 3
 """
 
 import numpy as np
-from jaxtyping import Float, Float32, Int, Int16
+from jaxtyping import Bool, Float, Float32, Int, Int16
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from vla_opd.artifacts import canonical, sha256
@@ -50,14 +50,23 @@ class ActionSpace(BaseModel):
         return self.chunk * self.action_dim
 
     @property
+    def constant(self) -> Bool[np.ndarray, " A"]:
+        """Which of the normalised dimensions never vary."""
+        return np.array(self.normalised) & np.equal(self.q01, self.q99)
+
+    @property
     def digest(self) -> str:
         """sha256 of the statistics, bins and chunk."""
         return sha256(canonical(self.model_dump()))
 
     def encode(self, actions: Float[np.ndarray, "*B S A"]) -> Int16[np.ndarray, "*B K"]:
-        """Actions in the environment's units -> bins, row-major [step][dimension]. Out-of-range actions are clipped."""
+        """Actions in the environment's units -> bins, row-major [step][dimension]. Out-of-range actions are clipped.
+
+        A normalised dimension that never varies, q01 = q99, is 0 in the original's training data, and so in the middle bin, whatever the action.
+        """
         low, span = np.array(self.q01), np.array(self.q99) - np.array(self.q01) + RANGE_FLOOR
         scaled = np.where(self.normalised, 2.0 * (actions.astype(np.float64) - low) / span - 1.0, actions)
+        scaled = np.where(self.constant, 0.0, scaled)
         bins = np.digitize(np.clip(scaled, -1.0, 1.0), self.edges) - 1
         return bins.reshape(*actions.shape[:-2], self.tokens).astype(np.int16)
 

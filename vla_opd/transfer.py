@@ -45,6 +45,7 @@ def between(teacher: ActionSpace, student: ActionSpace, where: str = "transfer")
         if ours != theirs:
             raise ValueError(f"{where}: action_space.{field} is {theirs} for the teacher; expected the student's {ours}, for only bins can move")
     overlaps = np.stack([overlap(t, s) for t, s in zip(edges(teacher), edges(student), strict=True)])
+    overlaps[student.constant] = np.eye(student.bins)[(student.bins - 1) // 2]  # all of it in the middle bin, as `encode` has it
     if not np.isfinite(overlaps).all():
         raise ValueError(f"{where}: the teacher's bins have no width in float64 (action_space.q01, q99); expected statistics that tell them apart")
     return Transfer(overlaps)

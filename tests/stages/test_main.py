@@ -210,11 +210,14 @@ def test_a_command_that_does_not_exist_ends_with_2(project: Path, arguments: lis
     assert end.value.code == 2
 
 
-def test_a_crash_is_not_a_mistake(called: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_is_not_a_mistake(called: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def crash(*_: object) -> None:
         raise RuntimeError("the simulator crashed too often")
 
     monkeypatch.setattr(command.importlib, "import_module", lambda name: SimpleNamespace(run=crash))
+    assert command.main(["report"]) == 1
+    assert "the simulator crashed too often" in capsys.readouterr().err
+    monkeypatch.setenv("OPD_TRACEBACK", "1")
     with pytest.raises(RuntimeError, match="too often"):
         command.main(["report"])
 

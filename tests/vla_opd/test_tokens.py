@@ -118,3 +118,17 @@ def test_the_digest_is_of_everything_that_a_token_means() -> None:
 def test_statistics_of_different_lengths_are_refused() -> None:
     with pytest.raises(ValidationError, match="have 2, 1, 2 entries; expected one an action dimension"):
         ActionSpace(q01=(0, 0), q99=(1,), normalised=(True, True), chunk=1)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -3.0])
+def test_a_constant_dimension_is_in_the_middle_bin_as_in_the_data_of_public_checkpoints(value: float) -> None:
+    space = ActionSpace(q01=(value, -1.0), q99=(value, 1.0), normalised=(True, True), chunk=1)
+    noisy = np.float32(value) + np.array([0, 1e-9, -1e-9, 0.5], np.float32)
+    bins = space.encode(np.stack([noisy, np.zeros(4, np.float32)], axis=-1)[:, None])
+    assert bins[:, 0].tolist() == [127] * 4
+    assert space.decode(bins)[:, 0, 0] == pytest.approx([value] * 4, abs=1e-6)
+
+
+def test_a_constant_dimension_that_passes_through_is_left_as_it_is() -> None:
+    space = ActionSpace(q01=(1.0,), q99=(1.0,), normalised=(False,), chunk=1)
+    assert space.encode(np.ones((1, 1, 1), np.float32)).tolist() == [[255]]

@@ -104,3 +104,12 @@ def test_other_statistics_are_refused_unless_the_labels_are_to_be_transferred() 
     require_comparable(small.FACTS, labels(transfer=True), "it001")
     with pytest.raises(ValueError, match=r"it001: action_space\.q99 is .* for the teacher; expected the student's"):
         require_comparable(small.FACTS, labels(transfer=False), "it001")
+
+
+def test_a_dimension_that_never_varies_for_the_student_gets_everything_in_its_middle_bin() -> None:
+    teacher, student = space((-1.0, 1.0), (0.0, 1.0)), space((0.25, 0.25), (0.0, 1.0))
+    moved = between(teacher, student)
+    assert moved is not None
+    np.testing.assert_array_equal(moved.overlaps[0], np.eye(5)[[2] * 5])
+    np.testing.assert_array_equal(moved.overlaps[1], np.eye(5))
+    assert student.encode(np.array([[[-1.0, 0.0]]]))[0, 0] == 2

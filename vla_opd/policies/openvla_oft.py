@@ -21,7 +21,8 @@ from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers im
 
 from vla_opd import pictures
 from vla_opd.checkpoint import CheckpointFacts
-from vla_opd.openvla import QUESTION, Architecture, Tower, read_public, read_tokenizer, read_weights
+from vla_opd.openvla import QUESTION, Architecture, Tower, read_public, read_weights
+from vla_opd.openvla_files import read_tokenizer
 from vla_opd.policies.protocol import Observations
 from vla_opd.tokens import ActionSpace
 
