@@ -31,6 +31,11 @@ UNREACHABLE_FOR = 3600.0  # seconds
 ANSWERS_WITHIN = 20.0  # seconds; without an answer until then W&B is taken for unreachable
 UPLOADS_WITHIN = 60.0  # seconds; what W&B has not taken at the end of a stage by then stays here
 CODE = ("flows", "stages", "vla_opd")
+PIPELINE = "dvc.yaml"  # whose repository it is where the code is installed elsewhere
+ELSEWHERE = (  # git's own variables that lead it to another repository than the one around this folder
+    *("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_ALTERNATE_OBJECT_DIRECTORIES", "GIT_COMMON_DIR"),
+    *("GIT_NAMESPACE", "GIT_PREFIX", "GIT_CEILING_DIRECTORIES", "GIT_SHALLOW_FILE", "GIT_GRAFT_FILE", "GIT_REPLACE_REF_BASE"),
+)
 
 
 class Execution(BaseModel):
@@ -102,20 +107,36 @@ def executions(folder: Path) -> tuple[Execution, ...]:
     return tuple(found)
 
 
-def git(*words: str) -> str:
-    """What git says; nothing outside a repository, or without git."""
-    try:
-        done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)  # noqa: S603, S607 - the user's own git
-    except OSError:
-        return ""
-    return done.stdout if done.returncode == 0 else ""
-
-
 def _head() -> tuple[str, bool]:
-    """The commit that is checked out, and whether its code was edited since."""
-    commit = git("rev-parse", "HEAD").strip()
-    code = [str(Path(name).resolve()) for name in CODE]  # the member of a study has links to it
-    return commit, bool(commit and git("status", "--porcelain", "--", *code).strip())
+    """The commit that is checked out here, and whether its code was edited since. None, with a warning that says why, where git can't tell."""
+    code = [str(Path(name).resolve()) for name in CODE if Path(name).exists()]  # the member of a study has links to it
+    try:
+        _require_tracked(code or [PIPELINE])
+        commit = _git("rev-parse", "HEAD").strip()
+        return commit, bool(_git("status", "--porcelain", "--", *code).strip())
+    except OSError as error:
+        warnings.warn(f"no commit is recorded: {error}", stacklevel=2)
+        return "", False
+
+
+def _require_tracked(files: list[str]) -> None:
+    if not _git("ls-files", "--", *files):
+        raise OSError("the repository around this folder doesn't hold this project's code")
+
+
+def _git(*words: str) -> str:
+    """What git says of this folder. OSError with git's own words where it says nothing.
+
+    What the environment says of repositories (GIT_DIR and the like) is of another one: where a hook or a script has set it, it isn't about us.
+    """
+    environment = {name: value for name, value in os.environ.items() if name not in ELSEWHERE}
+    try:
+        done = subprocess.run(["git", *words], env=environment, capture_output=True, text=True, check=False)  # noqa: S603, S607 - the user's own git
+    except FileNotFoundError:
+        raise OSError("git isn't installed") from None
+    if done.returncode != 0:
+        raise OSError(done.stderr.strip().partition("\n")[0] or f"git ended with {done.returncode}")
+    return done.stdout
 
 
 def _user() -> str:
@@ -179,8 +200,14 @@ def _jsonl(host: Host, run: str, stage: str, name: str) -> Generator[Log]:
         yield lambda _metrics, _step: None
         return
     path = host.metrics / run / f"{stage}-{name}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as stream:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opened = path.open("a")
+    except OSError as error:
+        warnings.warn(f"{path}: {error.strerror}; the curves of {name} are not kept", stacklevel=2)
+        yield lambda _metrics, _step: None
+        return
+    with opened as stream:
 
         def log(metrics: Mapping[str, float], step: int) -> None:
             stream.write(json.dumps({"time": time.time(), "host": platform.node(), "step": step, **metrics}) + "\n")
@@ -192,6 +219,7 @@ def _jsonl(host: Host, run: str, stage: str, name: str) -> Generator[Log]:
 def _wandb(host: Host, run: str, stage: str, name: str, config: Mapping[str, Any]) -> Any:  # a wandb.Run or None; imported lazily
     """A W&B run. Offline for an hour, with one warning, after an online one did not start; None, with a warning, if an offline one doesn't either."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its telemetry asks for W&B's server, offline too
+    _keep_wandb_out_of_home(host.metrics)
     import wandb  # slow to import, and not wanted with other trackers
 
     mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
@@ -210,12 +238,24 @@ def _wandb(host: Host, run: str, stage: str, name: str, config: Mapping[str, Any
             mode=mode,  # pyright: ignore[reportArgumentType] - WANDB_MODE is free text; wandb.init checks it
             settings=wandb.Settings(silent=True, init_timeout=ANSWERS_WITHIN, finish_timeout=UPLOADS_WITHIN, console="off"),
         )
-    except (wandb.Error, OSError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001 - its own errors, and whatever else its many parts meet on a strange machine
         if mode != "online":
             warnings.warn(f"W&B did not start ({error}); metrics go to {host.metrics} as JSON lines only", stacklevel=2)
             return None
         _take_for_unreachable(host.metrics, f"did not start ({error})")
         return _wandb(host, run, stage, name, config)
+
+
+def _keep_wandb_out_of_home(metrics: Path) -> None:
+    """Where there is no home, or none that can be written to, W&B's files go beside its runs: it would stop without."""
+    try:
+        home = Path.home()
+        usable = os.access(home, os.R_OK | os.W_OK | os.X_OK)
+    except RuntimeError:
+        usable = False
+    if not usable:
+        for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+            os.environ.setdefault(name, str(metrics.resolve() / "wandb-home"))
 
 
 def _take_for_unreachable(metrics: Path, why: str) -> None:
@@ -228,5 +268,10 @@ def _take_for_unreachable(metrics: Path, why: str) -> None:
 
 
 def _has_key() -> bool:
-    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    return bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and "wandb" in netrc.read_text(errors="ignore"))
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+        return netrc.is_file() and "wandb" in netrc.read_text(errors="ignore")
+    except (OSError, RuntimeError):  # no home, or one that this user can't read
+        return False

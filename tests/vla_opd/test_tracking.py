@@ -323,7 +323,8 @@ def test_an_execution_is_recorded_with_who_where_when_and_from_which_commit(tmp_
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LOGNAME", "ada")
-    execution(host(tmp_path, "jsonl"), "run", "label", "it001")("d" * 64)
+    with pytest.warns(UserWarning, match="no commit is recorded: .*not a git repository"):
+        execution(host(tmp_path, "jsonl"), "run", "label", "it001")("d" * 64)
     git("init", "-q")
     (tmp_path / "stages").mkdir()
     (tmp_path / "stages/label.py").write_text("one")
@@ -347,3 +348,95 @@ def test_an_execution_that_cannot_be_recorded_fails_nothing(tmp_path: Path) -> N
         execution(host(tmp_path, "jsonl"), "run", "label", "it001")("d" * 64)
     execution(host(tmp_path, "none"), "run", "label", "it001")("d" * 64)
     assert executions(tmp_path / "other") == ()
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository of code, in which the test stands; git knows no other configuration."""
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+    return make_repository(tmp_path / "repository", monkeypatch)
+
+
+def make_repository(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (folder / "stages").mkdir(parents=True)
+    (folder / "stages/label.py").write_text(folder.name)
+    monkeypatch.chdir(folder)
+    for words in (["init", "-q"], ["add", "stages"], ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-q", "-m", folder.name]):
+        subprocess.run(["git", *words], check=True)
+    return folder
+
+
+def head(folder: Path) -> str:
+    return subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def recorded(folder: Path) -> str:
+    """The commit that an execution here is recorded with."""
+    execution(host(folder, "jsonl"), "run", "label", "it001")("d" * 64)
+    return executions(folder / "metrics/run")[-1].commit
+
+
+def test_git_dir_of_another_repository_is_not_followed(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = make_repository(tmp_path / "other", monkeypatch)
+    monkeypatch.chdir(repository)
+    assert head(repository) != head(other)
+    expected = head(repository)
+    monkeypatch.setenv("GIT_DIR", str(other / ".git"))
+    monkeypatch.setenv("GIT_WORK_TREE", str(other))
+    assert recorded(repository) == expected
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give files away")
+def test_a_repository_of_another_owner_is_no_commit_and_a_warning(repository: Path) -> None:
+    for path in [repository, *repository.rglob("*")]:
+        os.lchown(path, 12345, 12345)
+    with pytest.warns(UserWarning, match="no commit is recorded: fatal: detected dubious ownership"):
+        assert recorded(repository) == ""
+
+
+def test_the_repository_around_an_unpacked_archive_is_not_its_own(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (repository / "unpacked/stages").mkdir(parents=True)
+    (repository / "unpacked/stages/label.py").write_text("of an archive")
+    monkeypatch.chdir(repository / "unpacked")
+    with pytest.warns(UserWarning, match="no commit is recorded: the repository around this folder doesn't hold this project's code"):
+        assert recorded(repository / "unpacked") == ""
+
+
+def test_a_machine_without_git_is_a_warning(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.warns(UserWarning, match="no commit is recorded: git isn't installed"):
+        assert recorded(repository) == ""
+
+
+@pytest.mark.usefixtures("_stranger")
+@pytest.mark.parametrize("spoilt", ["missing", "unset", "unreadable"])
+def test_a_user_without_a_home_is_offline_and_fails_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoilt: str) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "nowhere"))
+    if spoilt == "unset":
+        monkeypatch.setattr(Path, "expanduser", no_home)
+        monkeypatch.setattr(Path, "home", no_home)
+    if spoilt == "unreadable":
+        monkeypatch.setattr(Path, "is_file", forbidden)
+    assert not tracking._has_key()
+    if spoilt != "unreadable":
+        for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+            monkeypatch.delenv(name, raising=False)
+            monkeypatch.setenv(name, "")  # so that it is undone
+            monkeypatch.delenv(name)
+        tracking._keep_wandb_out_of_home(tmp_path)
+        assert os.environ["WANDB_CONFIG_DIR"] == str(tmp_path / "wandb-home")
+
+
+def no_home(*_: object) -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
+def forbidden(*_: object) -> bool:
+    raise PermissionError(13, "Permission denied")
+
+
+def test_curves_that_cannot_be_kept_are_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "metrics").write_text("in the way")
+    with pytest.warns(UserWarning, match="the curves of it001 are not kept"), track(host(tmp_path, "jsonl"), "run", "label", "it001", {}) as log:
+        log({"loss": 1.0}, 0)
