@@ -1,9 +1,11 @@
 """The command `opd`: bring a run up to date, and ask where things came from. Also `python -m flows`."""
 
 import os
+import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -11,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from flows import members, pipeline, serve, server, settings, summary, terminal
-from flows.pipeline import StageFailed
-from vla_opd import host, mistakes, params
-from vla_opd.host import METRICS, this_host
+from flows.pipeline import StageFailed, Step
+from vla_opd import checkout, host, mistakes, params
+from vla_opd.host import METRICS, require_equal_bits, this_host
 
 if TYPE_CHECKING:  # what answers questions is imported by the question: torch, DuckDB and the exports' libraries take seconds
     from flows.lineage import History
@@ -25,7 +27,7 @@ PREFECT = {  # the terminal is for the stages; Prefect's own log is in its inter
     "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",
     "DO_NOT_TRACK": "1",
 }
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 LOST = threading.Event()  # Prefect's server, in the middle of a run
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -45,11 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _obey(arguments: Sequence[str] | None) -> int:
     try:
+        checkout.require_own_code()
         app(args=list(arguments) if arguments is not None else None, prog_name="opd")
     except SystemExit as done:
         return done.code if isinstance(done.code, int) else 0
     except StageFailed as failure:
-        print(f"\n{failure.name} failed; its last lines were\n{terminal.last_lines(failure.said)}\n\n  go on with  make run", file=sys.stderr)
+        last = terminal.last_lines(failure.said)
+        print(f"\n{failure.name} failed; its last lines were\n{last}\n\n  once that is put right, resume with  make run", file=sys.stderr)
     except BrokenPipeError:  # the reader of a pipe, `head` for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (Exception, KeyboardInterrupt) as error:
@@ -69,18 +73,16 @@ def run(targets: Stages = None, changes: Changes = None) -> None:
     """Bring the run that params.yaml describes up to date, as a Prefect flow."""
     _quiet()
     settings.write(_changes(changes or ()))
-    with server.in_use() as url:
+    with _interruptible("make run"), server.in_use() as url:
         from httpx import HTTPError
         from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
         from flows.train import bring_alone, opd
 
         try:
-            with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):  # who sits at the terminal sees it end; the thread takes 1 s to
+            # Who sits at the terminal sees a run end; the heartbeat's thread takes 1 s to.
+            with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
                 opd(targets=targets or [])
-        except KeyboardInterrupt:
-            print("\n\n  interrupted; go on with  make run", file=sys.stderr)
-            raise typer.Exit(130) from None
         except HTTPError:  # the server was lost, and the end of the run could not be told to it
             LOST.set()
             bring_alone(targets or [])
@@ -100,21 +102,39 @@ def study(
     run = params.load()
     members.members(name, run, arms or (), seeds or ())  # a name that isn't there is refused before a server is started
     _quiet()
-    with server.in_use():
+    with _interruptible(f"opd study {name}"), server.in_use():
         from httpx import HTTPError
 
         from flows.study import study as flow
 
         try:
             flow(name, arms, seeds, parallel)
-        except KeyboardInterrupt:
-            print(f"\n\n  interrupted; go on with  opd study {name}", file=sys.stderr)
-            raise typer.Exit(130) from None
         except HTTPError as error:
             LOST.set()
             raise RuntimeError(f"Prefect's server does not answer any more ({error}); what is done stays, go on with  opd study {name}") from error
     folder = Path("artifacts") / run.run.name
     print(f"\n  table      {folder / 'studies' / name}\n  page       {folder / 'report' / name / 'index.html'}")
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, taken for what Ctrl-C is."""
+
+
+@contextmanager
+def _interruptible(again: str) -> Generator[None]:
+    """End on Ctrl-C and on SIGTERM with one sentence: by which command the run is resumed."""
+
+    def terminate(*_: object) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)  # Prefect, which takes the signal first, hands it on when its run is ended
+    try:
+        yield
+    except KeyboardInterrupt as end:
+        print(f"\n\n  interrupted; what is done is kept: resume with  {again}", file=sys.stderr)
+        raise typer.Exit(TERMINATED if isinstance(end, _Terminated) else INTERRUPTED) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _quiet() -> None:
@@ -144,9 +164,18 @@ def plan(
         raise ValueError(
             f"--memory with {targets or 'no stages'}, --capacity is {capacity}; expected --memory without stages, and --capacity with it only"
         )
-    for step in pipeline.plan(targets or ()):
-        state = "to do" if step.stale else "may be to do" if step.due else "not needed" if step.missing else "up to date"
-        print(f"  {step.name:<20} {state}")
+    for step in pipeline.inspect(targets or ()):
+        print(f"  {step.name:<20} {_state(step)}")
+
+
+def _state(step: Step) -> str:
+    if step.at_work:
+        return "at work"
+    if step.stale:
+        return "to do"
+    if step.due:
+        return "may be to do"
+    return "not needed" if step.missing else "up to date"
 
 
 def _plan_memory(capacity: float | None, processes: str) -> None:
@@ -279,6 +308,7 @@ def _replay(there: "Store", one: "Artifact", shard: str) -> None:
     from flows import replay
 
     its = one.manifest.params
+    require_equal_bits()
     host = this_host(None, its.get("device", "cpu"), "none", METRICS, graphs=its.get("graphs", False))
     again = replay.replay(there, one, shard, params.load(), host)
     if again.differing:
@@ -316,7 +346,7 @@ def parity(
     where = this_host(None, device, "none", METRICS).device
     policy = from_public(checkpoint, unnorm_key, getattr(torch, dtype), crop).to(where)
     found = parity.of_files(policy, inputs, reference, tolerance, out)
-    told = [(one.name, f"{one.difference:.1e}", f"{one.tolerance:.0e}", "" if one.holds else "too far") for one in found.compared]
+    told = [(one.name, f"{one.difference:.1e}", f"{one.tolerance:.0e}", one.verdict) for one in found.compared]
     print(answers.rows(["array", "largest difference", "allowed", ""], told))
     if found.left:
         print(f"  of the reference, not compared: {', '.join(found.left)}")

@@ -1,6 +1,6 @@
 """One DVC process for stage after stage: a good part of what DVC takes for a single stage is its own start.
 
-`python -m flows.dvc repro --single-item` repeats that command of DVC's for each request that it reads, a line of JSON.
+`main` repeats `dvc repro --single-item` for each request that it reads, a line of JSON.
 """
 
 import json
@@ -21,11 +21,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from flows import dvc_cache, dvc_lock
+from vla_opd import proxies
 from vla_opd.lifeline import die_with_parent
 
 CHATTER = re.compile(
     r"Running stage |> |Stage '|Updating lock file|Generating lock file|To track the changes|\tgit add|To enable auto|\tdvc config|Use `dvc push`"
 )
+BOOT = "import sys; sys.path.insert(0, {root!r}); from flows.dvc import main; main()"
 Tell = Callable[["Line"], object]
 PASSING_EVERY = 15.0  # seconds between a progress bar's lines that a run's log keeps
 
@@ -124,12 +126,14 @@ def _started() -> "subprocess.Popen[bytes]":
     """With this interpreter's folder first on PATH (dvc.yaml says `python`), and unbuffered.
 
     By the last words of its command `locks.held` knows it from another process that got its number.
-    `-P`: whatever the folder of the run holds, this module is ours.
+    `-P`: whatever the folder of the run, or the environment, holds, this module is ours.
     """
     folder = str(Path(sys.executable).parent)
-    environment = os.environ | {"PATH": folder + os.pathsep + os.environ.get("PATH", ""), "PYTHONUNBUFFERED": "1"}
+    path = {"PATH": folder + os.pathsep + os.environ.get("PATH", ""), "PYTHONUNBUFFERED": "1"}
+    environment = proxies.restored(os.environ | path)
+    boot = BOOT.format(root=str(Path(__file__).resolve().parents[1]))
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "flows.dvc", "repro", "--single-item"],
+        [sys.executable, "-P", "-c", boot, "repro", "--single-item"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -171,7 +175,3 @@ def main() -> None:
             print(f"\n{request['end']}{code}", flush=True)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-
-
-if __name__ == "__main__":
-    main()

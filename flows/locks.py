@@ -4,6 +4,7 @@ DVC drops an entry of `.dvc/tmp/rwlock` itself once its process is gone. A proce
 blocks it for ever; so does a file that was cut short when its writer was killed.
 """
 
+import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,6 +35,15 @@ def heal(folder: Path = TEMPORARY) -> tuple[str, ...]:
         path.unlink(missing_ok=True)
         return (f"{path}, which was cut short",)
     return tuple(dict.fromkeys(info["cmd"] for info in dead))
+
+
+def written(folder: Path = TEMPORARY) -> frozenset[Path]:
+    """What processes that are alive are writing now, as DVC's stages have said. Read only; nothing where it can't be read."""
+    try:
+        entries = json.loads((folder / "rwlock").read_text())["write"]
+        return frozenset(Path(path) for path, info in entries.items() if held(info))
+    except (OSError, ValueError, KeyError):
+        return frozenset()
 
 
 def held(info: dict[str, Any]) -> bool:

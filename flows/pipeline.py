@@ -7,7 +7,8 @@ import hashlib
 import re
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 
 from flows import dvc, locks
 from flows.dvc import Line, Tell
+from flows.store import ROOT
+from vla_opd.checkout import require_no_links
 from vla_opd.host import LAUNCH, TASK_RUN
 from vla_opd.params import load
 
@@ -47,6 +50,7 @@ class Step:
     stale:   DVC holds it changed whatever is missing, i.e. its command, a parameter or a dependency differs from dvc.lock.
     missing: one of its outs isn't there.
     due:     it may have to run. A step that isn't due needs no DVC call at all.
+    at_work: a process is making it now; only `inspect` says so.
     outs:    the folders that it makes.
     run:     the name of the run.
     settings: the digest of all settings at the time of the plan.
@@ -57,6 +61,7 @@ class Step:
     stale: bool = True
     missing: bool = True
     due: bool = True
+    at_work: bool = False
     outs: tuple[str, ...] = ()
     run: str = ""
     settings: str = ""
@@ -81,37 +86,88 @@ def plan(targets: Iterable[str] = (), patience: float = 60.0) -> tuple[Step, ...
     ValueError for a target that dvc.yaml doesn't have, settings that make no valid run, or a project that DVC can't read.
     Waits up to `patience` seconds for another DVC's lock.
     """
-    from dvc.exceptions import DvcException
     from dvc.lock import LockError
+    from dvc.repo import Repo
 
-    settings = _settings()  # before DVC reads the file, which has no mind for what a hostile one asks of it
+    wanted = tuple(targets)
     locks.heal()
     deadline = time.monotonic() + patience
     while True:
+        settings = _settings()  # before DVC reads the file, which has no mind for what a hostile one asks of it
         try:
-            return mark_due(_survey(tuple(targets), settings))
+            with _told_as_mistakes(), Repo() as repo, repo.lock:
+                return _survey(repo, wanted, settings, _changed)
         except LockError as error:
             if time.monotonic() > deadline:
-                raise Busy(str(error)) from error
+                raise Busy("another process is at work in this folder, a run or DVC; expected it to end, or to be ended") from error
             time.sleep(0.5)
-        except DvcException as error:
-            if absent := ABSENT.search(str(error)):
-                raise ValueError(
-                    f"params.yaml: has no {absent[1]}; expected it to be there, if only as {{}} or its default: dvc.yaml reads it"
-                ) from error
-            raise ValueError(f"dvc.yaml: {error}") from error
 
 
-def _survey(targets: tuple[str, ...], settings: str) -> tuple[Step, ...]:
+def inspect(targets: Iterable[str] = ()) -> tuple[Step, ...]:
+    """The same plan for a question: no lock is taken and nothing is written, so it answers while a run is at work, and in a read-only checkout.
+
+    Errors as of `plan`, but for `Busy`.
+    """
+    from dvc.fs import LocalFileSystem
     from dvc.repo import Repo
+
+    class ReadOnly(LocalFileSystem):
+        """DVC's own, content without the folder of its temporary files."""
+
+        def makedirs(self, path: Any, exist_ok: bool = True, **named: Any) -> None:
+            with suppress(OSError):
+                super().makedirs(path, exist_ok=exist_ok, **named)
+
+    wanted = tuple(targets)
+
+    def look() -> tuple[Step, ...]:
+        settings = _settings()
+        with _told_as_mistakes(), Repo(fs=ReadOnly()) as repo:
+            return _survey(repo, wanted, settings, _seems_changed)
+
+    try:
+        steps = look()
+    except ValueError:  # a run may have been writing dvc.lock just then
+        time.sleep(0.5)
+        steps = look()
+    written = locks.written()
+    return tuple(replace(step, at_work=any(Path(out).resolve() in written for out in step.outs)) for step in steps)
+
+
+@contextmanager
+def _told_as_mistakes() -> Generator[None]:
+    """DVC's errors, but for its locks', as a ValueError that says what to do."""
+    from dvc.exceptions import DvcException
+    from dvc.lock import LockError
+    from dvc.scm import SCMError
+
+    try:
+        yield
+    except LockError:
+        raise
+    except SCMError as error:
+        raise ValueError(
+            f"{error}; expected one, by which DVC knows the project's root: run `git init` here, or `dvc config --local core.no_scm true`"
+        ) from error
+    except DvcException as error:
+        if absent := ABSENT.search(str(error)):
+            raise ValueError(f"params.yaml: missing {absent[1]}, which dvc.yaml reads (add it, if only as {{}} or its default)") from error
+        raise ValueError(f"dvc.yaml: {error}") from error
+
+
+def _survey(repo: Any, targets: tuple[str, ...], settings: str, changed: Callable[[Any, list[Any]], bool]) -> tuple[Step, ...]:
     from dvc.repo.reproduce import collect_stages, get_active_graph, plan_repro
 
-    with Repo() as repo, repo.lock:
-        graph = get_active_graph(repo.index.graph)
-        stages: list[Any] = plan_repro(graph, collect_stages(repo, targets or ("dvc.yaml",)))
-        _require_sections(stages)
-        run = load().run.name
-        return tuple(replace(_step(stage, list(graph.successors(stage))), run=run, settings=settings) for stage in stages)
+    graph = get_active_graph(repo.index.graph)
+    stages: list[Any] = plan_repro(graph, collect_stages(repo, targets or ("dvc.yaml",)))
+    _require_sections(stages)
+    run = load().run.name
+    require_no_links(ROOT / run)
+    steps: list[Step] = []
+    for stage in stages:
+        upstream = list(graph.successors(stage))
+        steps.append(_step(stage, upstream, changed(stage, upstream)))
+    return mark_due(tuple(replace(step, run=run, settings=settings) for step in steps))
 
 
 def _settings() -> str:
@@ -144,15 +200,25 @@ def _require_sections(stages: Iterable[Any]) -> None:
                 )
 
 
-def _step(stage: Any, upstream: list[Any]) -> Step:
-    """`changed(allow_missing=True)` compares hashes of what is there, and takes dvc.lock's word for what isn't."""
+def _step(stage: Any, upstream: list[Any], stale: bool) -> Step:
     return Step(
         name=stage.addressing,
         parents=tuple(parent.addressing for parent in upstream),
-        stale=stage.changed(allow_missing=True, upstream=upstream),
+        stale=stale,
         missing=not all(out.exists for out in stage.outs),
         outs=tuple(out.def_path for out in stage.outs),
     )
+
+
+def _changed(stage: Any, upstream: list[Any]) -> bool:
+    """Whether DVC would run the stage: hashes of what is there are compared, and dvc.lock's word is taken for what isn't."""
+    return stage.changed(allow_missing=True, upstream=upstream)
+
+
+def _seems_changed(stage: Any, upstream: list[Any]) -> bool:
+    """The same without DVC's locks, by the functions that it wraps in them (of DVC 3.67; a test tells when they are elsewhere)."""
+    deps, outs = (getattr(type(stage), name).__wrapped__ for name in ("_changed_deps", "changed_outs"))
+    return stage.changed_stage() or deps(stage, allow_missing=True, upstream=upstream) or outs(stage, allow_missing=True)
 
 
 def mark_due(steps: tuple[Step, ...]) -> tuple[Step, ...]:
@@ -226,20 +292,16 @@ def accept(names: Iterable[str]) -> tuple[str, ...]:
     are never accepted: those are lineage. Returns the stages. ValueError for a stage that dvc.yaml doesn't have.
     """
     from dvc.dependency.param import ParamsDependency
-    from dvc.exceptions import DvcException
     from dvc.fs import localfs
     from dvc.repo import Repo
     from dvc.repo.reproduce import collect_stages
 
-    try:
-        with Repo() as repo, repo.lock:
-            made = [out.fs_path for out in repo.index.outs]
-            stages = collect_stages(repo, list(names))
-            for stage in stages:
-                for dep in stage.deps:
-                    if not isinstance(dep, ParamsDependency) and not any(localfs.overlaps(dep.fs_path, path) for path in made):
-                        dep.save()
-                stage.dump(update_pipeline=False)
-            return tuple(stage.addressing for stage in stages)
-    except DvcException as error:
-        raise ValueError(f"dvc.yaml: {error}") from error
+    with _told_as_mistakes(), Repo() as repo, repo.lock:
+        made = [out.fs_path for out in repo.index.outs]
+        stages = collect_stages(repo, list(names))
+        for stage in stages:
+            for dep in stage.deps:
+                if not isinstance(dep, ParamsDependency) and not any(localfs.overlaps(dep.fs_path, path) for path in made):
+                    dep.save()
+            stage.dump(update_pipeline=False)
+        return tuple(stage.addressing for stage in stages)

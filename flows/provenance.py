@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, partial
@@ -13,7 +12,7 @@ from ruamel.yaml import YAML
 
 from flows.store import ROOT, Artifact
 from vla_opd.host import METRICS
-from vla_opd.tracking import CODE, Execution, executions, git
+from vla_opd.tracking import CODE, Execution, ask_git, executions
 
 LOCK = Path("dvc.lock")
 COMMITS = 2000  # of the history, the newest so many are searched for an artifact's code
@@ -64,7 +63,11 @@ def origin(artifact: Artifact, metrics: Path = METRICS) -> Origin:
 def commit_with(code: tuple[tuple[str, str], ...]) -> str:
     """The commit since which the files had these md5s, in the newest stretch of history where they did. Empty if the code was never committed."""
     since = ""
-    for commit in git("rev-list", "--first-parent", f"--max-count={COMMITS}", "HEAD").split():
+    try:
+        commits = ask_git("rev-list", "--first-parent", f"--max-count={COMMITS}", "HEAD").decode().split()
+    except OSError:  # no repository, or none that git lets us read
+        return since
+    for commit in commits:
         files = _tree(commit)
         if all(_committed_md5(files, path) == md5 for path, md5 in code):
             since = commit
@@ -100,11 +103,10 @@ def _file_md5(path: Path) -> str:
 @cache
 def _tree(commit: str) -> dict[str, str]:
     """File: blob."""
-    lines = git("ls-tree", "-r", "-z", commit, "--", *CODE).split("\0")
+    lines = ask_git("ls-tree", "-r", "-z", commit, "--", *CODE).decode().split("\0")
     return {path: entry.split()[2] for entry, _, path in (line.partition("\t") for line in lines) if path}
 
 
 @cache
 def _md5(blob: str) -> str:
-    done = subprocess.run(["git", "cat-file", "blob", blob], capture_output=True, check=True)
-    return hashlib.md5(done.stdout, usedforsecurity=False).hexdigest()  # as DVC hashes files
+    return hashlib.md5(ask_git("cat-file", "blob", blob), usedforsecurity=False).hexdigest()  # as DVC hashes files

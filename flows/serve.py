@@ -9,6 +9,7 @@ from typing import Any
 from uuid import UUID
 
 from flows import presence, server
+from vla_opd import checkout
 
 DEPLOYMENT = "train"
 LOCK = Path(".prefect/serve.lock")
@@ -17,12 +18,13 @@ LOCK = Path(".prefect/serve.lock")
 def main() -> int:
     """Serve until interrupted. Returns the exit code: 1 if another process serves this folder already."""
     try:
+        checkout.require_own_code()
         # Two runners of one folder would each take runs of the same artifacts.
         with presence.locked(LOCK, f"{LOCK} is held: opd/{DEPLOYMENT} is being served from this folder already"), server.in_use() as url:
             for run in crash_orphans():
                 print(f"  {run}: its process is gone, so it is now Crashed; go on with  prefect flow-run retry {run}")
             _serve(url)
-    except RuntimeError as error:
+    except (ValueError, RuntimeError) as error:
         print(f"\n{error}\n", file=sys.stderr)
         return 1
     return 0

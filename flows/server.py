@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 
 import psutil
 
+from vla_opd import proxies
+
 HOME = Path(".prefect")
 LOCAL = "http://127.0.0.1:4200/api"
 SILENT = {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false"}
@@ -31,10 +33,16 @@ PATIENCE = 120.0  # seconds for a first start, which makes a database
 
 @contextmanager
 def in_use() -> Generator[str]:
-    """The address of a Prefect API that answers, as Prefect's own setting for as long as the context lasts. Errors as of `ensure`."""
+    """The address of a Prefect API that answers, as Prefect's own setting for as long as the context lasts. Errors as of `ensure`.
+
+    Where that is on this machine, nothing in this process goes through a proxy from then on.
+    """
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    url = ensure(PREFECT_API_URL.value() or LOCAL, meanwhile=_import_what_a_run_needs)
+    wanted = PREFECT_API_URL.value() or LOCAL
+    if _is_here(wanted):
+        proxies.bypass()
+    url = ensure(wanted, meanwhile=_import_what_a_run_needs)
     with temporary_settings({PREFECT_API_URL: url}):
         yield url
 
@@ -52,22 +60,37 @@ def ensure(url: str, meanwhile: Callable[[], object] = lambda: None) -> str:
     """
     if answers(url):
         return url
-    host, port = urlsplit(url).hostname or "127.0.0.1", urlsplit(url).port or 4200
-    if host not in ("127.0.0.1", "localhost"):
+    if not _is_here(url):
         raise ValueError(f"PREFECT_API_URL is {url}: no Prefect server answers there; start it, or unset the variable to have one on this machine")
+    port = urlsplit(url).port or 4200
+    if (own := _own()) is not None:  # on another port than it was wanted on, or it no longer answers
+        server, its_port = own
+        its_url = f"http://127.0.0.1:{its_port}/api"
+        if answers(its_url):
+            return its_url
+        _end(server)
     if _taken(port):
         port = free_port()
         url = f"http://127.0.0.1:{port}/api"
     process = _start(port)
-    meanwhile()
-    _wait(url, process)
+    try:
+        meanwhile()
+        _wait(url, process)
+    except BaseException:  # nobody would know of it
+        _end(process)
+        raise
     return url
 
 
+def _is_here(url: str) -> bool:
+    return (urlsplit(url).hostname or "127.0.0.1") in proxies.THIS_MACHINE
+
+
 def answers(url: str) -> bool:
-    """Whether a Prefect server whose database works is there."""
+    """Whether a Prefect server whose database works is there. This machine is asked without a proxy."""
+    without = [urllib.request.ProxyHandler({})] if _is_here(url) else []
     try:
-        with urllib.request.urlopen(f"{url}/ready", timeout=5) as reply:  # noqa: S310 - an address from our own settings
+        with urllib.request.build_opener(*without).open(f"{url}/ready", timeout=5) as reply:
             return "message" in json.loads(reply.read())
     except (OSError, ValueError):
         return False
@@ -77,11 +100,29 @@ def is_ours() -> bool:
     """Whether the server of Prefect's setting was started here: it holds that port, and its number is in `.prefect/server.pid`."""
     from prefect.settings import PREFECT_API_URL
 
+    own = _own()
+    return own is not None and own[1] == urlsplit(PREFECT_API_URL.value() or "").port
+
+
+def _own() -> tuple[psutil.Process, int] | None:
+    """The server that was started from this folder, if it lives, and its port."""
     try:
         process = psutil.Process(int((HOME / "server.pid").read_text()))
-        return ["--port", str(urlsplit(PREFECT_API_URL.value() or "").port)] == process.cmdline()[-2:]
+        command = process.cmdline()
+        *_, option, port = command
+        return (process, int(port)) if option == "--port" and "prefect" in command else None
     except (OSError, ValueError, psutil.Error):
-        return False
+        return None
+
+
+def _end(server: "psutil.Process | subprocess.Popen[bytes]") -> None:
+    """End a server that was started here, so that none is left running that nobody knows of."""
+    server.terminate()
+    try:
+        server.wait(10)
+    except (psutil.TimeoutExpired, subprocess.TimeoutExpired):
+        server.kill()
+    (HOME / "server.pid").unlink(missing_ok=True)
 
 
 def leave(code: int) -> NoReturn:

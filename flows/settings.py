@@ -52,7 +52,8 @@ def write(changes: Mapping[str, Any], path: Path | str = "params.yaml", run: str
     yaml = YAML()
     yaml.preserve_quotes = True
     yaml.width = 4096
-    tree: Any = yaml.load(source.read_text())
+    before = params.read_text(source)
+    tree: Any = yaml.load(before)
     for dotted, value in changes.items():
         *sections, key = dotted.split(".")
         node = tree
@@ -61,7 +62,7 @@ def write(changes: Mapping[str, Any], path: Path | str = "params.yaml", run: str
         node[key] = yaml.load(text(value))
     new = StringIO()
     yaml.dump(tree, new)
-    if new.getvalue() == source.read_text():
+    if new.getvalue() == before:
         return
     if others := presence.others(run):
         raise RuntimeError(f"{path} is in use by flow run {', '.join(others)}; expected other settings once that has ended, or in another checkout")
@@ -70,7 +71,7 @@ def write(changes: Mapping[str, Any], path: Path | str = "params.yaml", run: str
 
 def _replace(path: Path, new: str) -> None:
     """Give the file a new text at once: whoever is killed meanwhile leaves the old one whole."""
-    with NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+    with NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         try:
             file.write(new)
             file.flush()

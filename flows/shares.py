@@ -28,6 +28,7 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from flows import gpu, pipeline
 from flows.dvc import Kept, Line, Tell, lines
 from flows.pipeline import StageFailed, Step
+from vla_opd import proxies
 from vla_opd.host import LAUNCH, at_least_one
 from vla_opd.lifeline import STARTED_BY
 
@@ -115,7 +116,7 @@ def share(stage: str, part: str, folder: str, environment: Mapping[str, str]) ->
         return f"{platform.node()}: no {folder} here; expected the folder of the run, on a file system that every node sees"
     command = [sys.executable, "-m", "stages", verb, SHARED[verb], key, "--share", part]
     kept, said = Kept(get_run_logger()), deque[str](maxlen=15)
-    its = os.environ | dict(environment) | {STARTED_BY: str(os.getpid())}
+    its = proxies.restored(os.environ | dict(environment)) | {STARTED_BY: str(os.getpid())}
     with subprocess.Popen(command, cwd=folder, env=its, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         assert process.stdout is not None
         _RUNNING.add(process)

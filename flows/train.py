@@ -26,6 +26,7 @@ from flows.pipeline import Busy, StageFailed, Step
 from flows.settings import Settings, extension, write
 from flows.store import ROOT
 from flows.terminal import StageLine, heading, table
+from vla_opd import checkout
 from vla_opd.artifacts import MANIFEST
 from vla_opd.host import METRICS, processes, require_equal_shares
 from vla_opd.params import load
@@ -107,6 +108,7 @@ def opd(
         RuntimeError: if the settings would change those of another run that is at work in this folder.
     """
     run = str(flow_run.get_id())
+    checkout.require_own_code()
     try:
         shares.wanted()  # a mistake in it is one now
         with presence.held(run):

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from vla_opd import mistakes
+from vla_opd import checkout, mistakes
 from vla_opd.artifacts import Manifest, Share
 from vla_opd.envs import ENVS
 from vla_opd.envs.graphics import use_backend
-from vla_opd.host import LAUNCH, METRICS, Host, on_or_off, processes, require_equal_shares, this_host
+from vla_opd.host import LAUNCH, METRICS, Host, on_or_off, processes, require_equal_bits, require_equal_shares, this_host
 from vla_opd.lifeline import STARTED_BY, die_with_parent
 from vla_opd.params import START, Params, load, named_function
 from vla_opd.tracking import execution
@@ -63,7 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _obey(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Run the stage, or have it run as several processes. The exit code. Errors as they come."""
+    checkout.require_own_code()
+    require_equal_bits()
     params, count = load("params.yaml", options.set), processes(options.processes)
+    if "DVC_STAGE" in os.environ:
+        checkout.require_no_links(Path("artifacts") / params.run.name)
     if LAUNCHED in os.environ:
         count = int(os.environ["WORLD_SIZE"])
     if count > 1 and options.verb not in TRAINED:

@@ -71,6 +71,15 @@ def require_equal_shares(batch_sizes: Mapping[str, int], count: int) -> None:
             raise ValueError(f"{setting} is {size}; expected a multiple of the {count} processes that are to train together")
 
 
+def require_equal_bits() -> None:
+    """Ask MKL, before its first use in this process, for sums whose order is the same in every process on this machine.
+
+    Otherwise it may take another order where memory is aligned otherwise or threads come in another sequence, as they do on a busy machine. STRICT:
+    whatever the number of threads. Source: oneMKL Developer Guide, "Obtaining Numerically Reproducible Results".
+    """
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
+
 def this_host(workers: int | None, device: str, tracking: TrackingMode, metrics: Path, *, graphs: bool = False) -> Host:
     """The host with `auto` resolved: one worker a core, the GPU if there is one. ValueError names what is not there."""
     import torch  # slow to import, and `python -m stages --help` should not be

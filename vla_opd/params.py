@@ -4,6 +4,7 @@ Overrides are `section.key=value` on the same schema (`load("params.yaml", ["opt
 """
 
 import importlib
+import re
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -45,6 +46,13 @@ def _rising(rates: tuple[float, float]) -> tuple[float, float]:
     return rates
 
 
+def _without_dots(name: str) -> str:
+    """Of a name by which dvc.yaml finds its entry: at a dot it would look one level down."""
+    if re.fullmatch(r"[A-Za-z0-9_-]+", name) is None:
+        raise PydanticCustomError("name", "expected letters, digits, _ and - only: dvc.yaml can't name one with a dot")
+    return name
+
+
 def _plain_path(path: str) -> str:
     if path.startswith("~") or "$" in path:
         raise PydanticCustomError("path", "expected a plain path: neither ~ nor $VARIABLE is expanded, by DVC or by a stage")
@@ -54,6 +62,7 @@ def _plain_path(path: str) -> str:
 Function = TypeVar("Function", bound=Callable[..., Any])
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+Key = Annotated[str, Field(pattern=r"^[A-Za-z0-9]"), AfterValidator(_without_dots)]
 Rates = Annotated[tuple[float, float], AfterValidator(_rising)]
 Names = Annotated[tuple[str, ...], AfterValidator(_once_each)]
 
@@ -548,13 +557,13 @@ class Params(Section):
     reinforce: ReinforceParams = ReinforceParams()
     evaluate: EvaluateParams = EvaluateParams()
     report: ReportParams = ReportParams()
-    demonstrations: Mapping[Name, DemonstrationSet] = Field(default_factory=dict)
-    pretrained: Mapping[Name, PretrainedParams] = Field(default_factory=dict)
-    finetuned: Mapping[Name, FinetunedParams] = Field(default_factory=dict)
-    adopt: Mapping[Name, AdoptParams] = Field(default_factory=dict)
-    iterations: Mapping[Name, Name] = Field(description="iteration: the checkpoint it starts from")
-    reinforcements: Mapping[Name, Name] = Field(default_factory=dict, description="iteration of GRPO: the checkpoint it starts from")
-    evaluations: Mapping[Name, Name] = Field(description="evaluation: the checkpoint it scores")
+    demonstrations: Mapping[Key, DemonstrationSet] = Field(default_factory=dict)
+    pretrained: Mapping[Key, PretrainedParams] = Field(default_factory=dict)
+    finetuned: Mapping[Key, FinetunedParams] = Field(default_factory=dict)
+    adopt: Mapping[Key, AdoptParams] = Field(default_factory=dict)
+    iterations: Mapping[Key, Name] = Field(description="iteration: the checkpoint it starts from")
+    reinforcements: Mapping[Key, Name] = Field(default_factory=dict, description="iteration of GRPO: the checkpoint it starts from")
+    evaluations: Mapping[Key, Name] = Field(description="evaluation: the checkpoint it scores")
     studies: Mapping[Name, StudyParams] = Field(default_factory=dict, description="each is `report/<name>` beside the run's own, `report/page`")
 
     @property
@@ -653,7 +662,7 @@ def load(path: Path | str = "params.yaml", overrides: Iterable[str] = ()) -> Par
     if not source.is_file():
         raise ValueError(f"params: {source} does not exist; expected the run's params.yaml (are you in the project's folder?)")
     yaml = YAML(typ="safe")
-    tree = _parsed(yaml, source.read_text(), str(source))
+    tree = _parsed(yaml, read_text(source), str(source))
     if not isinstance(tree, dict):
         raise ValueError(f"params: {source} holds {type(tree).__name__}; expected one mapping of sections")
     for override in overrides:
@@ -665,6 +674,18 @@ def load(path: Path | str = "params.yaml", overrides: Iterable[str] = ()) -> Par
     if mistakes := [f"  {mistake}" for mistake in _at_odds(params)]:
         raise ValueError("\n".join([f"{source}: {len(mistakes)} mistake(s)", *mistakes]))
     return params
+
+
+def read_text(path: Path) -> str:
+    """A text file of a project, whatever this machine's own encoding is. ValueError names the file, the line and the byte that isn't UTF-8."""
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path}: line {line} has the byte 0x{content[error.start]:02x}; expected a text in UTF-8 (save it in that encoding)"
+        ) from None
 
 
 OPTIONS_OF = {

@@ -1,7 +1,8 @@
-"""Pictures as OpenVLA-OFT's evaluation makes them of a camera's, to the last level: a JPEG round trip, Lanczos to 224 pixels, a centre crop.
+"""Pictures as OpenVLA-OFT's evaluation makes them of a camera's: a JPEG round trip, Lanczos to 224 pixels, a centre crop.
 
 The original does it in TensorFlow, which decodes JPEG by the fast integer DCT (Pillow's decoder is up to 15 levels off) and resizes in float32
-(Pillow's integer Lanczos is up to 9 levels off). Here every step gives the original's very levels, on all pictures that there are of it.
+(Pillow's integer Lanczos is up to 9 levels off). Here every step gives the original's very levels on the golden pictures; on others that it had
+not been compared on, 1 of 451,584 resized values was a level off.
 """
 
 import io

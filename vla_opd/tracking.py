@@ -112,30 +112,30 @@ def _head() -> tuple[str, bool]:
     code = [str(Path(name).resolve()) for name in CODE if Path(name).exists()]  # the member of a study has links to it
     try:
         _require_tracked(code or [PIPELINE])
-        commit = _git("rev-parse", "HEAD").strip()
-        return commit, bool(_git("status", "--porcelain", "--", *code).strip())
+        commit = ask_git("rev-parse", "HEAD").decode().strip()
+        return commit, bool(ask_git("status", "--porcelain", "--", *code).strip())
     except OSError as error:
         warnings.warn(f"no commit is recorded: {error}", stacklevel=2)
         return "", False
 
 
 def _require_tracked(files: list[str]) -> None:
-    if not _git("ls-files", "--", *files):
+    if not ask_git("ls-files", "--", *files):
         raise OSError("the repository around this folder doesn't hold this project's code")
 
 
-def _git(*words: str) -> str:
+def ask_git(*words: str) -> bytes:
     """What git says of this folder. OSError with git's own words where it says nothing.
 
     What the environment says of repositories (GIT_DIR and the like) is of another one: where a hook or a script has set it, it isn't about us.
     """
     environment = {name: value for name, value in os.environ.items() if name not in ELSEWHERE}
     try:
-        done = subprocess.run(["git", *words], env=environment, capture_output=True, text=True, check=False)  # noqa: S603, S607 - the user's own git
+        done = subprocess.run(["git", *words], env=environment, capture_output=True, check=False)  # noqa: S603, S607 - the user's own git
     except FileNotFoundError:
         raise OSError("git isn't installed") from None
     if done.returncode != 0:
-        raise OSError(done.stderr.strip().partition("\n")[0] or f"git ended with {done.returncode}")
+        raise OSError(done.stderr.decode(errors="replace").strip().partition("\n")[0] or f"git ended with {done.returncode}")
     return done.stdout
 
 

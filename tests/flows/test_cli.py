@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -14,12 +15,13 @@ from functools import reduce
 from pathlib import Path
 
 import pytest
+import typer
 
 from flows import cli, pipeline, server, settings, terminal
 from flows.dvc import Line
 from flows.pipeline import StageFailed, Step
 from tests.flows.toy import PARAMS, ROOT
-from vla_opd import params
+from vla_opd import params, proxies
 from vla_opd.artifacts import draft, open_artifact
 
 SUMMARY = {
@@ -79,7 +81,7 @@ def test_a_failed_stage_is_told_with_its_last_lines_and_the_way_on(monkeypatch: 
     def fail(_: object) -> None:
         raise StageFailed("label@it001", ["", "shard 3 is corrupt"])
 
-    monkeypatch.setattr(pipeline, "plan", fail)
+    monkeypatch.setattr(pipeline, "inspect", fail)
     assert cli.main(["plan"]) == 1
     said = capsys.readouterr().err
     assert "label@it001 failed" in said
@@ -94,7 +96,7 @@ def test_the_plan_is_told_step_by_step(monkeypatch: pytest.MonkeyPatch, capsys: 
         Step("finetune@teacher", stale=True),
         Step("label@it001", stale=False, missing=False, due=True),
     )
-    monkeypatch.setattr(pipeline, "plan", lambda _: steps)
+    monkeypatch.setattr(pipeline, "inspect", lambda _: steps)
     assert cli.main(["plan"]) == 0
     said = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
     assert said == [
@@ -192,7 +194,7 @@ def test_a_server_is_ours_if_it_was_started_here_and_holds_the_port(monkeypatch:
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     monkeypatch.chdir(tmp_path)
-    sleeps = [sys.executable, "-c", "import time; time.sleep(60)", "--port", "4711"]
+    sleeps = [sys.executable, "-c", "import time; time.sleep(60)", "prefect", "--port", "4711"]
     with subprocess.Popen(sleeps) as process, temporary_settings({PREFECT_API_URL: "http://127.0.0.1:4711/api"}):
         assert not server.is_ours()
         (tmp_path / ".prefect").mkdir()
@@ -369,7 +371,8 @@ def test_a_server_that_answers_is_used(fake_server: str) -> None:
     assert server.ensure(fake_server) == fake_server
 
 
-def test_what_can_be_done_while_a_server_comes_up_is_done_before_it_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_can_be_done_while_a_server_comes_up_is_done_before_it_is_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
     happened: list[str] = []
     monkeypatch.setattr(server, "_start", lambda _port: happened.append("started"))
     monkeypatch.setattr(server, "_wait", lambda _url, _process: happened.append("waited for"))
@@ -401,3 +404,94 @@ def test_parity_with_the_original_is_told_array_by_array(capsys: pytest.CaptureF
     assert "device is 'tpu'; expected 'auto', 'cpu' or, where torch sees one, 'cuda'" in capsys.readouterr().err
     assert cli.main(["parity", *files, "--unnorm-key", "none"]) == 1
     assert "unnorm_key is 'none'; expected one of ['libero_spatial_no_noops']" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"])
+@pytest.mark.parametrize("proxy", ["http://127.0.0.1:9", "socks5://127.0.0.1:9"])
+def test_this_machines_server_is_not_asked_through_a_proxy(
+    fake_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str, proxy: str
+) -> None:
+    """By our own request, and by the client that Prefect uses."""
+    import httpx
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("no_proxy", "NO_PROXY", proxies.BEFORE):
+        monkeypatch.setenv(name, "")  # so that it is undone
+        monkeypatch.delenv(name)
+    monkeypatch.setenv(variable, proxy)
+    assert server.answers(fake_server)
+    with temporary_settings({PREFECT_API_URL: fake_server}), server.in_use() as url:
+        assert url == fake_server
+        assert httpx.get(f"{url}/ready").json() == {"message": "OK"}
+
+
+def test_a_server_elsewhere_is_asked_through_the_users_proxy(fake_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proxy answers in its place."""
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", fake_server.removesuffix("/api"))
+    assert server.answers("http://prefect.invalid:4200/api")
+
+
+def test_our_own_server_on_another_port_is_recognised(fake_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    port = fake_server.rpartition(":")[2].removesuffix("/api")
+    sleeps = [sys.executable, "-c", "import time; time.sleep(60)", "prefect", "--port", port]
+    (tmp_path / ".prefect").mkdir()
+    with subprocess.Popen(sleeps) as process:
+        (tmp_path / ".prefect/server.pid").write_text(str(process.pid))
+        assert server.ensure("http://127.0.0.1:1/api") == fake_server
+        process.kill()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("it did not come up"), KeyboardInterrupt()])
+def test_a_server_that_does_not_come_up_is_not_left_running(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: BaseException) -> None:
+    monkeypatch.chdir(tmp_path)
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(_port: int) -> "subprocess.Popen[bytes]":
+        started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "prefect", "--port", "1"]))
+        (tmp_path / ".prefect").mkdir(exist_ok=True)
+        (tmp_path / ".prefect/server.pid").write_text(str(started[-1].pid))
+        return started[-1]
+
+    def wait(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(server, "_start", start)
+    monkeypatch.setattr(server, "_wait", wait)
+    with pytest.raises(type(error)):
+        server.ensure("http://127.0.0.1:1/api")
+    assert started[0].poll() is not None
+    assert not (tmp_path / ".prefect/server.pid").exists()
+
+
+def test_an_earlier_server_that_answers_no_more_is_ended_before_another_is_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".prefect").mkdir()
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "prefect", "--port", "1"]) as hung:
+        (tmp_path / ".prefect/server.pid").write_text(str(hung.pid))
+        monkeypatch.setattr(server, "_start", lambda _port: None)
+        monkeypatch.setattr(server, "_wait", lambda _url, _process: None)
+        server.ensure("http://127.0.0.1:1/api")
+        assert hung.wait(10) is not None
+
+
+@pytest.mark.parametrize(("signal_", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_that_is_ended_from_outside_says_how_it_is_resumed(capsys: pytest.CaptureFixture[str], signal_: int, code: int) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(typer.Exit) as end, cli._interruptible("make run"):
+        signal.raise_signal(signal_)
+    assert end.value.exit_code == code
+    assert "resume with  make run" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_read_error_of_a_question_is_one_message(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_bytes(PARAMS.encode() + "# caf\u00e9\n".encode("latin-1"))
+    assert cli.main(["plan"]) == 1
+    said = capsys.readouterr().err
+    assert "params.yaml: line" in said
+    assert "0xe9" in said

@@ -1,6 +1,10 @@
 """What DVC's plan, locks and missing data do, on the real dvc.yaml over toy stages."""
 
+import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -86,9 +90,7 @@ def test_a_section_that_a_stage_depends_on_is_asked_for_before_any_stage(toy: To
 def test_what_dvc_yaml_reads_is_asked_for_by_name(toy: Toy, there: str, absent: str) -> None:
     """DVC itself says where in dvc.yaml it couldn't find something."""
     toy.edit("params.yaml", there, "")
-    with pytest.raises(
-        ValueError, match=rf"params\.yaml: has no {absent}; expected it to be there, if only as {{}} or its default: dvc\.yaml reads it"
-    ):
+    with pytest.raises(ValueError, match=rf"params\.yaml: missing {absent}, which dvc\.yaml reads \(add it, if only as {{}} or its default\)"):
         pipeline.plan()
 
 
@@ -243,3 +245,59 @@ def test_a_dvc_repro_by_hand_that_is_at_work_is_left_to_it_and_its_work_is_used(
         other.stdout.read()
     assert other.returncode == 0
     assert not pipeline.bring("demonstrate@main", lambda _: None)
+
+
+def test_a_question_is_answered_while_a_stage_is_at_work(toy: Toy) -> None:
+    with toy.started("repro", "demonstrate@main", TOY_SLEEPS="demonstrate main") as other:
+        assert other.stdout is not None
+        assert any(line == "demonstrate main: from 0 inputs\n" for line in other.stdout)
+        began = time.monotonic()
+        states = {step.name: step for step in pipeline.inspect()}
+        assert time.monotonic() - began < 4
+        assert states["demonstrate@main"].at_work
+        assert not states["demonstrate@pre"].at_work
+        other.stdout.read()
+    assert not any(step.at_work for step in pipeline.inspect())
+
+
+def test_a_question_has_the_answer_that_a_run_would_plan_by(toy: Toy) -> None:
+    assert pipeline.inspect() == pipeline.plan()
+    toy.dvc("repro", "finetune@teacher")
+    toy.edit("params.yaml", "steps: 3", "steps: 5")
+    assert pipeline.inspect() == pipeline.plan()
+    assert any(step.due for step in pipeline.inspect())
+    assert not all(step.due for step in pipeline.inspect())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount")
+def test_a_read_only_checkout_can_be_planned(toy: Toy) -> None:
+    toy.dvc("repro", "finetune@teacher")
+    expected = [f"{step.name} {step.due}" for step in pipeline.inspect()]
+    shutil.rmtree(toy.folder / ".dvc/tmp")
+    asked = "from flows import pipeline; print(*(f'{step.name} {step.due}' for step in pipeline.inspect()), sep='\\n')"
+    mount = f'mount --bind {toy.folder} {toy.folder} && mount -o remount,ro,bind {toy.folder} && cd {toy.folder} && exec {sys.executable} -P -c "$0"'
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["unshare", "-m", "bash", "-c", mount, asked], env=environment, capture_output=True, text=True, check=False)
+    if "mount" in done.stderr and "permission" in done.stderr.lower():
+        pytest.skip("this container can't mount")
+    assert done.stdout.splitlines() == expected, done.stderr
+
+
+def test_a_folder_without_git_is_told_what_to_do(toy: Toy) -> None:
+    shutil.rmtree(toy.folder / ".git")
+    for ask in (pipeline.plan, pipeline.inspect, lambda: pipeline.accept(["report"])):
+        with pytest.raises(ValueError, match=r"is not a git repository; expected one.*`git init`.*core\.no_scm true"):
+            ask()
+    toy.dvc("config", "--local", "core.no_scm", "true")
+    assert pipeline.plan()
+
+
+@pytest.mark.parametrize("linked", ["artifacts", "artifacts/toy", "artifacts/toy/demonstrations"])
+def test_artifacts_behind_a_link_are_refused_before_any_stage(toy: Toy, tmp_path: Path, linked: str) -> None:
+    folder = toy.folder / linked
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    for ask in (pipeline.plan, pipeline.inspect):
+        with pytest.raises(ValueError, match=rf"{linked} is a link to .*elsewhere; expected a folder.*dvc cache dir"):
+            ask()

@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from vla_opd.objectives import ON_DECISIONS
-from vla_opd.params import AdoptParams, EvaluateParams, Params, load, named_function
+from vla_opd.params import AdoptParams, EvaluateParams, Params, RunParams, load, named_function
 
 MINIMAL = """
 run: {name: test}
@@ -334,3 +334,27 @@ def test_a_public_checkpoint_is_known_by_its_name() -> None:
         AdoptParams.model_validate({"folder": "x", "known": "openvla"})
     assert AdoptParams(folder="x", unnorm_key="k", crop=1.0).variant == ("k", 1.0)
     assert "known" not in AdoptParams(folder="x").model_dump()
+
+
+@pytest.mark.parametrize("section", ["demonstrations", "pretrained", "finetuned", "adopt", "iterations", "reinforcements", "evaluations"])
+def test_a_dot_in_a_name_that_dvc_yaml_looks_up_is_refused(section: str) -> None:
+    """DVC would look for `start-v1`, and `5` in it."""
+    with pytest.raises(ValidationError, match=r"start-v1\.5[\s\S]*expected letters, digits, _ and - only: dvc\.yaml can't name one with a dot"):
+        Params.model_validate({"run": {"name": "a.b"}, "environment": {"tasks": ["reach"]}, section: {"start-v1.5": "student"}})
+
+
+def test_a_dot_in_the_name_of_a_run_is_no_mistake() -> None:
+    assert RunParams(name="smolvla-0.5").name == "smolvla-0.5"
+
+
+@pytest.mark.parametrize("changes", [[], ["optimize.steps=3"]])
+def test_a_file_in_another_encoding_is_named_with_the_line(tmp_path: Path, changes: list[str]) -> None:
+    (tmp_path / "params.yaml").write_bytes(MINIMAL.encode() + "# pr\u00e9s\n".encode("latin-1"))
+    line = MINIMAL.count("\n") + 1
+    with pytest.raises(ValueError, match=rf"params\.yaml: line {line} has the byte 0xe9; expected a text in UTF-8"):
+        load(tmp_path / "params.yaml", changes)
+
+
+def test_a_mark_of_byte_order_is_no_mistake(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_bytes(b"\xef\xbb\xbf" + MINIMAL.encode())
+    assert load(tmp_path / "params.yaml").run.name

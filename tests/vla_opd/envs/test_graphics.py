@@ -1,8 +1,10 @@
 """The choice of an OpenGL backend, with and without one that works."""
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +18,7 @@ def _choose() -> str:
 
 def test_what_the_user_set_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MUJOCO_GL", " OSMesa")
+    monkeypatch.setattr(graphics, "_failure", lambda _: None)
     assert _choose() == "osmesa"
 
 
@@ -34,6 +37,43 @@ def test_without_any_the_error_names_the_packages(monkeypatch: pytest.MonkeyPatc
 
 def test_a_real_probe_says_why_it_failed() -> None:
     assert "nonsense" in (graphics._failure("nonsense") or "")
+
+
+@pytest.mark.parametrize("value", ["nonsense", "glx", "on", "disabled", "cgl"])
+def test_mujoco_gl_of_another_value_is_refused_with_those_that_are_accepted(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("MUJOCO_GL", value)
+    with pytest.raises(ValueError, match=f"MUJOCO_GL is '{value}'; expected egl or osmesa, which need no screen, or glfw"):
+        _choose()
+
+
+def test_mujoco_gl_that_needs_a_screen_is_refused_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUJOCO_GL", "glfw")
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match=r"MUJOCO_GL is 'glfw', which draws no frame here .*; expected egl or osmesa, which need no screen"):
+        _choose()
+
+
+@pytest.mark.parametrize("backend", ["", "egl"])
+@pytest.mark.parametrize("device", ["99", "gpu", "-1", ""])
+def test_mujoco_egl_device_id_of_no_device_is_refused(monkeypatch: pytest.MonkeyPatch, device: str, backend: str) -> None:
+    monkeypatch.setenv("MUJOCO_GL", backend)
+    monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", device)
+    with pytest.raises(ValueError, match=rf"MUJOCO_EGL_DEVICE_ID is '{device}'; expected a number from 0 to \d+ "):
+        _choose()
+    monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", "0")
+    assert _choose() == "egl"
+
+
+def test_a_stage_says_so_before_it_starts_a_simulator(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import stages.__main__ as command
+
+    shutil.copy(Path(__file__).parents[3] / "examples/metaworld.yaml", tmp_path / "params.yaml")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MUJOCO_GL", "nonsense")
+    monkeypatch.setattr(command, "use_backend", graphics.choose_backend.__wrapped__)
+    assert command.main(["evaluate", "--name", "start", "--tracking", "none"]) == 2
+    assert "MUJOCO_GL is 'nonsense'; expected egl or osmesa" in capsys.readouterr().err
 
 
 def test_children_inherit_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:

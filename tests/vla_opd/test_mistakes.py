@@ -1,0 +1,62 @@
+"""What an error ends in: one message and an exit code, or a traceback where it is a defect."""
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from vla_opd.artifacts import BusyError
+from vla_opd.envs import graphics
+from vla_opd.mistakes import exit_code, message
+
+
+def raised(function: Callable[[], object]) -> BaseException:
+    try:
+        function()
+    except BaseException as error:  # noqa: BLE001
+        return error
+    raise AssertionError("nothing was raised")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ValueError("steps is 0; expected more"), 2),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "config.json"), 2),
+        (PermissionError(errno.EACCES, "Permission denied", "artifacts"), 2),
+        (OSError(errno.EIO, "Input/output error", "model.safetensors"), 2),
+        (OSError(errno.ENOSPC, "No space left on device"), 1),
+        (RuntimeError("I/O error: Disk quota exceeded"), 1),
+        (RuntimeError("the simulator crashed 3 times"), 1),
+        (BusyError("another process is writing it"), 1),
+        (FloatingPointError("the loss is nan"), 1),
+        (MemoryError("64 GiB"), 1),
+        (KeyboardInterrupt(), 130),
+        (AssertionError("an invariant"), None),
+        (TypeError("a defect"), None),
+    ],
+)
+def test_what_an_error_ends_in(error: BaseException, code: int | None) -> None:
+    assert exit_code(error) == code
+    assert message(error)
+
+
+def test_tracebacks_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPD_TRACEBACK", "1")
+    assert exit_code(ValueError("a mistake")) is None
+
+
+def test_a_file_that_is_in_the_way_is_named_first() -> None:
+    said = message(raised(lambda: Path("/nowhere/at/all").read_text()))
+    assert said.startswith("/nowhere/at/all: no such file or directory; expected")
+
+
+def test_a_librarys_runtime_error_says_how_to_see_more_and_ours_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "OPD_TRACEBACK=1" in message(raised(lambda: torch.zeros(2) @ torch.zeros(3)))
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    monkeypatch.setattr(graphics, "_failure", lambda _: "no driver")
+    ours = raised(graphics.choose_backend.__wrapped__)
+    assert "no OpenGL backend draws a frame" in message(ours)
+    assert "OPD_TRACEBACK" not in message(ours)
