@@ -9,7 +9,7 @@ from typing import Any
 from uuid import UUID
 
 from flows import presence, server
-from vla_opd import checkout
+from vla_opd import checkout, mistakes
 
 DEPLOYMENT = "train"
 LOCK = Path(".prefect/serve.lock")
@@ -25,7 +25,7 @@ def main() -> int:
                 print(f"  {run}: its process is gone, so it is now Crashed; go on with  prefect flow-run retry {run}")
             _serve(url)
     except (ValueError, RuntimeError) as error:
-        print(f"\n{error}\n", file=sys.stderr)
+        print(f"\n{mistakes.message(error)}\n", file=sys.stderr)
         return 1
     return 0
 

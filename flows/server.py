@@ -1,5 +1,6 @@
 """A Prefect server on this machine, started if none answers."""
 
+import ipaddress
 import json
 import os
 import socket
@@ -60,18 +61,19 @@ def ensure(url: str, meanwhile: Callable[[], object] = lambda: None) -> str:
     """
     if answers(url):
         return url
-    if not _is_here(url):
+    if urlsplit(url).hostname not in ("127.0.0.1", "localhost"):
         raise ValueError(f"PREFECT_API_URL is {url}: no Prefect server answers there; start it, or unset the variable to have one on this machine")
     port = urlsplit(url).port or 4200
-    if (own := _own()) is not None:  # on another port than it was wanted on, or it no longer answers
+    own = _own()
+    if own is not None:  # on another port than it is wanted on, still coming up for somebody else, or hung
         server, its_port = own
         its_url = f"http://127.0.0.1:{its_port}/api"
-        if answers(its_url):
+        if _comes_up(its_url, server.is_running):
             return its_url
         _end(server)
     if _taken(port):
         port = free_port()
-        url = f"http://127.0.0.1:{port}/api"
+    url = f"http://127.0.0.1:{port}/api"
     process = _start(port)
     try:
         meanwhile()
@@ -83,7 +85,13 @@ def ensure(url: str, meanwhile: Callable[[], object] = lambda: None) -> str:
 
 
 def _is_here(url: str) -> bool:
-    return (urlsplit(url).hostname or "127.0.0.1") in proxies.THIS_MACHINE
+    """Whether an address is of this machine, by number or by name."""
+    host = urlsplit(url).hostname or "localhost"
+    try:
+        number = ipaddress.ip_address(host)
+    except ValueError:
+        return host in ("localhost", socket.gethostname())
+    return number.is_loopback or number.is_unspecified
 
 
 def answers(url: str) -> bool:
@@ -117,11 +125,13 @@ def _own() -> tuple[psutil.Process, int] | None:
 
 def _end(server: "psutil.Process | subprocess.Popen[bytes]") -> None:
     """End a server that was started here, so that none is left running that nobody knows of."""
-    server.terminate()
     try:
+        server.terminate()
         server.wait(10)
     except (psutil.TimeoutExpired, subprocess.TimeoutExpired):
         server.kill()
+    except psutil.Error:  # it has just ended by itself, or is somebody else's
+        pass
     (HOME / "server.pid").unlink(missing_ok=True)
 
 
@@ -144,13 +154,20 @@ def _start(port: int) -> "subprocess.Popen[bytes]":
 
 
 def _wait(url: str, process: "subprocess.Popen[bytes]") -> None:
+    if not _comes_up(url, lambda: process.poll() is None):
+        log = HOME / "server.log"
+        end = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        raise RuntimeError(f"the Prefect server did not come up at {url}; the end of {log}:\n{end}")
+
+
+def _comes_up(url: str, alive: Callable[[], bool]) -> bool:
+    """Whether a server answers, now or before long."""
     deadline = time.monotonic() + PATIENCE
     while not answers(url):
-        if process.poll() is not None or time.monotonic() > deadline:
-            log = HOME / "server.log"
-            end = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-            raise RuntimeError(f"the Prefect server did not come up at {url}; the end of {log}:\n{end}")
+        if not alive() or time.monotonic() > deadline:
+            return False
         time.sleep(0.1)
+    return True
 
 
 def _taken(port: int) -> bool:

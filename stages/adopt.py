@@ -9,10 +9,10 @@ import torch
 from vla_opd.artifacts import Manifest, draft, file_entry
 from vla_opd.checkpoint import WEIGHTS, public_facts, save_weights
 from vla_opd.host import Host
-from vla_opd.openvla import Architecture, sources
+from vla_opd.openvla import QUESTION, Architecture, sources
 from vla_opd.openvla_files import CONFIG, STATISTICS, TOKENIZER, read_tokenizer
 from vla_opd.params import EnvironmentParams, Params
-from vla_opd.policies.openvla_oft import public_weights
+from vla_opd.policies.openvla_oft import BEGIN, public_weights
 from vla_opd.tracking import track
 
 
@@ -25,8 +25,12 @@ def run(params: Params, name: str, out: Path, host: Host) -> Manifest:
     _require_benchmark(params.environment)
     facts = public_facts(its, params.environment)
     assert isinstance(facts.policy, Architecture), "public facts are of an OpenVLA-OFT"
-    if read_tokenizer(folder) is None:
+    tokenizer = read_tokenizer(folder)
+    if tokenizer is None:
         raise ValueError(f"{folder}: has no {TOKENIZER}; expected the checkpoint's own, by which instructions are put to it")
+    first = tokenizer.encode(QUESTION).ids[0]
+    if first != BEGIN:
+        raise ValueError(f"{folder / TOKENIZER}: begins a prompt with id {first}; expected {BEGIN}, the beginning of a sequence (BOS)")
     settings: dict[str, Any] = {
         "name": name,
         "adopt": its.model_dump(exclude={"folder"}),

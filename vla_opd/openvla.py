@@ -180,7 +180,6 @@ def read_weights(folder: Path, architecture: Architecture, bins: int) -> dict[st
     """
     found: dict[str, Tensor] = {}
     for path in weight_files(folder):
-        require_file(path)
         try:
             tensors = safetensors.torch.load_file(path)
         except (OSError, safetensors.SafetensorError) as error:
@@ -250,6 +249,7 @@ def weight_files(folder: Path) -> Iterator[Path]:
         merge = "; it holds an adapter, to be merged into its base first" if list(folder.glob("**/adapter_config.json")) else ""
         raise ValueError(f"{folder}: has neither {whole.name} nor {index.name}; no other kind of weights is read{merge}")
     if is_there(whole):
+        require_file(whole)
         yield whole
         return
     for name in sorted(set(read_json(index, Index).weight_map.values())):

@@ -23,12 +23,13 @@ DINO, SIGLIP = "vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_sigl
 
 POINTERS = {b"version https://git-lfs": "git-lfs", b"# xet version": "Xet"}  # how a pointer file begins, and whose it is
 LAYOUT = "expected the public layout of OpenVLA-OFT"
-UNKNOWN = "expected no such setting: whether the policy's numbers depend on it isn't known here (remove it if they don't)"
+UNKNOWN = "unknown here; expected only settings whose effect on the policy's numbers is known (remove it if they don't depend on it)"
 
 LABELS = frozenset(
     {
         *("_name_or_path", "architectures", "auto_map", "transformers_version", "hf_llm_id", "id2label", "label2id", "problem_type"),
-        *("finetuning_task", "task_specific_params", "processor_class", "tokenizer_class", "image_processor_type"),
+        *("finetuning_task", "task_specific_params", "processor_class", "tokenizer_class", "image_processor_type", "_processor_class"),
+        *("feature_extractor_type", "_commit_hash"),
     }
 )
 """Settings that name something."""
@@ -51,7 +52,8 @@ GENERATION = frozenset(
 UNUSED = frozenset(
     {
         *("is_encoder_decoder", "is_decoder", "add_cross_attention", "cross_attention_hidden_size", "tie_encoder_decoder"),
-        *("torchscript", "pruned_heads", "chunk_size_feed_forward", "tf_legacy_loss", "initializer_range"),
+        *("_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal", "attn_implementation"),
+        *("gradient_checkpointing", "output_past", "torchscript", "pruned_heads", "chunk_size_feed_forward", "tf_legacy_loss", "initializer_range"),
         *("max_position_embeddings", "llm_max_length"),  # sequences are far shorter
     }
 )
@@ -140,7 +142,7 @@ class Size(PublicFile):
 class Config(PublicFile):
     """`config.json`. golden_timm_overrides: of a checkpoint that was made small for tests; only that says how large its towers are."""
 
-    HARMLESS = LABELS | PRECISION | GENERATION | UNUSED
+    HARMLESS = LABELS | PRECISION | GENERATION | UNUSED | {"tie_word_embeddings"}  # the language model's own setting decides
     model_type: Literal["openvla"]
     use_fused_vision_backbone: Literal[True]
     vision_backbone_id: Literal["dinosiglip-vit-so-224px"] = "dinosiglip-vit-so-224px"
@@ -152,7 +154,6 @@ class Config(PublicFile):
     image_sizes: Side = (224, 224)
     n_action_bins: int = Field(default=256, ge=2, le=256)
     pad_to_multiple_of: int = Field(default=64, ge=0)
-    tie_word_embeddings: Literal[False] = False
     text_config: Text = Text()
     golden_timm_overrides: dict[str, Size] = Field(default_factory=dict)
     norm_stats: dict[str, Any] | None = None
@@ -227,12 +228,16 @@ class TokenizerConfig(PublicFile):
         *("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token", "additional_special_tokens"),
         *("extra_special_tokens", "chat_template", "model_max_length", "padding_side", "truncation_side", "model_input_names"),
         *("clean_up_tokenization_spaces", "spaces_between_special_tokens", "use_default_system_prompt", "sp_model_kwargs", "legacy"),
+        *("local_files_only", "trust_remote_code", "verbose", "errors", "added_tokens_file", "model_specific_special_tokens"),
+        *("max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "pad_token_type_id"),
         *("name_or_path", "special_tokens_map_file", "tokenizer_file", "vocab_file", "use_fast", "backend", "is_local", "device_map"),
     }
     add_bos_token: Literal[True] | None = None
     add_eos_token: Literal[False] | None = None
     add_prefix_space: Literal[True] | None = None
     do_lower_case: Literal[False] | None = None
+    split_special_tokens: Literal[False] | None = None
+    from_slow: Literal[False] | None = None
     added_tokens_decoder: dict[str, AddedToken] = Field(default_factory=dict)
 
 
@@ -296,7 +301,7 @@ def require_file(path: Path, why: str = LAYOUT) -> None:
         with path.open("rb") as file:
             start = file.read(64)
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{path}: isn't there; {why}") from None
+        raise ValueError(f"{path}: missing; {why}") from None
     except OSError as error:
         raise ValueError(f"{path}: can't be read ({error.strerror}); expected a file that you may read") from error
     for beginning, kind in POINTERS.items():
@@ -360,7 +365,8 @@ def _require_no_changes(path: Path, tokenizer: Tokenizer) -> None:
     for token_id, token in read_json(path, TokenizerConfig).added_tokens_decoder.items():
         here = tokenizer.token_to_id(token.content)
         if str(here) != token_id:
-            raise ValueError(f"{path}: added_tokens_decoder.{token_id} is {token.content!r}; expected {here}, its id in {TOKENIZER}")
+            known = f"its id in {TOKENIZER} is {here}" if here is not None else f"it isn't in {TOKENIZER}"
+            raise ValueError(f"{path}: added_tokens_decoder.{token_id} is {token.content!r}; expected the same id in both files, but {known}")
 
 
 def explain(error: ValidationError, *outer: str) -> str:
@@ -371,9 +377,11 @@ def explain(error: ValidationError, *outer: str) -> str:
 def _mistake(one: Any, outer: tuple[str, ...]) -> str:
     place = [*outer, *map(str, one["loc"])]
     value = SHORTER.repr(one["input"])
+    if one["type"] == "json_invalid":
+        return f"isn't JSON ({one['ctx']['error']}); expected a JSON object"
     if one["type"] == "missing":
-        value = "missing"
-    elif one["type"] == "unknown_setting":
+        return f"{'.'.join(place)} is missing; expected a value"
+    if one["type"] == "unknown_setting":
         place.append(one["ctx"]["name"])
         value = one["ctx"]["value"]
     expected = one["msg"].replace("Input should be", "expected").removeprefix("Value error, ")

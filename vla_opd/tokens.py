@@ -62,7 +62,8 @@ class ActionSpace(BaseModel):
     def encode(self, actions: Float[np.ndarray, "*B S A"]) -> Int16[np.ndarray, "*B K"]:
         """Actions in the environment's units -> bins, row-major [step][dimension]. Out-of-range actions are clipped.
 
-        A normalised dimension that never varies, q01 = q99, is 0 in the original's training data, and so in the middle bin, whatever the action.
+        A normalised dimension that never varies is 0 in the original's training data, and so in the middle bin, whatever the action. The original
+        tells it by min = max; of the statistics that are kept here q01 = q99 is nearest to that.
         """
         low, span = np.array(self.q01), np.array(self.q99) - np.array(self.q01) + RANGE_FLOOR
         scaled = np.where(self.normalised, 2.0 * (actions.astype(np.float64) - low) / span - 1.0, actions)

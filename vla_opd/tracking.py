@@ -14,7 +14,7 @@ import platform
 import subprocess
 import time
 import warnings
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -111,7 +111,7 @@ def _head() -> tuple[str, bool]:
     """The commit that is checked out here, and whether its code was edited since. None, with a warning that says why, where git can't tell."""
     code = [str(Path(name).resolve()) for name in CODE if Path(name).exists()]  # the member of a study has links to it
     try:
-        _require_tracked(code or [PIPELINE])
+        require_tracked(code or [PIPELINE])
         commit = ask_git("rev-parse", "HEAD").decode().strip()
         return commit, bool(ask_git("status", "--porcelain", "--", *code).strip())
     except OSError as error:
@@ -119,7 +119,8 @@ def _head() -> tuple[str, bool]:
         return "", False
 
 
-def _require_tracked(files: list[str]) -> None:
+def require_tracked(files: Sequence[str] = (PIPELINE,)) -> None:
+    """OSError if the repository around this folder is another project's."""
     if not ask_git("ls-files", "--", *files):
         raise OSError("the repository around this folder doesn't hold this project's code")
 
@@ -220,13 +221,13 @@ def _wandb(host: Host, run: str, stage: str, name: str, config: Mapping[str, Any
     """A W&B run. Offline for an hour, with one warning, after an online one did not start; None, with a warning, if an offline one doesn't either."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its telemetry asks for W&B's server, offline too
     _keep_wandb_out_of_home(host.metrics)
-    import wandb  # slow to import, and not wanted with other trackers
-
     mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
     unreachable = host.metrics / UNREACHABLE
     if mode == "online" and unreachable.is_file() and time.time() - unreachable.stat().st_mtime < UNREACHABLE_FOR:
         mode = "offline"
     try:
+        import wandb  # slow to import, and not wanted with other trackers
+
         return wandb.init(
             project="vla-opd",
             group=os.environ.get("WANDB_RUN_GROUP") or run,
@@ -260,7 +261,8 @@ def _keep_wandb_out_of_home(metrics: Path) -> None:
 
 def _take_for_unreachable(metrics: Path, why: str) -> None:
     unreachable = metrics / UNREACHABLE
-    unreachable.write_text(why)
+    with suppress(OSError):  # then the next stage tries it too
+        unreachable.write_text(why)
     warnings.warn(
         f"W&B {why}; its runs stay in {metrics / 'wandb'} for the next hour (`wandb sync` uploads them; remove {unreachable} to try again now)",
         stacklevel=2,

@@ -472,10 +472,23 @@ def test_an_earlier_server_that_answers_no_more_is_ended_before_another_is_start
     (tmp_path / ".prefect").mkdir()
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "prefect", "--port", "1"]) as hung:
         (tmp_path / ".prefect/server.pid").write_text(str(hung.pid))
+        monkeypatch.setattr(server, "PATIENCE", 0.5)
         monkeypatch.setattr(server, "_start", lambda _port: None)
         monkeypatch.setattr(server, "_wait", lambda _url, _process: None)
         server.ensure("http://127.0.0.1:1/api")
         assert hung.wait(10) is not None
+
+
+def test_a_server_that_is_coming_up_for_another_run_is_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".prefect").mkdir()
+    asked = iter([False, False, False, True])
+    monkeypatch.setattr(server, "answers", lambda _url: next(asked))
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "prefect", "--port", "4711"]) as theirs:
+        (tmp_path / ".prefect/server.pid").write_text(str(theirs.pid))
+        assert server.ensure("http://127.0.0.1:1/api") == "http://127.0.0.1:4711/api"
+        assert theirs.poll() is None
+        theirs.kill()
 
 
 @pytest.mark.parametrize(("signal_", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -3,9 +3,11 @@
 import errno
 from collections.abc import Callable
 from pathlib import Path
+from zipfile import BadZipFile
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from vla_opd.artifacts import BusyError
 from vla_opd.envs import graphics
@@ -34,7 +36,12 @@ def raised(function: Callable[[], object]) -> BaseException:
         (FloatingPointError("the loss is nan"), 1),
         (MemoryError("64 GiB"), 1),
         (KeyboardInterrupt(), 130),
+        (SafetensorError("header too large"), 2),
+        (BadZipFile("File is not a zip file"), 2),
+        (EOFError("compressed file ended"), 2),
         (AssertionError("an invariant"), None),
+        (NotImplementedError("a defect"), None),
+        (RecursionError("a defect"), None),
         (TypeError("a defect"), None),
     ],
 )
@@ -50,7 +57,7 @@ def test_tracebacks_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_file_that_is_in_the_way_is_named_first() -> None:
     said = message(raised(lambda: Path("/nowhere/at/all").read_text()))
-    assert said.startswith("/nowhere/at/all: no such file or directory; expected")
+    assert said == "/nowhere/at/all: no such file or directory; expected it to be there"
 
 
 def test_a_librarys_runtime_error_says_how_to_see_more_and_ours_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,3 +67,11 @@ def test_a_librarys_runtime_error_says_how_to_see_more_and_ours_does_not(monkeyp
     ours = raised(graphics.choose_backend.__wrapped__)
     assert "no OpenGL backend draws a frame" in message(ours)
     assert "OPD_TRACEBACK" not in message(ours)
+
+
+@pytest.mark.parametrize(
+    "words", ["Could not determine home directory.", "could not determine the home directory for '~/.config', set an absolute HOME"]
+)
+def test_a_home_that_dvc_and_prefect_need_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch, words: str) -> None:
+    monkeypatch.delenv("HOME", raising=False)
+    assert message(RuntimeError(words)).startswith("HOME is None; expected a folder that you may write to: DVC and Prefect")

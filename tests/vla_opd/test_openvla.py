@@ -205,7 +205,7 @@ DAMAGES: list[tuple[Callable[[Path], object], str]] = [
     (lambda folder: (folder / "model.safetensors").unlink(), "has neither model.safetensors nor .*no other kind of weights is read"),
     (lambda folder: (folder / "model.safetensors").write_bytes(pickle.dumps({})), "model.safetensors: not safetensors"),
     (lambda folder: (folder / "config.json").write_text("[]"), r"config\.json: it is \[\]; expected an object"),
-    (lambda folder: (folder / "config.json").write_text("[" * 100_000), r"config\.json: it is .*recursion limit"),
+    (lambda folder: (folder / "config.json").write_text("[" * 100_000), r"config\.json: isn't JSON .*recursion limit"),
     (lambda folder: edit(folder / "dataset_statistics.json", lambda s: s[KEY].pop("action")), f"{KEY}.action is missing"),
     (lambda folder: action(folder, mask=["no"] * 7), "action.mask.0 is 'no'"),
     (
@@ -224,11 +224,11 @@ DAMAGES: list[tuple[Callable[[Path], object], str]] = [
     (lambda folder: sharded(folder, "/etc/passwd"), "weight_map names '/etc/passwd'"),
     (
         lambda folder: sharded(folder, "lost.safetensors"),
-        r"lost.safetensors: isn't there; .*the download isn't complete",
+        r"lost.safetensors: missing; .*the download isn't complete",
     ),
     (unmerged, "it holds an adapter, to be merged into its base first"),
-    (lambda folder: (folder / "preprocessor_config.json").unlink(), "preprocessor_config.json: isn't there"),
-    (lambda folder: (folder / "config.json").write_text("{"), "config.json: it is .*; Invalid JSON"),
+    (lambda folder: (folder / "preprocessor_config.json").unlink(), "preprocessor_config.json: missing"),
+    (lambda folder: (folder / "config.json").write_text("{"), "config.json: isn't JSON"),
     (
         lambda folder: edit(folder / "dataset_statistics.json", lambda s: s[KEY]["action"].update(q01=[0.0])),
         r"dataset_statistics\.json: libero_spatial_no_noops\.action\.q01 has 1 entries; expected 7",

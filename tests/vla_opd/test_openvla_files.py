@@ -76,7 +76,7 @@ def test_a_missing_shard_is_one_message(folder: Path, adopted: Callable[..., tup
     (folder / "model-00002-of-00002.safetensors").unlink()
     code, said = adopted()
     assert code == 2
-    assert "model-00002-of-00002.safetensors: isn't there" in said
+    assert "model-00002-of-00002.safetensors: missing" in said
     assert "the download isn't complete" in said
     assert said.count("\n") == 1
 
@@ -275,3 +275,22 @@ def test_what_was_read_of_the_folder_is_in_the_manifest(folder: Path, adopted: C
     assert adopted()[0] == 0
     sources = open_artifact(tmp_path / "artifacts/test/checkpoints/student", "checkpoint").params["sources"]
     assert {"processor_config.json", "tokenizer_config.json"} < set(sources)
+
+
+def test_settings_that_transformers_writes_of_itself_are_no_mistakes(folder: Path) -> None:
+    """All that a full dump of either version holds, at its defaults."""
+    from transformers import LlamaConfig, PreTrainedConfig
+
+    plain = read_public(folder, None)
+    own = json.loads((folder / "config.json").read_text())
+    text = json.loads(json.dumps(LlamaConfig().to_dict() | {"_attn_implementation_autoset": True} | own["text_config"]))
+    edit(folder / "config.json", lambda config: config.update({**json.loads(json.dumps(PreTrainedConfig().to_dict())), **own, "text_config": text}))
+    edit(folder / "config.json", lambda config: (config["text_config"].pop("head_dim", None), config["text_config"].update(rms_norm_eps=1e-6)))
+    assert read_public(folder, None) == plain
+
+
+def test_a_tokenizer_that_does_not_begin_a_sequence_is_refused_before_any_rollout(folder: Path, adopted: Callable[..., tuple[int, str]]) -> None:
+    edit(folder / "tokenizer.json", lambda found: found.update(post_processor=None))
+    code, said = adopted()
+    assert code == 2
+    assert "tokenizer.json: begins a prompt with id" in said

@@ -84,7 +84,10 @@ def _require_device() -> None:
     device = os.environ.get(_DEVICE)
     if device is None:
         return
-    child = _child("egl", _DEVICES)
+    try:
+        child = _child("egl", _DEVICES)
+    except subprocess.TimeoutExpired:
+        return  # so will the frame
     found = child.stdout.strip()
     if child.returncode != 0 or not found.isdecimal():
         return  # no EGL at all, which has an error of its own
