@@ -27,7 +27,8 @@ from vla_opd.lifeline import die_with_parent
 CHATTER = re.compile(
     r"Running stage |> |Stage '|Updating lock file|Generating lock file|To track the changes|\tgit add|To enable auto|\tdvc config|Use `dvc push`"
 )
-BOOT = "import sys; sys.path.insert(0, {root!r}); from flows.dvc import main; main()"
+NAME = "flows.dvc"  # in the process's command line, for who looks at processes
+BOOT = "import sys; sys.path.insert(0, {root!r}); del sys.argv[1]; from flows.dvc import main; main()"
 Tell = Callable[["Line"], object]
 PASSING_EVERY = 15.0  # seconds between a progress bar's lines that a run's log keeps
 
@@ -133,7 +134,7 @@ def _started() -> "subprocess.Popen[bytes]":
     environment = proxies.restored(os.environ | path)
     boot = BOOT.format(root=str(Path(__file__).resolve().parents[1]))
     return subprocess.Popen(
-        [sys.executable, "-P", "-c", boot, "repro", "--single-item"],
+        [sys.executable, "-P", "-c", boot, NAME, "repro", "--single-item"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -24,7 +24,7 @@ from flows.lineage import History
 from flows.settings import text
 from flows.store import SHORT, Artifact
 from vla_opd.artifacts import MANIFEST, canonical, flat
-from vla_opd.tracking import Execution, ask_git, require_tracked
+from vla_opd.tracking import Execution, ask_git
 
 URI = "https://arxiv.org/abs/2603.26666#vla-opd/"  # a name, not an address: nothing of ours is served there
 SLSA = "https://slsa.dev/provenance/v1"
@@ -178,7 +178,6 @@ def _key(path: Path, load: Callable[[bytes], object], kind: "type[Key]") -> "Key
 def repository() -> str:
     """Where the code is: the address of git's remote, without a name or password in it; the folder, where there is none."""
     try:
-        require_tracked()
         remote = ask_git("remote", "get-url", "origin").decode().strip()
     except OSError:
         remote = Path.cwd().as_uri()

@@ -147,7 +147,7 @@ def _told_as_mistakes() -> Generator[None]:
         raise
     except SCMError as error:
         raise ValueError(
-            f"{error}; expected one, by which DVC knows the project's root: run `git init` here, or `dvc config --local core.no_scm true`"
+            f"{error}; expected a git repository, in which DVC works: run `git init` here, or `dvc config --local core.no_scm true`"
         ) from error
     except DvcException as error:
         if absent := ABSENT.search(str(error)):

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         return _obey(options, sys.argv[1:] if arguments is None else arguments)
-    except (Exception, KeyboardInterrupt) as error:
+    except Exception as error:
         code = mistakes.exit_code(error)
         if code is None:
             raise
@@ -235,6 +235,10 @@ def _known(key: str | None, choices: object, field: str) -> str:
 
 
 if __name__ == "__main__":
-    code = main()
+    try:
+        code = main()
+    except KeyboardInterrupt as interrupt:
+        print(f"\n{mistakes.message(interrupt)}", file=sys.stderr)
+        code = mistakes.exit_code(interrupt)
     gc.freeze()  # what torch and transformers leave need not be looked through once more: most of a second of each stage
     sys.exit(code)

@@ -264,6 +264,7 @@ def test_a_name_that_is_a_path_or_a_command_is_refused(tmp_path: Path, field: st
 # Secrets
 
 
+@pytest.mark.filterwarnings("ignore:no commit is recorded")  # outside a repository
 def test_secrets_in_the_environment_reach_nothing_that_a_stage_writes(undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import stages.__main__ as command
 

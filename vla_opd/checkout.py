@@ -7,18 +7,23 @@ PACKAGES = ("flows", "vla_opd")
 
 
 def require_own_code() -> None:
-    """ValueError if this folder is a checkout, and the code that runs is another checkout's: stages would be planned by one and made by the other."""
+    """ValueError if this folder is a checkout, and the code that runs is other code: stages would be planned by one and made by the other."""
     for package in PACKAGES:
         here = Path(package)
         module = sys.modules.get(package)
         if module is None or not module.__file__ or not (here / "__init__.py").is_file():
             continue
         running = Path(module.__file__).resolve().parent
-        if here.resolve() != running:
+        if here.resolve() != running and sources(here) != sources(running):
             raise ValueError(
-                f"{package} is {here.resolve()} in this folder, but what runs is {running}; expected one checkout: use this one's own environment "
+                f"this folder has {here.resolve()}, but the code that runs is {running}; expected one checkout: use this one's own environment "
                 f"(`make setup`, then .venv/bin/opd), or `python -m flows` and `python -m stages`, which take this folder's code"
             )
+
+
+def sources(package: Path) -> dict[str, bytes]:
+    """The Python files of a package, by their paths in it."""
+    return {str(path.relative_to(package)): path.read_bytes() for path in package.rglob("*.py")}
 
 
 def require_no_links(run: Path) -> None:

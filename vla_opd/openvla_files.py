@@ -228,7 +228,7 @@ class TokenizerConfig(PublicFile):
         *("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token", "additional_special_tokens"),
         *("extra_special_tokens", "chat_template", "model_max_length", "padding_side", "truncation_side", "model_input_names"),
         *("clean_up_tokenization_spaces", "spaces_between_special_tokens", "use_default_system_prompt", "sp_model_kwargs", "legacy"),
-        *("local_files_only", "trust_remote_code", "verbose", "errors", "added_tokens_file", "model_specific_special_tokens"),
+        *("local_files_only", "verbose", "errors", "added_tokens_file", "model_specific_special_tokens"),
         *("max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "pad_token_type_id"),
         *("name_or_path", "special_tokens_map_file", "tokenizer_file", "vocab_file", "use_fast", "backend", "is_local", "device_map"),
     }

@@ -111,7 +111,7 @@ def _head() -> tuple[str, bool]:
     """The commit that is checked out here, and whether its code was edited since. None, with a warning that says why, where git can't tell."""
     code = [str(Path(name).resolve()) for name in CODE if Path(name).exists()]  # the member of a study has links to it
     try:
-        require_tracked(code or [PIPELINE])
+        _require_tracked(code or [PIPELINE])
         commit = ask_git("rev-parse", "HEAD").decode().strip()
         return commit, bool(ask_git("status", "--porcelain", "--", *code).strip())
     except OSError as error:
@@ -119,7 +119,7 @@ def _head() -> tuple[str, bool]:
         return "", False
 
 
-def require_tracked(files: Sequence[str] = (PIPELINE,)) -> None:
+def _require_tracked(files: Sequence[str]) -> None:
     """OSError if the repository around this folder is another project's."""
     if not ask_git("ls-files", "--", *files):
         raise OSError("the repository around this folder doesn't hold this project's code")

@@ -69,6 +69,7 @@ def test_who_ran_it_where_and_when_is_told_of_the_execution_that_gave_this_diges
     assert "eve" not in line
 
 
+@pytest.mark.filterwarnings("ignore:no commit is recorded")  # outside a repository
 def test_a_record_cut_short_by_a_kill_hides_no_other(root: Path) -> None:
     labels = read_store(root).find("logits/it001").digest
     record(root / ".metrics/one", executed(labels))

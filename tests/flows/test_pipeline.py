@@ -286,7 +286,7 @@ def test_a_read_only_checkout_can_be_planned(toy: Toy) -> None:
 def test_a_folder_without_git_is_told_what_to_do(toy: Toy) -> None:
     shutil.rmtree(toy.folder / ".git")
     for ask in (pipeline.plan, pipeline.inspect, lambda: pipeline.accept(["report"])):
-        with pytest.raises(ValueError, match=r"is not a git repository; expected one.*`git init`.*core\.no_scm true"):
+        with pytest.raises(ValueError, match=r"is not a git repository; expected a git repository.*`git init`.*core\.no_scm true"):
             ask()
     toy.dvc("config", "--local", "core.no_scm", "true")
     assert pipeline.plan()

@@ -148,6 +148,7 @@ def test_a_stage_finds_its_inputs_and_its_output(
     assert capsys.readouterr().out == f"{arguments[0]}: digest 0123456789ab\n"
 
 
+@pytest.mark.filterwarnings("ignore:no commit is recorded")  # outside a repository
 def test_the_host_comes_from_options_and_the_environment(called: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPD_WORKERS", "3")
     command.main(["report"])

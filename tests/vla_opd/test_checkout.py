@@ -14,18 +14,20 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def other(tmp_path: Path) -> Path:
-    """Another checkout, with other code."""
+    """Another checkout, in which one line is other than here."""
     folder = tmp_path / "other"
     for package in ("flows", "stages", "vla_opd"):
         shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "params.yaml", folder)
+    for package in ("flows", "vla_opd"):
+        (folder / package / "seeds.py").write_text("# edited\n")
     return folder
 
 
 def test_another_checkouts_code_is_refused_and_both_are_named(other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     require_own_code()
     monkeypatch.chdir(other)
-    with pytest.raises(ValueError, match=rf"is {other}/\w+ in this folder, but what runs is {ROOT}/\w+; expected one checkout"):
+    with pytest.raises(ValueError, match=rf"this folder has {other}/\w+, but the code that runs is {ROOT}/\w+; expected one checkout"):
         require_own_code()
 
 
@@ -39,6 +41,12 @@ def test_a_command_of_another_checkouts_environment_is_refused(other: Path, comm
     assert str(other) in done.stderr
     assert str(ROOT) in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_copy_of_the_code_that_runs_is_as_good_as_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(ROOT / "vla_opd", tmp_path / "vla_opd", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.chdir(tmp_path)
+    require_own_code()
 
 
 def test_a_folder_of_links_to_the_code_that_runs_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
