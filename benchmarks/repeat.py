@@ -35,7 +35,7 @@ FINETUNED = ("pretrain", "finetune")  # in dvc.yaml two stages, in `stages` one
 
 @dataclass(frozen=True)
 class Trial:
-    """What to repeat: the stage's command, the folder that it makes, relative to the project, and how often."""
+    """What to repeat: the stage's command, the folder that it makes, relative to the project, and where repetitions run."""
 
     command: tuple[str, ...]
     out: Path

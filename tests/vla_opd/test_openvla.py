@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from tests.vla_opd import public
 from vla_opd.openvla import Architecture, read_public, read_weights, renamed, sources
 from vla_opd.policies.openvla_oft import from_public
 
@@ -90,14 +91,7 @@ def test_of_several_statistics_one_has_to_be_named(folder: Path) -> None:
 
 
 def test_shards_are_read_as_one_file_is(folder: Path) -> None:
-    whole = safetensors.torch.load_file(folder / "model.safetensors")
-    names = sorted(whole)
-    parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
-    for file, some in parts.items():
-        safetensors.torch.save_file({name: whole[name] for name in some}, folder / file)
-    index = {"metadata": {}, "weight_map": {name: file for file, some in parts.items() for name in some}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    (folder / "model.safetensors").unlink()
+    public.in_shards(folder)
     architecture = read_public(folder, None).architecture
     sharded, single = read_weights(folder, architecture, 256), read_weights(GOLDEN, architecture, 256)
     assert sharded.keys() == single.keys()

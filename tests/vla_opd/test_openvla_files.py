@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 
 import stages.__main__ as command
@@ -52,18 +51,6 @@ def adopted(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     return adopt
 
 
-def in_shards(folder: Path) -> None:
-    """The weights as two files and an index."""
-    weights = safetensors.torch.load_file(folder / "model.safetensors")
-    names = sorted(weights)
-    parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
-    for file, some in parts.items():
-        safetensors.torch.save_file({name: weights[name] for name in some}, folder / file)
-    index = {"weight_map": {name: file for file, some in parts.items() for name in some}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "model.safetensors").unlink()
-
-
 def answers(folder: Path) -> torch.Tensor:
     policy = from_public(folder)
     pixels = policy.normalised(np.random.default_rng(0).integers(0, 256, (1, 224, 224, 3), np.uint8))
@@ -72,7 +59,7 @@ def answers(folder: Path) -> torch.Tensor:
 
 
 def test_a_missing_shard_is_one_message(folder: Path, adopted: Callable[..., tuple[int, str]]) -> None:
-    in_shards(folder)
+    public.in_shards(folder)
     (folder / "model-00002-of-00002.safetensors").unlink()
     code, said = adopted()
     assert code == 2
@@ -118,7 +105,7 @@ def test_a_git_lfs_pointer_is_called_one(folder: Path, adopted: Callable[..., tu
 
 
 def test_a_pointer_among_shards_is_called_one(folder: Path, adopted: Callable[..., tuple[int, str]]) -> None:
-    in_shards(folder)
+    public.in_shards(folder)
     (folder / "model-00001-of-00002.safetensors").write_text(POINTER)
     assert "model-00001-of-00002.safetensors: is a git-lfs pointer" in adopted()[1]
 
