@@ -27,10 +27,12 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from stages.optimize import Labelled, _loss, _on_policy, _read, _token_batch
-from vla_opd.checkpoint import open_checkpoint
-from vla_opd.objectives import OBJECTIVES, ON_DECISIONS, entropy
-from vla_opd.params import OptimizeParams, Params, load
-from vla_opd.policies import Policy, load_policy
+from vla_opd.learning.objectives import OBJECTIVES, ON_DECISIONS, entropy
+from vla_opd.params.load import load
+from vla_opd.params.objective import OptimizeParams
+from vla_opd.params.run import Params
+from vla_opd.policies.checkpoint import open_checkpoint
+from vla_opd.policies.load import Policy, load_policy
 
 ARMS: dict[str, dict[str, Any]] = {
     "reverse_kl": {},

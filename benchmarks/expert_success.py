@@ -15,7 +15,7 @@ from jaxtyping import Float32
 
 from vla_opd.envs import Env, Placement, make_env
 from vla_opd.experts import Expert, make_expert
-from vla_opd.params import EnvironmentParams
+from vla_opd.params.stages import EnvironmentParams
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@
 
 A path is an arm's checkpoints from the start on; of several arms (`name=arm,arm`), as of fine-tuning for longer and longer, one after the other.
 Where its success on the seen tasks first comes to the level, by a straight line between two points, its success on the unseen ones is read off.
-Intervals of 95 % are those of `vla_opd.curves`: seeds and initial states drawn again, those of the seen tasks apart from those of the unseen.
+Intervals of 95 % are those of `vla_opd.analysis.bootstrap`:
+seeds and initial states drawn again, those of the seen tasks apart from those of the unseen.
 Paths of the same seeds share the draws, so the difference of such from the first one is paired; of others it isn't told.
 """
 
@@ -16,10 +17,10 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from vla_opd.artifacts import open_artifact
-from vla_opd.curves import RESAMPLES, Estimate, Study, crossing, read_study
-from vla_opd.params import Params
-from vla_opd.study import read
+from vla_opd.analysis.bootstrap import RESAMPLES, Estimate, Study, crossing, read_study
+from vla_opd.analysis.study_table import read
+from vla_opd.artifacts.manifest import open_artifact
+from vla_opd.params.run import Params
 
 
 def main() -> None:

@@ -25,15 +25,17 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from vla_opd import adapters, memory
-from vla_opd.checkpoint import CheckpointFacts
-from vla_opd.memory import Described, Need
-from vla_opd.openvla import QUESTION, Architecture, Tower
-from vla_opd.openvla_files import TOKENIZER, read_tokenizer
-from vla_opd.params import EnvironmentParams, OptimizeParams
-from vla_opd.policies.openvla_oft import LONGEST, PATCHES, SIZE, OpenVLAOFT, of_facts
-from vla_opd.tokens import ActionSpace
-from vla_opd.trajectory import Observations
+from vla_opd.data.action_space import ActionSpace
+from vla_opd.data.trajectory import Observations
+from vla_opd.learning import memory_estimate
+from vla_opd.learning.memory_estimate import Described, Need
+from vla_opd.params.objective import OptimizeParams
+from vla_opd.params.stages import EnvironmentParams
+from vla_opd.policies import lora
+from vla_opd.policies.checkpoint import CheckpointFacts
+from vla_opd.policies.openvla_oft.files import TOKENIZER, read_tokenizer
+from vla_opd.policies.openvla_oft.layout import QUESTION, Architecture, Tower
+from vla_opd.policies.openvla_oft.model import LONGEST, PATCHES, SIZE, OpenVLAOFT, of_facts
 
 DENSE = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bfloat16 products a second, by their data sheets
 SPACE = ActionSpace(q01=(-1.0,) * 7, q99=(1.0,) * 7, normalised=(True,) * 6 + (False,), chunk=8)
@@ -90,7 +92,7 @@ def _asked(checkpoint: Described, batch: int, repeats: int, device: torch.device
         if name == "graphs":
             policy.capture()
         its = measured(policy, _black(rows), _ask, repeats)
-        said[name] = _line(its, checkpoint, rows, memory.inference(name, checkpoint, rows), products(checkpoint, rows))
+        said[name] = _line(its, checkpoint, rows, memory_estimate.inference(name, checkpoint, rows), products(checkpoint, rows))
     return said
 
 
@@ -98,11 +100,11 @@ def _trained(checkpoint: Described, batch: int, repeats: int, device: torch.devi
     gc.collect()  # a captured policy refers to itself
     settings = OptimizeParams(lora_rank=32, gradient_checkpointing=True, batch_size=batch)
     policy = built(checkpoint, device)
-    adapters.prepare(policy, settings.lora, 0, "optimize")
+    lora.prepare(policy, settings.lora, 0, "optimize")
     optimizer = torch.optim.AdamW([one for one in policy.parameters() if one.requires_grad])
-    with adapters.recomputing(policy, wanted=True):
+    with lora.recomputing(policy, wanted=True):
         step = measured(policy, _black(batch), lambda answer: _step(answer, optimizer), repeats)
-    return {"step": _line(step, checkpoint, batch, memory.update("step", checkpoint, settings), products(checkpoint, batch, settings))}
+    return {"step": _line(step, checkpoint, batch, memory_estimate.update("step", checkpoint, settings), products(checkpoint, batch, settings))}
 
 
 def _black(rows: int) -> Observations:
@@ -133,7 +135,7 @@ def products(checkpoint: Described, batch: int, settings: OptimizeParams | None 
     with torch.device("meta"):
         policy = of_facts(checkpoint.facts).to(checkpoint.dtype).eval()
         if settings is not None:
-            adapters.prepare(policy, settings.lora, 0, "optimize")
+            lora.prepare(policy, settings.lora, 0, "optimize")
         prompts, lengths = torch.ones(batch, LONGEST, dtype=torch.long), torch.full((batch,), LONGEST)
         pixels = torch.zeros(batch, 6, SIZE, SIZE, dtype=checkpoint.dtype)
     with FlopCounterMode(display=False) as counted, torch.set_grad_enabled(settings is not None):

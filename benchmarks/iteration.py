@@ -19,13 +19,15 @@ import numpy as np
 import torch
 
 from stages import label, optimize
-from vla_opd.checkpoint import open_checkpoint
+from vla_opd.data.trajectory import Episode, Observations, read_shard, shards
 from vla_opd.envs import Env, make_env
 from vla_opd.envs.graphics import use_backend
-from vla_opd.host import Host
-from vla_opd.params import START, Params, load
-from vla_opd.policies import load_policy
-from vla_opd.trajectory import Episode, Observations, read_shard, shards
+from vla_opd.machine.host import Host
+from vla_opd.params.load import load
+from vla_opd.params.run import Params
+from vla_opd.params.stages import START
+from vla_opd.policies.checkpoint import open_checkpoint
+from vla_opd.policies.load import load_policy
 
 
 def main() -> None:

@@ -12,9 +12,9 @@ from typing import Literal
 
 import numpy as np
 
-from vla_opd.envs.libero import LiberoEnv, make
+from vla_opd.envs.libero.env import LiberoEnv, make
 from vla_opd.envs.protocol import Placement
-from vla_opd.params import EnvironmentParams
+from vla_opd.params.stages import EnvironmentParams
 
 TASKS = ("libero_spatial/0", "libero_object/0")
 STEPS = 16

@@ -11,7 +11,7 @@ import numpy as np
 from vla_opd.envs.metaworld import TASKS, MetaworldEnv, make
 from vla_opd.envs.protocol import Placement
 from vla_opd.experts.metaworld import make as make_expert
-from vla_opd.params import EnvironmentParams
+from vla_opd.params.stages import EnvironmentParams
 
 TASK = "window-open-v3"
 STEPS = 48

@@ -18,10 +18,10 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from flows.server import free_port
-from flows.store import ROOT
-from vla_opd.params import load
-from vla_opd.tracking import git
+from flows.prefect_server.server import free_port
+from vla_opd.lineage.store import ROOT
+from vla_opd.machine.tracking import git
+from vla_opd.params.load import load
 
 TIMES = "stage_seconds"
 COPIER = """

@@ -25,8 +25,8 @@ import safetensors.numpy
 
 from flows import pipeline
 from stages.__main__ import VERBS
-from vla_opd import arrays
-from vla_opd.artifacts import MANIFEST, Manifest, flat
+from vla_opd.artifacts.manifest import MANIFEST, Manifest, flat
+from vla_opd.data import zarr_zip
 
 SPIN = "while True: pass"
 LINKED = ("flows", "stages", "vla_opd", "tests", "params.yaml")
@@ -160,7 +160,7 @@ def differing_file(first: Path, second: Path) -> Iterator[str]:
     """What differs between two files: arrays of shards and weights, values of JSON."""
     match first.suffix:
         case ".zip":
-            yield from differing_arrays(first.name, arrays.read(first)[0], arrays.read(second)[0])
+            yield from differing_arrays(first.name, zarr_zip.read(first)[0], zarr_zip.read(second)[0])
         case ".safetensors":
             yield from differing_arrays(first.name, safetensors.numpy.load_file(first), safetensors.numpy.load_file(second))
         case ".json":

@@ -18,9 +18,11 @@ import numpy as np
 from scipy.stats import t
 
 from stages.__main__ import main as stage
-from vla_opd.artifacts import canonical, read_manifest
-from vla_opd.evaluation import Record, read_records, score
-from vla_opd.params import EVALUATION_STATES, Params, load
+from vla_opd.analysis.evaluation import Record, read_records, score
+from vla_opd.artifacts.manifest import canonical, read_manifest
+from vla_opd.params.load import load
+from vla_opd.params.run import Params
+from vla_opd.params.section import EVALUATION_STATES
 
 
 def main() -> None:

@@ -14,12 +14,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from flows import dvc, locks
-from flows.dvc import Line, Tell
-from flows.store import ROOT
-from vla_opd.checkout import require_no_links
-from vla_opd.host import LAUNCH, TASK_RUN
-from vla_opd.params import load
+from flows.dvc_runner import process, stale_locks
+from flows.dvc_runner.process import Line, Tell
+from vla_opd.lineage.store import ROOT
+from vla_opd.machine.checkout import require_no_links
+from vla_opd.machine.host import LAUNCH, TASK_RUN
+from vla_opd.params.load import load
 
 PARAMS = Path("params.yaml")
 PER_ITERATION = ("sample", "label", "optimize", "explore", "reinforce")  # the stages that dvc.yaml repeats for each iteration, of either kind
@@ -90,7 +90,7 @@ def plan(targets: Iterable[str] = (), patience: float = 60.0) -> tuple[Step, ...
     from dvc.repo import Repo
 
     wanted = tuple(targets)
-    locks.heal()
+    stale_locks.heal()
     deadline = time.monotonic() + patience
     while True:
         settings = _settings()  # before DVC reads the file, which has no mind for what a hostile one asks of it
@@ -130,7 +130,7 @@ def inspect(targets: Iterable[str] = ()) -> tuple[Step, ...]:
     except ValueError:  # a run may have been writing dvc.lock just then
         time.sleep(0.5)
         steps = look()
-    written = locks.written()
+    written = stale_locks.written()
     return tuple(replace(step, at_work=any(Path(out).resolve() in written for out in step.outs)) for step in steps)
 
 
@@ -261,11 +261,11 @@ def would_run(name: str) -> bool:
 def bring(name: str, tell: Tell, task_run: str = "", launch: str = "") -> bool:
     """Bring stage `name` up to date by `dvc repro --single-item`, and hand on each line as it is said. True if it ran, False if nothing had changed.
 
-    In the context's DVC process (`dvc.staying`), or in one for this stage only.
+    In the context's DVC process (`process.staying`), or in one for this stage only.
     task_run: of Prefect, for the record of who ran the stage. launch: of the shares that the stage puts together, if it has any.
     Raises Busy if another DVC process is in the way, StageFailed with the last lines if the command fails.
     """
-    locks.heal()
+    stale_locks.heal()
     said: deque[str] = deque(maxlen=30)
     ran = False
 
@@ -276,8 +276,8 @@ def bring(name: str, tell: Tell, task_run: str = "", launch: str = "") -> bool:
         if not line.passing:
             said.append(line.text)
 
-    with dvc.staying() as process:
-        code = process.repro(name, hear, {TASK_RUN: task_run, LAUNCH: launch})
+    with process.staying() as dvc:
+        code = dvc.repro(name, hear, {TASK_RUN: task_run, LAUNCH: launch})
     if code == 0:
         return ran
     if LOCKED.search("\n".join(said)):

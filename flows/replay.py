@@ -10,12 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flows.store import SHORT, Artifact, Store
-from vla_opd import arrays
-from vla_opd.arrays import SUFFIX
-from vla_opd.artifacts import Draft, Manifest, differing, flat, link
-from vla_opd.host import Host
-from vla_opd.params import DemonstrationSet, Params
+from vla_opd.artifacts.draft import Draft
+from vla_opd.artifacts.files import link
+from vla_opd.artifacts.manifest import Manifest, differing, flat
+from vla_opd.data import zarr_zip
+from vla_opd.data.zarr_zip import SUFFIX
+from vla_opd.lineage.store import SHORT, Artifact, Store
+from vla_opd.machine.host import Host
+from vla_opd.params.run import Params
+from vla_opd.params.stages import DemonstrationSet
 
 Section = dict[str, Any]
 
@@ -62,7 +65,7 @@ def replay(store: Store, artifact: Artifact, shard: str, params: Params, host: H
 
 
 def _contents(shard: Path) -> dict[str, Any]:
-    columns, attributes = arrays.read(shard)
+    columns, attributes = zarr_zip.read(shard)
     return {"attributes": attributes} | {name: (values.dtype.str, values.shape, values.tobytes()) for name, values in columns.items()}
 
 

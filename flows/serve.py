@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from flows import presence, server
-from vla_opd import checkout, mistakes
+from flows.prefect_server import liveness, server
+from vla_opd import mistakes
+from vla_opd.machine import checkout
 
 DEPLOYMENT = "train"
 LOCK = Path(".prefect/serve.lock")
@@ -20,7 +21,7 @@ def main() -> int:
     try:
         checkout.require_own_code()
         # Two runners of one folder would each take runs of the same artifacts.
-        with presence.locked(LOCK, f"{LOCK} is held: opd/{DEPLOYMENT} is being served from this folder already"), server.in_use() as url:
+        with liveness.locked(LOCK, f"{LOCK} is held: opd/{DEPLOYMENT} is being served from this folder already"), server.in_use() as url:
             for run in crash_orphans():
                 print(f"  {run}: its process is gone, so it is now Crashed; go on with  prefect flow-run retry {run}")
             _serve(url)
@@ -49,20 +50,20 @@ def crash_orphans() -> list[str]:
             runs = client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(under_way | which))
             return [run.id for run in runs]
 
-        died = presence.abandoned()
+        died = liveness.abandoned()
         orphans = found(id={"any_": [UUID(run) for run in died]}) if died else []
         deployed = client.read_flow_runs(
             flow_run_filter=FlowRunFilter.model_validate({"state": {"type": {"any_": states}}}),
             deployment_filter=DeploymentFilter.model_validate({"name": {"any_": [DEPLOYMENT]}}),
         )
-        orphans += [run.id for run in deployed if run.id not in orphans and not presence.alive(str(run.id))]
+        orphans += [run.id for run in deployed if run.id not in orphans and not liveness.alive(str(run.id))]
         below = [orphans]
         while below[-1]:  # iterations; of a study its members, their runs, and the iterations of those
             below.append(found(parent_flow_run_id={"any_": below[-1]}))
         for run in [run for level in reversed(below) for run in level]:
             client.set_flow_run_state(run, Crashed(message="its process is gone"), force=True)
     for run in died:
-        presence.forget(run)
+        liveness.forget(run)
     return [str(run) for run in orphans]
 
 

@@ -1,6 +1,5 @@
 """`params.yaml`, changed by command: validated first, then written in place with its comments kept."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -12,23 +11,25 @@ from typing import Annotated, Any, get_args, get_origin
 from pydantic import AfterValidator, Field, WithJsonSchema, create_model
 from ruamel.yaml import YAML
 
-from flows import presence
-from vla_opd import params
+from flows.prefect_server import liveness
+from vla_opd.params.load import load, read_text, text
+from vla_opd.params.run import Params
+from vla_opd.params.section import Section
 
 
 def _fields() -> Iterator[tuple[str, Any]]:
     """`section.key` for every key of every section of the schema that has fixed keys, with the key's own type and constraints."""
-    for section, field in params.Params.model_fields.items():
+    for section, field in Params.model_fields.items():
         annotated = (
             () if get_origin(field.annotation) is Mapping else (field.annotation, *get_args(field.annotation))
         )  # of a mapping the keys are free
-        kinds = [kind for kind in annotated if isinstance(kind, type) and issubclass(kind, params.Section)]
+        kinds = [kind for kind in annotated if isinstance(kind, type) and issubclass(kind, Section)]
         for key, info in kinds[0].model_fields.items() if kinds else ():
             kind = Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
             yield f"{section}__{key}", (kind, Field(default=None, alias=f"{section}.{key}", title=f"{section}.{key}", description=info.description))
 
 
-_MODEL = create_model("Settings", __base__=params.Section, **dict(_fields()))
+_MODEL = create_model("Settings", __base__=Section, **dict(_fields()))
 
 
 def _checked(changes: dict[str, Any]) -> dict[str, Any]:
@@ -46,13 +47,13 @@ def write(changes: Mapping[str, Any], path: Path | str = "params.yaml", run: str
     later stages would be made with settings that are not its own.
     """
     source = Path(path)
-    params.load(source, [f"{dotted}={text(value)}" for dotted, value in changes.items()])
+    load(source, [f"{dotted}={text(value)}" for dotted, value in changes.items()])
     if not changes:
         return
     yaml = YAML()
     yaml.preserve_quotes = True
     yaml.width = 4096
-    before = params.read_text(source)
+    before = read_text(source)
     tree: Any = yaml.load(before)
     for dotted, value in changes.items():
         *sections, key = dotted.split(".")
@@ -64,7 +65,7 @@ def write(changes: Mapping[str, Any], path: Path | str = "params.yaml", run: str
     yaml.dump(tree, new)
     if new.getvalue() == before:
         return
-    if others := presence.others(run):
+    if others := liveness.others(run):
         raise RuntimeError(f"{path} is in use by flow run {', '.join(others)}; expected other settings once that has ended, or in another checkout")
     _replace(source.resolve(), new.getvalue())
 
@@ -88,7 +89,7 @@ def extension(iterations: int, path: Path | str = "params.yaml") -> dict[str, st
 
     What is there stays, so nothing is repeated. ValueError if the run has more already, or a name is taken.
     """
-    run = params.load(path)
+    run = load(path)
     there = len(run.iterations)
     if iterations < there:
         raise ValueError(f"iterations is {iterations}; expected at least the {there} that {path} has (take some out there)")
@@ -100,8 +101,3 @@ def extension(iterations: int, path: Path | str = "params.yaml") -> dict[str, st
         changes[f"iterations.{name}"] = tip
         tip = name
     return changes | {f"evaluations.{run.report.final}": tip} if changes else {}
-
-
-def text(value: Any) -> str:
-    """A value as YAML reads it; text is taken as it was typed."""
-    return value if isinstance(value, str) else json.dumps(value)

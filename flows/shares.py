@@ -25,12 +25,13 @@ from prefect.logging import get_run_logger
 from prefect.settings import PREFECT_API_URL
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
-from flows import gpu, pipeline
-from flows.dvc import Kept, Line, Tell, lines
+from flows import pipeline
+from flows.dvc_runner.process import Kept, Line, Tell, lines
 from flows.pipeline import StageFailed, Step
-from vla_opd import proxies
-from vla_opd.host import LAUNCH, at_least_one
-from vla_opd.lifeline import STARTED_BY
+from flows.prefect_server import gpu_limit
+from vla_opd.machine import proxies
+from vla_opd.machine.host import LAUNCH, at_least_one
+from vla_opd.machine.parent_death import STARTED_BY
 
 SHARED = {"sample": "--iteration", "label": "--iteration", "explore": "--iteration", "evaluate": "--name"}  # as the stages' own
 CLUSTERS = {"ray": "prefect_ray", "dask": "prefect_dask"}
@@ -130,7 +131,7 @@ def share(stage: str, part: str, folder: str, environment: Mapping[str, str]) ->
 
 def _gpu(number: int) -> dict[str, str]:
     """On this machine, one of its GPUs for each share in turn."""
-    devices = gpu.devices()
+    devices = gpu_limit.devices()
     named = ":" in os.environ.get("OPD_DEVICE", "")
     return {"CUDA_VISIBLE_DEVICES": devices[(number - 1) % len(devices)]} if len(devices) > 1 and not named else {}
 

@@ -1,6 +1,6 @@
 """The flow `study`: every arm with every seed a subflow of its own, from the same teacher and student, then one table of all of them.
 
-Each member is brought up to date by the flow `opd` in a folder and a process of its own (see `flows.members`), so a study that is stopped goes on
+Each member is brought up to date by the flow `opd` in a folder and a process of its own (see `flows.projects`), so a study that is stopped goes on
 where it was, and members can run side by side.
 """
 
@@ -21,18 +21,21 @@ from prefect.flow_engine import run_flow_in_subprocess
 from prefect.runtime import flow_run
 from pydantic import Field, ValidationError
 
-from flows import presence, terminal
-from flows.members import DONE, TABLE, Member, crowded, environment, fingerprint, go_on, hand_over, is_done, made_alike, members, prepare, reference
-from flows.store import ROOT
+from flows import terminal
+from flows.prefect_server import liveness
+from flows.projects import DONE, TABLE, Member, crowded, environment, fingerprint, go_on, hand_over, is_done, made_alike, members, prepare, reference
 from flows.train import opd
-from vla_opd import study_page
-from vla_opd.artifacts import MANIFEST, BusyError, Draft, Manifest, draft, open_artifact
-from vla_opd.host import METRICS
-from vla_opd.lifeline import die_with_parent
-from vla_opd.params import Params, load
-from vla_opd.results import discard, read_run
-from vla_opd.study import Table, joined, member_rows, read, shared_rows, write
-from vla_opd.tracking import executions
+from vla_opd.analysis import study_page
+from vla_opd.analysis.finished_run import discard, read_run
+from vla_opd.analysis.study_table import Table, joined, member_rows, read, shared_rows, write
+from vla_opd.artifacts.draft import BusyError, Draft, draft
+from vla_opd.artifacts.manifest import MANIFEST, Manifest, open_artifact
+from vla_opd.lineage.store import ROOT
+from vla_opd.machine.host import METRICS
+from vla_opd.machine.parent_death import die_with_parent
+from vla_opd.machine.tracking import executions
+from vla_opd.params.load import load
+from vla_opd.params.run import Params
 
 LOG = "study.log"
 
@@ -62,7 +65,7 @@ def study(
         prepare(member, run)
     if told := crowded(run, parallel):
         print(f"  {told}", file=sys.stderr)
-    with presence.held(str(flow_run.get_id())):
+    with liveness.held(str(flow_run.get_id())):
         opd.with_options(flow_run_name="reference")(targets=reference(run))
         for member in wanted:
             hand_over(member, run)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from vla_opd.artifacts import MANIFEST, open_artifact, read_manifest
+from vla_opd.artifacts.manifest import MANIFEST, open_artifact, read_manifest
 
 SECONDS = "seconds.jsonl"
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
-from flows.dvc import Line
+from flows.dvc_runner.process import Line
 
 ROWS = (("before", "start"), ("after", "final"), ("teacher", "teacher"))
 PASSING_EVERY = 15.0  # seconds between progress lines where they can't be rewritten in place

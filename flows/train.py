@@ -20,16 +20,18 @@ from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settin
 from prefect.states import Completed
 from pydantic import Field
 
-from flows import dvc, gpu, pipeline, posted, presence, server, shares, summary
-from flows.dvc import Kept, Tell
+from flows import pipeline, shares, summary
+from flows.dvc_runner import process
+from flows.dvc_runner.process import Kept, Tell
 from flows.pipeline import Busy, StageFailed, Step
+from flows.prefect_server import gpu_limit, liveness, page, server
 from flows.settings import Settings, extension, write
-from flows.store import ROOT
 from flows.terminal import StageLine, heading, table
-from vla_opd import checkout
-from vla_opd.artifacts import MANIFEST
-from vla_opd.host import METRICS, processes, require_equal_shares
-from vla_opd.params import load
+from vla_opd.artifacts.manifest import MANIFEST
+from vla_opd.lineage.store import ROOT
+from vla_opd.machine import checkout
+from vla_opd.machine.host import METRICS, processes, require_equal_shares
+from vla_opd.params.load import load
 
 BUSY_RETRIES, BUSY_DELAY = 720, 5  # an hour: as long as a stage that someone runs by hand may take
 DEPLOYED = "PREFECT__FLOW_RUN_ID"  # a deployment's runner says so to the process that it starts for a run
@@ -50,11 +52,11 @@ def bring(step: Step) -> State[Any]:
         screen.unchanged(why)
         return Completed(name="Unchanged", message=f"{step.name}: {why}")
     kept = Kept(get_run_logger())
-    with gpu.held(step.verb):
+    with gpu_limit.held(step.verb):
         ran = _ran(step, screen, kept.tell, str(task_run.get_id()), shared=True)
     if ran:
         try:
-            posted.post(step)
+            page.post(step)
         except Exception as error:  # noqa: BLE001 - a view; the stage has succeeded, whatever becomes of it
             get_run_logger().warning("what %s made is not shown on this page: %s", step.name, error)
         return Completed(message=f"{step.name}: ran")
@@ -111,7 +113,7 @@ def opd(
     checkout.require_own_code()
     try:
         shares.wanted()  # a mistake in it is one now
-        with presence.held(run):
+        with liveness.held(run):
             write(settings or {}, run=run)
             write(extension(iterations) if iterations else {}, run=run)
             require_equal_shares(load().batch_sizes, processes(os.environ.get("OPD_PROCESSES", "1")))
@@ -119,7 +121,7 @@ def opd(
                 return _bring_run(pipeline.plan(targets or ()))
     except httpx.HTTPError as error:
         print(f"\n  Prefect's server does not answer any more ({error}): going on without it", file=sys.stderr, flush=True)
-    with presence.orphaned(run):  # on the server it will be running still
+    with liveness.orphaned(run):  # on the server it will be running still
         bring_alone(targets or ())
     if DEPLOYED in os.environ:  # and nobody else is in this process; a run from the terminal still has things to say
         server.leave(0)
@@ -129,7 +131,7 @@ def opd(
 def bring_alone(targets: Iterable[str]) -> tuple[str, ...]:
     """What is still due of what leads to some stages (of all, if none are named), without Prefect. Returns the names of all. Errors as of `opd`."""
     plan = pipeline.plan(targets)
-    with dvc.staying():
+    with process.staying():
         for name, steps in in_groups(step for step in plan if step.due):
             heading(name or "")
             for step in steps:
@@ -150,9 +152,9 @@ def _summarised(stages: Iterable[str]) -> dict[str, Any] | None:
 
 def _bring_run(plan: Sequence[Step]) -> States:
     states: States = {}
-    with dvc.staying() as process:
+    with process.staying() as dvc:
         if any(step.due for step in plan):
-            process.start()
+            dvc.start()
         for name, steps in in_groups(plan):
             if name is None:
                 heading("")

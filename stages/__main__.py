@@ -15,14 +15,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from vla_opd import checkout, mistakes
-from vla_opd.artifacts import Manifest, Share
+from vla_opd import mistakes
+from vla_opd.artifacts.draft import Share
+from vla_opd.artifacts.manifest import Manifest
 from vla_opd.envs import ENVS
 from vla_opd.envs.graphics import use_backend
-from vla_opd.host import LAUNCH, METRICS, Host, on_or_off, processes, require_equal_bits, require_equal_shares, this_host
-from vla_opd.lifeline import STARTED_BY, die_with_parent
-from vla_opd.params import START, Params, load, named_function
-from vla_opd.tracking import execution
+from vla_opd.machine import checkout
+from vla_opd.machine.host import LAUNCH, METRICS, Host, on_or_off, processes, require_equal_bits, require_equal_shares, this_host
+from vla_opd.machine.parent_death import STARTED_BY, die_with_parent
+from vla_opd.machine.tracking import execution
+from vla_opd.params.load import load
+from vla_opd.params.run import Params
+from vla_opd.params.stages import START
+from vla_opd.plugins import named_function
 
 VERBS = {
     "demonstrate": "--name",
@@ -75,9 +80,9 @@ def _obey(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     if options.verb in TRAINED:
         require_equal_shares({f"{options.verb}.batch_size": getattr(params, options.verb).batch_size}, count)
     if count > 1 and LAUNCHED not in os.environ:
-        from vla_opd import ranks
+        from vla_opd.learning import fsdp
 
-        return ranks.launch(count, "stages", arguments)
+        return fsdp.launch(count, "stages", arguments)
     rank = int(os.environ["RANK"]) if LAUNCHED in os.environ else 0
     graphs = on_or_off("OPD_GRAPHS, or --graphs,", options.graphs)
     host = this_host(options.workers, options.device, options.tracking if rank == 0 else "none", METRICS, graphs=graphs)
@@ -105,9 +110,9 @@ def _made(verb: str, key: str | None, params: Params, host: Host) -> str | None:
     """The digest of what a stage made, alone or together with others; None if that is a share of something."""
     if LAUNCHED not in os.environ:
         return _run(verb, key, params, host)
-    from vla_opd import ranks
+    from vla_opd.learning import fsdp
 
-    with ranks.together(host.device):
+    with fsdp.together(host.device):
         return _run(verb, key, params, host)
 
 
@@ -173,7 +178,7 @@ def _run(verb: str, key: str | None, params: Params, host: Host) -> str | None:
 
 
 def _report_study(params: Params, study: str) -> str:
-    from vla_opd import study_page
+    from vla_opd.analysis import study_page
 
     return study_page.run(Path("artifacts") / params.run.name, study).digest
 
@@ -205,10 +210,10 @@ def _run_reinforcement(verb: str, iteration: str, params: Params, root: Path, ho
 
 def _check_what_follows(params: Params, student: Path, teacher: Path) -> None:
     """ValueError, before any rollout, for what `label` and `optimize` would refuse after it."""
-    from vla_opd.checkpoint import glance, open_checkpoint, require_environment  # these bring torch, and --help can do without
     from vla_opd.experts import EXPERTS
-    from vla_opd.objectives import OBJECTIVES, ON_DECISIONS
-    from vla_opd.transfer import require_actions
+    from vla_opd.learning.bin_transfer import require_actions
+    from vla_opd.learning.objectives import OBJECTIVES, ON_DECISIONS
+    from vla_opd.policies.checkpoint import glance, open_checkpoint, require_environment  # these bring torch, and --help can do without
 
     named_function(params.optimize.objective, {**OBJECTIVES, **ON_DECISIONS}, "optimize.objective")
     if params.label.expert is not None:
@@ -221,10 +226,10 @@ def _check_what_follows(params: Params, student: Path, teacher: Path) -> None:
 
 def _require_trainable(params: Params, verb: str, student: Path) -> None:
     """ValueError, before any rollout, for an adapter that can't be trained on the student, or a student that can't be trained without."""
-    from vla_opd import adapters
-    from vla_opd.checkpoint import glance
+    from vla_opd.policies import lora
+    from vla_opd.policies.checkpoint import glance
 
-    adapters.require_trainable(getattr(params, verb).lora, adapters.beside(student), glance(student).dtypes, verb)
+    lora.require_trainable(getattr(params, verb).lora, lora.beside(student), glance(student).dtypes, verb)
 
 
 def _known(key: str | None, choices: object, field: str) -> str:

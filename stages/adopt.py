@@ -6,14 +6,16 @@ from typing import Any
 
 import torch
 
-from vla_opd.artifacts import Manifest, draft, file_entry
-from vla_opd.checkpoint import WEIGHTS, public_facts, save_weights
-from vla_opd.host import Host
-from vla_opd.openvla import QUESTION, Architecture, sources
-from vla_opd.openvla_files import CONFIG, STATISTICS, TOKENIZER, read_tokenizer
-from vla_opd.params import EnvironmentParams, Params
-from vla_opd.policies.openvla_oft import BEGIN, public_weights
-from vla_opd.tracking import track
+from vla_opd.artifacts.draft import draft
+from vla_opd.artifacts.manifest import Manifest, file_entry
+from vla_opd.machine.host import Host
+from vla_opd.machine.tracking import track
+from vla_opd.params.run import Params
+from vla_opd.params.stages import EnvironmentParams
+from vla_opd.policies.checkpoint import WEIGHTS, public_facts, save_weights
+from vla_opd.policies.openvla_oft.files import CONFIG, STATISTICS, TOKENIZER, read_tokenizer
+from vla_opd.policies.openvla_oft.layout import QUESTION, Architecture, sources
+from vla_opd.policies.openvla_oft.model import BEGIN, public_weights
 
 
 def run(params: Params, name: str, out: Path, host: Host) -> Manifest:

@@ -9,15 +9,18 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from vla_opd.artifacts import Draft, Manifest, draft
-from vla_opd.demonstration import demonstrate
+from vla_opd.artifacts.draft import Draft, draft
+from vla_opd.artifacts.manifest import Manifest
+from vla_opd.data.trajectory import Episode, shard_name, write_shard
 from vla_opd.envs.protocol import Placement
-from vla_opd.host import Host
-from vla_opd.params import EnvironmentParams, Params
+from vla_opd.machine.host import Host
+from vla_opd.machine.tracking import track
+from vla_opd.params.run import Params
+from vla_opd.params.stages import EnvironmentParams
 from vla_opd.seeds import derive
-from vla_opd.tracking import track
-from vla_opd.trajectory import Episode, shard_name, write_shard
-from vla_opd.workers import Job, PoolSettings, Tally
+from vla_opd.simulation.demonstrate import demonstrate
+from vla_opd.simulation.jobs import Job
+from vla_opd.simulation.pool import PoolSettings, Tally
 
 SLOTS_PER_SHARD = 10
 

@@ -12,18 +12,20 @@ from typing import Any
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from vla_opd.artifacts import Draft, Manifest, draft
-from vla_opd.checkpoint import open_checkpoint, require_environment
-from vla_opd.comparison import SequentialTest
+from vla_opd.analysis.comparison import SequentialTest
+from vla_opd.analysis.evaluation import EPISODES, Record, score
+from vla_opd.artifacts.draft import Draft, draft
+from vla_opd.artifacts.manifest import Manifest
+from vla_opd.data.trajectory import Episode
 from vla_opd.envs.protocol import Placement
-from vla_opd.evaluation import EPISODES, Record, score
-from vla_opd.host import Host
-from vla_opd.params import EvaluateParams, Params
-from vla_opd.policies import Policy, load_policy
-from vla_opd.rollout import Job, PoolSettings, RolloutSettings, Tally, rollout
+from vla_opd.machine.host import Host
+from vla_opd.machine.tracking import track
+from vla_opd.params.run import Params
+from vla_opd.params.stages import EvaluateParams
+from vla_opd.policies.checkpoint import open_checkpoint, require_environment
+from vla_opd.policies.load import Policy, load_policy
 from vla_opd.seeds import derive
-from vla_opd.tracking import track
-from vla_opd.trajectory import Episode
+from vla_opd.simulation.rollout import Job, PoolSettings, RolloutSettings, Tally, rollout
 
 
 def run(params: Params, checkpoint: Path, out: Path, host: Host) -> Manifest | None:

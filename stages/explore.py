@@ -2,17 +2,18 @@
 
 from pathlib import Path
 
-from vla_opd.artifacts import Manifest, draft
-from vla_opd.checkpoint import open_checkpoint, require_environment
+from vla_opd.artifacts.draft import draft
+from vla_opd.artifacts.manifest import Manifest
+from vla_opd.data.trajectory import Episode, read_shard, shard_name
 from vla_opd.envs.protocol import Placement
-from vla_opd.groups import counts, fill
-from vla_opd.host import Host
-from vla_opd.params import Params
-from vla_opd.policies import load_policy
-from vla_opd.rollout import Job, RolloutSettings, Tally
+from vla_opd.machine.host import Host
+from vla_opd.machine.tracking import track
+from vla_opd.params.run import Params
+from vla_opd.policies.checkpoint import open_checkpoint, require_environment
+from vla_opd.policies.load import load_policy
 from vla_opd.seeds import derive
-from vla_opd.tracking import track
-from vla_opd.trajectory import Episode, read_shard, shard_name
+from vla_opd.simulation.collect import counts, fill
+from vla_opd.simulation.rollout import Job, RolloutSettings, Tally
 
 
 def run(params: Params, iteration: str, student: Path, out: Path, host: Host) -> Manifest | None:

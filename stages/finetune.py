@@ -13,20 +13,22 @@ import torch
 from jaxtyping import Float, Int, Int16
 from torch import Tensor
 
-from vla_opd import adapters, ranks
-from vla_opd.artifacts import Manifest, open_artifact
-from vla_opd.checkpoint import Checkpoint, CheckpointFacts, open_checkpoint, require_environment
-from vla_opd.host import Host
-from vla_opd.objectives import masked_mean
-from vla_opd.params import Params, PretrainedParams
-from vla_opd.policies import Policy, build_policy, load_policy
+from vla_opd.artifacts.manifest import Manifest, open_artifact
+from vla_opd.data.action_space import action_space, gaussian
+from vla_opd.data.trajectory import States, read_states, shards
+from vla_opd.learning import fsdp
+from vla_opd.learning.objectives import masked_mean
+from vla_opd.learning.optimizer import Budget, Evidence, Loss, Means, Schedule, train
+from vla_opd.learning.update import order, write
+from vla_opd.machine.host import Host
+from vla_opd.machine.tracking import track
+from vla_opd.params.run import Params
+from vla_opd.params.stages import PretrainedParams
+from vla_opd.policies import lora
+from vla_opd.policies.checkpoint import Checkpoint, CheckpointFacts, open_checkpoint, require_environment
+from vla_opd.policies.load import Policy, build_policy, load_policy
 from vla_opd.policies.tiny import extend_vocabulary
 from vla_opd.seeds import derive
-from vla_opd.tokens import action_space, gaussian
-from vla_opd.tracking import track
-from vla_opd.training import Budget, Evidence, Loss, Means, Schedule, train
-from vla_opd.trajectory import States, read_states, shards
-from vla_opd.update import order, write
 
 
 def run(params: Params, name: str, demonstrations: Path, parent: Path | None, out: Path, host: Host) -> Manifest:
@@ -47,14 +49,14 @@ def run(params: Params, name: str, demonstrations: Path, parent: Path | None, ou
     torch.set_num_threads(sft.threads)
     states = read_states(shards(demonstrations), made.per_task)
     facts = _facts(params, states, origin)
-    with ranks.draft(out, "checkpoint", parents, settings) as work, track(host, params.run.name, "finetune", name, settings) as log:
+    with fsdp.shared_draft(out, "checkpoint", parents, settings) as work, track(host, params.run.name, "finetune", name, settings) as log:
         policy = _policy(facts, origin, derive(seed, "finetune", name), host.device)
         bins = policy.encode(states.labels)
         states_of = order(np.arange(len(states)), sft.batch_size, derive(seed, "finetune", name, "order"))
         loss = _loss(bins, states, smoothed_targets(facts.action_space.bins, sft.smoothing), states_of)
         evidence = Evidence(host.not_finite(params.run.name), lambda step: _examples(states, bins, states_of(step)))
-        adapters.prepare(policy, sft.lora if origin else None, derive(seed, "finetune", name), "finetune")
-        with ranks.sharded(policy) as shared, adapters.recomputing(shared, wanted=sft.gradient_checkpointing):
+        lora.prepare(policy, sft.lora if origin else None, derive(seed, "finetune", name), "finetune")
+        with fsdp.sharded(policy) as shared, lora.recomputing(shared, wanted=sft.gradient_checkpointing):
             rows, _ = train(shared, loss, _budget(made, params), work.scratch, None, f"finetune {name}", log, evidence)
         write(work, policy, origin, rows, None)
         return work.publish({"checkpoint": facts.model_dump(), "states": len(states), "episodes": int(states.episode[-1]) + 1})

@@ -11,18 +11,21 @@ import torch
 from jaxtyping import Float
 from tqdm import tqdm
 
-from vla_opd.artifacts import Manifest, draft, open_artifact
-from vla_opd.checkpoint import open_checkpoint, require_environment
+from vla_opd.artifacts.draft import draft
+from vla_opd.artifacts.manifest import Manifest, open_artifact
+from vla_opd.data.action_space import ActionSpace
+from vla_opd.data.labels import Cost, Labels, normalised, read_outcome, spread, write_shard
+from vla_opd.data.trajectory import in_batches, read_shard, read_states, shards
 from vla_opd.experts import EXPERTS
-from vla_opd.host import Host
-from vla_opd.logits import Cost, Labels, normalised, read_outcome, spread, write_shard
-from vla_opd.params import EnvironmentParams, LabelParams, Params, named_function
-from vla_opd.policies import Policy, load_policy
-from vla_opd.rollout import Job, PoolSettings, RolloutSettings, Tally, threads
-from vla_opd.takeover import Recorded, ask, take_over
-from vla_opd.tokens import ActionSpace
-from vla_opd.tracking import track
-from vla_opd.trajectory import in_batches, read_shard, read_states, shards
+from vla_opd.machine.host import Host
+from vla_opd.machine.tracking import track
+from vla_opd.params.run import Params
+from vla_opd.params.stages import EnvironmentParams, LabelParams
+from vla_opd.plugins import named_function
+from vla_opd.policies.checkpoint import open_checkpoint, require_environment
+from vla_opd.policies.load import Policy, load_policy
+from vla_opd.simulation.resume import Recorded, ask, take_over
+from vla_opd.simulation.rollout import Job, PoolSettings, RolloutSettings, Tally, threads
 
 Result = TypeVar("Result")
 

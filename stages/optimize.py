@@ -10,14 +10,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vla_opd import ranks
-from vla_opd.artifacts import Manifest, open_artifact, read_manifest
-from vla_opd.checkpoint import Checkpoint, open_checkpoint, require_same_actions
-from vla_opd.decisions import Decisions, failed_share, read_decisions
-from vla_opd.diagnostics import Distance, distance
-from vla_opd.host import Host
-from vla_opd.logits import Labels, read_shard
-from vla_opd.objectives import (
+from vla_opd.artifacts.manifest import Manifest, open_artifact, read_manifest
+from vla_opd.data.action_space import ActionSpace
+from vla_opd.data.labels import Labels, read_shard
+from vla_opd.data.trajectory import Observations, in_batches, joined, read_states, shards
+from vla_opd.learning import fsdp
+from vla_opd.learning.bin_transfer import between, require_comparable
+from vla_opd.learning.decisions import Decisions, failed_share, read_decisions
+from vla_opd.learning.measure import Distance, distance
+from vla_opd.learning.objectives import (
     OBJECTIVES,
     ON_DECISIONS,
     DecisionBatch,
@@ -34,15 +35,16 @@ from vla_opd.objectives import (
     rewards_to_go,
     tempered,
 )
-from vla_opd.params import OptimizeParams, Params, named_function
-from vla_opd.policies import Policy, load_policy
+from vla_opd.learning.optimizer import Evidence, Loss, Means, Row
+from vla_opd.learning.update import budget, learn, order, probed, require_own_rollouts
+from vla_opd.machine.host import Host
+from vla_opd.machine.tracking import track
+from vla_opd.params.objective import OptimizeParams
+from vla_opd.params.run import Params
+from vla_opd.plugins import named_function
+from vla_opd.policies.checkpoint import Checkpoint, open_checkpoint, require_same_actions
+from vla_opd.policies.load import Policy, load_policy
 from vla_opd.seeds import derive
-from vla_opd.tokens import ActionSpace
-from vla_opd.tracking import track
-from vla_opd.training import Evidence, Loss, Means, Row
-from vla_opd.trajectory import Observations, in_batches, joined, read_states, shards
-from vla_opd.transfer import between, require_comparable
-from vla_opd.update import budget, learn, order, probed, require_own_rollouts
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def run(params: Params, iteration: str, student: Path, trajectories: Path, logit
     own, earlier = _read(opt, trajectories, logits, checkpoint.facts.action_space), _earlier(params, iteration, trajectories, logits, out)
     data = _together([own, *(_read(opt, *source, checkpoint.facts.action_space) for source in earlier)])
     depth = params.depth(iteration)
-    with ranks.draft(out, "checkpoint", parents, settings) as work, track(host, params.run.name, "optimize", iteration, settings) as log:
+    with fsdp.shared_draft(out, "checkpoint", parents, settings) as work, track(host, params.run.name, "optimize", iteration, settings) as log:
         data = data if anchor is None else replace(data, initial=_scores(load_policy(anchor, host.device), data, opt))
         policy = load_policy(checkpoint, host.device)
         before = _probe(policy, own, opt)
@@ -252,7 +254,7 @@ def _loss(data: Labelled, params: Params, seed: int) -> Loss:
 
     def loss(policy: Policy, step: int) -> Means:
         rows = states(step)
-        batch, mask = _token_batch(policy, data, rows, opt, ranks.own(derive(seed, step)))
+        batch, mask = _token_batch(policy, data, rows, opt, fsdp.own(derive(seed, step)))
         row = _diagnostics(batch, mask)
         values = objective(batch)
         if opt.confidence:

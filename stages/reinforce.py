@@ -10,19 +10,20 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from vla_opd import ranks
-from vla_opd.artifacts import Manifest, open_artifact
-from vla_opd.checkpoint import open_checkpoint
-from vla_opd.decisions import Decisions, Graded, read_decisions
-from vla_opd.host import Host
-from vla_opd.objectives import Taken, clipped, entropy, grpo, masked_mean, of, tempered
-from vla_opd.params import ExploreParams, Params, ReinforceParams
-from vla_opd.policies import Policy, load_policy
+from vla_opd.artifacts.manifest import Manifest, open_artifact
+from vla_opd.data.trajectory import Observations, in_batches, read_states, shards
+from vla_opd.learning import fsdp
+from vla_opd.learning.decisions import Decisions, Graded, read_decisions
+from vla_opd.learning.objectives import Taken, clipped, entropy, grpo, masked_mean, of, tempered
+from vla_opd.learning.optimizer import Evidence, Loss, Means
+from vla_opd.learning.update import budget, learn, order, probed, require_own_rollouts
+from vla_opd.machine.host import Host
+from vla_opd.machine.tracking import track
+from vla_opd.params.run import Params
+from vla_opd.params.stages import ExploreParams, ReinforceParams
+from vla_opd.policies.checkpoint import open_checkpoint
+from vla_opd.policies.load import Policy, load_policy
 from vla_opd.seeds import derive
-from vla_opd.tracking import track
-from vla_opd.training import Evidence, Loss, Means
-from vla_opd.trajectory import Observations, in_batches, read_states, shards
-from vla_opd.update import budget, learn, order, probed, require_own_rollouts
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def run(params: Params, iteration: str, student: Path, trajectories: Path, out: 
     torch.set_num_threads(its.threads)
     data, depth = _read(visited.params["explore"], trajectories, checkpoint.facts.action_space.chunk), params.depth(iteration)
     parents = {"student": checkpoint.digest, "trajectories": visited.digest}
-    with ranks.draft(out, "checkpoint", parents, settings) as work, track(host, params.run.name, "reinforce", iteration, settings) as log:
+    with fsdp.shared_draft(out, "checkpoint", parents, settings) as work, track(host, params.run.name, "reinforce", iteration, settings) as log:
         policy, seed = load_policy(checkpoint, host.device), derive(params.run.learning_seed, "reinforce", iteration)
         before, plan = _probe(policy, data, its.batch_size), budget(its, depth, len(data.usable))
         evidence = Evidence(host.not_finite(params.run.name), lambda step: data.at(order(data.usable, its.batch_size, seed)(step)))

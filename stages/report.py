@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 from ruamel.yaml import YAML
 
-from vla_opd import page
-from vla_opd.artifacts import Manifest, draft
-from vla_opd.evaluation import Score
-from vla_opd.host import Host
-from vla_opd.page import DRAWN_WITH, GRID, MUTED, PAPER, STUDENT, TEACHER, draw, percent
-from vla_opd.params import Params
-from vla_opd.results import Evaluation, Iteration, IterationResult, Run, Step, read_run
-from vla_opd.tracking import track
+from vla_opd.analysis import html
+from vla_opd.analysis.evaluation import Score
+from vla_opd.analysis.finished_run import Evaluation, Iteration, IterationResult, Run, Step, read_run
+from vla_opd.analysis.html import DRAWN_WITH, GRID, MUTED, PAPER, STUDENT, TEACHER, draw, percent
+from vla_opd.artifacts.draft import draft
+from vla_opd.artifacts.manifest import Manifest
+from vla_opd.machine.host import Host
+from vla_opd.machine.tracking import track
+from vla_opd.params.run import Params
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,7 +60,7 @@ def _require_names(params: Params) -> None:
 def render(run: Run) -> str:
     """The page, whole."""
     named, seen = run.params.report, run.evaluations
-    return page.render(
+    return html.render(
         "stages",
         TEMPLATE,
         run=run,

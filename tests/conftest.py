@@ -7,7 +7,16 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-CHECKED = ["arrays", "tokens", "objectives", "logits", "trajectory", "checkpoint", "decisions", "comparison"]
+CHECKED = [
+    "analysis.comparison",
+    "data.action_space",
+    "data.labels",
+    "data.trajectory",
+    "data.zarr_zip",
+    "learning.decisions",
+    "learning.objectives",
+    "policies.checkpoint",
+]
 
 install_import_hook([f"vla_opd.{module}" for module in CHECKED], "beartype.beartype")
 

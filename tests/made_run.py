@@ -5,8 +5,9 @@ from pathlib import Path
 
 from scipy.stats import binomtest
 
-from vla_opd.artifacts import Manifest, draft
-from vla_opd.params import Params
+from vla_opd.artifacts.draft import draft
+from vla_opd.artifacts.manifest import Manifest
+from vla_opd.params.run import Params
 
 TASKS = ("libero_object/0", "libero_object/1")
 ITERATIONS = ("it001", "it002", "it003")

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, UInt8
 
 from vla_opd.envs.protocol import Advance, Observation, Placement
-from vla_opd.params import EnvironmentParams
+from vla_opd.params.stages import EnvironmentParams
 
 Point = Float64[np.ndarray, "2"]
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 40), "blue": (40, 60, 220)}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from vla_opd.params import OptimizeParams
+from vla_opd.params.objective import OptimizeParams
 
 
 def test_what_a_device_does_is_counted_and_said(tmp_path: Path) -> None:

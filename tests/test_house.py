@@ -12,17 +12,19 @@ from typing import Any, get_args
 import pytest
 from ruamel.yaml import YAML
 
-from flows import cli, shares
+from flows import shares
+from flows.cli.app import app
 from flows.train import TARGET
 from stages.__main__ import SHARED, VERBS
-from vla_opd.params import Params, load
+from vla_opd.params.load import load
+from vla_opd.params.run import Params
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("flows", "stages", "vla_opd")
 VERB = {"pretrain": "finetune"}  # behind stages of dvc.yaml that are called otherwise
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "base"}
 # What these do is in no result (law 4): the machine, and where curves go.
-NOT_IN_RESULTS = {"vla_opd/host.py", "vla_opd/tracking.py"}
+NOT_IN_RESULTS = {"vla_opd/machine"}
 MACHINE_PATH = re.compile(r"(?<![\w.\-/}*])/(work|root|tmp|home|Users)/\w")
 REGISTRY = re.compile(r"https?://[^\s\"']*(pypi|simple/|conda|index|download\.pytorch)[^\s\"']*|--(extra-)?index-url[ =]+http|--find-links")
 FOREIGN_CODE = re.compile(r"trust_remote_code|torch\.load\(|pickle\.loads?\(|allow_pickle=True|\bAuto(Model|Processor|Tokenizer|Config)\b")
@@ -132,27 +134,37 @@ def direct_imports(path: Path) -> frozenset[Path]:
     return frozenset(found)
 
 
-def code_of(name: str) -> set[str]:
-    """The files that a stage's result depends on: its own, and all that it imports; empty package files say nothing."""
-    todo, seen = [ROOT / "stages" / f"{verb(name)}.py"], set()
+def files_of(name: str) -> set[Path]:
+    """The stage's own file and every project file that it imports, directly or not."""
+    todo, seen = [ROOT / "stages" / f"{verb(name)}.py"], set[Path]()
     while todo:
         path = todo.pop()
         if path not in seen:
             seen.add(path)
             todo.extend(direct_imports(path))
-    said = {str(path.relative_to(ROOT)) for path in seen if len(ast.parse(path.read_text()).body) > 1 or path.name != "__init__.py"}
-    return said - NOT_IN_RESULTS
+    return seen
+
+
+def room(path: Path) -> str:
+    """`vla_opd/envs` for a file below it; a file that lies in no room is its own."""
+    return Path(*path.relative_to(ROOT).parts[:2]).as_posix()
 
 
 @pytest.mark.parametrize("name", sorted(pipeline()))
-def test_code_deps_are_what_the_stage_imports(name: str) -> None:
-    """File by file, but for the folders that are listed whole."""
-    deps = [dep for dep in pipeline()[name]["deps"] if not dep.startswith("artifacts/")]
-    folders = [dep for dep in deps if (ROOT / dep).is_dir()]
-    within = {folder: {file for file in code_of(name) if Path(file).is_relative_to(folder)} for folder in folders}
-    assert all(within.values()), f"dvc.yaml: {name} imports nothing of some of {folders}"
-    listed = [dep for dep in deps if dep.endswith(".py")]
-    assert sorted(listed) == sorted(code_of(name).difference(*within.values())), "dvc.yaml: the .py deps of this stage differ from what it imports"
+def test_code_deps_are_the_rooms_that_the_stage_imports_from(name: str) -> None:
+    empty = {package / "__init__.py" for package in (ROOT / "stages", ROOT / "vla_opd")}
+    imported = {room(path) for path in files_of(name) - empty} - NOT_IN_RESULTS
+    templates = {room(path) for path in (ROOT / "stages").glob(f"{verb(name)}.*.jinja")}
+    listed = {dep for dep in pipeline()[name]["deps"] if dep.startswith(("stages/", "vla_opd/"))}
+    assert listed == imported | templates, "dvc.yaml: deps of this stage differ from what it imports"
+
+
+def test_what_dvc_ignores_changes_no_artifact() -> None:
+    """`.dvcignore` keeps some code out of what makes stages stale: no stage may import it."""
+    ignored = {ROOT / line[1:] for line in (ROOT / ".dvcignore").read_text().splitlines() if line.endswith(".py")}
+    assert ignored
+    assert all(path.is_file() for path in ignored)
+    assert {name: files_of(name) & ignored for name in pipeline() if files_of(name) & ignored} == {}
 
 
 @pytest.mark.parametrize("name", sorted(pipeline()))
@@ -254,7 +266,7 @@ def test_readme_commands_exist(command: str) -> None:
     if words[0] == "make":
         assert words[1] in make_targets(), command
     if match := re.search(r"(?:python -m )?(opd|stages) (\w+)", command):
-        known = set(VERBS) if match[1] == "stages" else {one.name or one.callback.__name__ for one in cli.app.registered_commands}
+        known = set(VERBS) if match[1] == "stages" else {one.name or one.callback.__name__ for one in app.registered_commands}
         assert match[2] in known, command
     if match := re.search(r"dvc repro\s+(.*)", command):
         named = {word.partition("@")[0] for word in match[1].split() if not word.startswith("-")}

@@ -20,12 +20,13 @@ import pytest
 from ruamel.yaml import YAML
 
 from tests.vla_opd import small
-from tests.vla_opd.test_arrays import members, rewrite
-from vla_opd.artifacts import Kind, draft, open_artifact
-from vla_opd.checkpoint import open_checkpoint
-from vla_opd.logits import Labels, read_shard, write_shard
-from vla_opd.params import load
-from vla_opd.trajectory import read_states
+from tests.vla_opd.data.test_zarr_zip import members, rewrite
+from vla_opd.artifacts.draft import draft
+from vla_opd.artifacts.manifest import Kind, open_artifact
+from vla_opd.data.labels import Labels, read_shard, write_shard
+from vla_opd.data.trajectory import read_states
+from vla_opd.params.load import load
+from vla_opd.policies.checkpoint import open_checkpoint
 
 ROOT = Path(__file__).parents[1]
 

@@ -1,11 +1,10 @@
-"""Fixtures: a toy project, a clone of one, and a run that is all manifests."""
+"""Fixtures: a toy project, and a clone of one."""
 
 import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.flows.manifests import publish
 from tests.flows.toy import REFERENCE, Toy, make_toy
 
 
@@ -36,17 +35,3 @@ def clone(reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> T
     shutil.copytree(reference, folder)
     monkeypatch.chdir(folder)
     return Toy(folder)
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    """A run of one iteration: teacher and student come from demonstrations that aren't here."""
-    run = tmp_path / "artifacts" / "one"
-    gone = {"demonstrations": "0" * 64}
-    teacher = publish(run / "checkpoints/teacher", "checkpoint", gone, name="teacher", seed=0)
-    student = publish(run / "checkpoints/student", "checkpoint", gone, name="student", seed=0)
-    visited = publish(run / "trajectories/it001", "trajectories", {"student": student}, seed=0)
-    labels = publish(run / "logits/it001", "logits", {"teacher": teacher, "trajectories": visited})
-    publish(run / "checkpoints/it001", "checkpoint", {"student": student, "trajectories": visited, "logits": labels}, seed=0)
-    publish(run / "evaluations/teacher", "evaluation", {"checkpoint": teacher})
-    return run.parent

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from flows import cli
-from flows.server import free_port
+from flows.prefect_server.server import free_port
 from tests.flows.toy import Toy, make_toy, ran
 
 pytestmark = pytest.mark.slow

@@ -6,13 +6,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from flows import dvc, pipeline
+from flows import pipeline
 from flows.pipeline import Busy, StageFailed, Step, mark_due
 from tests.flows.toy import ROOT, Toy, ran
-from vla_opd.params import load
+from vla_opd.params.load import load
+
+if TYPE_CHECKING:
+    from flows.dvc_runner.process import Line
 
 MADE = ["demonstrate@pre", "pretrain@base", "demonstrate@main", "finetune@student", "evaluate@start", "finetune@teacher"]
 EACH = ["sample", "label", "optimize"]
@@ -139,7 +143,7 @@ def test_dvc_repro_teacher_student_rebuilds_the_reference(clone: Toy) -> None:
 
 
 def test_accept_keeps_the_reference_through_an_edit_of_code_and_nothing_else(clone: Toy) -> None:
-    clone.edit("vla_opd/tokens.py", "# stands", "# an edit that changes no result\n")
+    clone.edit("vla_opd/data/action_space.py", "# stands", "# an edit that changes no result\n")
     assert "pretrain@base" in due(pipeline.plan())
     names = ["demonstrate", "pretrain@base", "finetune@teacher", "finetune@student", "evaluate@start", "evaluate@teacher"]
     assert "demonstrate@main" in pipeline.accept(names)
@@ -178,7 +182,7 @@ def test_due_is_what_is_needed() -> None:
 
 
 def test_bring_streams_and_says_whether_it_ran(toy: Toy) -> None:
-    heard: list[dvc.Line] = []
+    heard: list[Line] = []
     assert pipeline.bring("demonstrate@main", heard.append)
     said = [line.text for line in heard if not line.chatter]
     assert said == ["demonstrate main: from 0 inputs", "demonstrate: 1/2", "demonstrate: 2/2"]
@@ -216,7 +220,7 @@ def test_a_cache_that_was_spoilt_is_not_believed(toy: Toy, kind: str) -> None:
     spoilt.write_bytes(spoilt.read_bytes().replace(good[:1], b"x") if kind == "a file" else spoilt.read_bytes().replace(b"digest", b"digesT"))
     spoilt.chmod(mode)
     shutil.rmtree(made)
-    heard: list[dvc.Line] = []
+    heard: list[Line] = []
     assert pipeline.bring("demonstrate@main", heard.append)
     assert (made / "digest").read_bytes() == good
     assert toy.lock == lock

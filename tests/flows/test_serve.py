@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from flows.server import free_port
+from flows.prefect_server.server import free_port
 from tests.flows.served import WATCH, Served, wait_for
 from tests.flows.toy import ROOT, make_toy
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.server import free_port
+from flows.prefect_server.server import free_port
 from tests.flows.served import Served, checkout, wait_for
 from tests.small_run import PARAMS, STAGES, run_stage
-from vla_opd.tracking import executions
+from vla_opd.machine.tracking import executions
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

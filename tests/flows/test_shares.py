@@ -21,7 +21,7 @@ from flows.train import opd
 from tests.flows.served import checkout
 from tests.flows.toy import Toy
 from tests.small_run import PARAMS, STAGES, run_stage
-from vla_opd.artifacts import MANIFEST
+from vla_opd.artifacts.manifest import MANIFEST
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 MORE = "adopt: {}\nlabel: {teacher: teacher}\nreport: {}\n"

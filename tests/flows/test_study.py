@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 
-from flows.members import TABLE, Member
-from flows.server import free_port
+from flows.prefect_server.server import free_port
+from flows.projects import TABLE, Member
 from flows.study import tabulate
-from tests.flows.manifests import publish
 from tests.flows.served import Served, checkout, wait_for
 from tests.small_run import PARAMS
-from vla_opd import study
-from vla_opd.artifacts import open_artifact
-from vla_opd.params import AdoptParams, ArmParams, EnvironmentParams, Params, RunParams, StudyParams
+from tests.vla_opd.lineage.manifests import publish
+from vla_opd.analysis import study_table
+from vla_opd.artifacts.manifest import open_artifact
+from vla_opd.params.run import Params
+from vla_opd.params.stages import AdoptParams, EnvironmentParams, RunParams
+from vla_opd.params.study import ArmParams, StudyParams
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -61,10 +63,10 @@ def member(served: Served, arm: str) -> Path:
     return served.toy.folder / "artifacts/.studies/which" / arm / "4"
 
 
-def table(served: Served) -> study.Table:
+def table(served: Served) -> study_table.Table:
     folder = served.toy.folder / "artifacts/small/studies/which"
     open_artifact(folder, "study")
-    return study.read(folder)
+    return study_table.read(folder)
 
 
 def test_a_member_that_fails_is_named_and_the_others_are_done(served: Served, first: subprocess.CompletedProcess[str]) -> None:
@@ -170,7 +172,7 @@ def test_what_an_adopted_checkpoint_cost_is_in_no_table(tmp_path: Path, monkeypa
     assert set(made.parents) == {"checkpoints/student", "checkpoints/teacher"}
 
 
-def episode(arm: str, seed: int) -> study.EpisodeRow:
+def episode(arm: str, seed: int) -> study_table.EpisodeRow:
     its = {
         "evaluation": "e",
         "checkpoint": "it001",
@@ -182,7 +184,7 @@ def episode(arm: str, seed: int) -> study.EpisodeRow:
         "steps": 3,
         "digest": "d",
     }
-    return study.EpisodeRow.model_validate({"arm": arm, "seed": seed, **its})
+    return study_table.EpisodeRow.model_validate({"arm": arm, "seed": seed, **its})
 
 
 def test_a_table_keeps_the_members_that_another_machine_has_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,11 +204,11 @@ def test_a_table_keeps_the_members_that_another_machine_has_made(tmp_path: Path,
         publish(tmp_path / "artifacts/small/checkpoints" / name, "checkpoint", {}, name=name)
     here: dict[Member, bool] = {}
     monkeypatch.setattr("flows.study.is_done", lambda member, _run: member in here)
-    read = study.read
+    read = study_table.read
 
-    def read_made(folder: Path) -> study.Table:
+    def read_made(folder: Path) -> study_table.Table:
         _, arm, seed, of_member = folder.parts[-4:]
-        return study.Table((episode(arm, int(seed)),), ()) if of_member == TABLE else read(folder)
+        return study_table.Table((episode(arm, int(seed)),), ()) if of_member == TABLE else read(folder)
 
     monkeypatch.setattr("flows.study.read", read_made)
 
@@ -214,7 +216,7 @@ def test_a_table_keeps_the_members_that_another_machine_has_made(tmp_path: Path,
         here.clear()
         here.update({Member("which", *one): True for one in done})
         made = tabulate.fn("which", Params.model_validate(settings))
-        table = study.read(tmp_path / "artifacts/small/studies/which")
+        table = study_table.read(tmp_path / "artifacts/small/studies/which")
         return [(row.arm, row.seed) for row in table.episodes], {name: made.facts[name] for name in ("members", "members_kept") if name in made.facts}
 
     assert found(("early", 0), ("late", 1)) == ([("late", 1), ("early", 0)], {"members": 2})

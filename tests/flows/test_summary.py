@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from flows import summary
-from vla_opd.artifacts import draft
+from vla_opd.artifacts.draft import draft
 
 SCORE = {"success": 0.5, "low": 0.4, "high": 0.6, "episodes": 10}
 

@@ -14,12 +14,14 @@ from prefect.exceptions import ParameterTypeError
 from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS, temporary_settings
 from prefect.testing.utilities import prefect_test_harness
 
-from flows import dvc, gpu, pipeline, presence, shares
-from flows.dvc import Line, Tell
+from flows import pipeline, shares
+from flows.dvc_runner import process
+from flows.dvc_runner.process import Line, Tell
 from flows.pipeline import StageFailed, Step
+from flows.prefect_server import gpu_limit, liveness
 from flows.train import in_groups, opd
-from tests.flows.manifests import publish
 from tests.flows.toy import Toy, make_toy, ran
+from tests.vla_opd.lineage.manifests import publish
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -50,10 +52,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory, server: None) -> Iterator[Pai
     by_repro = Toy(folder / "repro")
     by_repro.dvc("repro")
     started = []
-    start = dvc._started
+    start = process._started
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(first)
-        patch.setattr(dvc, "_started", lambda: started.append(start()) or started[-1])
+        patch.setattr(process, "_started", lambda: started.append(start()) or started[-1])
         states = opd()
         yield Pair(made, by_repro, states, len(started))
 
@@ -172,17 +174,17 @@ def test_a_stage_is_told_its_task_run_and_its_shares_and_what_it_made_is_posted(
 
 def test_the_gpu_is_held_by_one_stage_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPD_DEVICE", "cuda")
-    gpu.ensure_limit()
-    gpu.ensure_limit()  # there already
+    gpu_limit.ensure_limit()
+    gpu_limit.ensure_limit()  # there already
     entered, leave = threading.Event(), threading.Event()
 
     def other() -> None:
-        with gpu.held("label"):
+        with gpu_limit.held("label"):
             entered.set()
             leave.wait(60)
 
     thread = threading.Thread(target=other)
-    with gpu.held("optimize"):
+    with gpu_limit.held("optimize"):
         thread.start()
         assert not entered.wait(3)
     assert entered.wait(60)
@@ -225,7 +227,7 @@ def test_an_edit_of_the_settings_ends_a_run_that_is_at_work(toy: Toy, monkeypatc
 
 def test_settings_of_a_run_at_work_are_not_changed_by_another(toy: Toy) -> None:
     before = (toy.folder / "params.yaml").read_text()
-    with presence.held("another"):
+    with liveness.held("another"):
         with pytest.raises(RuntimeError, match="in use by flow run another"):
             opd(targets=["demonstrate@pre"], settings={"optimize.steps": 7})
         assert (toy.folder / "params.yaml").read_text() == before

@@ -144,7 +144,7 @@ def code_files() -> Sequence[str]:
     stages = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"].values()
     deps = {dep for stage in stages for dep in stage.get("do", stage)["deps"] if not dep.startswith("artifacts/")}
     return sorted(
-        {path.relative_to(ROOT).as_posix() for dep in deps for path in ((ROOT / dep).glob("*.py") if (ROOT / dep).is_dir() else [ROOT / dep])}
+        {path.relative_to(ROOT).as_posix() for dep in deps for path in ((ROOT / dep).rglob("*.py") if (ROOT / dep).is_dir() else [ROOT / dep])}
     )
 
 

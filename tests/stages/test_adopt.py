@@ -13,13 +13,14 @@ import torch
 
 from stages import adopt
 from tests.vla_opd import public
-from vla_opd.artifacts import open_artifact
-from vla_opd.checkpoint import open_checkpoint
-from vla_opd.host import Host
-from vla_opd.params import AdoptParams, EnvironmentParams, Params, RunParams
-from vla_opd.policies import build_policy, load_policy
-from vla_opd.policies.openvla_oft import from_public
-from vla_opd.trajectory import Observations
+from vla_opd.artifacts.manifest import open_artifact
+from vla_opd.data.trajectory import Observations
+from vla_opd.machine.host import Host
+from vla_opd.params.run import Params
+from vla_opd.params.stages import AdoptParams, EnvironmentParams, RunParams
+from vla_opd.policies.checkpoint import open_checkpoint
+from vla_opd.policies.load import build_policy, load_policy
+from vla_opd.policies.openvla_oft.model import from_public
 
 ENVIRONMENT = EnvironmentParams(tasks=("libero_object/0",), cameras=("agentview",), image_size=256, render="exact", wording="benchmark")
 HOST = Host(device="cpu", workers=1, tracking="none", metrics=Path("unused"))

@@ -6,9 +6,9 @@ import pytest
 
 from stages.evaluate import _decision, _read_journals, _wanted
 from stages.evaluate import _line as line
-from vla_opd.comparison import SequentialTest
-from vla_opd.evaluation import Record
-from vla_opd.params import EvaluateParams
+from vla_opd.analysis.comparison import SequentialTest
+from vla_opd.analysis.evaluation import Record
+from vla_opd.params.stages import EvaluateParams
 
 
 def records(successes: int, episodes: int) -> list[Record]:

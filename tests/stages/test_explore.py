@@ -11,10 +11,11 @@ import stages.explore
 from stages.explore import _round
 from tests.small_run import run_stage
 from tests.vla_opd.small import CHUNK, episode
-from vla_opd.groups import counts
-from vla_opd.host import Host
-from vla_opd.params import Params, load
-from vla_opd.trajectory import Episode, read_shard, shards, write_shard
+from vla_opd.data.trajectory import Episode, read_shard, shards, write_shard
+from vla_opd.machine.host import Host
+from vla_opd.params.load import load
+from vla_opd.params.run import Params
+from vla_opd.simulation.collect import counts
 
 
 @pytest.fixture

@@ -8,11 +8,12 @@ import torch
 
 from stages.finetune import _facts, _loss, smoothed_targets
 from tests.vla_opd import small
-from tests.vla_opd.test_checkpoint import publish
-from vla_opd.checkpoint import open_checkpoint
-from vla_opd.params import DemonstrationSet, EnvironmentParams, FinetuneParams, Params, PretrainedParams, RunParams
-from vla_opd.policies import build_policy
-from vla_opd.trajectory import States
+from tests.vla_opd.policies.test_checkpoint import publish
+from vla_opd.data.trajectory import States
+from vla_opd.params.run import Params
+from vla_opd.params.stages import DemonstrationSet, EnvironmentParams, FinetuneParams, PretrainedParams, RunParams
+from vla_opd.policies.checkpoint import open_checkpoint
+from vla_opd.policies.load import build_policy
 
 RECIPE = PretrainedParams(demonstrations="main", steps=3, learning_rate=1e-3)
 PARAMS = Params(

@@ -13,18 +13,22 @@ from stages.report import render
 from tests import out_of_tree
 from tests.small_run import HOST
 from tests.vla_opd import small as tiny
-from tests.vla_opd.test_checkpoint import publish
-from vla_opd.artifacts import draft, read_manifest
-from vla_opd.checkpoint import open_checkpoint
-from vla_opd.host import Host
-from vla_opd.logits import Labels, read_outcome, read_shard, write_shard
-from vla_opd.params import DemonstrationSet, EnvironmentParams, OptimizeParams, Params, PretrainedParams, RunParams, load
-from vla_opd.policies import build_policy
-from vla_opd.results import read_run
-from vla_opd.study import member_rows
-from vla_opd.trajectory import read_shard as read_episodes
-from vla_opd.trajectory import read_states, shards
-from vla_opd.transfer import between
+from tests.vla_opd.policies.test_checkpoint import publish
+from vla_opd.analysis.finished_run import read_run
+from vla_opd.analysis.study_table import member_rows
+from vla_opd.artifacts.draft import draft
+from vla_opd.artifacts.manifest import read_manifest
+from vla_opd.data.labels import Labels, read_outcome, read_shard, write_shard
+from vla_opd.data.trajectory import read_shard as read_episodes
+from vla_opd.data.trajectory import read_states, shards
+from vla_opd.learning.bin_transfer import between
+from vla_opd.machine.host import Host
+from vla_opd.params.load import load
+from vla_opd.params.objective import OptimizeParams
+from vla_opd.params.run import Params
+from vla_opd.params.stages import DemonstrationSet, EnvironmentParams, PretrainedParams, RunParams
+from vla_opd.policies.checkpoint import open_checkpoint
+from vla_opd.policies.load import build_policy
 
 TRAINED = PretrainedParams(demonstrations="main", steps=1, learning_rate=0.1)
 PARAMS = Params(

@@ -12,9 +12,9 @@ import pytest
 
 import stages.__main__ as command
 from tests.vla_opd import small
-from tests.vla_opd.test_checkpoint import publish
-from tests.vla_opd.test_params import MINIMAL
-from vla_opd.policies import build_policy
+from tests.vla_opd.params.test_load import MINIMAL
+from tests.vla_opd.policies.test_checkpoint import publish
+from vla_opd.policies.load import build_policy
 
 REPOSITORY = Path(__file__).parents[2]
 

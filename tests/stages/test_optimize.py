@@ -28,15 +28,30 @@ from stages.optimize import (
 )
 from tests.small_run import HOST
 from tests.vla_opd import small
-from tests.vla_opd.test_checkpoint import publish
-from vla_opd.artifacts import draft, read_manifest
-from vla_opd.checkpoint import Checkpoint, open_checkpoint
-from vla_opd.decisions import Decisions
-from vla_opd.objectives import OBJECTIVES, DecisionBatch, TokenBatch, confidence, group_advantage, grpo, masked_mean, of, reverse_kl, tempered
-from vla_opd.params import DemonstrationSet, OptimizeParams, Params, PretrainedParams, RunParams, load
-from vla_opd.policies import build_policy, load_policy
-from vla_opd.training import train
-from vla_opd.update import budget
+from tests.vla_opd.policies.test_checkpoint import publish
+from vla_opd.artifacts.draft import draft
+from vla_opd.artifacts.manifest import read_manifest
+from vla_opd.learning.decisions import Decisions
+from vla_opd.learning.objectives import (
+    OBJECTIVES,
+    DecisionBatch,
+    TokenBatch,
+    confidence,
+    group_advantage,
+    grpo,
+    masked_mean,
+    of,
+    reverse_kl,
+    tempered,
+)
+from vla_opd.learning.optimizer import train
+from vla_opd.learning.update import budget
+from vla_opd.params.load import load
+from vla_opd.params.objective import OptimizeParams
+from vla_opd.params.run import Params
+from vla_opd.params.stages import DemonstrationSet, PretrainedParams, RunParams
+from vla_opd.policies.checkpoint import Checkpoint, open_checkpoint
+from vla_opd.policies.load import build_policy, load_policy
 
 RECIPE = PretrainedParams(demonstrations="main", steps=3, learning_rate=1e-3)
 

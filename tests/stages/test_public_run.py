@@ -17,13 +17,13 @@ from flows import cli
 from stages.__main__ import main
 from tests.small_run import HOST, run_stage
 from tests.vla_opd import public
-from vla_opd import adapters
-from vla_opd.artifacts import read_manifest
-from vla_opd.checkpoint import open_checkpoint
-from vla_opd.evaluation import read_records
-from vla_opd.policies import load_policy
-from vla_opd.policies.openvla_oft import from_public
-from vla_opd.trajectory import read_states, shards
+from vla_opd.analysis.evaluation import read_records
+from vla_opd.artifacts.manifest import read_manifest
+from vla_opd.data.trajectory import read_states, shards
+from vla_opd.policies import lora
+from vla_opd.policies.checkpoint import open_checkpoint
+from vla_opd.policies.load import load_policy
+from vla_opd.policies.openvla_oft.model import from_public
 
 pytestmark = [pytest.mark.simulator, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -65,7 +65,7 @@ def test_the_student_comes_nearer_to_its_teacher_by_its_adapter_alone(loop: Path
     assert set(made.manifest.files) >= {"model.safetensors", "adapter_model.safetensors", "adapter_config.json", "tokenizer.json"}
     assert made.manifest.files["model.safetensors"] == student.manifest.files["model.safetensors"]
     assert made.facts == student.facts
-    assert adapters.attached(load_policy(made)) == (4, 16)
+    assert lora.attached(load_policy(made)) == (4, 16)
 
 
 def test_what_is_seen_is_what_the_simulator_shows(loop: Path) -> None:

@@ -10,13 +10,14 @@ import torch
 import stages.__main__ as command
 from stages.reinforce import Rolled, _loss, _read
 from tests.small_run import HOST
-from vla_opd.artifacts import open_artifact
-from vla_opd.checkpoint import open_checkpoint
-from vla_opd.objectives import of, tempered
-from vla_opd.params import Params, load
-from vla_opd.policies import Policy, load_policy
-from vla_opd.training import train
-from vla_opd.update import MOMENTS, budget
+from vla_opd.artifacts.manifest import open_artifact
+from vla_opd.learning.objectives import of, tempered
+from vla_opd.learning.optimizer import train
+from vla_opd.learning.update import MOMENTS, budget
+from vla_opd.params.load import load
+from vla_opd.params.run import Params
+from vla_opd.policies.checkpoint import open_checkpoint
+from vla_opd.policies.load import Policy, load_policy
 
 
 @pytest.fixture

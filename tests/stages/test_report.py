@@ -21,9 +21,9 @@ from tests.made_run import (
     publish_run,
     score,
 )
-from vla_opd.artifacts import open_artifact, read_manifest
-from vla_opd.host import Host
-from vla_opd.params import Params
+from vla_opd.artifacts.manifest import open_artifact, read_manifest
+from vla_opd.machine.host import Host
+from vla_opd.params.run import Params
 
 
 @pytest.fixture(scope="module")

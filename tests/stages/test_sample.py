@@ -1,7 +1,8 @@
 """Placements of an iteration: seeded resets, or for comparison the benchmark's own initial states, none of them twice."""
 
 from stages.sample import _groups
-from vla_opd.params import DemonstrationSet, EnvironmentParams, Params, PretrainedParams, RunParams, SampleParams
+from vla_opd.params.run import Params
+from vla_opd.params.stages import DemonstrationSet, EnvironmentParams, PretrainedParams, RunParams, SampleParams
 
 TRAINED = PretrainedParams(demonstrations="main", steps=1, learning_rate=0.1)
 

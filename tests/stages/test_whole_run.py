@@ -21,12 +21,13 @@ import torch
 import stages.__main__ as command
 from benchmarks import directions
 from tests.small_run import HOST, PARAMS, STAGES, run_stage
-from vla_opd.artifacts import Kind, draft, open_artifact
-from vla_opd.checkpoint import WEIGHTS, open_checkpoint, save_weights
-from vla_opd.evaluation import read_records
-from vla_opd.objectives import tempered
-from vla_opd.policies import load_policy
-from vla_opd.trajectory import Observations, read_shard, shards
+from vla_opd.analysis.evaluation import read_records
+from vla_opd.artifacts.draft import draft
+from vla_opd.artifacts.manifest import Kind, open_artifact
+from vla_opd.data.trajectory import Observations, read_shard, shards
+from vla_opd.learning.objectives import tempered
+from vla_opd.policies.checkpoint import WEIGHTS, open_checkpoint, save_weights
+from vla_opd.policies.load import load_policy
 
 REPOSITORY = Path(__file__).parents[2]
 # A stage of each kind, and how much it has finished when it is killed: shards, lines of the journal, or saved optimiser steps. A good part is left.

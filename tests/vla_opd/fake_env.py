@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from vla_opd.envs.protocol import Advance, Env, Observation, Placement
-from vla_opd.params import EnvironmentParams
-from vla_opd.workers import Outcome, outcome
+from vla_opd.params.stages import EnvironmentParams
+from vla_opd.simulation.jobs import Outcome, outcome
 
 FAMILY = "tests.vla_opd.fake_env:make"
 EXPERT = "tests.vla_opd.fake_env:make_expert"

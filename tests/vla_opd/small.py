@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from vla_opd.checkpoint import CheckpointFacts
+from vla_opd.data.action_space import ActionSpace
+from vla_opd.data.trajectory import Episode, Observations
 from vla_opd.envs.protocol import Placement
-from vla_opd.params import EnvironmentParams, PolicyParams
-from vla_opd.tokens import ActionSpace
-from vla_opd.trajectory import Episode, Observations
+from vla_opd.params.stages import EnvironmentParams, PolicyParams
+from vla_opd.policies.checkpoint import CheckpointFacts
 
 CHUNK, DIMS, BINS = 2, 3, 8
 TOKENS = CHUNK * DIMS

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from vla_opd.artifacts import BusyError
+from vla_opd.artifacts.draft import BusyError
 from vla_opd.envs import graphics
 from vla_opd.mistakes import exit_code, message
 

@@ -6,14 +6,16 @@ A family is one function from `EnvironmentParams` to an `Env`; all of a simulato
 
 from collections.abc import Callable
 
-from vla_opd.envs import libero, metaworld
+from vla_opd.envs import metaworld
+from vla_opd.envs.libero import env
 from vla_opd.envs.protocol import Advance, Env, Observation, Placement, Split
-from vla_opd.params import EnvironmentParams, named_function
+from vla_opd.params.stages import EnvironmentParams
+from vla_opd.plugins import named_function
 
 __all__ = ["ENVS", "Advance", "Env", "Observation", "Placement", "Split", "make_env"]
 
 ENVS: dict[str, Callable[[EnvironmentParams], Env]] = {
-    "libero": libero.make,
+    "libero": env.make,
     "metaworld": metaworld.make,
 }
 

@@ -18,7 +18,8 @@ from jaxtyping import Float32, Float64, UInt8
 
 from vla_opd.envs import graphics
 from vla_opd.envs.protocol import Advance, Observation, Placement
-from vla_opd.params import EVALUATION_STATES, EnvironmentParams
+from vla_opd.params.section import EVALUATION_STATES
+from vla_opd.params.stages import EnvironmentParams
 
 if TYPE_CHECKING:
     from metaworld.sawyer_xyz_env import SawyerXYZEnv

@@ -3,14 +3,15 @@
 from collections.abc import Callable
 from typing import Any
 
-from vla_opd.experts import libero, metaworld
+from vla_opd.experts import metaworld
+from vla_opd.experts.libero import expert
 from vla_opd.experts.protocol import Expert
-from vla_opd.params import named_function
+from vla_opd.plugins import named_function
 
 __all__ = ["EXPERTS", "Expert", "make_expert"]
 
 EXPERTS: dict[str, Callable[[Any], Expert]] = {  # each takes its own family's Env, whose privileged attributes it reads
-    "libero": libero.make,
+    "libero": expert.make,
     "metaworld": metaworld.make,
 }
 

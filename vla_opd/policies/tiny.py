@@ -14,9 +14,9 @@ from jaxtyping import Float, Float32, Int, Int16
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
-from vla_opd.checkpoint import CheckpointFacts
-from vla_opd.params import PolicyParams
-from vla_opd.policies.protocol import Observations
+from vla_opd.params.stages import PolicyParams
+from vla_opd.policies.checkpoint import CheckpointFacts
+from vla_opd.policies.policy import Observations
 
 VOCABULARY_SIZE = 256  # rows of the word embedding; new words of later fine-tunings take the free ones
 PAD, UNKNOWN, FIRST_WORD = 0, 1, 2

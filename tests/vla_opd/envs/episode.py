@@ -7,7 +7,7 @@ from jaxtyping import Float32
 
 from vla_opd.envs import Observation, Placement, make_env
 from vla_opd.envs.protocol import Env
-from vla_opd.params import EnvironmentParams
+from vla_opd.params.stages import EnvironmentParams
 
 
 def digest(observations: list[Observation]) -> str:

@@ -12,8 +12,8 @@ from jaxtyping import Float32
 from tests.vla_opd.envs.episode import play, play_afresh
 from vla_opd.envs import Env, Observation, Placement, make_env
 from vla_opd.experts import make_expert
-from vla_opd.params import EnvironmentParams
-from vla_opd.takeover import Recorded, Resume
+from vla_opd.params.stages import EnvironmentParams
+from vla_opd.simulation.resume import Recorded, Resume
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from jaxtyping import UInt8
 
 from vla_opd.envs.metaworld import SCENES, TASKS, MetaworldEnv, _gl_context, _load, _start, make
 from vla_opd.envs.protocol import Placement
-from vla_opd.params import EnvironmentParams
+from vla_opd.params.stages import EnvironmentParams
 
 if TYPE_CHECKING:
     from metaworld.sawyer_xyz_env import SawyerXYZEnv

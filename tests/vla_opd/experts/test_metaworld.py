@@ -8,7 +8,7 @@ import pytest
 from vla_opd.envs import metaworld as family
 from vla_opd.envs.protocol import Placement, Split
 from vla_opd.experts.metaworld import make
-from vla_opd.params import EnvironmentParams
+from vla_opd.params.stages import EnvironmentParams
 
 
 @pytest.fixture(scope="module")

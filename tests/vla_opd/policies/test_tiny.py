@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from tests.vla_opd import small
-from vla_opd.checkpoint import open_checkpoint
-from vla_opd.policies import POLICIES, build_policy, from_pretrained, load_policy, save_pretrained
+from vla_opd.data.trajectory import Observations
+from vla_opd.policies.checkpoint import open_checkpoint
+from vla_opd.policies.load import POLICIES, build_policy, from_pretrained, load_policy, save_pretrained
 from vla_opd.policies.tiny import FIRST_WORD, VOCABULARY_SIZE, TinyVLA, extend_vocabulary, words
-from vla_opd.trajectory import Observations
 
 
 @pytest.fixture(scope="module")

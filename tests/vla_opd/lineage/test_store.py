@@ -1,0 +1,82 @@
+"""The artifacts on disk as a graph, from manifests alone."""
+
+from pathlib import Path
+
+import pytest
+
+from vla_opd.lineage.store import Store, read_store
+
+
+def names(artifacts: object) -> list[str]:
+    return [artifact.name.removeprefix("one/") for artifact in artifacts]  # pyright: ignore[reportGeneralTypeIssues]
+
+
+def test_everything_published_is_found_and_drafts_are_not(root: Path) -> None:
+    (root / "one/checkpoints/.it002.draft").mkdir()
+    (root / "one/checkpoints/.it002.draft/manifest.json").write_text("{}")
+    store = read_store(root)
+    assert len(store.artifacts) == 6
+    assert store.broken == {}
+
+
+def test_ancestors_come_each_after_its_parents_and_the_artifact_last(root: Path) -> None:
+    store = read_store(root)
+    order = names(store.ancestors(store.find("checkpoints/it001")))
+    assert order[-1] == "checkpoints/it001"
+    assert set(order) == {"checkpoints/teacher", "checkpoints/student", "trajectories/it001", "logits/it001", "checkpoints/it001"}
+    assert order.index("checkpoints/student") < order.index("trajectories/it001") < order.index("logits/it001")
+    assert names(store.ancestors(store.find("evaluations/teacher"))) == ["checkpoints/teacher", "evaluations/teacher"]
+
+
+def test_descendants_of_what_is_not_here_are_known(root: Path) -> None:
+    store = read_store(root)
+    assert len(store.descendants("0" * 64)) == 6
+    assert names(store.descendants(store.find("logits/it001").digest)) == ["checkpoints/it001"]
+    assert store.descendants("f" * 64) == ()
+    assert store.missing(store.find("checkpoints/it001")) == {"0" * 64: "demonstrations"}
+
+
+@pytest.mark.parametrize("text", ["checkpoints/teacher", "one/checkpoints/teacher", "artifacts/one/checkpoints/teacher"])
+def test_an_artifact_is_found_by_its_path_or_the_end_of_its_name(root: Path, text: str) -> None:
+    assert read_store(root).find(text).name == "one/checkpoints/teacher"
+
+
+def test_an_artifact_is_found_by_the_beginning_of_its_digest(root: Path) -> None:
+    store = read_store(root)
+    logits = store.find("logits/it001")
+    assert store.find(logits.digest[:8]) is logits
+    with pytest.raises(ValueError, match="no such artifact"):
+        store.find(logits.digest[:5])
+
+
+def test_what_means_several_artifacts_or_none_is_refused(root: Path) -> None:
+    store = read_store(root)
+    with pytest.raises(ValueError, match=r"it001 means 3 artifacts; expected one of them: one/checkpoints/it001, one/logits/it001"):
+        store.find("it001")
+    with pytest.raises(ValueError, match=r"it009: no such artifact; .* There are: one/checkpoints/it001"):
+        store.find("it009")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("{", "not a manifest"), ('{"kind": "pickle"}', "kind is 'pickle'; expected one of"), ('{"kind": "logits"}', "not a manifest of format")],
+)
+def test_a_manifest_that_cannot_be_trusted_is_told_and_hides_nothing_else(root: Path, text: str, said: str) -> None:
+    (root / "one/logits/it001/manifest.json").write_text(text)
+    store = read_store(root)
+    assert said in store.broken["one/logits/it001"]
+    assert len(store.artifacts) == 5
+    with pytest.raises(ValueError, match=said):
+        store.find("logits/it001")
+
+
+def test_an_edited_manifest_is_broken(root: Path) -> None:
+    path = root / "one/checkpoints/it001/manifest.json"
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
+    assert "digest is" in read_store(root).broken["one/checkpoints/it001"]
+
+
+def test_an_empty_place_is_an_empty_store(tmp_path: Path) -> None:
+    assert read_store(tmp_path / "none") == Store((), {})
+    with pytest.raises(ValueError, match="none yet: make run"):
+        read_store(tmp_path).find("it001")

@@ -1,0 +1,183 @@
+"""LIBERO's own environment class with its reset made repeatable and its stepping opened up.
+
+Imported by `libero.make` only, in the process that owns the simulator: this module imports robosuite at the top.
+Everything here keeps to the stock order of MuJoCo calls; where that order looks odd, the stock environment does it so, and
+the solver's warm start remembers it in the last bits.
+"""
+
+# robosuite keeps what is needed here private, and draws from numpy's global generator.
+# ruff: noqa: SLF001, NPY002
+# pyright: basic, reportAttributeAccessIssue=false, reportUninitializedInstanceVariable=false, reportCallIssue=false
+
+import random
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mujoco
+import numpy as np
+import robosuite
+from jaxtyping import Float64
+from libero.libero.envs import TASK_MAPPING
+from libero.libero.envs.bddl_utils import get_problem_info
+from robosuite.utils.binding_utils import MjSim
+from robosuite.utils.errors import RandomizationError
+
+from vla_opd.envs.libero.arm import Arm
+
+SUBSTEPS = 25
+JOINT_NOISE = 0.02
+"""Standard deviation of each arm joint about the rest posture, in rad: robosuite's default, and what the 50 fixed states of every task show."""
+_PLACEMENT_ATTEMPTS = 1000
+_NEVER_CHANGED = ("tex_", "mesh_", "bvh_", "oct_", "hfield_", "skin_", "names", "name_", "paths", "text_")
+
+
+class Simulation(MjSim):
+    """robosuite's simulation, whose reset also puts back the model: robosuite and LIBERO move fixtures by editing it."""
+
+    def __init__(self, model: mujoco.MjModel) -> None:
+        super().__init__(model)
+        self._pristine = {name: array.copy() for name, array in _editable_arrays(model)}
+        self.is_current = False
+
+    def reset(self) -> None:
+        """What a hard reset does, less compiling the same model again: as created, then two forward passes."""
+        model = self.model._model
+        for name, array in self._pristine.items():
+            getattr(model, name)[...] = array
+        mujoco.mj_resetData(model, self.data._data)
+        self.forward()
+        self.forward()  # the stock render context does one more when it is created
+
+    def forward(self) -> None:
+        """A forward pass, unless `is_current` says that positions and velocities are already propagated."""
+        if not self.is_current:
+            super().forward()
+
+
+class Problem:
+    """Mixed in before a LIBERO problem class (which stays the subclass that its BDDL file asks for).
+
+    Attributes used from outside: `sim`, `robots`, `parsed_problem`, `object_states_dict`, `obj_of_interest`, `view_substep`.
+    """
+
+    def __init__(self, bddl: Path, compile_model: Callable[[str], mujoco.MjModel]) -> None:
+        self._compile_model = compile_model
+        self._is_built = False
+        self.view_substep = SUBSTEPS
+        super().__init__(  # the mixin's super() is the LIBERO class
+            str(bddl),
+            robots=["Panda"],
+            controller_configs=robosuite.load_controller_config(default_controller="OSC_POSE"),
+            initialization_noise=None,  # until `restart` knows
+            use_camera_obs=False,
+            has_offscreen_renderer=False,
+            ignore_done=True,
+            hard_reset=False,
+        )
+        self._is_built = True
+
+    def _load_model(self) -> None:
+        self.object_property_initializers: list[Any] = []
+        super()._load_model()
+        # A stock environment has loaded its model twice by the end of its first reset and then samples every drawer twice.
+        self.object_property_initializers *= 2
+
+    def _initialize_sim(self, xml_string: str | None = None) -> None:
+        assert xml_string is None
+        self.sim = Simulation(self._compile_model(self.model.get_xml()))
+        self.initialize_time(self.control_freq)
+
+    def _setup_observables(self) -> OrderedDict[str, Any]:
+        return OrderedDict()  # sensors are read when a frame is wanted, not 25 times a control step
+
+    def _reset_internal(self) -> None:
+        if self._is_built:  # the stock constructor resets, and then the caller does
+            gripper = self.robots[0].gripper
+            gripper.current_action = np.zeros(gripper.dof)  # a hard reset makes a new gripper
+            super()._reset_internal()
+
+    def restart(self, seed: int, state: Float64[np.ndarray, "D"] | None) -> None:
+        """Reset to placements drawn from `seed`, then to the fixed initial `state` (time, qpos, qvel) if there is one.
+
+        The arm starts from its rest posture with `JOINT_NOISE`, as the benchmark's fixed states do. Those carry their own, and are reset to without
+        more, so that the controller, which keeps the posture it was reset in, is that of the stock evaluation.
+        """
+        self.robots[0].initialization_noise["magnitude"] = JOINT_NOISE if state is None else 0.0
+        with _seeded(seed):
+            self._place_objects()
+        if state is not None:
+            self.sim.set_state_from_flattened(state)
+            self.sim.forward()
+            self._check_success()
+            self._post_process()
+        self._arm = Arm(self.robots[0], self.sim.model._model, self.sim.data._data)
+        # robosuite's observables sample once a control step, by a clock that every forced update at reset puts one substep ahead.
+        self.view_substep = SUBSTEPS if state is None else SUBSTEPS - 1
+
+    def _place_objects(self) -> None:
+        for _ in range(_PLACEMENT_ATTEMPTS):
+            try:
+                self.reset()
+            except RandomizationError:
+                continue
+            return
+        raise RuntimeError(f"{self.bddl_file_name}: no valid placement in {_PLACEMENT_ATTEMPTS} attempts")
+
+    def execute(self, action: Float64[np.ndarray, "7"], *, one_pass: bool, view: Callable[[], None] | None) -> bool:
+        """One control step of 25 substeps; `view` is called when the stock sensors would sample. Returns the task's predicate."""
+        substep = self._substep_once if one_pass else self._substep_stock
+        self.timestep += 1
+        for number in range(1, SUBSTEPS + 1):
+            substep(action, number == 1)
+            if view is not None and number == self.view_substep:
+                view()
+        self.cur_time += self.control_timestep
+        self._post_process()
+        return bool(self._check_success())
+
+    def _substep_stock(self, action: Float64[np.ndarray, "7"], is_first: bool) -> None:
+        self.sim.forward()
+        self._pre_action(action, is_first)
+        self.sim.step()
+
+    def _substep_once(self, action: Float64[np.ndarray, "7"], is_first: bool) -> None:
+        model, data = self.sim.model._model, self.sim.data._data
+        mujoco.mj_step1(model, data)
+        if is_first:  # robosuite's own control: it sets the goal, and after a fixed initial state still uses the kinematics from before it
+            self.sim.is_current = True
+            self._pre_action(action, True)
+            self.sim.is_current = False
+        else:
+            self._arm.actuate(action)
+        mujoco.mj_step2(model, data)
+
+
+def build_problem(bddl: Path, compile_model: Callable[[str], mujoco.MjModel]) -> Any:
+    """The problem of a BDDL file, built but not reset. `compile_model` turns MJCF into a model."""
+    stock = TASK_MAPPING[get_problem_info(str(bddl))["problem_name"]]
+    return type(stock.__name__, (Problem, stock), {})(bddl, compile_model)  # LIBERO compares the class's name with the file's
+
+
+def _editable_arrays(model: mujoco.MjModel) -> Iterator[tuple[str, np.ndarray]]:
+    for name in dir(model):
+        if name.startswith("_") or name.startswith(_NEVER_CHANGED):
+            continue
+        value = getattr(model, name)
+        if isinstance(value, np.ndarray):
+            yield name, value
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators that robosuite and LIBERO draw from, and give the caller's back afterwards."""
+    kept = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])
