@@ -9,8 +9,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-ROWS, INPUTS, OUTPUTS = (1, 3, 28, 56, 64, 150, 256, 1000), (32, 64, 96, 192, 576), (32, 64, 256, 576)
-OFFSETS = ((4, 0), (0, 4), (1, 0), (0, 1), (8, 8), (3, 5))  # of input and weights, in floats from a 64-byte boundary
+ROWS, INPUTS, OUTPUTS = (
+    (1, 3, 28, 56, 64, 150, 256, 1000),
+    (32, 64, 96, 192, 576),
+    (32, 64, 256, 576),
+)
+OFFSETS = (
+    (4, 0),
+    (0, 4),
+    (1, 0),
+    (0, 1),
+    (8, 8),
+    (3, 5),
+)  # of input and weights, in floats from a 64-byte boundary
 LINE = 16  # floats in 64 bytes
 
 
@@ -24,9 +35,15 @@ def main() -> None:
 def depends(rows: int, inputs: int, outputs: int) -> bool:
     """Whether a product differs at any of the alignments that are tried."""
     torch.manual_seed(0)
-    given, weights, bias = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
+    given, weights, bias = (
+        torch.randn(rows, inputs),
+        torch.randn(outputs, inputs),
+        torch.randn(outputs),
+    )
     aligned = linear(placed(given, 0), placed(weights, 0), bias)
-    others = (linear(placed(given, ours), placed(weights, theirs), bias) for ours, theirs in OFFSETS)
+    others = (
+        linear(placed(given, ours), placed(weights, theirs), bias) for ours, theirs in OFFSETS
+    )
     return not all(torch.equal(aligned, other) for other in others)
 
 

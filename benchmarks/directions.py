@@ -85,9 +85,13 @@ class Direction:
 
 def main() -> None:
     """Print the table, and write the numbers as JSON if a file is named."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("iteration")
-    parser.add_argument("--length", type=float, default=1e-4, help="of the step, in lengths of all weights together")
+    parser.add_argument(
+        "--length", type=float, default=1e-4, help="of the step, in lengths of all weights together"
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -95,10 +99,14 @@ def main() -> None:
     rows = list(_compared(batch, arguments.length))
     if arguments.json:
         arguments.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    print("| objective | states | halves agree | with reverse KL | reverse KL | forward KL | hard CE | entropy |\n|---|---|---|---|---|---|---|---|")
+    print(
+        "| objective | states | halves agree | with reverse KL | reverse KL | forward KL | hard CE | entropy |\n|---|---|---|---|---|---|---|---|"
+    )
     for row in rows:
         moved = " | ".join("" if row[name] is None else f"{row[name]:+.4f}" for name in MEASURED)
-        agreement, cosine = ("{:+.2f} [{:+.2f}, {:+.2f}]".format(*row[name]) for name in ("agreement", "cosine"))
+        agreement, cosine = (
+            "{:+.2f} [{:+.2f}, {:+.2f}]".format(*row[name]) for name in ("agreement", "cosine")
+        )
         print(f"| {row['objective']} | {row['states']:,} | {agreement} | {cosine} | {moved} |")
 
 
@@ -110,7 +118,12 @@ def _recorded(params: Params, iteration: str) -> Batch:
     data = _read(opt, trajectories, logits, student.facts.action_space)
     assert data.on_policy is not None
     of = data.on_policy.decisions.group
-    return Batch(params, load_policy(student, "cpu"), data, [np.flatnonzero((of == group) & data.on_policy.there) for group in np.unique(of)])
+    return Batch(
+        params,
+        load_policy(student, "cpu"),
+        data,
+        [np.flatnonzero((of == group) & data.on_policy.there) for group in np.unique(of)],
+    )
 
 
 def _compared(batch: Batch, length: float) -> Iterator[dict[str, Any]]:
@@ -133,20 +146,34 @@ def _compared(batch: Batch, length: float) -> Iterator[dict[str, Any]]:
         }
 
 
-def _stepped(batch: Batch, its: Direction, size: Tensor, halves: Sequence[list[int]], before: Sequence[dict[str, float]]) -> dict[str, float | None]:
+def _stepped(
+    batch: Batch,
+    its: Direction,
+    size: Tensor,
+    halves: Sequence[list[int]],
+    before: Sequence[dict[str, float]],
+) -> dict[str, float | None]:
     """What a step along one half's direction changes on the other, both ways round; None if a half has no group to learn from."""
     if not all(its.by_group[half].any() for half in halves):
         return dict.fromkeys(MEASURED)
     moved = [_moved(batch.policy, (its.along(half) * size).float()) for half in halves]
     after = [_measured(batch, one, half) for one, half in zip(moved, reversed(halves), strict=True)]
-    return {name: float(np.mean([a[name] - b[name] for a, b in zip(after, reversed(before), strict=True)])) for name in MEASURED}
+    return {
+        name: float(
+            np.mean([a[name] - b[name] for a, b in zip(after, reversed(before), strict=True)])
+        )
+        for name in MEASURED
+    }
 
 
 def _direction(batch: Batch, arm: str) -> Direction:
     params, data = batch.of(arm)
     if len(data.usable) < CHUNK:
         raise ValueError(f"{len(data.usable)} states to learn from; expected at least {CHUNK}")
-    found = [_summed(batch.policy, params, data, rows[np.isin(rows, data.usable)], seed) for seed, rows in enumerate(batch.groups)]
+    found = [
+        _summed(batch.policy, params, data, rows[np.isin(rows, data.usable)], seed)
+        for seed, rows in enumerate(batch.groups)
+    ]
     return Direction(-torch.stack(found), len(data.usable))
 
 
@@ -157,20 +184,33 @@ def _summed(policy: Policy, params: Params, data: Labelled, rows: np.ndarray, se
         kept = np.zeros(len(data.mask), np.bool_)
         kept[rows] = True
         opt = params.optimize.model_copy(update={"batch_size": len(rows)})
-        means = _loss(replace(data, kept=kept), params.model_copy(update={"optimize": opt}), seed)(policy, 0)
+        means = _loss(replace(data, kept=kept), params.model_copy(update={"optimize": opt}), seed)(
+            policy, 0
+        )
         (means.loss * means.tokens).backward()
-    return torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in policy.parameters()])
+    return torch.cat(
+        [
+            torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()
+            for p in policy.parameters()
+        ]
+    )
 
 
 def _agreement(its: Direction) -> tuple[float, float, float]:
     """The cosine between the directions of two random halves of the groups: its mean over `SPLITS` of them, and the middle 90 %."""
-    gram, count, random = (its.by_group.double() @ its.by_group.double().T).numpy(), len(its.by_group), np.random.default_rng(0)
+    gram, count, random = (
+        (its.by_group.double() @ its.by_group.double().T).numpy(),
+        len(its.by_group),
+        np.random.default_rng(0),
+    )
     found = []
     for _ in range(SPLITS):
         one = np.zeros(count)
         one[random.permutation(count)[: count // 2]] = 1
         other = 1 - one
-        if (lengths := (one @ gram @ one) * (other @ gram @ other)) > 0:  # a half may have no group to learn from
+        if (
+            lengths := (one @ gram @ one) * (other @ gram @ other)
+        ) > 0:  # a half may have no group to learn from
             found.append(one @ gram @ other / lengths**0.5)
     return float(np.mean(found)), *(float(value) for value in np.quantile(found, [0.05, 0.95]))
 
@@ -185,24 +225,33 @@ def _cosine(its: Direction, exact: Direction) -> tuple[float, float, float]:
     def cosine(w: np.ndarray) -> float:
         return float(w @ cross @ w / ((w @ own @ w) * (w @ theirs @ w)) ** 0.5)
 
-    low, high = np.quantile([cosine(w) for w in drawn if w @ own @ w > 0], [0.025, 0.975])  # without a group to learn from there is no direction
+    low, high = np.quantile(
+        [cosine(w) for w in drawn if w @ own @ w > 0], [0.025, 0.975]
+    )  # without a group to learn from there is no direction
     return cosine(np.ones(count)), float(low), float(high)
 
 
 def _moved(policy: Policy, step: Tensor) -> Policy:
     moved = copy.deepcopy(policy)
-    vector_to_parameters(parameters_to_vector(policy.parameters()).detach() + step, moved.parameters())
+    vector_to_parameters(
+        parameters_to_vector(policy.parameters()).detach() + step, moved.parameters()
+    )
     return moved
 
 
 def _measured(batch: Batch, policy: Policy, half: Sequence[int]) -> dict[str, float]:
     """Distance to the teacher over the states of some groups."""
-    (params, data), rows = batch.of("reverse_kl"), np.concatenate([batch.groups[group] for group in half])
+    (params, data), rows = (
+        batch.of("reverse_kl"),
+        np.concatenate([batch.groups[group] for group in half]),
+    )
     sums, tokens = dict.fromkeys(MEASURED, 0.0), 0
     with torch.inference_mode():
         for some in np.array_split(rows, -(-len(rows) // CHUNK)):
             seen, mask = _token_batch(policy, data, some, params.optimize, 0)
-            values = {name: OBJECTIVES[name](seen) for name in MEASURED[:-1]} | {"student_entropy": entropy(seen.student)}
+            values = {name: OBJECTIVES[name](seen) for name in MEASURED[:-1]} | {
+                "student_entropy": entropy(seen.student)
+            }
             sums = {name: total + float(values[name][mask].sum()) for name, total in sums.items()}
             tokens += int(mask.sum())
     return {name: total / tokens for name, total in sums.items()}

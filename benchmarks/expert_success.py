@@ -44,7 +44,11 @@ class Result:
         """One line of the table."""
         if self.refusal:
             return f"{self.task:<18} not covered: {self.refusal}"
-        spread = f"median {statistics.median(self.steps):5.1f}  max {max(self.steps)}" if self.steps else ""
+        spread = (
+            f"median {statistics.median(self.steps):5.1f}  max {max(self.steps)}"
+            if self.steps
+            else ""
+        )
         failed = f"  failed {list(self.failures)}" if self.failures else ""
         return f"{self.task:<18} {len(self.steps):>3}/{len(self.steps) + len(self.failures):<3} {spread}{failed}"
 
@@ -53,7 +57,15 @@ def main() -> None:
     """Run the expert on a suite and print the table."""
     arguments = _parsed()
     work = [
-        Work(f"{arguments.suite}/{task}", arguments.split, arguments.states, arguments.horizon, arguments.noise, arguments.bursts, arguments.seed)
+        Work(
+            f"{arguments.suite}/{task}",
+            arguments.split,
+            arguments.states,
+            arguments.horizon,
+            arguments.noise,
+            arguments.bursts,
+            arguments.seed,
+        )
         for task in arguments.tasks
     ]
     results: list[Result] = []
@@ -62,7 +74,11 @@ def main() -> None:
             print(result.row(), flush=True)
             results.append(result)
     steps = tuple(step for result in results for step in result.steps)
-    print(Result(arguments.suite, steps, tuple(state for result in results for state in result.failures)).row())
+    print(
+        Result(
+            arguments.suite, steps, tuple(state for result in results for state in result.failures)
+        ).row()
+    )
 
 
 def run(work: Work) -> Result:
@@ -99,7 +115,11 @@ def _episode(env: Env, expert: Expert, work: Work, rng: np.random.Generator) -> 
 
 def _bursts(rng: np.random.Generator) -> set[int]:
     """The steps of two bursts of 4 to 8 random actions."""
-    return {step for start in rng.integers(5, 80, 2) for step in range(start, start + rng.integers(4, 9))}
+    return {
+        step
+        for start in rng.integers(5, 80, 2)
+        for step in range(start, start + rng.integers(4, 9))
+    }
 
 
 def _row(action: Float32[np.ndarray, "A"]) -> Float32[np.ndarray, "1 A"]:
@@ -107,15 +127,21 @@ def _row(action: Float32[np.ndarray, "A"]) -> Float32[np.ndarray, "1 A"]:
 
 
 def _parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("suite")
     parser.add_argument("--tasks", type=_numbers, default=range(10), help="as in 0-9 or 2,5")
     parser.add_argument("--states", type=int, default=10)
     parser.add_argument("--split", choices=("evaluation", "training"), default="evaluation")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--horizon", type=int, default=300)
-    parser.add_argument("--noise", type=float, default=0.0, help="standard deviation added to the translation")
-    parser.add_argument("--bursts", action="store_true", help="two bursts of 4 to 8 random actions an episode")
+    parser.add_argument(
+        "--noise", type=float, default=0.0, help="standard deviation added to the translation"
+    )
+    parser.add_argument(
+        "--bursts", action="store_true", help="two bursts of 4 to 8 random actions an episode"
+    )
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 

@@ -25,21 +25,36 @@ from vla_opd.params.run import Params
 
 def main() -> None:
     """Print a line for every path."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("table", type=Path)
     parser.add_argument("paths", nargs="+", metavar="ARM | NAME=ARM,ARM...")
     parser.add_argument("--level", type=float, default=0.9, help="success on the seen tasks")
     arguments = parser.parse_args()
-    names = Params.model_validate(open_artifact(arguments.table, "study").params["parameters"]).report
+    names = Params.model_validate(
+        open_artifact(arguments.table, "study").params["parameters"]
+    ).report
     rows = read(arguments.table)
-    seen, unseen = (read_study(rows, names.start, names.teacher, seen=which) for which in (True, False))
-    print(f"| | unseen at {arguments.level:.0%} of the seen | against the first | comes so far in |\n|---|---|---|---|")
-    paths = {name or arms: arms.split(",") for name, _, arms in (path.rpartition("=") for path in arguments.paths)}
+    seen, unseen = (
+        read_study(rows, names.start, names.teacher, seen=which) for which in (True, False)
+    )
+    print(
+        f"| | unseen at {arguments.level:.0%} of the seen | against the first | comes so far in |\n|---|---|---|---|"
+    )
+    paths = {
+        name or arms: arms.split(",")
+        for name, _, arms in (path.rpartition("=") for path in arguments.paths)
+    }
     lefts = {name: at_level(seen, unseen, arms, arguments.level) for name, arms in paths.items()}
     first = next(iter(lefts.values()))
     for name, left in lefts.items():
-        further = left.minus(first).told("") if left is not first and left.seeds == first.seeds else ""
-        print(f"| {name} | {left.told('never')} | {further} | {np.isfinite(left.resampled).mean():.0%} of the resamples |")
+        further = (
+            left.minus(first).told("") if left is not first and left.seeds == first.seeds else ""
+        )
+        print(
+            f"| {name} | {left.told('never')} | {further} | {np.isfinite(left.resampled).mean():.0%} of the resamples |"
+        )
 
 
 @dataclass(frozen=True)
@@ -75,10 +90,16 @@ def at_level(seen: Study, unseen: Study, arms: Sequence[str], level: float) -> L
     along = [_path(study, arms) for study in (seen, unseen)]
     (found,) = crossing(*(means[None] for means, _ in along), np.array([level]))
     seeds = {curve.seeds for curve in seen.curves if curve.arm in arms}
-    return Left(tuple(sorted(seeds)), float(found), crossing(*(resampled for _, resampled in along), np.full(RESAMPLES, level)))
+    return Left(
+        tuple(sorted(seeds)),
+        float(found),
+        crossing(*(resampled for _, resampled in along), np.full(RESAMPLES, level)),
+    )
 
 
-def _path(study: Study, arms: Sequence[str]) -> tuple[Float[np.ndarray, " P"], Float[np.ndarray, "R P"]]:
+def _path(
+    study: Study, arms: Sequence[str]
+) -> tuple[Float[np.ndarray, " P"], Float[np.ndarray, "R P"]]:
     """Success along a path, the mean over seeds: as it was, and in each resample."""
     by_name = {curve.arm: curve for curve in study.curves}
     if missing := [arm for arm in arms if arm not in by_name]:

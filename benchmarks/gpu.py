@@ -37,9 +37,15 @@ from vla_opd.policies.openvla_oft.files import TOKENIZER, read_tokenizer
 from vla_opd.policies.openvla_oft.layout import QUESTION, Architecture, Tower
 from vla_opd.policies.openvla_oft.model import LONGEST, PATCHES, SIZE, OpenVLAOFT, of_facts
 
-DENSE = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bfloat16 products a second, by their data sheets
+DENSE = {
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+}  # bfloat16 products a second, by their data sheets
 SPACE = ActionSpace(q01=(-1.0,) * 7, q99=(1.0,) * 7, normalised=(True,) * 6 + (False,), chunk=8)
-ENVIRONMENT = EnvironmentParams(tasks=("libero_object/0",), image_size=256, render="exact", wording="benchmark")
+ENVIRONMENT = EnvironmentParams(
+    tasks=("libero_object/0",), image_size=256, render="exact", wording="benchmark"
+)
 COLOURS = {"mean": (0.484, 0.455, 0.406), "std": (0.229, 0.224, 0.225)}
 SMALL = {"dino": Tower(width=32, depth=2, heads=4), "siglip": Tower(width=48, depth=2, heads=4)}
 Answer = Callable[[], Float[Tensor, "B K V"]]
@@ -64,7 +70,9 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, batch {options.batch}, sequences of {SEQUENCE}, {dtype}")
+    print(
+        f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, batch {options.batch}, sequences of {SEQUENCE}, {dtype}"
+    )
     with TemporaryDirectory() as folder:
         checkpoint = described(Path(folder), tiny=options.tiny, dtype=dtype)
         for name, line in lines(checkpoint, options.batch, options.repeats, device).items():
@@ -76,8 +84,17 @@ def described(folder: Path, *, tiny: bool, dtype: torch.dtype) -> Described:
     words = Tokenizer(WordLevel({"<unk>": 0, "<s>": 1}, unk_token="<unk>"))  # noqa: S106 - no password
     words.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     words.save(str(folder / TOKENIZER))
-    small = {**SMALL, "hidden": 64, "intermediate": 128, "layers": 2, "heads": 4, "key_value_heads": 4} if tiny else {}
-    facts = CheckpointFacts(policy=Architecture.model_validate({**COLOURS, **small}), action_space=SPACE, environment=ENVIRONMENT, prompt=QUESTION)
+    small = (
+        {**SMALL, "hidden": 64, "intermediate": 128, "layers": 2, "heads": 4, "key_value_heads": 4}
+        if tiny
+        else {}
+    )
+    facts = CheckpointFacts(
+        policy=Architecture.model_validate({**COLOURS, **small}),
+        action_space=SPACE,
+        environment=ENVIRONMENT,
+        prompt=QUESTION,
+    )
     return Described(facts, dtype, folder)
 
 
@@ -88,15 +105,27 @@ def lines(checkpoint: Described, batch: int, repeats: int, device: torch.device)
 
 def _asked(checkpoint: Described, batch: int, repeats: int, device: torch.device) -> dict[str, str]:
     policy, said = built(checkpoint, device), dict[str, str]()
-    for name, rows in {"forward": batch, "alone": 1, **({"graphs": 1} if device.type == "cuda" else {})}.items():
+    for name, rows in {
+        "forward": batch,
+        "alone": 1,
+        **({"graphs": 1} if device.type == "cuda" else {}),
+    }.items():
         if name == "graphs":
             policy.capture()
         its = measured(policy, _black(rows), _ask, repeats)
-        said[name] = _line(its, checkpoint, rows, memory_estimate.inference(name, checkpoint, rows), products(checkpoint, rows))
+        said[name] = _line(
+            its,
+            checkpoint,
+            rows,
+            memory_estimate.inference(name, checkpoint, rows),
+            products(checkpoint, rows),
+        )
     return said
 
 
-def _trained(checkpoint: Described, batch: int, repeats: int, device: torch.device) -> dict[str, str]:
+def _trained(
+    checkpoint: Described, batch: int, repeats: int, device: torch.device
+) -> dict[str, str]:
     gc.collect()  # a captured policy refers to itself
     settings = OptimizeParams(lora_rank=32, gradient_checkpointing=True, batch_size=batch)
     policy = built(checkpoint, device)
@@ -104,11 +133,21 @@ def _trained(checkpoint: Described, batch: int, repeats: int, device: torch.devi
     optimizer = torch.optim.AdamW([one for one in policy.parameters() if one.requires_grad])
     with lora.recomputing(policy, wanted=True):
         step = measured(policy, _black(batch), lambda answer: _step(answer, optimizer), repeats)
-    return {"step": _line(step, checkpoint, batch, memory_estimate.update("step", checkpoint, settings), products(checkpoint, batch, settings))}
+    return {
+        "step": _line(
+            step,
+            checkpoint,
+            batch,
+            memory_estimate.update("step", checkpoint, settings),
+            products(checkpoint, batch, settings),
+        )
+    }
 
 
 def _black(rows: int) -> Observations:
-    return Observations(np.zeros((rows, 1, 256, 256, 3), np.uint8), np.zeros((rows, 8), np.float32), ("",) * rows)
+    return Observations(
+        np.zeros((rows, 1, 256, 256, 3), np.uint8), np.zeros((rows, 8), np.float32), ("",) * rows
+    )
 
 
 def built(checkpoint: Described, device: torch.device) -> OpenVLAOFT:
@@ -119,7 +158,9 @@ def built(checkpoint: Described, device: torch.device) -> OpenVLAOFT:
     return policy
 
 
-def measured(policy: OpenVLAOFT, seen: Observations, work: Callable[[Answer], None], repeats: int) -> Measured:
+def measured(
+    policy: OpenVLAOFT, seen: Observations, work: Callable[[Answer], None], repeats: int
+) -> Measured:
     """`work` on observations, and on pixels that are on the device already; the first two times are not counted."""
     pixels = policy.pixels(seen.frames[:, 0])
     _seconds(lambda: work(lambda: policy.logits(seen)), 2)
@@ -127,7 +168,11 @@ def measured(policy: OpenVLAOFT, seen: Observations, work: Callable[[Answer], No
         torch.cuda.reset_peak_memory_stats()
     whole = _seconds(lambda: work(lambda: policy.logits(seen)), repeats)
     peak = torch.cuda.max_memory_allocated() if policy.device.type == "cuda" else 0
-    return Measured(whole, _seconds(lambda: work(lambda: policy.answers(pixels, seen.instructions)), repeats), peak)
+    return Measured(
+        whole,
+        _seconds(lambda: work(lambda: policy.answers(pixels, seen.instructions)), repeats),
+        peak,
+    )
 
 
 def products(checkpoint: Described, batch: int, settings: OptimizeParams | None = None) -> int:
@@ -136,7 +181,10 @@ def products(checkpoint: Described, batch: int, settings: OptimizeParams | None 
         policy = of_facts(checkpoint.facts).to(checkpoint.dtype).eval()
         if settings is not None:
             lora.prepare(policy, settings.lora, 0, "optimize")
-        prompts, lengths = torch.ones(batch, LONGEST, dtype=torch.long), torch.full((batch,), LONGEST)
+        prompts, lengths = (
+            torch.ones(batch, LONGEST, dtype=torch.long),
+            torch.full((batch,), LONGEST),
+        )
         pixels = torch.zeros(batch, 6, SIZE, SIZE, dtype=checkpoint.dtype)
     with FlopCounterMode(display=False) as counted, torch.set_grad_enabled(settings is not None):
         logits = policy(pixels, prompts, lengths)
@@ -168,8 +216,19 @@ def _seconds(work: Callable[[], None], repeats: int) -> float:
 
 
 def _line(its: Measured, checkpoint: Described, batch: int, planned: Need, operations: int) -> str:
-    speed = next((speed for name, speed in DENSE.items() if torch.cuda.is_available() and name in torch.cuda.get_device_name()), None)
-    used = "unknown" if speed is None or checkpoint.dtype != torch.bfloat16 else f"{operations / its.whole / speed:.1%}"
+    speed = next(
+        (
+            speed
+            for name, speed in DENSE.items()
+            if torch.cuda.is_available() and name in torch.cuda.get_device_name()
+        ),
+        None,
+    )
+    used = (
+        "unknown"
+        if speed is None or checkpoint.dtype != torch.bfloat16
+        else f"{operations / its.whole / speed:.1%}"
+    )
     peak = f"{its.peak / 1e9:.2f} GB" if its.peak else "not measured"
     waits = max(0.0, 1 - its.device / its.whole)
     fast = f"{batch * SEQUENCE / its.whole:,.0f} tokens/s, utilisation {used} ({operations / 1e12:.3f} TFLOP), waits {waits:.0%}"

@@ -32,7 +32,9 @@ from vla_opd.policies.load import load_policy
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("iteration")
     arguments = parser.parse_args()
     params = load("params.yaml")
@@ -40,7 +42,9 @@ def main() -> None:
         stages = dict(_stages(params, arguments.iteration, Path(scratch)))
         parts = dict(_parts(params, arguments.iteration, Path(scratch)))
     whole = sum(stages.values())
-    print(f"stages: {', '.join(f'{name} {seconds / whole:.0%}' for name, seconds in stages.items())}")
+    print(
+        f"stages: {', '.join(f'{name} {seconds / whole:.0%}' for name, seconds in stages.items())}"
+    )
     parts["the rest (start-up, checks, files)"] = whole - sum(parts.values())
     for name, seconds in parts.items():
         print(f"  {name:<36} {seconds / whole:6.1%}")
@@ -57,24 +61,56 @@ def _stages(params: Params, iteration: str, scratch: Path) -> Iterator[tuple[str
         (run / "checkpoints" / name).symlink_to(_run(params) / "checkpoints" / name)
     for verb in ("sample", "label", "optimize"):
         began = _children()
-        command = [sys.executable, "-m", "stages", verb, "--iteration", iteration, "--tracking", "jsonl"]
+        command = [
+            sys.executable,
+            "-m",
+            "stages",
+            verb,
+            "--iteration",
+            iteration,
+            "--tracking",
+            "jsonl",
+        ]
         subprocess.run(command, cwd=scratch, check=True)  # noqa: S603 - our own command
         yield verb, _children() - began
 
 
 def _parts(params: Params, iteration: str, scratch: Path) -> Iterator[tuple[str, float]]:
     trajectories, logits = (_run(params) / kind / iteration for kind in ("trajectories", "logits"))
-    student, teacher, initial = (_run(params) / "checkpoints" / name for name in (params.iterations[iteration], params.label.teacher, START))
+    student, teacher, initial = (
+        _run(params) / "checkpoints" / name
+        for name in (params.iterations[iteration], params.label.teacher, START)
+    )
     episodes = [episode for shard in shards(trajectories) for episode in read_shard(shard)]
     use_backend()
     env = make_env(params.environment)
     physics = _timed(lambda: _replay(env, episodes, params, 0))
     yield "physics and resets", physics
-    yield "rendering", _timed(lambda: _replay(env, episodes, params, params.sample.observe_every)) - physics
+    yield (
+        "rendering",
+        _timed(lambda: _replay(env, episodes, params, params.sample.observe_every)) - physics,
+    )
     yield "inference", _timed(lambda: _decide_again(params, student, episodes))
     host = Host(workers=1)
-    yield "labelling", _timed(lambda: label.run(params, teacher, trajectories, scratch / "logits", host))
-    yield "optimisation", _timed(lambda: optimize.run(params, iteration, student, trajectories, logits, initial, scratch / "checkpoint", host))
+    yield (
+        "labelling",
+        _timed(lambda: label.run(params, teacher, trajectories, scratch / "logits", host)),
+    )
+    yield (
+        "optimisation",
+        _timed(
+            lambda: optimize.run(
+                params,
+                iteration,
+                student,
+                trajectories,
+                logits,
+                initial,
+                scratch / "checkpoint",
+                host,
+            )
+        ),
+    )
 
 
 def _replay(env: Env, episodes: list[Episode], params: Params, observe_every: int) -> None:
@@ -91,7 +127,13 @@ def _decide_again(params: Params, student: Path, episodes: list[Episode]) -> Non
         decisions = np.flatnonzero(episode.step % params.policy.chunk == 0)
         for row in decisions:
             with torch.inference_mode():
-                policy.logits(Observations(episode.frames[row : row + 1], episode.proprio[row : row + 1], (episode.instruction,)))
+                policy.logits(
+                    Observations(
+                        episode.frames[row : row + 1],
+                        episode.proprio[row : row + 1],
+                        (episode.instruction,),
+                    )
+                )
 
 
 def _run(params: Params) -> Path:
@@ -110,5 +152,7 @@ def _children() -> float:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a thread that waits is not to count as work
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "passive"
+    )  # a thread that waits is not to count as work
     main()

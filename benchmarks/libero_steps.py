@@ -30,14 +30,19 @@ def main() -> None:
     for task in tasks:
         fast.reset(Placement(task, "evaluation", 0))
     fast.close()
-    print(f"peak memory, fast, MB (more where slim models are made) {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000:6d}")
+    print(
+        f"peak memory, fast, MB (more where slim models are made) {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000:6d}"
+    )
     for task in tasks:
         print_ratios(task)
 
 
 def print_ratios(task: str) -> None:
     """How many times the left one's time the right one takes; and what a chunk of 8 steps costs besides its steps."""
-    exact, mixed, fast = (_environment((task,), *modes) for modes in (("exact", "exact"), ("exact", "fast"), ("fast", "fast")))
+    exact, mixed, fast = (
+        _environment((task,), *modes)
+        for modes in (("exact", "exact"), ("exact", "fast"), ("fast", "fast"))
+    )
     placement = Placement(task, "evaluation", 0)
     reset = {env: _median(lambda env=env: env.reset(placement)) for env in (exact, mixed, fast)}
     blind, slow_blind = _advance(fast, placement, 0), _advance(mixed, placement, 0)
@@ -45,15 +50,26 @@ def print_ratios(task: str) -> None:
     print(f"\n{task}")
     print(f"stepping without frames, exact : fast              {slow_blind / blind:6.1f}")
     print(f"a frame, exact : fast                              {frame[exact] / frame[fast]:6.1f}")
-    print(f"exact, a frame every step : one in 8               {_advance(exact, placement, 1) / _advance(exact, placement, 8):6.1f}")
-    print(f"a frame every step, exact : one in 8, fast         {_advance(exact, placement, 1) / _advance(fast, placement, 8):6.1f}")
+    print(
+        f"exact, a frame every step : one in 8               {_advance(exact, placement, 1) / _advance(exact, placement, 8):6.1f}"
+    )
+    print(
+        f"a frame every step, exact : one in 8, fast         {_advance(exact, placement, 1) / _advance(fast, placement, 8):6.1f}"
+    )
     print(f"reset and settle, exact : fast                     {reset[exact] / reset[fast]:6.1f}")
-    print(f"another task, exact : fast                         {_median(lambda: _swap(exact, task)) / _median(lambda: _swap(fast, task)):6.1f}")
+    print(
+        f"another task, exact : fast                         {_median(lambda: _swap(exact, task)) / _median(lambda: _swap(fast, task)):6.1f}"
+    )
     print(f"fast, in control steps: a frame                    {frame[fast] / blind * STEPS:6.1f}")
     print(f"fast, in control steps: reset and settle           {reset[fast] / blind * STEPS:6.1f}")
-    print(f"fast, in control steps: another task               {_median(lambda: _swap(fast, task)) / blind * STEPS:6.1f}", flush=True)
+    print(
+        f"fast, in control steps: another task               {_median(lambda: _swap(fast, task)) / blind * STEPS:6.1f}",
+        flush=True,
+    )
     if "--absolute" in sys.argv:
-        print(f"steps/s {STEPS / blind:.0f}, ms a frame {frame[fast] * 1e3:.1f}, ms a reset {reset[fast] * 1e3:.0f}")
+        print(
+            f"steps/s {STEPS / blind:.0f}, ms a frame {frame[fast] * 1e3:.1f}, ms a reset {reset[fast] * 1e3:.0f}"
+        )
     for env in (exact, mixed, fast):
         env.close()
 

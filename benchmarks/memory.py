@@ -55,11 +55,15 @@ def _sizes(mark: bytes) -> Iterator[tuple[str, float]]:
         try:
             if mark not in (process / "environ").read_bytes().split(b"\0"):
                 continue
-            command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            command = (
+                (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            )
             rollup = (process / "smaps_rollup").read_text()
         except OSError:  # it has ended, or belongs to somebody else
             continue
-        kib = next((int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")), 0)
+        kib = next(
+            (int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")), 0
+        )
         yield command[:80], kib / 1024
 
 

@@ -31,7 +31,11 @@ class Outcome:
 def main() -> None:
     """Print the ratios; with `--experts` the table of tasks too."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--experts", action="store_true", help="10 evaluation placements of every task, without and with noise")
+    parser.add_argument(
+        "--experts",
+        action="store_true",
+        help="10 evaluation placements of every task, without and with noise",
+    )
     wanted = parser.parse_args()
     print_ratios()
     if wanted.experts:
@@ -44,9 +48,15 @@ def print_ratios() -> None:
     drawn = _seconds(fast, 1) - _seconds(fast, 0)
     stock = _seconds(exact, 1) - _seconds(exact, 0)
     print(f"a frame, exact : fast                            {stock / drawn:6.1f}")
-    print(f"an episode, every frame : one in 8 (fast)        {_seconds(fast, 1) / _seconds(fast, 8):6.1f}")
-    print(f"an episode, every frame : one in 8 (exact)       {_seconds(exact, 1) / _seconds(exact, 8):6.1f}")
-    print(f"an episode, exact every frame : fast one in 8    {_seconds(exact, 1) / _seconds(fast, 8):6.1f}")
+    print(
+        f"an episode, every frame : one in 8 (fast)        {_seconds(fast, 1) / _seconds(fast, 8):6.1f}"
+    )
+    print(
+        f"an episode, every frame : one in 8 (exact)       {_seconds(exact, 1) / _seconds(exact, 8):6.1f}"
+    )
+    print(
+        f"an episode, exact every frame : fast one in 8    {_seconds(exact, 1) / _seconds(fast, 8):6.1f}"
+    )
     print(f"a frame (fast) : a control step                  {drawn / _seconds(fast, 0):6.1f}")
     fast.close()
     exact.close()
@@ -57,12 +67,18 @@ def print_experts() -> None:
     env = _environment("fast")
     print(f"\n{'task':30} {'no noise':>18} {'sigma 0.2':>18}")
     for task in TASKS:
-        print(f"{task:30} {_expert(env, task, 0.0)!s:>18} {_expert(env, task, 0.2)!s:>18}", flush=True)
+        print(
+            f"{task:30} {_expert(env, task, 0.0)!s:>18} {_expert(env, task, 0.2)!s:>18}", flush=True
+        )
     env.close()
 
 
 def _environment(render: Literal["fast", "exact"]) -> MetaworldEnv:
-    return make(EnvironmentParams(family="metaworld", tasks=(TASK,), cameras=("corner4",), image_size=128, render=render))
+    return make(
+        EnvironmentParams(
+            family="metaworld", tasks=(TASK,), cameras=("corner4",), image_size=128, render=render
+        )
+    )
 
 
 def _seconds(env: MetaworldEnv, observe_every: int) -> float:

@@ -43,7 +43,9 @@ with open({times!r}, "a") as file:
 
 def main() -> None:
     """Print a line for each run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=int, default=3)
     arguments = parser.parse_args()
     for _ in range(arguments.runs):
@@ -54,16 +56,24 @@ def main() -> None:
 def _measure(clone: Path) -> None:
     _clone(clone)
     python = [sys.executable, "-m"]
-    environment = os.environ | {"PYTHONPATH": str(clone), "PREFECT_API_URL": f"http://127.0.0.1:{free_port()}/api"}
+    environment = os.environ | {
+        "PYTHONPATH": str(clone),
+        "PREFECT_API_URL": f"http://127.0.0.1:{free_port()}/api",
+    }
     with (clone.parent / "log").open("wb") as log, _server_ended(clone):
-        run = partial(subprocess.run, cwd=clone, env=environment, check=True, stdout=log, stderr=log)
+        run = partial(
+            subprocess.run, cwd=clone, env=environment, check=True, stdout=log, stderr=log
+        )
         run([*python, "prefect", "server", "database", "upgrade", "--yes"])  # as `make setup` does
         for what in ("made", "unchanged"):
             began = time.monotonic()
             run([*python, "flows", "run"])
             whole = time.monotonic() - began
             stages = _stages(clone)
-            print(f"{what}: {whole:.1f} s, in {len(stages)} stages {sum(stages):.1f} s, else {whole - sum(stages):.1f} s", flush=True)
+            print(
+                f"{what}: {whole:.1f} s, in {len(stages)} stages {sum(stages):.1f} s, else {whole - sum(stages):.1f} s",
+                flush=True,
+            )
 
 
 def _stages(clone: Path) -> list[float]:
@@ -80,11 +90,15 @@ def _clone(clone: Path) -> None:
     if not (run / "report/page").is_dir():
         raise SystemExit(f"{run} has no report: make the run first")
     git("clone", "--quiet", "--shared", ".", str(clone))
-    for name in git("ls-files", "--cached", "--others", "--exclude-standard", "-z").strip("\0").split("\0"):
+    for name in (
+        git("ls-files", "--cached", "--others", "--exclude-standard", "-z").strip("\0").split("\0")
+    ):
         if Path(name).is_file() and name != "dvc.lock" and not name.startswith("artifacts/"):
             (clone / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(name, clone / name)
-    (clone / "stages/__main__.py").write_text(COPIER.format(folder=str(run), made=str(Path.cwd()), times=str(clone.parent / TIMES)))
+    (clone / "stages/__main__.py").write_text(
+        COPIER.format(folder=str(run), made=str(Path.cwd()), times=str(clone.parent / TIMES))
+    )
 
 
 @contextmanager

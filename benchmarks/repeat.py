@@ -44,20 +44,37 @@ class Trial:
 
 def main() -> None:
     """Repeat the stage and print what differed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("stage", help="as DVC names it, e.g. label@it001")
     parser.add_argument("--times", type=int, default=100)
     parser.add_argument("--load", type=int, default=os.cpu_count(), help="busy processes beside it")
     parser.add_argument("--parallel", type=int, default=1, help="repetitions at the same time")
-    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "opd-repeat", help="where the repetitions run")
-    parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="for a shorter stage")
+    parser.add_argument(
+        "--scratch",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "opd-repeat",
+        help="where the repetitions run",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="section.key=value",
+        help="for a shorter stage",
+    )
     arguments = parser.parse_args()
 
-    trial = Trial(command(arguments.stage, arguments.set), made_by(arguments.stage), arguments.scratch)
+    trial = Trial(
+        command(arguments.stage, arguments.set), made_by(arguments.stage), arguments.scratch
+    )
     with busy(arguments.load):
         digests, failures = repeat(trial, arguments.times, arguments.parallel)
     same = digests.count(digests[0]) if digests else 0
-    print(f"{arguments.stage}: {same} of {arguments.times} have the digest of the first, {failures} failed")
+    print(
+        f"{arguments.stage}: {same} of {arguments.times} have the digest of the first, {failures} failed"
+    )
     raise SystemExit(same != arguments.times)
 
 
@@ -96,7 +113,9 @@ def repeat(trial: Trial, times: int, parallel: int) -> tuple[list[str], int]:
     failures = 0
     first: Path | None = None
     with ThreadPoolExecutor(parallel) as pool:
-        for number, folder in enumerate(pool.map(lambda number: attempt(trial, number), range(times)), 1):
+        for number, folder in enumerate(
+            pool.map(lambda number: attempt(trial, number), range(times)), 1
+        ):
             if folder is None:
                 failures += 1
                 continue
@@ -121,7 +140,10 @@ def attempt(trial: Trial, number: int) -> Path | None:
     stage = subprocess.run(trial.command, cwd=folder, capture_output=True, text=True, check=False)  # noqa: S603
     if stage.returncode == 0:
         return folder
-    print(f"repetition {number + 1} failed after {time.monotonic() - began:.0f} s:\n{stage.stderr[-2000:]}", flush=True)
+    print(
+        f"repetition {number + 1} failed after {time.monotonic() - began:.0f} s:\n{stage.stderr[-2000:]}",
+        flush=True,
+    )
     return None
 
 
@@ -145,7 +167,10 @@ def read(artifact: Path) -> Manifest:
 
 def differences(first: Path, second: Path) -> Iterator[str]:
     """What differs between two artifacts, a line each: parents, settings and facts by name, files by their arrays."""
-    ours, theirs = (read(artifact).model_dump(include={"parents", "params", "facts"}) for artifact in (first, second))
+    ours, theirs = (
+        read(artifact).model_dump(include={"parents", "params", "facts"})
+        for artifact in (first, second)
+    )
     yield from differing_values("manifest", flat(ours), flat(theirs))
     before = read(first).files
     after = read(second).files
@@ -160,26 +185,37 @@ def differing_file(first: Path, second: Path) -> Iterator[str]:
     """What differs between two files: arrays of shards and weights, values of JSON."""
     match first.suffix:
         case ".zip":
-            yield from differing_arrays(first.name, zarr_zip.read(first)[0], zarr_zip.read(second)[0])
+            yield from differing_arrays(
+                first.name, zarr_zip.read(first)[0], zarr_zip.read(second)[0]
+            )
         case ".safetensors":
-            yield from differing_arrays(first.name, safetensors.numpy.load_file(first), safetensors.numpy.load_file(second))
+            yield from differing_arrays(
+                first.name, safetensors.numpy.load_file(first), safetensors.numpy.load_file(second)
+            )
         case ".json":
             values = [flat({"": json.loads(path.read_text())}) for path in (first, second)]
             yield from differing_values(first.name, *values)
         case _:
             lines = [path.read_bytes().splitlines() for path in (first, second)]
-            number = next((i for i, pair in enumerate(zip(*lines, strict=False)) if pair[0] != pair[1]), "the last")
+            number = next(
+                (i for i, pair in enumerate(zip(*lines, strict=False)) if pair[0] != pair[1]),
+                "the last",
+            )
             yield f"{first.name}: differs from line {number} on"
 
 
-def differing_values(where: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[str]:
+def differing_values(
+    where: str, first: Mapping[str, Any], second: Mapping[str, Any]
+) -> Iterator[str]:
     """Names whose values differ, with both."""
     for name in dict.fromkeys([*first, *second]):
         if first.get(name) != second.get(name):
             yield f"{where}: {name} is {first.get(name)} and {second.get(name)}"
 
 
-def differing_arrays(where: str, first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray]) -> Iterator[str]:
+def differing_arrays(
+    where: str, first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray]
+) -> Iterator[str]:
     """Arrays that differ: how many of their values, the first row, and the largest difference."""
     for name in dict.fromkeys([*first, *second]):
         if name not in first or name not in second or first[name].shape != second[name].shape:

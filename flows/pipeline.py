@@ -22,10 +22,18 @@ from vla_opd.machine.host import LAUNCH, TASK_RUN
 from vla_opd.params.load import load
 
 PARAMS = Path("params.yaml")
-PER_ITERATION = ("sample", "label", "optimize", "explore", "reinforce")  # the stages that dvc.yaml repeats for each iteration, of either kind
+PER_ITERATION = (
+    "sample",
+    "label",
+    "optimize",
+    "explore",
+    "reinforce",
+)  # the stages that dvc.yaml repeats for each iteration, of either kind
 UPDATES = ("optimize@", "reinforce@")  # those that end one
 ABSENT = re.compile(r"Could not find '([\w.]+)'")
-LOCKED = re.compile(r"is busy, it is being blocked|Unable to acquire lock|another process is writing it")
+LOCKED = re.compile(
+    r"is busy, it is being blocked|Unable to acquire lock|another process is writing it"
+)
 
 
 class Busy(RuntimeError):  # noqa: N818 - a state of affairs, not a mistake
@@ -76,7 +84,9 @@ class Step:
         verb, _, item = self.name.partition("@")
         if verb in PER_ITERATION:
             return item
-        made_by = [parent.partition("@")[2] for parent in self.parents if parent.startswith(UPDATES)]
+        made_by = [
+            parent.partition("@")[2] for parent in self.parents if parent.startswith(UPDATES)
+        ]
         return made_by[0] if verb == "evaluate" and made_by else None
 
 
@@ -93,13 +103,17 @@ def plan(targets: Iterable[str] = (), patience: float = 60.0) -> tuple[Step, ...
     stale_locks.heal()
     deadline = time.monotonic() + patience
     while True:
-        settings = _settings()  # before DVC reads the file, which has no mind for what a hostile one asks of it
+        settings = (
+            _settings()
+        )  # before DVC reads the file, which has no mind for what a hostile one asks of it
         try:
             with _told_as_mistakes(), Repo() as repo, repo.lock:
                 return _survey(repo, wanted, settings, _changed)
         except LockError as error:
             if time.monotonic() > deadline:
-                raise Busy("another process is at work in this folder, a run or DVC; expected it to end, or to be ended") from error
+                raise Busy(
+                    "another process is at work in this folder, a run or DVC; expected it to end, or to be ended"
+                ) from error
             time.sleep(0.5)
 
 
@@ -131,7 +145,10 @@ def inspect(targets: Iterable[str] = ()) -> tuple[Step, ...]:
         time.sleep(0.5)
         steps = look()
     written = stale_locks.written()
-    return tuple(replace(step, at_work=any(Path(out).resolve() in written for out in step.outs)) for step in steps)
+    return tuple(
+        replace(step, at_work=any(Path(out).resolve() in written for out in step.outs))
+        for step in steps
+    )
 
 
 @contextmanager
@@ -151,11 +168,15 @@ def _told_as_mistakes() -> Generator[None]:
         ) from error
     except DvcException as error:
         if absent := ABSENT.search(str(error)):
-            raise ValueError(f"params.yaml: missing {absent[1]}, which dvc.yaml reads (add it, if only as {{}} or its default)") from error
+            raise ValueError(
+                f"params.yaml: missing {absent[1]}, which dvc.yaml reads (add it, if only as {{}} or its default)"
+            ) from error
         raise ValueError(f"dvc.yaml: {error}") from error
 
 
-def _survey(repo: Any, targets: tuple[str, ...], settings: str, changed: Callable[[Any, list[Any]], bool]) -> tuple[Step, ...]:
+def _survey(
+    repo: Any, targets: tuple[str, ...], settings: str, changed: Callable[[Any, list[Any]], bool]
+) -> tuple[Step, ...]:
     from dvc.repo.reproduce import collect_stages, get_active_graph, plan_repro
 
     graph = get_active_graph(repo.index.graph)
@@ -194,7 +215,9 @@ def _require_sections(stages: Iterable[Any]) -> None:
 
     for stage in stages:
         for dep in stage.deps:
-            if isinstance(dep, ParamsDependency) and (absent := sorted(set(dep.params) - set(dep.read_params()))):
+            if isinstance(dep, ParamsDependency) and (
+                absent := sorted(set(dep.params) - set(dep.read_params()))
+            ):
                 raise ValueError(
                     f"params.yaml: stage {stage.addressing} depends on {absent}; expected these sections ({absent[0]}: {{}} for the defaults)"
                 )
@@ -217,8 +240,14 @@ def _changed(stage: Any, upstream: list[Any]) -> bool:
 
 def _seems_changed(stage: Any, upstream: list[Any]) -> bool:
     """The same without DVC's locks, by the functions that it wraps in them (of DVC 3.67; a test tells when they are elsewhere)."""
-    deps, outs = (getattr(type(stage), name).__wrapped__ for name in ("_changed_deps", "changed_outs"))
-    return stage.changed_stage() or deps(stage, allow_missing=True, upstream=upstream) or outs(stage, allow_missing=True)
+    deps, outs = (
+        getattr(type(stage), name).__wrapped__ for name in ("_changed_deps", "changed_outs")
+    )
+    return (
+        stage.changed_stage()
+        or deps(stage, allow_missing=True, upstream=upstream)
+        or outs(stage, allow_missing=True)
+    )
 
 
 def mark_due(steps: tuple[Step, ...]) -> tuple[Step, ...]:
@@ -227,7 +256,9 @@ def mark_due(steps: tuple[Step, ...]) -> tuple[Step, ...]:
     A missing out is needed if it is a goal of the plan (nothing depends on it) or if a step that is due depends on it. So a fresh clone, with the
     reference checkpoints but not the demonstrations behind them, doesn't make the demonstrations again; with a new setting of the teacher it does.
     """
-    children = {step.name: [child.name for child in steps if step.name in child.parents] for step in steps}
+    children = {
+        step.name: [child.name for child in steps if step.name in child.parents] for step in steps
+    }
     due: set[str] = set()
     while True:
         before = len(due)
@@ -248,7 +279,9 @@ def would_run(name: str) -> bool:
     try:
         with Repo() as repo, repo.lock:
             (stage,) = repo.stage.collect(name)
-            if not stage.changed() or (not stage.changed(allow_missing=True) and stage.outs_cached()):
+            if not stage.changed() or (
+                not stage.changed(allow_missing=True) and stage.outs_cached()
+            ):
                 return False
             stage.save_deps()
             runs: Any = repo.stage_cache  # `restore(stage, dry=True)` looks for the run that dvc.lock tells of, not for this one
@@ -301,7 +334,9 @@ def accept(names: Iterable[str]) -> tuple[str, ...]:
         stages = collect_stages(repo, list(names))
         for stage in stages:
             for dep in stage.deps:
-                if not isinstance(dep, ParamsDependency) and not any(localfs.overlaps(dep.fs_path, path) for path in made):
+                if not isinstance(dep, ParamsDependency) and not any(
+                    localfs.overlaps(dep.fs_path, path) for path in made
+                ):
                     dep.save()
             stage.dump(update_pipeline=False)
         return tuple(stage.addressing for stage in stages)

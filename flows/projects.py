@@ -29,7 +29,12 @@ STUDIES = ROOT / ".studies"
 COPIED = ("dvc.yaml", ".dvcignore")
 LOCK = "dvc.lock"
 DONE = ".done"  # in a member's folder, while its last process has come to its end: the fingerprint of what it is made from
-MADE_BEFORE = ("demonstrations", "pretrained", "finetuned", "adopt")  # the sections of what is there before a member
+MADE_BEFORE = (
+    "demonstrations",
+    "pretrained",
+    "finetuned",
+    "adopt",
+)  # the sections of what is there before a member
 TABLE = "table"  # in a member's folder: its rows of the study's table
 
 
@@ -59,19 +64,30 @@ class Member:
         return f"{self.arm}, seed {self.seed}"
 
 
-def members(study: str, run: Params, arms: Iterable[str] = (), seeds: Iterable[int] = ()) -> tuple[Member, ...]:
+def members(
+    study: str, run: Params, arms: Iterable[str] = (), seeds: Iterable[int] = ()
+) -> tuple[Member, ...]:
     """The members, seed by seed, so that a study that was stopped has all arms of some seeds. ValueError names an unknown arm or seed."""
     if study not in run.studies:
         raise ValueError(f"studies has no {study!r}; expected one of {sorted(run.studies)}")
     if run.evaluate.decide is not None:
-        raise ValueError(f"evaluate.decide is {list(run.evaluate.decide)}; expected null in a study: its evaluations are compared episode by episode")
+        raise ValueError(
+            f"evaluate.decide is {list(run.evaluate.decide)}; expected null in a study: its evaluations are compared episode by episode"
+        )
     if run.label.teacher not in run.origins:
-        raise ValueError(f"label.teacher is {run.label.teacher!r}; expected one of {sorted(run.origins)}: what iterations make, members don't share")
+        raise ValueError(
+            f"label.teacher is {run.label.teacher!r}; expected one of {sorted(run.origins)}: what iterations make, members don't share"
+        )
     its = run.studies[study]
     wanted_arms, wanted_seeds = list(arms) or list(its.arms), list(seeds) or list(its.seeds)
-    for field, wanted, known in (("arms", wanted_arms, list(its.arms)), ("seeds", wanted_seeds, list(its.seeds))):
+    for field, wanted, known in (
+        ("arms", wanted_arms, list(its.arms)),
+        ("seeds", wanted_seeds, list(its.seeds)),
+    ):
         if unknown := [one for one in wanted if one not in known]:
-            raise ValueError(f"studies.{study}.{field} has no {unknown[0]!r}; expected some of {known}")
+            raise ValueError(
+                f"studies.{study}.{field} has no {unknown[0]!r}; expected some of {known}"
+            )
     return tuple(Member(study, arm, seed) for seed in wanted_seeds for arm in wanted_arms)
 
 
@@ -87,7 +103,9 @@ def prepare(member: Member, run: Params) -> Path:
     """
     folder = member.folder
     (folder / ".dvc").mkdir(parents=True, exist_ok=True)
-    (folder / ".dvc/config").write_text("[core]\n    no_scm = true\n    analytics = false\n    check_update = false\n")
+    (folder / ".dvc/config").write_text(
+        "[core]\n    no_scm = true\n    analytics = false\n    check_update = false\n"
+    )
     for name in COPIED:
         shutil.copyfile(name, folder / name)
     for package in _code():
@@ -99,7 +117,9 @@ def prepare(member: Member, run: Params) -> Path:
 
 def hand_over(member: Member, run: Params) -> None:
     """Give a prepared member the reference: copies of what it made, and what dvc.lock says of how."""
-    _take(Path(), member.folder, _handed(run), data=run.studies[member.study].own_student(member.arm))
+    _take(
+        Path(), member.folder, _handed(run), data=run.studies[member.study].own_student(member.arm)
+    )
 
 
 def _handed(run: Params) -> set[str]:
@@ -116,11 +136,19 @@ def go_on(member: Member, run: Params) -> None:
         return
     if study.arms[member.arm].switch is not None:
         if not is_done(before, run):
-            raise ValueError(f"{member} switches by the rollouts of {before}, which isn't done; expected it first")
+            raise ValueError(
+                f"{member} switches by the rollouts of {before}, which isn't done; expected it first"
+            )
         _settings(member, run)  # where it switches is known by now
     source, target = before.folder, member.folder
     theirs = _locked(source / LOCK)
-    own = theirs.keys() - _holding({name: entry for name, entry in theirs.items() if name in _handed(run)}, _parsed(target / "params.yaml")).keys()
+    own = (
+        theirs.keys()
+        - _holding(
+            {name: entry for name, entry in theirs.items() if name in _handed(run)},
+            _parsed(target / "params.yaml"),
+        ).keys()
+    )
     _take(source, target, own, data=True)
     known = ROOT / run.run.name / DISCARDED
     if (source / known).is_dir():
@@ -130,7 +158,11 @@ def go_on(member: Member, run: Params) -> None:
 def fingerprint(member: Member, run: Params) -> str:
     """Of what a member is made from: its settings, and the checkpoints of the reference."""
     made = [ROOT / run.run.name / "checkpoints" / name for name in run.origins]
-    digests = [read_manifest(folder, "checkpoint").digest for folder in made if (folder / MANIFEST).is_file()]
+    digests = [
+        read_manifest(folder, "checkpoint").digest
+        for folder in made
+        if (folder / MANIFEST).is_file()
+    ]
     return sha256(canonical([_yaml(tree(member, run)), digests]))
 
 
@@ -139,14 +171,22 @@ def environment(member: Member, run: Params, parallel: int) -> dict[str, str | N
     cores = len(os.sched_getaffinity(0))
     return {
         "OPD_WORKERS": os.environ.get("OPD_WORKERS") or str(max(1, cores // parallel)),
-        "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(Path.cwd()), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ),
         "WANDB_RUN_GROUP": f"{run.run.name}/{member.study}/{member.arm}/{member.seed}",
     }
 
 
 def crowded(run: Params, parallel: int) -> str | None:
     """What to say if members at the same time would fight for the cores: threads are a setting, for results depend on them, and aren't shared out."""
-    cores, threads = len(os.sched_getaffinity(0)), {f"{name}.threads": getattr(run, name).threads for name in ("label", "optimize", "reinforce")}
+    cores, threads = (
+        len(os.sched_getaffinity(0)),
+        {
+            f"{name}.threads": getattr(run, name).threads
+            for name in ("label", "optimize", "reinforce")
+        },
+    )
     if parallel == 1 or max(threads.values()) * parallel <= cores:
         return None
     told = ", ".join(f"{field} is {count}" for field, count in threads.items())
@@ -162,7 +202,12 @@ def is_done(member: Member, run: Params) -> bool:
 def _code() -> set[str]:
     """The top-level folders of the code that dvc.yaml names."""
     stages = _parsed(Path("dvc.yaml"))["stages"].values()
-    deps = {Path(dep).parts[0] for stage in stages for dep in stage.get("do", stage)["deps"] if not dep.startswith("${")}
+    deps = {
+        Path(dep).parts[0]
+        for stage in stages
+        for dep in stage.get("do", stage)["deps"]
+        if not dep.startswith("${")
+    }
     return deps - {ROOT.name}
 
 
@@ -189,15 +234,26 @@ def made_alike(member: Member, run: Params, earlier: Params) -> bool:
     if member.study not in earlier.studies or member not in members(member.study, earlier):
         return False
     ours, theirs = _makings(member, run), _makings(member, earlier)
-    return ours | {name: {key: ours[name].get(key) for key in theirs[name]} for name in MADE_BEFORE} == theirs
+    return (
+        ours | {name: {key: ours[name].get(key) for key in theirs[name]} for name in MADE_BEFORE}
+        == theirs
+    )
 
 
 def _makings(member: Member, run: Params) -> dict[str, Any]:
     """All settings that say something of a member's rows."""
     study = run.studies[member.study]
-    its = Params.model_validate(tree(member, run)).model_dump(exclude={"report": True, "adopt": {"__all__": {"folder"}}})
-    own = {START} if study.own_student(member.arm) else set[str]()  # its rows are its student's, too
-    its["evaluations"] = {name: what for name, what in its["evaluations"].items() if name not in run.reference or what in own}
+    its = Params.model_validate(tree(member, run)).model_dump(
+        exclude={"report": True, "adopt": {"__all__": {"folder"}}}
+    )
+    own = (
+        {START} if study.own_student(member.arm) else set[str]()
+    )  # its rows are its student's, too
+    its["evaluations"] = {
+        name: what
+        for name, what in its["evaluations"].items()
+        if name not in run.reference or what in own
+    }
     return its | {"switch": [arm.switch for arm in study.lineage(member.arm)]}
 
 
@@ -211,12 +267,16 @@ def tree(member: Member, run: Params) -> dict[str, Any]:
         reduce(lambda node, section: node.setdefault(section, {}), sections, settings)[key] = value
     settings["run"]["learning_seed"] = member.seed
     names, scored = chain(member, study)
-    if any(not arm.distill + arm.reinforce for arm in arms) and member.seed != run.run.seed:  # by which it is drawn if nothing is said
+    if (
+        any(not arm.distill + arm.reinforce for arm in arms) and member.seed != run.run.seed
+    ):  # by which it is drawn if nothing is said
         settings["finetuned"][START]["seed"] = member.seed
     starts = dict(zip(names, [START, *names], strict=False))
     evaluations = run.reference | {name: name for name in scored}
     for section, prefix in (("iterations", "it"), ("reinforcements", "rl")):
-        settings[section] = {name: start for name, start in starts.items() if name.startswith(prefix)}
+        settings[section] = {
+            name: start for name, start in starts.items() if name.startswith(prefix)
+        }
     settings["evaluations"] = evaluations
     settings["report"] = {**settings.get("report", {}), "final": list(evaluations)[-1]}
     return settings
@@ -233,7 +293,11 @@ def chain(member: Member, study: StudyParams) -> tuple[list[str], list[str]]:
         done = sum(name.startswith(prefix) for name in names)
         stretch = [f"{prefix}{number:03d}" for number in range(done + 1, done + count + 1)]
         names = names + stretch
-        scored = scored + [name for number, name in enumerate(stretch, 1) if number in (*range(study.every, count, study.every), count)]
+        scored = scored + [
+            name
+            for number, name in enumerate(stretch, 1)
+            if number in (*range(study.every, count, study.every), count)
+        ]
     return names, scored
 
 
@@ -251,9 +315,16 @@ def _take(source: Path, target: Path, wanted: Container[str], *, data: bool = Fa
     data: the demonstrations too. What is large, they and checkpoints, is never written to, and linked.
     """
     theirs, ours = _locked(target / LOCK), _locked(source / LOCK)
-    shared = _holding({name: entry for name, entry in ours.items() if name in wanted}, _parsed(target / "params.yaml"))
+    shared = _holding(
+        {name: entry for name, entry in ours.items() if name in wanted},
+        _parsed(target / "params.yaml"),
+    )
     for out in (Path(out["path"]) for entry in shared.values() for out in entry["outs"]):
-        if (source / out / MANIFEST).is_file() and (data or "demonstrations" not in out.parts) and not _same(source / out, target / out):
+        if (
+            (source / out / MANIFEST).is_file()
+            and (data or "demonstrations" not in out.parts)
+            and not _same(source / out, target / out)
+        ):
             _copy(source / out, target / out)
     if any(theirs.get(name) != entry for name, entry in shared.items()):
         new = target / f".{LOCK}"
@@ -272,10 +343,18 @@ def _copy(source: Path, target: Path) -> None:
 
 def _holding(entries: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """Of dvc.lock's entries those that these settings would make too, and so would all that they depend on."""
-    other = {name for name, entry in entries.items() if any(_at(settings, key) != value for key, value in _params(entry).items())}
+    other = {
+        name
+        for name, entry in entries.items()
+        if any(_at(settings, key) != value for key, value in _params(entry).items())
+    }
     while True:
         made = {out["path"] for name in other for out in entries[name]["outs"]}
-        more = {name for name, entry in entries.items() if any(dep["path"] in made for dep in entry.get("deps", ()))} - other
+        more = {
+            name
+            for name, entry in entries.items()
+            if any(dep["path"] in made for dep in entry.get("deps", ()))
+        } - other
         if not more:
             return {name: entry for name, entry in entries.items() if name not in other}
         other |= more
@@ -301,7 +380,9 @@ def _yaml(tree: dict[str, Any]) -> str:
 
 
 def _same(one: Path, other: Path) -> bool:
-    return (other / MANIFEST).is_file() and (one / MANIFEST).read_bytes() == (other / MANIFEST).read_bytes()
+    return (other / MANIFEST).is_file() and (one / MANIFEST).read_bytes() == (
+        other / MANIFEST
+    ).read_bytes()
 
 
 def _locked(path: Path) -> dict[str, Any]:

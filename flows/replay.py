@@ -45,7 +45,9 @@ def replay(store: Store, artifact: Artifact, shard: str, params: Params, host: H
         raise ValueError(f"{artifact.name} has no shard {shard!r}; expected one of {there}")
     with tempfile.TemporaryDirectory(dir=artifact.folder.parent, prefix=".replay-") as folder:
         out = Path(folder) / artifact.folder.name
-        draft = Draft(out, artifact.manifest.kind, artifact.manifest.parents, artifact.manifest.params)
+        draft = Draft(
+            out, artifact.manifest.kind, artifact.manifest.parents, artifact.manifest.params
+        )
         draft.prepare()
         for name in there:
             if name != shard:
@@ -57,16 +59,22 @@ def replay(store: Store, artifact: Artifact, shard: str, params: Params, host: H
                 f"{artifact.name}: with the code that is here it can't be made under the settings that it has; {', '.join(unlike)} would differ"
             )
         if shard not in made.files:
-            raise ValueError(f"{artifact.name}: the code that is here makes no {shard}; it makes {sorted(made.files)}")
+            raise ValueError(
+                f"{artifact.name}: the code that is here makes no {shard}; it makes {sorted(made.files)}"
+            )
         if made.files[shard] == artifact.manifest.files[shard]:
             return Replay(artifact.name, shard, ())
         unlike = differing(_contents(artifact.folder / shard), _contents(out / shard))
-        return Replay(artifact.name, shard, tuple(sorted(unlike)) or ("only the bytes of the file",))
+        return Replay(
+            artifact.name, shard, tuple(sorted(unlike)) or ("only the bytes of the file",)
+        )
 
 
 def _contents(shard: Path) -> dict[str, Any]:
     columns, attributes = zarr_zip.read(shard)
-    return {"attributes": attributes} | {name: (values.dtype.str, values.shape, values.tobytes()) for name, values in columns.items()}
+    return {"attributes": attributes} | {
+        name: (values.dtype.str, values.shape, values.tobytes()) for name, values in columns.items()
+    }
 
 
 def _stage(store: Store, artifact: Artifact, params: Params) -> Callable[..., Manifest | None]:
@@ -77,34 +85,70 @@ def _stage(store: Store, artifact: Artifact, params: Params) -> Callable[..., Ma
     match artifact.manifest.kind:
         case "demonstrations":
             again = _with(
-                params, run={"seed": its["seed"]}, demonstrate=its["demonstrate"], environment=its["environment"], policy={"chunk": its["chunk"]}
+                params,
+                run={"seed": its["seed"]},
+                demonstrate=its["demonstrate"],
+                environment=its["environment"],
+                policy={"chunk": its["chunk"]},
             )
-            wanted = DemonstrationSet(tasks=tuple(its["environment"]["tasks"]), episodes=its["episodes"])
-            return partial(demonstrate.run, again.model_copy(update={"demonstrations": {its["set"]: wanted}}), its["set"])
+            wanted = DemonstrationSet(
+                tasks=tuple(its["environment"]["tasks"]), episodes=its["episodes"]
+            )
+            return partial(
+                demonstrate.run,
+                again.model_copy(update={"demonstrations": {its["set"]: wanted}}),
+                its["set"],
+            )
         case "trajectories" if "explore" in its:
-            again = _with(params, run={"learning_seed": its["seed"]}, explore=its["explore"], environment=its["environment"])
-            return partial(explore.run, again, its["iteration"], _parent(store, artifact, "student"))
+            again = _with(
+                params,
+                run={"learning_seed": its["seed"]},
+                explore=its["explore"],
+                environment=its["environment"],
+            )
+            return partial(
+                explore.run, again, its["iteration"], _parent(store, artifact, "student")
+            )
         case "trajectories":
-            again = _with(params, run={"learning_seed": its["seed"]}, sample=its["sample"], environment=its["environment"])
+            again = _with(
+                params,
+                run={"learning_seed": its["seed"]},
+                sample=its["sample"],
+                environment=its["environment"],
+            )
             student = _parent(store, artifact, "student")
-            teacher = _parent(store, artifact, "teacher") if "teacher" in artifact.manifest.parents else student
+            teacher = (
+                _parent(store, artifact, "teacher")
+                if "teacher" in artifact.manifest.parents
+                else student
+            )
             return partial(sample.run, again, its["iteration"], student, teacher)
         case "logits":
             return partial(
-                label.run, _with(params, label=its["label"]), _parent(store, artifact, "teacher"), _parent(store, artifact, "trajectories")
+                label.run,
+                _with(params, label=its["label"]),
+                _parent(store, artifact, "teacher"),
+                _parent(store, artifact, "trajectories"),
             )
         case kind:
-            raise ValueError(f"{artifact.name}: a {kind} isn't made of shards; expected demonstrations, trajectories or logits")
+            raise ValueError(
+                f"{artifact.name}: a {kind} isn't made of shards; expected demonstrations, trajectories or logits"
+            )
 
 
 def _with(params: Params, **sections: Mapping[str, Any]) -> Params:
     """The run with some settings replaced. Whether the result is a run that params.yaml could hold is no matter here."""
-    changed = {name: type(old := getattr(params, name)).model_validate(old.model_dump() | dict(values)) for name, values in sections.items()}
+    changed = {
+        name: type(old := getattr(params, name)).model_validate(old.model_dump() | dict(values))
+        for name, values in sections.items()
+    }
     return params.model_copy(update=changed)
 
 
 def _parent(store: Store, artifact: Artifact, role: str) -> Path:
     digest = artifact.manifest.parents[role]
     if (found := store.by_digest.get(digest)) is None:
-        raise ValueError(f"{artifact.name}: its {role} {digest[:SHORT]} isn't here; expected it, to make a shard again (dvc pull, or make it)")
+        raise ValueError(
+            f"{artifact.name}: its {role} {digest[:SHORT]} isn't here; expected it, to make a shard again (dvc pull, or make it)"
+        )
     return found.folder

@@ -21,9 +21,16 @@ def main() -> int:
     try:
         checkout.require_own_code()
         # Two runners of one folder would each take runs of the same artifacts.
-        with liveness.locked(LOCK, f"{LOCK} is held: opd/{DEPLOYMENT} is being served from this folder already"), server.in_use() as url:
+        with (
+            liveness.locked(
+                LOCK, f"{LOCK} is held: opd/{DEPLOYMENT} is being served from this folder already"
+            ),
+            server.in_use() as url,
+        ):
             for run in crash_orphans():
-                print(f"  {run}: its process is gone, so it is now Crashed; go on with  prefect flow-run retry {run}")
+                print(
+                    f"  {run}: its process is gone, so it is now Crashed; go on with  prefect flow-run retry {run}"
+                )
             _serve(url)
     except (ValueError, RuntimeError) as error:
         print(f"\n{mistakes.message(error)}\n", file=sys.stderr)
@@ -47,7 +54,9 @@ def crash_orphans() -> list[str]:
     with get_client(sync_client=True) as client:
 
         def found(**which: Any) -> list[UUID]:
-            runs = client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(under_way | which))
+            runs = client.read_flow_runs(
+                flow_run_filter=FlowRunFilter.model_validate(under_way | which)
+            )
             return [run.id for run in runs]
 
         died = liveness.abandoned()
@@ -56,9 +65,13 @@ def crash_orphans() -> list[str]:
             flow_run_filter=FlowRunFilter.model_validate({"state": {"type": {"any_": states}}}),
             deployment_filter=DeploymentFilter.model_validate({"name": {"any_": [DEPLOYMENT]}}),
         )
-        orphans += [run.id for run in deployed if run.id not in orphans and not liveness.alive(str(run.id))]
+        orphans += [
+            run.id for run in deployed if run.id not in orphans and not liveness.alive(str(run.id))
+        ]
         below = [orphans]
-        while below[-1]:  # iterations; of a study its members, their runs, and the iterations of those
+        while below[
+            -1
+        ]:  # iterations; of a study its members, their runs, and the iterations of those
             below.append(found(parent_flow_run_id={"any_": below[-1]}))
         for run in [run for level in reversed(below) for run in level]:
             client.set_flow_run_state(run, Crashed(message="its process is gone"), force=True)
@@ -74,7 +87,10 @@ def _nightly() -> bool:
 
     with get_client(sync_client=True) as client:
         try:
-            return any(schedule.active for schedule in client.read_deployment_by_name(f"opd/{DEPLOYMENT}").schedules)
+            return any(
+                schedule.active
+                for schedule in client.read_deployment_by_name(f"opd/{DEPLOYMENT}").schedules
+            )
         except ObjectNotFound:
             return False
 
@@ -90,7 +106,13 @@ def _serve(url: str) -> None:
     nightly = Cron(
         "0 2 * * *", slug="nightly", active=_nightly()
     )  # off until someone turns it on, in the interface or by `prefect deployment schedule`
-    opd.serve(name=DEPLOYMENT, limit=1, schedules=[nightly], description=opd.__doc__, print_starting_message=False)
+    opd.serve(
+        name=DEPLOYMENT,
+        limit=1,
+        schedules=[nightly],
+        description=opd.__doc__,
+        print_starting_message=False,
+    )
 
 
 if __name__ == "__main__":

@@ -21,12 +21,27 @@ def _fields() -> Iterator[tuple[str, Any]]:
     """`section.key` for every key of every section of the schema that has fixed keys, with the key's own type and constraints."""
     for section, field in Params.model_fields.items():
         annotated = (
-            () if get_origin(field.annotation) is Mapping else (field.annotation, *get_args(field.annotation))
+            ()
+            if get_origin(field.annotation) is Mapping
+            else (field.annotation, *get_args(field.annotation))
         )  # of a mapping the keys are free
         kinds = [kind for kind in annotated if isinstance(kind, type) and issubclass(kind, Section)]
         for key, info in kinds[0].model_fields.items() if kinds else ():
-            kind = Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
-            yield f"{section}__{key}", (kind, Field(default=None, alias=f"{section}.{key}", title=f"{section}.{key}", description=info.description))
+            kind = (
+                Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
+            )
+            yield (
+                f"{section}__{key}",
+                (
+                    kind,
+                    Field(
+                        default=None,
+                        alias=f"{section}.{key}",
+                        title=f"{section}.{key}",
+                        description=info.description,
+                    ),
+                ),
+            )
 
 
 _MODEL = create_model("Settings", __base__=Section, **dict(_fields()))
@@ -36,7 +51,9 @@ def _checked(changes: dict[str, Any]) -> dict[str, Any]:
     return _MODEL.model_validate(changes).model_dump(mode="json", by_alias=True, exclude_unset=True)
 
 
-Settings = Annotated[dict[str, Any], WithJsonSchema(_MODEL.model_json_schema()), AfterValidator(_checked)]
+Settings = Annotated[
+    dict[str, Any], WithJsonSchema(_MODEL.model_json_schema()), AfterValidator(_checked)
+]
 """`{"section.key": value}`, as a type: its JSON schema is made from that of params.yaml, so a wrong one is refused before there is a run."""
 
 
@@ -66,13 +83,17 @@ def write(changes: Mapping[str, Any], path: Path | str = "params.yaml", run: str
     if new.getvalue() == before:
         return
     if others := liveness.others(run):
-        raise RuntimeError(f"{path} is in use by flow run {', '.join(others)}; expected other settings once that has ended, or in another checkout")
+        raise RuntimeError(
+            f"{path} is in use by flow run {', '.join(others)}; expected other settings once that has ended, or in another checkout"
+        )
     _replace(source.resolve(), new.getvalue())
 
 
 def _replace(path: Path, new: str) -> None:
     """Give the file a new text at once: whoever is killed meanwhile leaves the old one whole."""
-    with NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+    with NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+    ) as file:
         try:
             file.write(new)
             file.flush()
@@ -92,12 +113,16 @@ def extension(iterations: int, path: Path | str = "params.yaml") -> dict[str, st
     run = load(path)
     there = len(run.iterations)
     if iterations < there:
-        raise ValueError(f"iterations is {iterations}; expected at least the {there} that {path} has (take some out there)")
+        raise ValueError(
+            f"iterations is {iterations}; expected at least the {there} that {path} has (take some out there)"
+        )
     tip, changes = run.evaluations[run.report.final], dict[str, str]()
     for number in range(there + 1, iterations + 1):
         name = f"it{number:03d}"
         if name in run.iterations:
-            raise ValueError(f"iterations: {name} is taken in {path}; expected iterations numbered it001 ... it{there:03d}")
+            raise ValueError(
+                f"iterations: {name} is taken in {path}; expected iterations numbered it001 ... it{there:03d}"
+            )
         changes[f"iterations.{name}"] = tip
         tip = name
     return changes | {f"evaluations.{run.report.final}": tip} if changes else {}

@@ -23,7 +23,21 @@ from pydantic import Field, ValidationError
 
 from flows import terminal
 from flows.prefect_server import liveness
-from flows.projects import DONE, TABLE, Member, crowded, environment, fingerprint, go_on, hand_over, is_done, made_alike, members, prepare, reference
+from flows.projects import (
+    DONE,
+    TABLE,
+    Member,
+    crowded,
+    environment,
+    fingerprint,
+    go_on,
+    hand_over,
+    is_done,
+    made_alike,
+    members,
+    prepare,
+    reference,
+)
 from flows.train import opd
 from vla_opd.analysis import study_page
 from vla_opd.analysis.finished_run import discard, read_run
@@ -72,7 +86,9 @@ def study(
         with closing(_side_by_side(wanted, run, parallel)) as ended:
             failed = [member for member in ended if not _noted(member, run)]
     if failed:
-        raise RuntimeError(f"{len(failed)} of {len(wanted)} members failed: {'; '.join(f'{one} (see {one.folder / LOG})' for one in failed)}")
+        raise RuntimeError(
+            f"{len(failed)} of {len(wanted)} members failed: {'; '.join(f'{one} (see {one.folder / LOG})' for one in failed)}"
+        )
 
 
 def _noted(member: Member, run: Params) -> bool:
@@ -99,7 +115,10 @@ def _side_by_side(wanted: Sequence[Member], run: Params, parallel: int) -> Gener
             for member, (process, began) in list(running.items()):
                 if process is None or process.exitcode is not None:
                     del running[member]
-                    mark, took = "✓" if is_done(member, run) else "✗", terminal.clock(time.monotonic() - began)
+                    mark, took = (
+                        "✓" if is_done(member, run) else "✗",
+                        terminal.clock(time.monotonic() - began),
+                    )
                     print(f"  {mark} {member!s:<32} {took:>7}", flush=True)
                     yield member
     finally:
@@ -125,11 +144,23 @@ def _started(member: Member, run: Params, parallel: int) -> SpawnProcess | None:
         "keep_rollouts": its.keep_rollouts,
         "made_from": fingerprint(member, run),
     }
-    return run_flow_in_subprocess(member_run.with_options(flow_run_name=str(member)), parameters=parameters, env=environment(member, run, parallel))
+    return run_flow_in_subprocess(
+        member_run.with_options(flow_run_name=str(member)),
+        parameters=parameters,
+        env=environment(member, run, parallel),
+    )
 
 
 @flow(name="member", validate_parameters=False)
-def member_run(folders: list[str], arm: str, seed: int, *, own_student: bool, keep_rollouts: bool, made_from: str) -> None:
+def member_run(
+    folders: list[str],
+    arm: str,
+    seed: int,
+    *,
+    own_student: bool,
+    keep_rollouts: bool,
+    made_from: str,
+) -> None:
     """Bring one member up to date, and note its rows of the study's table. What it says goes to `study.log` in its folder.
 
     folders: its own, then those of the members that it goes on from, which know how long their stages took.
@@ -176,19 +207,44 @@ def tabulate(name: str, run: Params) -> Manifest:
     and settings; `members_kept` counts them, as other code may have made them.
     """
     root, its = ROOT / run.run.name, run.studies[name]
-    shared = read_run(run.model_copy(update={"iterations": {}, "reinforcements": {}, "evaluations": run.reference}), root)
-    parents = {f"checkpoints/{checkpoint}": manifest.digest for checkpoint, manifest in shared.checkpoints.items()}
+    shared = read_run(
+        run.model_copy(
+            update={"iterations": {}, "reinforcements": {}, "evaluations": run.reference}
+        ),
+        root,
+    )
+    parents = {
+        f"checkpoints/{checkpoint}": manifest.digest
+        for checkpoint, manifest in shared.checkpoints.items()
+    }
     parameters = run.model_copy(update={"studies": {name: its}}).model_dump(mode="json")
     with draft(root / "studies" / name, "study", parents, {"parameters": parameters}) as work:
         every = [member for arm in its.arms for member in members(name, run, [arm])]
         before, earlier = _before(work)
         done = {member: read(member.folder / TABLE) for member in every if is_done(member, run)}
-        missing = [member for member in every if member not in done and earlier is not None and made_alike(member, run, earlier)]
-        kept = {member: rows for member in missing if (rows := before.of(member.arm, member.seed)).episodes}
-        table = joined((done | kept)[member] for member in every if member in done or member in kept)
+        missing = [
+            member
+            for member in every
+            if member not in done and earlier is not None and made_alike(member, run, earlier)
+        ]
+        kept = {
+            member: rows
+            for member in missing
+            if (rows := before.of(member.arm, member.seed)).episodes
+        }
+        table = joined(
+            (done | kept)[member] for member in every if member in done or member in kept
+        )
         write(table.with_shared(shared_rows(shared, _seconds(run, Path()))), work.folder)
         facts = {"members_kept": len(kept)} if kept else {}
-        return work.publish({**facts, "members": len(done) + len(kept), "episodes": len(table.episodes), "iterations": len(table.updates)})
+        return work.publish(
+            {
+                **facts,
+                "members": len(done) + len(kept),
+                "episodes": len(table.episodes),
+                "iterations": len(table.updates),
+            }
+        )
 
 
 def _before(work: Draft) -> tuple[Table, Params | None]:

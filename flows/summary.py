@@ -36,7 +36,10 @@ def write(run: Path, metrics: Path, stages: Iterable[str]) -> dict[str, Any]:
     noted = (metrics / SECONDS).read_text().splitlines() if (metrics / SECONDS).is_file() else []
     took = {row["stage"]: row["seconds"] for row in map(json.loads, noted)}
     seconds = sum(took.get(stage, 0.0) for stage in stages)
-    summary = json.loads((page / "results.json").read_text()) | {"seconds": round(seconds, 1), "report": digest}
+    summary = json.loads((page / "results.json").read_text()) | {
+        "seconds": round(seconds, 1),
+        "report": digest,
+    }
     temporary = path.with_name(".summary.json.tmp")
     temporary.write_text(json.dumps(summary, indent=2) + "\n")
     temporary.rename(path)

@@ -41,7 +41,9 @@ class StageLine:
 
     def ran(self) -> None:
         """The stage ran and succeeded; its last words stand as its result."""
-        self._end("✓", f"{clock(time.monotonic() - self._began):>7}  {self._said if self._live else ''}")
+        self._end(
+            "✓", f"{clock(time.monotonic() - self._began):>7}  {self._said if self._live else ''}"
+        )
 
     def unchanged(self, why: str) -> None:
         """Nothing had to be done."""

@@ -34,16 +34,27 @@ from vla_opd.machine.host import METRICS, processes, require_equal_shares
 from vla_opd.params.load import load
 
 BUSY_RETRIES, BUSY_DELAY = 720, 5  # an hour: as long as a stage that someone runs by hand may take
-DEPLOYED = "PREFECT__FLOW_RUN_ID"  # a deployment's runner says so to the process that it starts for a run
+DEPLOYED = (
+    "PREFECT__FLOW_RUN_ID"  # a deployment's runner says so to the process that it starts for a run
+)
 TARGET = r"^(demonstrate|pretrain|finetune|adopt|sample|label|optimize|explore|reinforce|evaluate|report)(@[\w.-]+)?$"
 States = dict[str, State[Any]]
 
 
 def _is_busy(_task: object, _run: object, state: State[Any]) -> bool:
-    return isinstance(state.data, Busy) or isinstance(getattr(state.data, "exception", None), Busy) or "Busy" in (state.message or "")
+    return (
+        isinstance(state.data, Busy)
+        or isinstance(getattr(state.data, "exception", None), Busy)
+        or "Busy" in (state.message or "")
+    )
 
 
-@task(cache_policy=NO_CACHE, retries=BUSY_RETRIES, retry_delay_seconds=BUSY_DELAY, retry_condition_fn=_is_busy)
+@task(
+    cache_policy=NO_CACHE,
+    retries=BUSY_RETRIES,
+    retry_delay_seconds=BUSY_DELAY,
+    retry_condition_fn=_is_busy,
+)
 def bring(step: Step) -> State[Any]:
     """One stage, brought up to date."""
     screen = StageLine(step.name)
@@ -63,13 +74,17 @@ def bring(step: Step) -> State[Any]:
     return Completed(name="Unchanged", message=f"{step.name}: nothing it depends on had changed")
 
 
-def _ran(step: Step, screen: StageLine, tell: Tell, task_run: str = "", *, shared: bool = False) -> bool:
+def _ran(
+    step: Step, screen: StageLine, tell: Tell, task_run: str = "", *, shared: bool = False
+) -> bool:
     """Bring a due step up to date, on the terminal and in the record of times. Whether it had to run. shared: its shares are made before."""
     began = time.monotonic()
     pipeline.require_same_settings(step)
     try:
         launch = shares.make(step, screen.tell) if shared else ""
-        ran = pipeline.bring(step.name, lambda line: (screen.tell(line), tell(line)), task_run, launch)
+        ran = pipeline.bring(
+            step.name, lambda line: (screen.tell(line), tell(line)), task_run, launch
+        )
     except StageFailed:
         screen.failed()
         raise
@@ -116,14 +131,24 @@ def opd(
         with liveness.held(run):
             write(settings or {}, run=run)
             write(extension(iterations) if iterations else {}, run=run)
-            require_equal_shares(load().batch_sizes, processes(os.environ.get("OPD_PROCESSES", "1")))
-            with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):  # of iterations: the flow's own goes on; each takes up to 1 s to end
+            require_equal_shares(
+                load().batch_sizes, processes(os.environ.get("OPD_PROCESSES", "1"))
+            )
+            with temporary_settings(
+                {PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
+            ):  # of iterations: the flow's own goes on; each takes up to 1 s to end
                 return _bring_run(pipeline.plan(targets or ()))
     except httpx.HTTPError as error:
-        print(f"\n  Prefect's server does not answer any more ({error}): going on without it", file=sys.stderr, flush=True)
+        print(
+            f"\n  Prefect's server does not answer any more ({error}): going on without it",
+            file=sys.stderr,
+            flush=True,
+        )
     with liveness.orphaned(run):  # on the server it will be running still
         bring_alone(targets or ())
-    if DEPLOYED in os.environ:  # and nobody else is in this process; a run from the terminal still has things to say
+    if (
+        DEPLOYED in os.environ
+    ):  # and nobody else is in this process; a run from the terminal still has things to say
         server.leave(0)
     return {}
 
@@ -160,7 +185,9 @@ def _bring_run(plan: Sequence[Step]) -> States:
                 heading("")
                 states |= _bring_all(steps, states)
             else:
-                subflow: Any = iteration.with_options(flow_run_name=name)  # Prefect's overloads leave wait_for out
+                subflow: Any = iteration.with_options(
+                    flow_run_name=name
+                )  # Prefect's overloads leave wait_for out
                 states |= subflow(name, steps, wait_for=_parents(steps, states))
     if told := _summarised(states):
         get_run_logger().info("%s", table(told))

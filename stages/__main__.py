@@ -21,7 +21,16 @@ from vla_opd.artifacts.manifest import Manifest
 from vla_opd.envs import ENVS
 from vla_opd.envs.graphics import use_backend
 from vla_opd.machine import checkout
-from vla_opd.machine.host import LAUNCH, METRICS, Host, on_or_off, processes, require_equal_bits, require_equal_shares, this_host
+from vla_opd.machine.host import (
+    LAUNCH,
+    METRICS,
+    Host,
+    on_or_off,
+    processes,
+    require_equal_bits,
+    require_equal_shares,
+    this_host,
+)
 from vla_opd.machine.parent_death import STARTED_BY, die_with_parent
 from vla_opd.machine.tracking import execution
 from vla_opd.params.load import load
@@ -52,7 +61,9 @@ LAUNCHED = "TORCHELASTIC_RUN_ID"  # the environment variable by which torchrun's
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a stage. What its user or the machine has to put right is one message on stderr, with the exit code of `vla_opd.mistakes`."""
     options = _parser().parse_args(arguments)
-    if "DVC_STAGE" in os.environ:  # by hand, a stage may outlive its terminal; DVC's, whose lock dies with DVC, must not be met by the next one
+    if (
+        "DVC_STAGE" in os.environ
+    ):  # by hand, a stage may outlive its terminal; DVC's, whose lock dies with DVC, must not be met by the next one
         die_with_parent()
     elif (parent := os.environ.get(STARTED_BY)) is not None:
         die_with_parent(parent=int(parent))
@@ -76,19 +87,33 @@ def _obey(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     if LAUNCHED in os.environ:
         count = int(os.environ["WORLD_SIZE"])
     if count > 1 and options.verb not in TRAINED:
-        raise ValueError(f"{count} processes; expected one, as of every stage but {', '.join(TRAINED)}")
+        raise ValueError(
+            f"{count} processes; expected one, as of every stage but {', '.join(TRAINED)}"
+        )
     if options.verb in TRAINED:
-        require_equal_shares({f"{options.verb}.batch_size": getattr(params, options.verb).batch_size}, count)
+        require_equal_shares(
+            {f"{options.verb}.batch_size": getattr(params, options.verb).batch_size}, count
+        )
     if count > 1 and LAUNCHED not in os.environ:
         from vla_opd.learning import fsdp
 
         return fsdp.launch(count, "stages", arguments)
     rank = int(os.environ["RANK"]) if LAUNCHED in os.environ else 0
     graphs = on_or_off("OPD_GRAPHS, or --graphs,", options.graphs)
-    host = this_host(options.workers, options.device, options.tracking if rank == 0 else "none", METRICS, graphs=graphs)
+    host = this_host(
+        options.workers,
+        options.device,
+        options.tracking if rank == 0 else "none",
+        METRICS,
+        graphs=graphs,
+    )
     host = replace(host, share=Share.parse(options.share, os.environ.get(LAUNCH, "")))
     finished = execution(host, params.run.name, options.verb, options.key or options.verb)
-    digest = _report_study(params, options.study) if options.study else _made(options.verb, options.key, params, host)
+    digest = (
+        _report_study(params, options.study)
+        if options.study
+        else _made(options.verb, options.key, params, host)
+    )
     if digest is None:
         print(f"{options.verb}: share {host.share} is made")
     elif rank == 0:
@@ -117,7 +142,9 @@ def _made(verb: str, key: str | None, params: Params, host: Host) -> str | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m stages", description="Run one stage of the run that params.yaml describes.")
+    parser = argparse.ArgumentParser(
+        prog="python -m stages", description="Run one stage of the run that params.yaml describes."
+    )
     parser.set_defaults(key=None, study=None, share="1/1", processes="1", graphs="0")
     verbs = parser.add_subparsers(dest="verb", required=True)
     for verb, key in VERBS.items():
@@ -125,16 +152,42 @@ def _parser() -> argparse.ArgumentParser:
         if key:
             command.add_argument(key, dest="key", required=True)
         if verb == "report":
-            command.add_argument("--study", metavar="NAME", help="of this study's table, not of the run")
-        command.add_argument("--set", action="append", default=[], metavar="section.key=value", help="override a setting of params.yaml")
-        command.add_argument("--workers", type=int, default=os.environ.get("OPD_WORKERS", "0"), help="simulator processes (0: one a core)")
-        command.add_argument("--device", default=os.environ.get("OPD_DEVICE", "auto"), help="torch device (auto: a GPU if there is one)")
+            command.add_argument(
+                "--study", metavar="NAME", help="of this study's table, not of the run"
+            )
+        command.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="section.key=value",
+            help="override a setting of params.yaml",
+        )
+        command.add_argument(
+            "--workers",
+            type=int,
+            default=os.environ.get("OPD_WORKERS", "0"),
+            help="simulator processes (0: one a core)",
+        )
+        command.add_argument(
+            "--device",
+            default=os.environ.get("OPD_DEVICE", "auto"),
+            help="torch device (auto: a GPU if there is one)",
+        )
         if verb in ROLLED_OUT:
             said = os.environ.get("OPD_GRAPHS", "0")
-            command.add_argument("--graphs", nargs="?", const="1", default=said, help="capture forward passes as CUDA graphs (OpenVLA-OFT)")
+            command.add_argument(
+                "--graphs",
+                nargs="?",
+                const="1",
+                default=said,
+                help="capture forward passes as CUDA graphs (OpenVLA-OFT)",
+            )
         if verb in SHARED:
             command.add_argument(
-                "--share", metavar="NUMBER/COUNT", default="1/1", help="of the shards; whoever runs the stage without it then puts them together"
+                "--share",
+                metavar="NUMBER/COUNT",
+                default="1/1",
+                help="of the shards; whoever runs the stage without it then puts them together",
             )
         if verb in TRAINED:
             command.add_argument(
@@ -142,7 +195,11 @@ def _parser() -> argparse.ArgumentParser:
                 default=os.environ.get("OPD_PROCESSES", "1"),
                 help="that train together, each on its own GPU if there are any",
             )
-        command.add_argument("--tracking", choices=("wandb", "jsonl", "none"), default=os.environ.get("OPD_TRACKING", "wandb"))
+        command.add_argument(
+            "--tracking",
+            choices=("wandb", "jsonl", "none"),
+            default=os.environ.get("OPD_TRACKING", "wandb"),
+        )
     return parser
 
 
@@ -160,20 +217,35 @@ def _run(verb: str, key: str | None, params: Params, host: Host) -> str | None:
             made = stage.run(params, name, root / "demonstrations" / name, host)
         case "finetune":
             name = _known(key, params.trained, "checkpoint")
-            parent = checkpoints / params.finetuned[name].parent if name in params.finetuned else None
-            made = stage.run(params, name, root / "demonstrations" / params.trained[name].demonstrations, parent, checkpoints / name, host)
+            parent = (
+                checkpoints / params.finetuned[name].parent if name in params.finetuned else None
+            )
+            made = stage.run(
+                params,
+                name,
+                root / "demonstrations" / params.trained[name].demonstrations,
+                parent,
+                checkpoints / name,
+                host,
+            )
         case "adopt":
             name = _known(key, params.adopt, "adopt")
             made = stage.run(params, name, checkpoints / name, host)
         case "evaluate":
             name = _known(key, params.evaluations, "evaluations")
-            made = stage.run(params, checkpoints / params.evaluations[name], root / "evaluations" / name, host)
+            made = stage.run(
+                params, checkpoints / params.evaluations[name], root / "evaluations" / name, host
+            )
         case "report":
             made = stage.run(params, root, root / "report" / "page", host)
         case "explore" | "reinforce":
-            made = _run_reinforcement(verb, _known(key, params.reinforcements, "reinforcements"), params, root, host)
+            made = _run_reinforcement(
+                verb, _known(key, params.reinforcements, "reinforcements"), params, root, host
+            )
         case _:
-            made = _run_iteration(verb, _known(key, params.iterations, "iterations"), params, root, host)
+            made = _run_iteration(
+                verb, _known(key, params.iterations, "iterations"), params, root, host
+            )
     return None if made is None else made.digest
 
 
@@ -183,9 +255,15 @@ def _report_study(params: Params, study: str) -> str:
     return study_page.run(Path("artifacts") / params.run.name, study).digest
 
 
-def _run_iteration(verb: str, iteration: str, params: Params, root: Path, host: Host) -> Manifest | None:
+def _run_iteration(
+    verb: str, iteration: str, params: Params, root: Path, host: Host
+) -> Manifest | None:
     stage = importlib.import_module(f"stages.{verb}")
-    checkpoints, trajectories, logits = root / "checkpoints", root / "trajectories" / iteration, root / "logits" / iteration
+    checkpoints, trajectories, logits = (
+        root / "checkpoints",
+        root / "trajectories" / iteration,
+        root / "logits" / iteration,
+    )
     student = checkpoints / params.iterations[iteration]
     match verb:
         case "sample":
@@ -195,10 +273,21 @@ def _run_iteration(verb: str, iteration: str, params: Params, root: Path, host: 
         case "label":
             return stage.run(params, checkpoints / params.label.teacher, trajectories, logits, host)
         case _:
-            return stage.run(params, iteration, student, trajectories, logits, checkpoints / START, checkpoints / iteration, host)
+            return stage.run(
+                params,
+                iteration,
+                student,
+                trajectories,
+                logits,
+                checkpoints / START,
+                checkpoints / iteration,
+                host,
+            )
 
 
-def _run_reinforcement(verb: str, iteration: str, params: Params, root: Path, host: Host) -> Manifest | None:
+def _run_reinforcement(
+    verb: str, iteration: str, params: Params, root: Path, host: Host
+) -> Manifest | None:
     stage = importlib.import_module(f"stages.{verb}")
     checkpoints, trajectories = root / "checkpoints", root / "trajectories" / iteration
     student = checkpoints / params.reinforcements[iteration]
@@ -213,14 +302,22 @@ def _check_what_follows(params: Params, student: Path, teacher: Path) -> None:
     from vla_opd.experts import EXPERTS
     from vla_opd.learning.bin_transfer import require_actions
     from vla_opd.learning.objectives import OBJECTIVES, ON_DECISIONS
-    from vla_opd.policies.checkpoint import glance, open_checkpoint, require_environment  # these bring torch, and --help can do without
+    from vla_opd.policies.checkpoint import (
+        glance,
+        open_checkpoint,
+        require_environment,
+    )  # these bring torch, and --help can do without
 
     named_function(params.optimize.objective, {**OBJECTIVES, **ON_DECISIONS}, "optimize.objective")
     if params.label.expert is not None:
         named_function(params.label.expert, EXPERTS, "label.expert")
-    facts = open_checkpoint(teacher).facts  # its bytes too: nobody reads them before `label`. The student's, the stage checks
+    facts = open_checkpoint(
+        teacher
+    ).facts  # its bytes too: nobody reads them before `label`. The student's, the stage checks
     require_environment(facts, params.environment, str(teacher))
-    require_actions(glance(student).facts, facts.action_space, str(teacher), transfer=params.label.transfer)
+    require_actions(
+        glance(student).facts, facts.action_space, str(teacher), transfer=params.label.transfer
+    )
     _require_trainable(params, "optimize", student)
 
 
@@ -229,7 +326,9 @@ def _require_trainable(params: Params, verb: str, student: Path) -> None:
     from vla_opd.policies import lora
     from vla_opd.policies.checkpoint import glance
 
-    lora.require_trainable(getattr(params, verb).lora, lora.beside(student), glance(student).dtypes, verb)
+    lora.require_trainable(
+        getattr(params, verb).lora, lora.beside(student), glance(student).dtypes, verb
+    )
 
 
 def _known(key: str | None, choices: object, field: str) -> str:

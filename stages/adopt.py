@@ -29,10 +29,14 @@ def run(params: Params, name: str, out: Path, host: Host) -> Manifest:
     assert isinstance(facts.policy, Architecture), "public facts are of an OpenVLA-OFT"
     tokenizer = read_tokenizer(folder)
     if tokenizer is None:
-        raise ValueError(f"{folder}: has no {TOKENIZER}; expected the checkpoint's own, by which instructions are put to it")
+        raise ValueError(
+            f"{folder}: has no {TOKENIZER}; expected the checkpoint's own, by which instructions are put to it"
+        )
     first = tokenizer.encode(QUESTION).ids[0]
     if first != BEGIN:
-        raise ValueError(f"{folder / TOKENIZER}: begins a prompt with id {first}; expected {BEGIN}, the beginning of a sequence (BOS)")
+        raise ValueError(
+            f"{folder / TOKENIZER}: begins a prompt with id {first}; expected {BEGIN}, the beginning of a sequence (BOS)"
+        )
     settings: dict[str, Any] = {
         "name": name,
         "adopt": its.model_dump(exclude={"folder"}),
@@ -41,9 +45,15 @@ def run(params: Params, name: str, out: Path, host: Host) -> Manifest:
     }
     if STATISTICS not in settings["sources"]:
         settings["statistics"] = CONFIG
-    with draft(out, "checkpoint", {}, settings) as work, track(host, params.run.name, "adopt", name, settings):
+    with (
+        draft(out, "checkpoint", {}, settings) as work,
+        track(host, params.run.name, "adopt", name, settings),
+    ):
         with work.part(WEIGHTS) as path:
-            save_weights(path, public_weights(folder, facts.policy, facts.action_space, getattr(torch, its.dtype)))
+            save_weights(
+                path,
+                public_weights(folder, facts.policy, facts.action_space, getattr(torch, its.dtype)),
+            )
         with work.part(TOKENIZER) as path:
             shutil.copyfile(folder / TOKENIZER, path)
         return work.publish({"checkpoint": facts.model_dump()})
@@ -56,6 +66,10 @@ def _require_benchmark(environment: EnvironmentParams) -> None:
         wanted |= {"cameras": ("agentview",), "image_size": 256, "wording": "benchmark"}
     for field, expected in wanted.items():
         if (value := getattr(environment, field)) != expected:
-            raise ValueError(f"environment.{field} is {value!r}; expected {expected!r}, with which public checkpoints were trained")
+            raise ValueError(
+                f"environment.{field} is {value!r}; expected {expected!r}, with which public checkpoints were trained"
+            )
     if len(environment.cameras) != 1:
-        raise ValueError(f"environment.cameras is {list(environment.cameras)}; expected one, the third-person camera")
+        raise ValueError(
+            f"environment.cameras is {list(environment.cameras)}; expected one, the third-person camera"
+        )

@@ -39,12 +39,17 @@ def run(params: Params, name: str, out: Path, host: Host) -> Manifest:
         "chunk": params.policy.chunk,
     }
     slots = {
-        shard_name(number, first): [(task, slot) for slot in range(first, min(first + SLOTS_PER_SHARD, wanted.episodes))]
+        shard_name(number, first): [
+            (task, slot) for slot in range(first, min(first + SLOTS_PER_SHARD, wanted.episodes))
+        ]
         for number, task in enumerate(tasks)
         for first in range(0, wanted.episodes, SLOTS_PER_SHARD)
     }
     tally = Tally()
-    with draft(out, "demonstrations", {}, settings) as work, track(host, params.run.name, "demonstrate", name, settings) as log:
+    with (
+        draft(out, "demonstrations", {}, settings) as work,
+        track(host, params.run.name, "demonstrate", name, settings) as log,
+    ):
         failures = _fill(params, name, environment, work, slots, host, tally)
         log({"failures": failures, **tally.as_metrics()}, 0)
         return work.publish({"tasks": list(tasks), "episodes": wanted.episodes * len(tasks)})
@@ -53,14 +58,31 @@ def run(params: Params, name: str, out: Path, host: Host) -> Manifest:
 Slot = tuple[str, int]
 
 
-def _fill(params: Params, name: str, environment: EnvironmentParams, work: Draft, slots: dict[str, list[Slot]], host: Host, tally: Tally) -> int:
+def _fill(
+    params: Params,
+    name: str,
+    environment: EnvironmentParams,
+    work: Draft,
+    slots: dict[str, list[Slot]],
+    host: Host,
+    tally: Tally,
+) -> int:
     """Write the shards that are not there yet, each as soon as all its slots have a success. Returns the number of failed episodes."""
     missing = {shard: slots[shard] for shard in work.missing(slots)}
     done: dict[Slot, Episode] = {}
     total, left = (sum(map(len, shards.values())) for shards in (slots, missing))
-    with tqdm(total=total, initial=total - left, desc=f"demonstrate {name}", unit="episode", mininterval=5) as bar:
+    with tqdm(
+        total=total, initial=total - left, desc=f"demonstrate {name}", unit="episode", mininterval=5
+    ) as bar:
         failures = 0
-        for slot, episode in _tries(params, name, environment, [slot for members in missing.values() for slot in members], host, tally):
+        for slot, episode in _tries(
+            params,
+            name,
+            environment,
+            [slot for members in missing.values() for slot in members],
+            host,
+            tally,
+        ):
             work.remember(tally.environment)
             if not episode.success:
                 failures += 1
@@ -69,11 +91,20 @@ def _fill(params: Params, name: str, environment: EnvironmentParams, work: Draft
             bar.update()
             for shard in [s for s, members in missing.items() if all(m in done for m in members)]:
                 with work.part(shard) as path:
-                    write_shard(path, [done.pop(m) for m in missing.pop(shard)], params.policy.chunk)
+                    write_shard(
+                        path, [done.pop(m) for m in missing.pop(shard)], params.policy.chunk
+                    )
     return failures
 
 
-def _tries(params: Params, name: str, environment: EnvironmentParams, slots: list[Slot], host: Host, tally: Tally) -> Iterator[tuple[Slot, Episode]]:
+def _tries(
+    params: Params,
+    name: str,
+    environment: EnvironmentParams,
+    slots: list[Slot],
+    host: Host,
+    tally: Tally,
+) -> Iterator[tuple[Slot, Episode]]:
     """Episodes until every slot has a success; where the expert fails, the slot's next placement. RuntimeError if it fails too often in one."""
     for attempt in range(params.demonstrate.attempts):
         failed: list[Slot] = []
@@ -89,12 +120,20 @@ def _tries(params: Params, name: str, environment: EnvironmentParams, slots: lis
 
 
 def _attempt(
-    params: Params, name: str, environment: EnvironmentParams, slots: list[Slot], attempt: int, host: Host, tally: Tally
+    params: Params,
+    name: str,
+    environment: EnvironmentParams,
+    slots: list[Slot],
+    attempt: int,
+    host: Host,
+    tally: Tally,
 ) -> Iterator[tuple[Slot, Episode]]:
     jobs = {}
     for task, slot in slots:
         index = derive(params.run.seed, "demonstrate", name, task, slot, attempt)
         jobs[Job(Placement(task, "training", index), slot, derive(index, "noise"))] = (task, slot)
     found = {(job.placement, job.member): slot for job, slot in jobs.items()}
-    for episode in demonstrate(jobs, environment, params.demonstrate, PoolSettings(host.workers, host.timeout_s), tally):
+    for episode in demonstrate(
+        jobs, environment, params.demonstrate, PoolSettings(host.workers, host.timeout_s), tally
+    ):
         yield found[episode.placement, episode.member], episode

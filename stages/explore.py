@@ -40,17 +40,37 @@ def run(params: Params, iteration: str, student: Path, out: Path, host: Host) ->
         groups, useful = list[tuple[Episode, ...]](), 0
         for number in range(its.rounds):
             tried = _round(params, iteration, number)
-            fill(tried, policy, params.environment, rolled, work, host, tally, f"explore, round {number + 1}")
+            fill(
+                tried,
+                policy,
+                params.environment,
+                rolled,
+                work,
+                host,
+                tally,
+                f"explore, round {number + 1}",
+            )
             if not host.share.whole:
                 log(tally.as_metrics(), 0)
                 return None
-            groups += [read_shard(work.folder / shard) for shard in tried]  # not what a killed attempt left of later rounds
-            useful = sum(its.keeps(sum(episode.success for episode in group) / len(group)) for group in groups)
+            groups += [
+                read_shard(work.folder / shard) for shard in tried
+            ]  # not what a killed attempt left of later rounds
+            useful = sum(
+                its.keeps(sum(episode.success for episode in group) / len(group))
+                for group in groups
+            )
             if useful >= wanted:
                 break
-        facts = {**counts([episode for group in groups for episode in group]), "groups": len(groups), "useful_groups": useful}
+        facts = {
+            **counts([episode for group in groups for episode in group]),
+            "groups": len(groups),
+            "useful_groups": useful,
+        }
         log({**facts, **tally.as_metrics()}, 0)
-        return work.publish({**facts, "protocol": "held-out", "action_space": checkpoint.facts.action_space.digest})
+        return work.publish(
+            {**facts, "protocol": "held-out", "action_space": checkpoint.facts.action_space.digest}
+        )
 
 
 def _round(params: Params, iteration: str, number: int) -> dict[str, list[Job]]:
@@ -61,5 +81,8 @@ def _round(params: Params, iteration: str, number: int) -> dict[str, list[Job]]:
         for prompt in range(number * prompts, (number + 1) * prompts):
             seed = derive(params.run.learning_seed, "explore", iteration, task, prompt)
             placement = Placement(task, "training", seed)
-            groups[shard_name(index, prompt)] = [Job(placement, member, derive(seed, "member", member)) for member in range(params.explore.group)]
+            groups[shard_name(index, prompt)] = [
+                Job(placement, member, derive(seed, "member", member))
+                for member in range(params.explore.group)
+            ]
     return groups

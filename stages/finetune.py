@@ -25,17 +25,27 @@ from vla_opd.machine.tracking import track
 from vla_opd.params.run import Params
 from vla_opd.params.stages import PretrainedParams
 from vla_opd.policies import lora
-from vla_opd.policies.checkpoint import Checkpoint, CheckpointFacts, open_checkpoint, require_environment
+from vla_opd.policies.checkpoint import (
+    Checkpoint,
+    CheckpointFacts,
+    open_checkpoint,
+    require_environment,
+)
 from vla_opd.policies.load import Policy, build_policy, load_policy
 from vla_opd.policies.tiny import extend_vocabulary
 from vla_opd.seeds import derive
 
 
-def run(params: Params, name: str, demonstrations: Path, parent: Path | None, out: Path, host: Host) -> Manifest:
+def run(
+    params: Params, name: str, demonstrations: Path, parent: Path | None, out: Path, host: Host
+) -> Manifest:
     """Train the checkpoint `name` on (some of) a set of demonstrations, from its parent's weights if it has one."""
     made, sft = params.trained[name], params.finetune
     seed = params.run.seed if made.seed is None else made.seed
-    source, origin = open_artifact(demonstrations, "demonstrations"), open_checkpoint(parent) if parent else None
+    source, origin = (
+        open_artifact(demonstrations, "demonstrations"),
+        open_checkpoint(parent) if parent else None,
+    )
     parents = {"demonstrations": source.digest} | ({"parent": origin.digest} if origin else {})
     settings = {
         "seed": seed,
@@ -49,17 +59,46 @@ def run(params: Params, name: str, demonstrations: Path, parent: Path | None, ou
     torch.set_num_threads(sft.threads)
     states = read_states(shards(demonstrations), made.per_task)
     facts = _facts(params, states, origin)
-    with fsdp.shared_draft(out, "checkpoint", parents, settings) as work, track(host, params.run.name, "finetune", name, settings) as log:
+    with (
+        fsdp.shared_draft(out, "checkpoint", parents, settings) as work,
+        track(host, params.run.name, "finetune", name, settings) as log,
+    ):
         policy = _policy(facts, origin, derive(seed, "finetune", name), host.device)
         bins = policy.encode(states.labels)
-        states_of = order(np.arange(len(states)), sft.batch_size, derive(seed, "finetune", name, "order"))
-        loss = _loss(bins, states, smoothed_targets(facts.action_space.bins, sft.smoothing), states_of)
-        evidence = Evidence(host.not_finite(params.run.name), lambda step: _examples(states, bins, states_of(step)))
-        lora.prepare(policy, sft.lora if origin else None, derive(seed, "finetune", name), "finetune")
-        with fsdp.sharded(policy) as shared, lora.recomputing(shared, wanted=sft.gradient_checkpointing):
-            rows, _ = train(shared, loss, _budget(made, params), work.scratch, None, f"finetune {name}", log, evidence)
+        states_of = order(
+            np.arange(len(states)), sft.batch_size, derive(seed, "finetune", name, "order")
+        )
+        loss = _loss(
+            bins, states, smoothed_targets(facts.action_space.bins, sft.smoothing), states_of
+        )
+        evidence = Evidence(
+            host.not_finite(params.run.name), lambda step: _examples(states, bins, states_of(step))
+        )
+        lora.prepare(
+            policy, sft.lora if origin else None, derive(seed, "finetune", name), "finetune"
+        )
+        with (
+            fsdp.sharded(policy) as shared,
+            lora.recomputing(shared, wanted=sft.gradient_checkpointing),
+        ):
+            rows, _ = train(
+                shared,
+                loss,
+                _budget(made, params),
+                work.scratch,
+                None,
+                f"finetune {name}",
+                log,
+                evidence,
+            )
         write(work, policy, origin, rows, None)
-        return work.publish({"checkpoint": facts.model_dump(), "states": len(states), "episodes": int(states.episode[-1]) + 1})
+        return work.publish(
+            {
+                "checkpoint": facts.model_dump(),
+                "states": len(states),
+                "episodes": int(states.episode[-1]) + 1,
+            }
+        )
 
 
 def _facts(params: Params, states: States, parent: Checkpoint | None) -> CheckpointFacts:
@@ -69,7 +108,9 @@ def _facts(params: Params, states: States, parent: Checkpoint | None) -> Checkpo
         require_environment(parent.facts, params.environment, str(parent.folder))
         known = parent.facts.vocabulary  # empty, if it has a tokenizer
         vocabulary = extend_vocabulary(known, instructions) if known else ()
-        return parent.facts.model_copy(update={"vocabulary": vocabulary, "environment": params.environment})
+        return parent.facts.model_copy(
+            update={"vocabulary": vocabulary, "environment": params.environment}
+        )
     shape, proprio = params.policy, states.observations.proprio
     return CheckpointFacts(
         policy=shape,
@@ -77,24 +118,37 @@ def _facts(params: Params, states: States, parent: Checkpoint | None) -> Checkpo
         environment=params.environment,
         vocabulary=extend_vocabulary((), instructions),
         proprio_mean=tuple(proprio.mean(0, dtype=np.float64).tolist()) if shape.proprio else (),
-        proprio_std=tuple((proprio.std(0, dtype=np.float64) + 1e-3).tolist()) if shape.proprio else (),
+        proprio_std=tuple((proprio.std(0, dtype=np.float64) + 1e-3).tolist())
+        if shape.proprio
+        else (),
     )
 
 
 def _policy(facts: CheckpointFacts, parent: Checkpoint | None, seed: int, device: str) -> Any:
     torch.manual_seed(seed)
-    policy = build_policy(facts).to(device) if parent is None else load_policy(replace(parent, facts=facts), device)
+    policy = (
+        build_policy(facts).to(device)
+        if parent is None
+        else load_policy(replace(parent, facts=facts), device)
+    )
     return policy.train()
 
 
 def _budget(made: PretrainedParams, params: Params) -> Budget:
     sft = params.finetune
     peak = made.learning_rate
-    schedule = Schedule(peak, peak * sft.final_fraction, round(made.steps * sft.warmup_fraction), made.steps)
+    schedule = Schedule(
+        peak, peak * sft.final_fraction, round(made.steps * sft.warmup_fraction), made.steps
+    )
     return Budget(made.steps, schedule, sft.gradient_clip, sft.weight_decay, sft.save_every)
 
 
-def _loss(bins: Int16[np.ndarray, "N K"], states: States, soft: Float[Tensor, "V V"], states_of: Callable[[int], Int[np.ndarray, " B"]]) -> Loss:
+def _loss(
+    bins: Int16[np.ndarray, "N K"],
+    states: States,
+    soft: Float[Tensor, "V V"],
+    states_of: Callable[[int], Int[np.ndarray, " B"]],
+) -> Loss:
     """-sum_v q(v) log p(v) over valid tokens, q the row of `soft` that is the demonstrated bin's. states_of: step -> its batch of them."""
 
     def loss(policy: Policy, step: int) -> Means:
@@ -104,15 +158,27 @@ def _loss(bins: Int16[np.ndarray, "N K"], states: States, soft: Float[Tensor, "V
         mask = torch.from_numpy(states.mask[rows]).to(log_probs.device)
         with torch.no_grad():
             hit = masked_mean((log_probs.argmax(-1) == target.argmax(-1)).float(), mask).item()
-        return Means(masked_mean(-(target * log_probs).sum(-1), mask), {"accuracy": hit}, int(states.mask[rows].sum()))
+        return Means(
+            masked_mean(-(target * log_probs).sum(-1), mask),
+            {"accuracy": hit},
+            int(states.mask[rows].sum()),
+        )
 
     return loss
 
 
-def _examples(states: States, bins: Int16[np.ndarray, "N K"], rows: Int[np.ndarray, " B"]) -> dict[str, np.ndarray]:
+def _examples(
+    states: States, bins: Int16[np.ndarray, "N K"], rows: Int[np.ndarray, " B"]
+) -> dict[str, np.ndarray]:
     """Some states with their demonstrated bins, by name, and which they are."""
     seen = states.observations.at(rows)
-    return {"states": rows, "frames": seen.frames, "proprio": seen.proprio, "mask": states.mask[rows], "bins": bins[rows]}
+    return {
+        "states": rows,
+        "frames": seen.frames,
+        "proprio": seen.proprio,
+        "mask": states.mask[rows],
+        "bins": bins[rows],
+    }
 
 
 def smoothed_targets(bins: int, sigma: float) -> Float[Tensor, "V V"]:

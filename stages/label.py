@@ -30,7 +30,9 @@ from vla_opd.simulation.rollout import Job, PoolSettings, RolloutSettings, Tally
 Result = TypeVar("Result")
 
 
-def run(params: Params, teacher: Path, trajectories: Path, out: Path, host: Host) -> Manifest | None:
+def run(
+    params: Params, teacher: Path, trajectories: Path, out: Path, host: Host
+) -> Manifest | None:
     """Store log p_T over all V bins, shard by shard. The store names the trajectories and the teacher's action space by digest.
 
     None once a share of the shards is made.
@@ -49,14 +51,29 @@ def run(params: Params, teacher: Path, trajectories: Path, out: Path, host: Host
         named_function(label.expert, EXPERTS, "label.expert")
     settings = {"label": label.model_dump(), "device": host.device}
     parents = {"teacher": checkpoint.digest, "trajectories": source.digest}
-    with draft(out, "logits", parents, settings, host.share) as work, track(host, params.run.name, "label", out.name, settings) as log:
+    with (
+        draft(out, "logits", parents, settings, host.share) as work,
+        track(host, params.run.name, "label", out.name, settings) as log,
+    ):
         torch.set_num_threads(label.threads)
-        simulation = _Simulation(environment, source.params["sample"]["horizon"], PoolSettings(host.workers, host.timeout_s), Tally())
+        simulation = _Simulation(
+            environment,
+            source.params["sample"]["horizon"],
+            PoolSettings(host.workers, host.timeout_s),
+            Tally(),
+        )
         asked = _Asked(label, load_policy(checkpoint, host.device), space, trajectories, simulation)
         names = [shard.name for shard in shards(trajectories)]
         missing = work.missing(names)
         found, wanted = asked.about(missing), len(host.share.of(names))
-        for name, labels in tqdm(found, initial=wanted - len(missing), total=wanted, desc="label", unit="shard", mininterval=5):
+        for name, labels in tqdm(
+            found,
+            initial=wanted - len(missing),
+            total=wanted,
+            desc="label",
+            unit="shard",
+            mininterval=5,
+        ):
             if simulation.tally.environment:
                 work.remember(simulation.tally.environment)
             with work.part(name) as path:
@@ -67,13 +84,18 @@ def run(params: Params, teacher: Path, trajectories: Path, out: Path, host: Host
             return None
         facts = _facts([work.folder / name for name in names], int(source.facts["states"]))
         log({**facts, **simulation.tally.as_metrics()}, 0)
-        return work.publish({**facts, "action_space": space.model_dump(), "environment": environment.model_dump()})
+        return work.publish(
+            {**facts, "action_space": space.model_dump(), "environment": environment.model_dump()}
+        )
 
 
 def _facts(paths: Sequence[Path], states: int) -> dict[str, float]:
     """What the labels cost, and from what share of the states the teacher still succeeds, if that was tried."""
     costs, recoverable = zip(*map(read_outcome, paths), strict=True)
-    facts: dict[str, float] = {"teacher_queries": states + sum(one.decisions for one in costs), "env_steps": sum(one.env_steps for one in costs)}
+    facts: dict[str, float] = {
+        "teacher_queries": states + sum(one.decisions for one in costs),
+        "env_steps": sum(one.env_steps for one in costs),
+    }
     tried = [one for one in recoverable if one is not None]
     return facts | ({"recoverable": float(np.concatenate(tried).mean())} if tried else {})
 
@@ -110,11 +132,15 @@ class _Asked:
         """The teacher's, of a shard. FloatingPointError at the first state whose label is not finite."""
         states, dtype = read_states([self.trajectories / name]), self.label.dtype
         if states.mask.shape[1] != self.space.tokens:
-            raise ValueError(f"{self.trajectories / name}: has {states.mask.shape[1]} tokens a state; expected the teacher's {self.space.tokens}")
+            raise ValueError(
+                f"{self.trajectories / name}: has {states.mask.shape[1]} tokens a state; expected the teacher's {self.space.tokens}"
+            )
         observations = states.observations
         batches = in_batches(np.arange(len(observations)), self.label.batch_size)
         with torch.inference_mode(), threads(self.label.threads):
-            under_way = (normalised(self.teacher.logits(observations.at(rows)), dtype) for rows in batches)
+            under_way = (
+                normalised(self.teacher.logits(observations.at(rows)), dtype) for rows in batches
+            )
             labels = np.concatenate([log_probs() for log_probs in _one_behind(under_way)])
         spoilt = np.flatnonzero(~np.isfinite(labels).all((1, 2)))
         if len(spoilt):
@@ -127,24 +153,49 @@ class _Asked:
     def _recovered(self, names: Sequence[str], every: int) -> Iterator[tuple[str, Labels]]:
         """The teacher's labels, and from which states it still succeeds, greedily."""
         recorded, its = self._recorded(names), self.simulation
-        found = take_over(self.teacher, _all(recorded), its.environment, RolloutSettings(its.horizon, None), every, its.pool, its.tally)
+        found = take_over(
+            self.teacher,
+            _all(recorded),
+            its.environment,
+            RolloutSettings(its.horizon, None),
+            every,
+            its.pool,
+            its.tally,
+        )
         for name, ones in _by_shard(recorded, found):
             cost = Cost(sum(one.env_steps for one in ones), sum(one.decisions for one in ones))
-            yield name, Labels(self._log_probs(name), np.concatenate([one.recoverable for one in ones]), cost=cost)
+            yield (
+                name,
+                Labels(
+                    self._log_probs(name),
+                    np.concatenate([one.recoverable for one in ones]),
+                    cost=cost,
+                ),
+            )
 
     def _by_expert(self, names: Sequence[str], expert: str) -> Iterator[tuple[str, Labels]]:
         """The expert's actions, as distributions around their bins."""
         recorded, its, space = self._recorded(names), self.simulation, self.space
         found = ask(_all(recorded), its.environment, expert, space.chunk, its.pool, its.tally)
         for name, ones in _by_shard(recorded, found):
-            labels = spread(self.teacher.encode(np.concatenate([one.actions for one in ones])), space.bins, self.label.smoothing, self.label.dtype)
+            labels = spread(
+                self.teacher.encode(np.concatenate([one.actions for one in ones])),
+                space.bins,
+                self.label.smoothing,
+                self.label.dtype,
+            )
             executed = np.concatenate([one.executed for one in ones])
             yield name, Labels(labels, given=executed, cost=Cost(env_steps=int(executed.sum())))
 
     def _recorded(self, names: Sequence[str]) -> dict[str, dict[Job, Recorded]]:
         """What leads to the states of some shards again."""
         return {
-            name: {Job(e.placement, e.member, 0): Recorded(e.placement, e.success, e.actions, e.step, e.proprio) for e in read_shard(path)}
+            name: {
+                Job(e.placement, e.member, 0): Recorded(
+                    e.placement, e.success, e.actions, e.step, e.proprio
+                )
+                for e in read_shard(path)
+            }
             for name, path in ((name, self.trajectories / name) for name in names)
         }
 
@@ -163,7 +214,9 @@ def _all(recorded: Mapping[str, Mapping[Job, Recorded]]) -> dict[Job, Recorded]:
     return {job: one for episodes in recorded.values() for job, one in episodes.items()}
 
 
-def _by_shard(recorded: Mapping[str, Mapping[Job, Recorded]], found: Iterable[tuple[Job, Result]]) -> Iterator[tuple[str, list[Result]]]:
+def _by_shard(
+    recorded: Mapping[str, Mapping[Job, Recorded]], found: Iterable[tuple[Job, Result]]
+) -> Iterator[tuple[str, list[Result]]]:
     """What was found of the episodes of each shard, in their order, as soon as it is all there."""
     home = {job: name for name, episodes in recorded.items() for job in episodes}
     arrived: dict[str, dict[Job, Result]] = {name: {} for name in recorded}

@@ -77,7 +77,13 @@ class Labelled:
     def at(self, rows: Int[np.ndarray, " B"]) -> dict[str, np.ndarray]:
         """Some states, by name, and which they are."""
         seen = self.observations.at(rows)
-        return {"states": rows, "frames": seen.frames, "proprio": seen.proprio, "mask": self.mask[rows], "teacher": self.teacher[rows]}
+        return {
+            "states": rows,
+            "frames": seen.frames,
+            "proprio": seen.proprio,
+            "mask": self.mask[rows],
+            "teacher": self.teacher[rows],
+        }
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,16 @@ class OnPolicy:
     to_go: Float[np.ndarray, " N"]
 
 
-def run(params: Params, iteration: str, student: Path, trajectories: Path, logits: Path, initial: Path, out: Path, host: Host) -> Manifest:
+def run(
+    params: Params,
+    iteration: str,
+    student: Path,
+    trajectories: Path,
+    logits: Path,
+    initial: Path,
+    out: Path,
+    host: Host,
+) -> Manifest:
     """One iteration's update. ValueError unless the logits label these trajectories, the student made these, and tokens mean the same actions.
 
     initial: the checkpoint that the run began with; it is opened only where `anchor` asks for it.
@@ -104,27 +119,76 @@ def run(params: Params, iteration: str, student: Path, trajectories: Path, logit
     parents = _require_alignment(checkpoint, trajectories, logits)
     anchor = _anchor(checkpoint, initial) if opt.anchor else None
     parents |= {} if anchor is None else {"anchor": anchor.digest}
-    settings = {"seed": params.run.learning_seed, "iteration": iteration, "optimize": opt.model_dump(), "device": host.device}
+    settings = {
+        "seed": params.run.learning_seed,
+        "iteration": iteration,
+        "optimize": opt.model_dump(),
+        "device": host.device,
+    }
     torch.set_num_threads(opt.threads)
-    own, earlier = _read(opt, trajectories, logits, checkpoint.facts.action_space), _earlier(params, iteration, trajectories, logits, out)
-    data = _together([own, *(_read(opt, *source, checkpoint.facts.action_space) for source in earlier)])
+    own, earlier = (
+        _read(opt, trajectories, logits, checkpoint.facts.action_space),
+        _earlier(params, iteration, trajectories, logits, out),
+    )
+    data = _together(
+        [own, *(_read(opt, *source, checkpoint.facts.action_space) for source in earlier)]
+    )
     depth = params.depth(iteration)
-    with fsdp.shared_draft(out, "checkpoint", parents, settings) as work, track(host, params.run.name, "optimize", iteration, settings) as log:
-        data = data if anchor is None else replace(data, initial=_scores(load_policy(anchor, host.device), data, opt))
+    with (
+        fsdp.shared_draft(out, "checkpoint", parents, settings) as work,
+        track(host, params.run.name, "optimize", iteration, settings) as log,
+    ):
+        data = (
+            data
+            if anchor is None
+            else replace(data, initial=_scores(load_policy(anchor, host.device), data, opt))
+        )
         policy = load_policy(checkpoint, host.device)
         before = _probe(policy, own, opt)
         seed = derive(params.run.learning_seed, "optimize", iteration)
         data = data if opt.states is None else replace(data, kept=_drawn(data, opt.states, seed))
         plan = budget(opt, depth, len(data.usable))
-        evidence = Evidence(host.not_finite(params.run.name), lambda step: data.at(order(data.usable, opt.batch_size, seed)(step)))
-        learn(policy, _loss(data, params, seed), opt, plan, work, checkpoint, f"optimize {iteration}", seed, log, evidence)
-        after, failed = _probe(policy, own, opt), failed_share(shards(trajectories), data.learnt[: len(own.mask)])
-        measured = {f"{when}/{name}": value for when, it in (("before", before), ("after", after)) for name, value in it.numbers.items()}
+        evidence = Evidence(
+            host.not_finite(params.run.name),
+            lambda step: data.at(order(data.usable, opt.batch_size, seed)(step)),
+        )
+        learn(
+            policy,
+            _loss(data, params, seed),
+            opt,
+            plan,
+            work,
+            checkpoint,
+            f"optimize {iteration}",
+            seed,
+            log,
+            evidence,
+        )
+        after, failed = (
+            _probe(policy, own, opt),
+            failed_share(shards(trajectories), data.learnt[: len(own.mask)]),
+        )
+        measured = {
+            f"{when}/{name}": value
+            for when, it in (("before", before), ("after", after))
+            for name, value in it.numbers.items()
+        }
         log({**measured, "failed_share": failed}, plan.end)
-        facts = {"checkpoint": checkpoint.facts.model_dump(), "before": before.model_dump(), "after": after.model_dump(), "failed_share": failed}
+        facts = {
+            "checkpoint": checkpoint.facts.model_dump(),
+            "before": before.model_dump(),
+            "after": after.model_dump(),
+            "failed_share": failed,
+        }
         labelled_in = _space(logits)
-        facts |= {} if labelled_in == checkpoint.facts.action_space else {"transferred_from": labelled_in.digest}
-        return work.publish({**facts, "depth": depth, "states": len(data.mask), "learnt_from": len(data.usable)})
+        facts |= (
+            {}
+            if labelled_in == checkpoint.facts.action_space
+            else {"transferred_from": labelled_in.digest}
+        )
+        return work.publish(
+            {**facts, "depth": depth, "states": len(data.mask), "learnt_from": len(data.usable)}
+        )
 
 
 def _require_alignment(student: Checkpoint, trajectories: Path, logits: Path) -> dict[str, str]:
@@ -145,17 +209,23 @@ def _anchor(student: Checkpoint, initial: Path) -> Checkpoint:
     return anchor
 
 
-def _earlier(params: Params, iteration: str, trajectories: Path, logits: Path, out: Path) -> Iterator[tuple[Path, Path]]:
+def _earlier(
+    params: Params, iteration: str, trajectories: Path, logits: Path, out: Path
+) -> Iterator[tuple[Path, Path]]:
     """Rollouts and labels of the `earlier` iterations before this one, the latest first. ValueError unless they are what those learnt from.
 
     DVC needn't be told of them: they are behind the checkpoint that this iteration starts from.
     """
-    for name in [one for one in params.chain(iteration)[1:] if one in params.iterations][: params.optimize.earlier]:
+    for name in [one for one in params.chain(iteration)[1:] if one in params.iterations][
+        : params.optimize.earlier
+    ]:
         made, where = out.with_name(name), (trajectories.with_name(name), logits.with_name(name))
         learnt = read_manifest(made, "checkpoint").parents
         for kind, folder in zip(("trajectories", "logits"), where, strict=True):
             if (found := open_artifact(folder, kind).digest) != learnt[kind]:
-                raise ValueError(f"{folder}: is {found[:12]}; expected {learnt[kind][:12]}, which {made} learnt from (optimize.earlier)")
+                raise ValueError(
+                    f"{folder}: is {found[:12]}; expected {learnt[kind][:12]}, which {made} learnt from (optimize.earlier)"
+                )
         yield where
 
 
@@ -173,7 +243,9 @@ def _together(parts: Sequence[Labelled]) -> Labelled:
 
 
 def _space(logits: Path) -> ActionSpace:
-    return ActionSpace.model_validate(read_manifest(logits, "logits").facts["action_space"])  # its files were hashed when the alignment was proved
+    return ActionSpace.model_validate(
+        read_manifest(logits, "logits").facts["action_space"]
+    )  # its files were hashed when the alignment was proved
 
 
 def _read(opt: OptimizeParams, trajectories: Path, logits: Path, space: ActionSpace) -> Labelled:
@@ -184,21 +256,32 @@ def _read(opt: OptimizeParams, trajectories: Path, logits: Path, space: ActionSp
     data = Labelled(
         observations=joined(states).observations,
         mask=np.concatenate([one.labelled(s.mask) for one, s in zip(labels, states, strict=True)]),
-        teacher=np.concatenate([one.log_probs if transfer is None else transfer(one.log_probs) for one in labels]),
+        teacher=np.concatenate(
+            [one.log_probs if transfer is None else transfer(one.log_probs) for one in labels]
+        ),
         kept=_recoverable(labels, logits) if opt.recoverable else None,
     )
     if opt.objective not in ON_DECISIONS:
         return data
     visited = read_manifest(trajectories, "trajectories")
     if "teacher" in visited.parents:
-        raise ValueError(f"{trajectories}: the teacher acted (sample.visited_by); expected the student, whose own tokens {opt.objective} learns from")
-    return replace(data, on_policy=_on_policy(data, read_decisions(paths, space.chunk), opt, visited.params["sample"]["temperature"]))
+        raise ValueError(
+            f"{trajectories}: the teacher acted (sample.visited_by); expected the student, whose own tokens {opt.objective} learns from"
+        )
+    return replace(
+        data,
+        on_policy=_on_policy(
+            data, read_decisions(paths, space.chunk), opt, visited.params["sample"]["temperature"]
+        ),
+    )
 
 
 def _recoverable(labels: Sequence[Labels], logits: Path) -> Bool[np.ndarray, " N"]:
     tried = [one.recoverable for one in labels if one.recoverable is not None]
     if len(tried) < len(labels):
-        raise ValueError(f"{logits}: doesn't say from which states the teacher still succeeds; expected labels made with label.recover_every")
+        raise ValueError(
+            f"{logits}: doesn't say from which states the teacher still succeeds; expected labels made with label.recover_every"
+        )
     return np.concatenate(tried)
 
 
@@ -209,12 +292,16 @@ def _drawn(data: Labelled, states: int, seed: int) -> Bool[np.ndarray, " N"]:
         return kept
     if states > len(usable):
         more = "sample.prompts makes more; optimize.recoverable leaves some out"
-        raise ValueError(f"optimize.states is {states}; expected at most the {len(usable)} states that there are to learn from ({more})")
+        raise ValueError(
+            f"optimize.states is {states}; expected at most the {len(usable)} states that there are to learn from ({more})"
+        )
     kept[np.random.default_rng(derive(seed, "states")).choice(usable, states, replace=False)] = True
     return kept
 
 
-def _on_policy(data: Labelled, decisions: Decisions, opt: OptimizeParams, temperature: float) -> OnPolicy:
+def _on_policy(
+    data: Labelled, decisions: Decisions, opt: OptimizeParams, temperature: float
+) -> OnPolicy:
     """The teacher is asked at every decision, each with the same weight. In the groups that GRPO learns from there is an advantage, too.
 
     GRPO's mean is over the episodes of those groups, the teacher's over all tokens: the advantage makes up for it.
@@ -224,7 +311,11 @@ def _on_policy(data: Labelled, decisions: Decisions, opt: OptimizeParams, temper
     if opt.objective == "mixed":
         graded, tokens = decisions.graded(data.learnt, opt), data.learnt.sum(1)
         there = there if opt.distill else graded.usable
-        advantage = graded.advantage * graded.weight * np.float32(tokens[there].sum() / max(1, tokens[graded.usable].sum()))
+        advantage = (
+            graded.advantage
+            * graded.weight
+            * np.float32(tokens[there].sum() / max(1, tokens[graded.usable].sum()))
+        )
     return OnPolicy(decisions, there, advantage, temperature, _to_go(data, decisions, opt))
 
 
@@ -233,10 +324,16 @@ def _to_go(data: Labelled, decisions: Decisions, opt: OptimizeParams) -> Float[n
     to_go = np.zeros(len(data.mask), np.float32)
     for episode in np.unique(decisions.episode) if opt.discount else ():
         rows = np.flatnonzero((decisions.episode == episode) & decisions.decided)
-        teacher = tempered(torch.from_numpy(data.teacher[rows]).float(), opt.teacher_temperature or opt.temperature)
-        rewards = of(teacher, torch.from_numpy(decisions.tokens[rows])) - torch.from_numpy(decisions.log_probs[rows])
+        teacher = tempered(
+            torch.from_numpy(data.teacher[rows]).float(), opt.teacher_temperature or opt.temperature
+        )
+        rewards = of(teacher, torch.from_numpy(decisions.tokens[rows])) - torch.from_numpy(
+            decisions.log_probs[rows]
+        )
         rewards = rewards if opt.clamp is None else rewards.clamp(-opt.clamp, opt.clamp)
-        to_go[rows] = rewards_to_go((rewards * torch.from_numpy(data.mask[rows])).sum(1), opt.discount).numpy()
+        to_go[rows] = rewards_to_go(
+            (rewards * torch.from_numpy(data.mask[rows])).sum(1), opt.discount
+        ).numpy()
     return to_go
 
 
@@ -244,12 +341,19 @@ def _scores(policy: Policy, data: Labelled, opt: OptimizeParams) -> Float[np.nda
     """A policy's log-probabilities at all states, at the student's temperature."""
     parts = in_batches(np.arange(len(data.mask)), opt.batch_size)
     with torch.inference_mode():
-        return np.concatenate([tempered(policy.logits(data.observations.at(rows)), opt.temperature).cpu().numpy() for rows in parts])
+        return np.concatenate(
+            [
+                tempered(policy.logits(data.observations.at(rows)), opt.temperature).cpu().numpy()
+                for rows in parts
+            ]
+        )
 
 
 def _loss(data: Labelled, params: Params, seed: int) -> Loss:
     opt = params.optimize
-    objective: Any = named_function(opt.objective, {**OBJECTIVES, **ON_DECISIONS}, "optimize.objective")
+    objective: Any = named_function(
+        opt.objective, {**OBJECTIVES, **ON_DECISIONS}, "optimize.objective"
+    )
     states = order(data.usable, opt.batch_size, seed)
 
     def loss(policy: Policy, step: int) -> Means:
@@ -261,7 +365,12 @@ def _loss(data: Labelled, params: Params, seed: int) -> Loss:
             values = values * confidence(batch.teacher, opt.confidence)
         total = masked_mean(values, mask)
         if data.initial is not None:
-            away = masked_mean(reverse_kl(replace(batch, teacher=torch.from_numpy(data.initial[rows]).to(values.device))), mask)
+            away = masked_mean(
+                reverse_kl(
+                    replace(batch, teacher=torch.from_numpy(data.initial[rows]).to(values.device))
+                ),
+                mask,
+            )
             total, row = total + opt.anchor * away, row | {"anchor_kl": away.item()}
         return Means(total, row, int(data.mask[rows].sum()))
 
@@ -275,7 +384,11 @@ def _diagnostics(batch: TokenBatch, mask: Bool[Tensor, "N K"]) -> Row:
     if opt.objective != "reverse_kl" or opt.anchor or opt.confidence:  # the loss is something else
         row["reverse_kl"] = masked_mean(reverse_kl(batch).detach(), mask).item()
     if opt.clamp is not None:
-        tokens, stale = (batch.tokens, batch.stale) if isinstance(batch, DecisionBatch) else (batch.draw(), None)
+        tokens, stale = (
+            (batch.tokens, batch.stale)
+            if isinstance(batch, DecisionBatch)
+            else (batch.draw(), None)
+        )
         row["clamp_fraction"] = masked_mean(clamped(batch, tokens, stale).float(), mask).item()
     if opt.objective == "mixed" and isinstance(batch, DecisionBatch):
         row["clip_fraction"] = masked_mean(clipped(batch.taken).float(), mask).item()
@@ -284,23 +397,46 @@ def _diagnostics(batch: TokenBatch, mask: Bool[Tensor, "N K"]) -> Row:
     return row
 
 
-def _token_batch(policy: Policy, data: Labelled, rows: np.ndarray, opt: OptimizeParams, seed: int) -> tuple[TokenBatch, Bool[Tensor, "N K"]]:
+def _token_batch(
+    policy: Policy, data: Labelled, rows: np.ndarray, opt: OptimizeParams, seed: int
+) -> tuple[TokenBatch, Bool[Tensor, "N K"]]:
     """Both distributions at some states, and what the rollout did there where the objective asks for it."""
-    logits = torch.cat([policy.logits(data.observations.at(part)) for part in in_batches(rows, opt.batch_size)])
+    logits = torch.cat(
+        [policy.logits(data.observations.at(part)) for part in in_batches(rows, opt.batch_size)]
+    )
     student = tempered(logits, opt.temperature)
-    teacher = tempered(torch.from_numpy(data.teacher[rows]).to(logits.device).float(), opt.teacher_temperature or opt.temperature)
-    mask, batch = torch.from_numpy(data.mask[rows]).to(logits.device), TokenBatch(student, teacher, lambda: drawn(student, seed), opt)
+    teacher = tempered(
+        torch.from_numpy(data.teacher[rows]).to(logits.device).float(),
+        opt.teacher_temperature or opt.temperature,
+    )
+    mask, batch = (
+        torch.from_numpy(data.mask[rows]).to(logits.device),
+        TokenBatch(student, teacher, lambda: drawn(student, seed), opt),
+    )
     return batch if data.on_policy is None else _decided(batch, logits, data.on_policy, rows), mask
 
 
-def _decided(batch: TokenBatch, logits: Float[Tensor, "N K V"], on_policy: OnPolicy, rows: np.ndarray) -> DecisionBatch:
+def _decided(
+    batch: TokenBatch, logits: Float[Tensor, "N K V"], on_policy: OnPolicy, rows: np.ndarray
+) -> DecisionBatch:
     def there(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array[rows]).to(logits.device)
 
     tokens = there(on_policy.decisions.tokens)
-    now, then = of(tempered(logits, on_policy.temperature), tokens), there(on_policy.decisions.log_probs)
+    now, then = (
+        of(tempered(logits, on_policy.temperature), tokens),
+        there(on_policy.decisions.log_probs),
+    )
     taken = Taken(now, then, there(on_policy.advantage), batch.settings)
-    return DecisionBatch(batch.student, batch.teacher, batch.draw, batch.settings, tokens=tokens, taken=taken, to_go=there(on_policy.to_go))
+    return DecisionBatch(
+        batch.student,
+        batch.teacher,
+        batch.draw,
+        batch.settings,
+        tokens=tokens,
+        taken=taken,
+        to_go=there(on_policy.to_go),
+    )
 
 
 def _probe(policy: Policy, data: Labelled, opt: OptimizeParams) -> Distance:

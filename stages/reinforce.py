@@ -56,22 +56,59 @@ class Rolled:
         }
 
 
-def run(params: Params, iteration: str, student: Path, trajectories: Path, out: Path, host: Host) -> Manifest:
+def run(
+    params: Params, iteration: str, student: Path, trajectories: Path, out: Path, host: Host
+) -> Manifest:
     """One iteration's update. ValueError unless the student made these trajectories."""
     checkpoint, its = open_checkpoint(student), params.reinforce
     visited = open_artifact(trajectories, "trajectories")
     require_own_rollouts(checkpoint, visited, trajectories)
-    settings = {"seed": params.run.learning_seed, "iteration": iteration, "reinforce": its.model_dump(), "device": host.device}
+    settings = {
+        "seed": params.run.learning_seed,
+        "iteration": iteration,
+        "reinforce": its.model_dump(),
+        "device": host.device,
+    }
     torch.set_num_threads(its.threads)
-    data, depth = _read(visited.params["explore"], trajectories, checkpoint.facts.action_space.chunk), params.depth(iteration)
+    data, depth = (
+        _read(visited.params["explore"], trajectories, checkpoint.facts.action_space.chunk),
+        params.depth(iteration),
+    )
     parents = {"student": checkpoint.digest, "trajectories": visited.digest}
-    with fsdp.shared_draft(out, "checkpoint", parents, settings) as work, track(host, params.run.name, "reinforce", iteration, settings) as log:
-        policy, seed = load_policy(checkpoint, host.device), derive(params.run.learning_seed, "reinforce", iteration)
+    with (
+        fsdp.shared_draft(out, "checkpoint", parents, settings) as work,
+        track(host, params.run.name, "reinforce", iteration, settings) as log,
+    ):
+        policy, seed = (
+            load_policy(checkpoint, host.device),
+            derive(params.run.learning_seed, "reinforce", iteration),
+        )
         before, plan = _probe(policy, data, its.batch_size), budget(its, depth, len(data.usable))
-        evidence = Evidence(host.not_finite(params.run.name), lambda step: data.at(order(data.usable, its.batch_size, seed)(step)))
-        learn(policy, _loss(data, its, seed), its, plan, work, checkpoint, f"reinforce {iteration}", seed, log, evidence)
+        evidence = Evidence(
+            host.not_finite(params.run.name),
+            lambda step: data.at(order(data.usable, its.batch_size, seed)(step)),
+        )
+        learn(
+            policy,
+            _loss(data, its, seed),
+            its,
+            plan,
+            work,
+            checkpoint,
+            f"reinforce {iteration}",
+            seed,
+            log,
+            evidence,
+        )
         after = _probe(policy, data, its.batch_size)
-        log({f"{when}/{name}": value for when, it in (("before", before), ("after", after)) for name, value in it.items()}, plan.end)
+        log(
+            {
+                f"{when}/{name}": value
+                for when, it in (("before", before), ("after", after))
+                for name, value in it.items()
+            },
+            plan.end,
+        )
         facts = {"checkpoint": checkpoint.facts.model_dump(), "before": before, "after": after}
         return work.publish({**facts, "depth": depth, "states": len(data.usable)})
 
@@ -80,7 +117,13 @@ def _read(explored: Mapping[str, Any], trajectories: Path, chunk: int) -> Rolled
     """explored: the settings that the trajectories were made with. By them it was decided which groups are to be learned from."""
     its, paths = ExploreParams.model_validate(explored), shards(trajectories)
     states, decisions = read_states(paths), read_decisions(paths, chunk)
-    return Rolled(states.observations, states.mask, decisions, decisions.graded(states.mask, its), its.temperature)
+    return Rolled(
+        states.observations,
+        states.mask,
+        decisions,
+        decisions.graded(states.mask, its),
+        its.temperature,
+    )
 
 
 def _loss(data: Rolled, its: ReinforceParams, seed: int) -> Loss:
@@ -94,7 +137,12 @@ def _loss(data: Rolled, its: ReinforceParams, seed: int) -> Loss:
             return torch.from_numpy(array[rows]).to(log_probs.device)
 
         mask, tokens = there(data.mask), there(data.decisions.tokens)
-        taken = Taken(of(log_probs, tokens), there(data.decisions.log_probs), there(data.graded.advantage), its)
+        taken = Taken(
+            of(log_probs, tokens),
+            there(data.decisions.log_probs),
+            there(data.graded.advantage),
+            its,
+        )
         row = {
             "student_entropy": masked_mean(entropy(log_probs.detach()), mask).item(),
             "clip_fraction": masked_mean(clipped(taken).float(), mask).item(),
@@ -109,6 +157,12 @@ def _probe(policy: Policy, data: Rolled, batch_size: int) -> dict[str, float]:
     """The student's entropy at the rollout's temperature, in nats a token, on a fixed selection of the states."""
     rows = probed(data.mask)
     with torch.inference_mode():
-        logits = torch.cat([policy.logits(data.observations.at(part)) for part in in_batches(rows, batch_size)])
+        logits = torch.cat(
+            [policy.logits(data.observations.at(part)) for part in in_batches(rows, batch_size)]
+        )
         log_probs = tempered(logits, data.temperature)
-        return {"student_entropy": masked_mean(entropy(log_probs), torch.from_numpy(data.mask[rows]).to(log_probs.device)).item()}
+        return {
+            "student_entropy": masked_mean(
+                entropy(log_probs), torch.from_numpy(data.mask[rows]).to(log_probs.device)
+            ).item()
+        }

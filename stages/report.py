@@ -12,7 +12,14 @@ from ruamel.yaml import YAML
 
 from vla_opd.analysis import html
 from vla_opd.analysis.evaluation import Score
-from vla_opd.analysis.finished_run import Evaluation, Iteration, IterationResult, Run, Step, read_run
+from vla_opd.analysis.finished_run import (
+    Evaluation,
+    Iteration,
+    IterationResult,
+    Run,
+    Step,
+    read_run,
+)
 from vla_opd.analysis.html import DRAWN_WITH, GRID, MUTED, PAPER, STUDENT, TEACHER, draw, percent
 from vla_opd.artifacts.draft import draft
 from vla_opd.artifacts.manifest import Manifest
@@ -25,7 +32,13 @@ if TYPE_CHECKING:
 
 TEMPLATE = "report.html.jinja"
 AXES = {"position": "action of the chunk", "dimension": "action dimension"}
-HORIZONS = (220, 280, 300, 512, 520)  # control steps: OpenVLA-OFT's of Spatial, Object, Goal and Long; SimpleVLA-RL's 512 of every suite
+HORIZONS = (
+    220,
+    280,
+    300,
+    512,
+    520,
+)  # control steps: OpenVLA-OFT's of Spatial, Object, Goal and Long; SimpleVLA-RL's 512 of every suite
 
 
 def run(params: Params, root: Path, out: Path, host: Host) -> Manifest:
@@ -37,7 +50,10 @@ def run(params: Params, root: Path, out: Path, host: Host) -> Manifest:
     found = read_run(params, root)
     results = found.results
     settings = {"parameters": params.model_dump(mode="json", exclude={"studies"})}
-    with draft(out, "report", found.parents, settings) as work, track(host, params.run.name, "report", out.name, settings) as log:
+    with (
+        draft(out, "report", found.parents, settings) as work,
+        track(host, params.run.name, "report", out.name, settings) as log,
+    ):
         log({role: getattr(results, role).success for role in ("start", "final", "teacher")}, 0)
         with work.part("results.json") as path:
             path.write_text(results.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -65,11 +81,21 @@ def render(run: Run) -> str:
         TEMPLATE,
         run=run,
         results=run.results,
-        headline=[("Before", seen[named.start]), ("After", seen[named.final]), ("Teacher", seen[named.teacher])],
+        headline=[
+            ("Before", seen[named.start]),
+            ("After", seen[named.final]),
+            ("Teacher", seen[named.teacher]),
+        ],
         share=lambda score: _share(score, run.results.teacher),
-        confidence=" / ".join(f"{value:.0%}" for value in sorted({one.confidence for one in seen.values()})),
+        confidence=" / ".join(
+            f"{value:.0%}" for value in sorted({one.confidence for one in seen.values()})
+        ),
         tasks=_tasks(run),
-        instructions={record.task: record.instruction for one in seen.values() for record in (*one.records, *one.unseen)},
+        instructions={
+            record.task: record.instruction
+            for one in seen.values()
+            for record in (*one.records, *one.unseen)
+        },
         horizons=_horizons(list(seen.values())),
         figures=_figures(run),
         axes=AXES,
@@ -80,8 +106,15 @@ def render(run: Run) -> str:
 
 def _tasks(run: Run) -> list[str]:
     """The run's tasks, then whatever else was evaluated."""
-    named = [*run.params.environment.tasks, *(task for one in run.evaluations.values() for task in one.facts.tasks)]
-    return [task for task in dict.fromkeys(named) if any(task in one.facts.tasks for one in run.evaluations.values())]
+    named = [
+        *run.params.environment.tasks,
+        *(task for one in run.evaluations.values() for task in one.facts.tasks),
+    ]
+    return [
+        task
+        for task in dict.fromkeys(named)
+        if any(task in one.facts.tasks for one in run.evaluations.values())
+    ]
 
 
 def _horizons(evaluations: Sequence[Evaluation]) -> list[int]:
@@ -108,8 +141,14 @@ def _figures(run: Run) -> dict[str, Markup]:
     if run.iterations:
         figures |= {"kl": _kl(run), "entropy": _entropy(run)}
         for axis in ("position", "dimension"):
-            said = [name for name in ("reverse_kl", "forward_kl") if getattr(run.iterations[-1].after.by_position, name)]
-            figures |= {f"{name}-{axis}": _kl_along(run, axis, name) for name in said} | {f"entropy-{axis}": _entropy_along(run, axis)}
+            said = [
+                name
+                for name in ("reverse_kl", "forward_kl")
+                if getattr(run.iterations[-1].after.by_position, name)
+            ]
+            figures |= {f"{name}-{axis}": _kl_along(run, axis, name) for name in said} | {
+                f"entropy-{axis}": _entropy_along(run, axis)
+            }
     if _stepped(run):
         figures |= {"kl-steps": _kl_steps(run), "entropy-steps": _entropy_steps(run)}
     return figures
@@ -119,7 +158,10 @@ def _success(run: Run) -> Markup:
     """Success against iterations: evaluations with their intervals, the teacher as a band, each iteration's own rollouts as a thin line."""
     teacher, placed = run.evaluations[run.params.report.teacher], _placed(run)
     chain = run.params.chain(run.params.evaluations[run.params.report.final])
-    told = "; ".join(f"{one.name} after {one.position} iterations {percent(one.facts.overall.success)}" for one in placed)
+    told = "; ".join(
+        f"{one.name} after {one.position} iterations {percent(one.facts.overall.success)}"
+        for one in placed
+    )
     alt = f"Success against iterations. {told}; teacher {percent(teacher.facts.overall.success)}."
 
     def paint(axes: "Axes") -> None:
@@ -135,8 +177,15 @@ def _success(run: Run) -> Markup:
             linewidth=1,
             label=f"{run.params.sample.visited_by}'s rollouts, sampled",
         )
-        _points(axes, [one for one in placed if one.checkpoint in chain], "student, greedy", line="-")
-        _points(axes, [one for one in placed if one.checkpoint not in chain], "other branches, greedy", line="none")
+        _points(
+            axes, [one for one in placed if one.checkpoint in chain], "student, greedy", line="-"
+        )
+        _points(
+            axes,
+            [one for one in placed if one.checkpoint not in chain],
+            "other branches, greedy",
+            line="none",
+        )
         axes.set(xlabel="iterations", ylabel="success", ylim=(-0.03, 1.03))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axes.locator_params(axis="x", integer=True)
@@ -146,7 +195,11 @@ def _success(run: Run) -> Markup:
 
 
 def _placed(run: Run) -> list[Evaluation]:
-    return [one for one in run.evaluations.values() if one.position is not None and one.name != run.params.report.teacher]
+    return [
+        one
+        for one in run.evaluations.values()
+        if one.position is not None and one.name != run.params.report.teacher
+    ]
 
 
 def _points(axes: "Axes", evaluations: Sequence[Evaluation], label: str, line: str) -> None:
@@ -173,7 +226,11 @@ def _points(axes: "Axes", evaluations: Sequence[Evaluation], label: str, line: s
 def _by_horizon(run: Run) -> Markup:
     """Which fraction of the episodes had succeeded by a control step: read at a shorter horizon, the score at it."""
     named = run.params.report
-    shown = {"before": (named.start, MUTED), "after": (named.final, STUDENT), "teacher": (named.teacher, TEACHER)}
+    shown = {
+        "before": (named.start, MUTED),
+        "after": (named.final, STUDENT),
+        "teacher": (named.teacher, TEACHER),
+    }
     alt = "Fraction of episodes that had succeeded by each control step, before, after, and for the teacher: the numbers are in the table below."
 
     def paint(axes: "Axes") -> None:
@@ -181,8 +238,20 @@ def _by_horizon(run: Run) -> Markup:
             one = run.evaluations[name]
             steps = sorted(record.steps for record in one.records if record.success)
             heights = [count / len(one.records) for count in range(len(steps) + 1)]
-            axes.step([0, *steps, one.facts.horizon], [*heights, heights[-1]], where="post", color=colour, linewidth=2, label=label)
-        axes.set(xlabel="control steps", ylabel="episodes that succeeded", ylim=(-0.03, 1.03), xlim=(0, None))
+            axes.step(
+                [0, *steps, one.facts.horizon],
+                [*heights, heights[-1]],
+                where="post",
+                color=colour,
+                linewidth=2,
+                label=label,
+            )
+        axes.set(
+            xlabel="control steps",
+            ylabel="episodes that succeeded",
+            ylim=(-0.03, 1.03),
+            xlim=(0, None),
+        )
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axes.legend(loc="upper left")
 
@@ -196,41 +265,96 @@ def _kl(run: Run) -> Markup:
 
     def paint(axes: "Axes") -> None:
         for x, row in enumerate(rows):
-            arrow = {"arrowstyle": "-|>", "color": STUDENT, "linewidth": 1.5, "shrinkA": 4, "shrinkB": 4}
-            axes.annotate("", (x, row.after.reverse_kl), (x, row.before.reverse_kl), arrowprops=arrow)
-        axes.plot([r.before.reverse_kl for r in rows], "o", color=STUDENT, markerfacecolor=PAPER, label="before the update")
+            arrow = {
+                "arrowstyle": "-|>",
+                "color": STUDENT,
+                "linewidth": 1.5,
+                "shrinkA": 4,
+                "shrinkB": 4,
+            }
+            axes.annotate(
+                "", (x, row.after.reverse_kl), (x, row.before.reverse_kl), arrowprops=arrow
+            )
+        axes.plot(
+            [r.before.reverse_kl for r in rows],
+            "o",
+            color=STUDENT,
+            markerfacecolor=PAPER,
+            label="before the update",
+        )
         axes.plot([r.after.reverse_kl for r in rows], "o", color=STUDENT, label="after")
         _name_iterations(axes, rows)
         axes.set(ylabel="reverse KL, nats a token", ylim=(0, None))
         axes.legend(loc="upper right")
 
-    return draw("kl", f"Reverse KL to the teacher in nats a token, before and after each iteration's update: {told}.", (450, 300), paint)
+    return draw(
+        "kl",
+        f"Reverse KL to the teacher in nats a token, before and after each iteration's update: {told}.",
+        (450, 300),
+        paint,
+    )
 
 
 def _entropy(run: Run) -> Markup:
     """Both entropies on each iteration's states, the student's before and after its update."""
     rows = [one.result for one in run.iterations]
-    told = "; ".join(f"{row.name} student {_change(row, 'student_entropy')}, teacher {row.after.teacher_entropy:.3f}" for row in rows)
+    told = "; ".join(
+        f"{row.name} student {_change(row, 'student_entropy')}, teacher {row.after.teacher_entropy:.3f}"
+        for row in rows
+    )
 
     def paint(axes: "Axes") -> None:
-        axes.plot([r.before.student_entropy for r in rows], "o-", color=STUDENT, markerfacecolor=PAPER, linewidth=1, label="student, before")
-        axes.plot([r.after.student_entropy for r in rows], "o-", color=STUDENT, linewidth=2, label="student, after")
-        axes.plot([r.after.teacher_entropy for r in rows], "s-", color=TEACHER, linewidth=1.5, label="teacher")
+        axes.plot(
+            [r.before.student_entropy for r in rows],
+            "o-",
+            color=STUDENT,
+            markerfacecolor=PAPER,
+            linewidth=1,
+            label="student, before",
+        )
+        axes.plot(
+            [r.after.student_entropy for r in rows],
+            "o-",
+            color=STUDENT,
+            linewidth=2,
+            label="student, after",
+        )
+        axes.plot(
+            [r.after.teacher_entropy for r in rows],
+            "s-",
+            color=TEACHER,
+            linewidth=1.5,
+            label="teacher",
+        )
         _name_iterations(axes, rows)
         axes.set(ylabel="entropy, nats a token")
         axes.legend(loc="best")
 
-    return draw("entropy", f"Entropy in nats a token on each iteration's states: {told}.", (450, 300), paint)
+    return draw(
+        "entropy", f"Entropy in nats a token on each iteration's states: {told}.", (450, 300), paint
+    )
 
 
 def _kl_along(run: Run, axis: str, which: str) -> Markup:
     """A KL by position or dimension: on the first iteration's states before its update, on the last one's after."""
-    first, last = (getattr(getattr(one, f"by_{axis}"), which) for one in (run.iterations[0].before, run.iterations[-1].after))
+    first, last = (
+        getattr(getattr(one, f"by_{axis}"), which)
+        for one in (run.iterations[0].before, run.iterations[-1].after)
+    )
     name = which.replace("_kl", " KL")
 
     def paint(axes: "Axes") -> None:
-        _profile(axes, first, color=STUDENT, markerfacecolor=PAPER, linewidth=1, label=f"before {run.iterations[0].result.name}")
-        _profile(axes, last, color=STUDENT, linewidth=2, label=f"after {run.iterations[-1].result.name}")
+        _profile(
+            axes,
+            first,
+            color=STUDENT,
+            markerfacecolor=PAPER,
+            linewidth=1,
+            label=f"before {run.iterations[0].result.name}",
+        )
+        _profile(
+            axes, last, color=STUDENT, linewidth=2, label=f"after {run.iterations[-1].result.name}"
+        )
         axes.set(xlabel=AXES[axis], ylabel=f"{name}, nats a token", ylim=(0, None))
         axes.legend(loc="best")
 
@@ -249,11 +373,21 @@ def _entropy_along(run: Run, axis: str) -> Markup:
         axes.legend(loc="best")
 
     told = f"student {_listed(last.student_entropy)}; teacher {_listed(last.teacher_entropy)}"
-    return draw(f"entropy-{axis}", f"Entropy by {AXES[axis]} after the last iteration: {told}.", (450, 280), paint)
+    return draw(
+        f"entropy-{axis}",
+        f"Entropy by {AXES[axis]} after the last iteration: {told}.",
+        (450, 280),
+        paint,
+    )
 
 
 def _profile(axes: "Axes", values: Sequence[float | None], **style: Any) -> None:
-    axes.plot(range(1, len(values) + 1), [math.nan if value is None else value for value in values], "o-", **style)
+    axes.plot(
+        range(1, len(values) + 1),
+        [math.nan if value is None else value for value in values],
+        "o-",
+        **style,
+    )
     axes.locator_params(axis="x", integer=True)
 
 
@@ -276,11 +410,18 @@ def _kl_steps(run: Run) -> Markup:
 
     def paint(axes: "Axes") -> None:
         for one in _stepped(run):
-            axes.plot(_numbers(run, one), [step.kl for step in one.steps], color=STUDENT, linewidth=1.2)
+            axes.plot(
+                _numbers(run, one), [step.kl for step in one.steps], color=STUDENT, linewidth=1.2
+            )
         axes.set(xlabel="optimiser step", ylabel="reverse KL, nats a token", ylim=(0, None))
         _mark_iterations(axes, run)
 
-    return draw("kl-steps", f"Reverse KL of every optimiser step's batch in nats a token: {_ends(run, lambda step: step.kl)}.", (450, 280), paint)
+    return draw(
+        "kl-steps",
+        f"Reverse KL of every optimiser step's batch in nats a token: {_ends(run, lambda step: step.kl)}.",
+        (450, 280),
+        paint,
+    )
 
 
 def _entropy_steps(run: Run) -> Markup:
@@ -289,14 +430,23 @@ def _entropy_steps(run: Run) -> Markup:
     def paint(axes: "Axes") -> None:
         for one in _stepped(run):
             numbers, teacher = _numbers(run, one), one.result.before.teacher_entropy
-            axes.plot(numbers, [step.student_entropy for step in one.steps], color=STUDENT, linewidth=1.2)
-            axes.plot([numbers[0], numbers[-1] + 1], [teacher, teacher], color=TEACHER, linewidth=1.5)
+            axes.plot(
+                numbers, [step.student_entropy for step in one.steps], color=STUDENT, linewidth=1.2
+            )
+            axes.plot(
+                [numbers[0], numbers[-1] + 1], [teacher, teacher], color=TEACHER, linewidth=1.5
+            )
         axes.set(xlabel="optimiser step", ylabel="entropy, nats a token")
         _mark_iterations(axes, run)
         axes.legend(axes.get_lines()[:2], ("student", "teacher"), loc="best")
 
     told = _ends(run, lambda step: step.student_entropy)
-    return draw("entropy-steps", f"The student's entropy on every optimiser step's batch in nats a token: {told}.", (450, 280), paint)
+    return draw(
+        "entropy-steps",
+        f"The student's entropy on every optimiser step's batch in nats a token: {told}.",
+        (450, 280),
+        paint,
+    )
 
 
 def _numbers(run: Run, iteration: Iteration) -> range:

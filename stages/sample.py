@@ -20,7 +20,9 @@ from vla_opd.simulation.collect import counts, fill
 from vla_opd.simulation.rollout import Job, RolloutSettings, Tally
 
 
-def run(params: Params, iteration: str, student: Path, teacher: Path, out: Path, host: Host) -> Manifest | None:
+def run(
+    params: Params, iteration: str, student: Path, teacher: Path, out: Path, host: Host
+) -> Manifest | None:
     """Roll the student out. Its placements are seeded resets, never the evaluation's initial states, unless `sample.protocol` says `benchmark`.
 
     None once a share of the shards is made.
@@ -45,29 +47,59 @@ def run(params: Params, iteration: str, student: Path, teacher: Path, out: Path,
         track(host, params.run.name, "sample", iteration, settings) as log,
     ):
         its = params.sample
-        rolled = RolloutSettings(its.horizon, its.temperature, its.observe_every, its.inference_batch)
-        fill(groups, load_policy(actor, host.device, graphs=host.graphs), params.environment, rolled, work, host, tally, "sample")
+        rolled = RolloutSettings(
+            its.horizon, its.temperature, its.observe_every, its.inference_batch
+        )
+        fill(
+            groups,
+            load_policy(actor, host.device, graphs=host.graphs),
+            params.environment,
+            rolled,
+            work,
+            host,
+            tally,
+            "sample",
+        )
         if not host.share.whole:
             log(tally.as_metrics(), 0)
             return None
         found = counts([episode for shard in shards(work.folder) for episode in read_shard(shard)])
         log({**found, **tally.as_metrics()}, 0)
-        return work.publish({**found, "protocol": params.sample.protocol, "action_space": checkpoint.facts.action_space.digest})
+        return work.publish(
+            {
+                **found,
+                "protocol": params.sample.protocol,
+                "action_space": checkpoint.facts.action_space.digest,
+            }
+        )
 
 
 def _groups(params: Params, iteration: str) -> dict[str, list[Job]]:
     """The jobs of every shard."""
     groups: dict[str, list[Job]] = {}
     for number, task in enumerate(params.environment.tasks):
-        states = _benchmark_states(params, iteration, task) if params.sample.protocol == "benchmark" else None
+        states = (
+            _benchmark_states(params, iteration, task)
+            if params.sample.protocol == "benchmark"
+            else None
+        )
         for prompt in range(params.sample.prompts):
             index = derive(params.run.learning_seed, "sample", iteration, task, prompt)
-            placement = Placement(task, "training", index) if states is None else Placement(task, "evaluation", int(states[prompt]))
-            jobs = [Job(placement, member, derive(index, "member", member)) for member in range(params.sample.group)]
+            placement = (
+                Placement(task, "training", index)
+                if states is None
+                else Placement(task, "evaluation", int(states[prompt]))
+            )
+            jobs = [
+                Job(placement, member, derive(index, "member", member))
+                for member in range(params.sample.group)
+            ]
             groups[shard_name(number, prompt)] = jobs
     return groups
 
 
 def _benchmark_states(params: Params, iteration: str, task: str) -> Int[np.ndarray, " S"]:
     """The evaluation's own initial states in random order: no two prompts of an iteration share one."""
-    return np.random.default_rng(derive(params.run.learning_seed, "sample", iteration, task, "states")).permutation(EVALUATION_STATES)
+    return np.random.default_rng(
+        derive(params.run.learning_seed, "sample", iteration, task, "states")
+    ).permutation(EVALUATION_STATES)

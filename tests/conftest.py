@@ -26,7 +26,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
-    items.sort(key=lambda item: not any(mark.name == "slow" for mark in item.getparent(pytest.Module).own_markers))
+    items.sort(
+        key=lambda item: (
+            not any(mark.name == "slow" for mark in item.getparent(pytest.Module).own_markers)
+        )
+    )
 
 
 @pytest.fixture(scope="session")

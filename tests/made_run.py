@@ -19,7 +19,15 @@ TREE = {
     "environment": {"tasks": TASKS},
     "demonstrations": {"main": {"episodes": 5}},
     "pretrained": {"teacher": {"demonstrations": "main", "steps": 10, "learning_rate": 1e-3}},
-    "finetuned": {"student": {"parent": "teacher", "demonstrations": "main", "per_task": 1, "steps": 5, "learning_rate": 1e-3}},
+    "finetuned": {
+        "student": {
+            "parent": "teacher",
+            "demonstrations": "main",
+            "per_task": 1,
+            "steps": 5,
+            "learning_rate": 1e-3,
+        }
+    },
     "sample": {"prompts": 1, "group": 4},
     "iterations": {"it001": "student", "it002": "it001", "it003": "it002"},
     "evaluations": {"teacher": "teacher", "start": "student", "it002": "it002", "final": "it003"},
@@ -32,10 +40,17 @@ def params(**changes: object) -> Params:
 
 def score(outcomes: list[bool]) -> dict[str, float]:
     interval = binomtest(sum(outcomes), len(outcomes)).proportion_ci(0.95, method="wilson")
-    return {"success": sum(outcomes) / len(outcomes), "low": interval.low, "high": interval.high, "episodes": len(outcomes)}
+    return {
+        "success": sum(outcomes) / len(outcomes),
+        "low": interval.low,
+        "high": interval.high,
+        "episodes": len(outcomes),
+    }
 
 
-def publish_evaluation(folder: Path, checkpoint: Manifest, successes: tuple[int, ...], horizon: int = 280) -> None:
+def publish_evaluation(
+    folder: Path, checkpoint: Manifest, successes: tuple[int, ...], horizon: int = 280
+) -> None:
     records = [
         {
             "task": task,
@@ -54,21 +69,32 @@ def publish_evaluation(folder: Path, checkpoint: Manifest, successes: tuple[int,
         "env_steps": sum(r["steps"] for r in records),
         "horizon": horizon,
     }
-    with draft(folder, "evaluation", {"checkpoint": checkpoint.digest}, {"seed": 3, "evaluate": {"confidence": 0.95, "horizon": horizon}}) as work:
+    with draft(
+        folder,
+        "evaluation",
+        {"checkpoint": checkpoint.digest},
+        {"seed": 3, "evaluate": {"confidence": 0.95, "horizon": horizon}},
+    ) as work:
         with work.part("episodes.jsonl") as path:
-            path.write_text("".join(json.dumps(record, sort_keys=True) + "\n" for record in records))
+            path.write_text(
+                "".join(json.dumps(record, sort_keys=True) + "\n" for record in records)
+            )
         work.publish(facts)
 
 
 def publish_finetuned(folder: Path) -> Manifest:
-    with draft(folder, "checkpoint", {"demonstrations": "d" * 64}, {"seed": 3, "name": folder.name}) as work:
+    with draft(
+        folder, "checkpoint", {"demonstrations": "d" * 64}, {"seed": 3, "name": folder.name}
+    ) as work:
         with work.part("model.safetensors") as path:
             path.write_bytes(folder.name.encode())
         work.remember({"backend": "egl"})
         return work.publish({"checkpoint": {}, "states": 50, "episodes": 5})
 
 
-def publish_iteration(root: Path, name: str, depth: int, student: Manifest, teacher: Manifest) -> Manifest:
+def publish_iteration(
+    root: Path, name: str, depth: int, student: Manifest, teacher: Manifest
+) -> Manifest:
     sampled = {
         "episodes": 8,
         "success": (2 + 2 * depth) / 8,
@@ -77,11 +103,25 @@ def publish_iteration(root: Path, name: str, depth: int, student: Manifest, teac
         "protocol": "held-out",
         "action_space": "a",
     }
-    with draft(root / "trajectories" / name, "trajectories", {"student": student.digest}, {"iteration": name}) as work:
+    with draft(
+        root / "trajectories" / name,
+        "trajectories",
+        {"student": student.digest},
+        {"iteration": name},
+    ) as work:
         trajectories = work.publish(sampled)
-    with draft(root / "logits" / name, "logits", {"teacher": teacher.digest, "trajectories": trajectories.digest}, {"label": {}}) as work:
+    with draft(
+        root / "logits" / name,
+        "logits",
+        {"teacher": teacher.digest, "trajectories": trajectories.digest},
+        {"label": {}},
+    ) as work:
         logits = work.publish({"teacher_queries": 550 + depth, "action_space": {}})
-    parents = {"student": student.digest, "trajectories": trajectories.digest, "logits": logits.digest}
+    parents = {
+        "student": student.digest,
+        "trajectories": trajectories.digest,
+        "logits": logits.digest,
+    }
     before, after = 1.9 / (depth + 1), 1.1 / (depth + 1)
     rows = [
         {
@@ -92,20 +132,39 @@ def publish_iteration(root: Path, name: str, depth: int, student: Manifest, teac
         }
         for i in range(20)
     ]
-    with draft(root / "checkpoints" / name, "checkpoint", parents, {"iteration": name, "optimize": {"steps": 20}}) as work:
-        for part, text in {"model.safetensors": name, "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in rows)}.items():
+    with draft(
+        root / "checkpoints" / name,
+        "checkpoint",
+        parents,
+        {"iteration": name, "optimize": {"steps": 20}},
+    ) as work:
+        for part, text in {
+            "model.safetensors": name,
+            "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in rows),
+        }.items():
             with work.part(part) as path:
                 path.write_text(text)
         probes = {
             "before": distance(before, 2.5 + depth / 4),
             "after": distance(after, 2.75 + depth / 4),
         }
-        return work.publish({"checkpoint": {}, "depth": depth, "states": 560, "failed_share": 0.6 - depth / 10, **probes})
+        return work.publish(
+            {
+                "checkpoint": {},
+                "depth": depth,
+                "states": 560,
+                "failed_share": 0.6 - depth / 10,
+                **probes,
+            }
+        )
 
 
 def distance(reverse_kl: float, entropy: float) -> dict[str, object]:
     """Of a student to its teacher; in the second action of three no token is valid."""
-    kl = {"reverse_kl": [reverse_kl, None, reverse_kl / 2], "forward_kl": [2 * reverse_kl, None, reverse_kl]}
+    kl = {
+        "reverse_kl": [reverse_kl, None, reverse_kl / 2],
+        "forward_kl": [2 * reverse_kl, None, reverse_kl],
+    }
     profile = kl | {"student_entropy": [entropy, None, 1.0], "teacher_entropy": [3.3, None, 1.5]}
     return {
         "reverse_kl": reverse_kl,
@@ -120,14 +179,36 @@ def distance(reverse_kl: float, entropy: float) -> dict[str, object]:
 
 
 def publish_reinforcement(root: Path, name: str, student: Manifest) -> Manifest:
-    rolled = {"episodes": 32, "success": 0.5, "env_steps": 3100, "states": 400, "groups": 4, "useful_groups": 3}
-    with draft(root / "trajectories" / name, "trajectories", {"student": student.digest}, {"iteration": name}) as work:
+    rolled = {
+        "episodes": 32,
+        "success": 0.5,
+        "env_steps": 3100,
+        "states": 400,
+        "groups": 4,
+        "useful_groups": 3,
+    }
+    with draft(
+        root / "trajectories" / name,
+        "trajectories",
+        {"student": student.digest},
+        {"iteration": name},
+    ) as work:
         trajectories = work.publish(rolled)
     parents = {"student": student.digest, "trajectories": trajectories.digest}
     with draft(root / "checkpoints" / name, "checkpoint", parents, {"iteration": name}) as work:
         with work.part("metrics.jsonl") as path:
-            path.write_text('{"loss": 0.1, "student_entropy": 4.0, "gradient_norm": 0.25, "clip_fraction": 0.125}\n' * 7)
-        return work.publish({"checkpoint": {}, "depth": 0, "before": {"student_entropy": 4.125}, "after": {"student_entropy": 4.0}})
+            path.write_text(
+                '{"loss": 0.1, "student_entropy": 4.0, "gradient_norm": 0.25, "clip_fraction": 0.125}\n'
+                * 7
+            )
+        return work.publish(
+            {
+                "checkpoint": {},
+                "depth": 0,
+                "before": {"student_entropy": 4.125},
+                "after": {"student_entropy": 4.0},
+            }
+        )
 
 
 def publish_run(root: Path) -> None:

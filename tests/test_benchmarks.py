@@ -13,7 +13,10 @@ def test_what_a_device_does_is_counted_and_said(tmp_path: Path) -> None:
     checkpoint = gpu.described(tmp_path, tiny=True, dtype=torch.float32)
     said = gpu.lines(checkpoint, 1, 1, torch.device("cpu"))
     assert list(said) == ["forward", "alone", "step"]
-    assert all("tokens/s, utilisation unknown" in line and "peak not measured, planned 0.0" in line for line in said.values())
+    assert all(
+        "tokens/s, utilisation unknown" in line and "peak not measured, planned 0.0" in line
+        for line in said.values()
+    )
 
 
 def test_products_are_two_for_each_weight_and_token(tmp_path: Path) -> None:
@@ -23,10 +26,20 @@ def test_products_are_two_for_each_weight_and_token(tmp_path: Path) -> None:
         policy = gpu.of_facts(checkpoint.facts)
 
     def weights(module: torch.nn.Module) -> int:
-        return sum(one.weight.numel() for one in module.modules() if isinstance(one, torch.nn.Linear))
+        return sum(
+            one.weight.numel() for one in module.modules() if isinstance(one, torch.nn.Linear)
+        )
 
     towers = weights(policy.dino) + weights(policy.siglip) + weights(policy.projector)
-    expected = 2 * (towers * gpu.PATCHES + weights(policy.language_model) * gpu.SEQUENCE + weights(policy.head) * 56)
+    expected = 2 * (
+        towers * gpu.PATCHES
+        + weights(policy.language_model) * gpu.SEQUENCE
+        + weights(policy.head) * 56
+    )
     forward = gpu.products(checkpoint, 1)
-    assert forward == pytest.approx(expected, rel=0.03)  # and attention, and the pictures' first convolution
-    assert gpu.products(checkpoint, 1, OptimizeParams(lora_rank=32)) == pytest.approx(2 * forward, rel=0.1)
+    assert forward == pytest.approx(
+        expected, rel=0.03
+    )  # and attention, and the pictures' first convolution
+    assert gpu.products(checkpoint, 1, OptimizeParams(lora_rank=32)) == pytest.approx(
+        2 * forward, rel=0.1
+    )

@@ -47,7 +47,9 @@ def trace(tmp_path: Path) -> Path:
     return tmp_path / "pwned"
 
 
-def publish(folder: Path, kind: Kind, files: dict[str, bytes], facts: dict[str, object] | None = None) -> Path:
+def publish(
+    folder: Path, kind: Kind, files: dict[str, bytes], facts: dict[str, object] | None = None
+) -> Path:
     """An artifact with these files, sound in itself."""
     with draft(folder, kind, {}, {}) as work:
         for name, content in files.items():
@@ -58,7 +60,12 @@ def publish(folder: Path, kind: Kind, files: dict[str, bytes], facts: dict[str, 
 
 
 def checkpoint(folder: Path, weights: bytes, **facts: object) -> Path:
-    return publish(folder, "checkpoint", {"model.safetensors": weights}, {"checkpoint": small.FACTS.model_dump(mode="json") | facts})
+    return publish(
+        folder,
+        "checkpoint",
+        {"model.safetensors": weights},
+        {"checkpoint": small.FACTS.model_dump(mode="json") | facts},
+    )
 
 
 def test_a_pickle_in_the_place_of_weights_is_refused(tmp_path: Path, trace: Path) -> None:
@@ -69,7 +76,17 @@ def test_a_pickle_in_the_place_of_weights_is_refused(tmp_path: Path, trace: Path
 
 
 @pytest.mark.parametrize(
-    "name", ["weights.pt", "weights.bin", "weights.ckpt", "model.pkl", "data.npy", "data.npz", "notes.txt", "shard-000.zarr.zip"]
+    "name",
+    [
+        "weights.pt",
+        "weights.bin",
+        "weights.ckpt",
+        "model.pkl",
+        "data.npy",
+        "data.npz",
+        "notes.txt",
+        "shard-000.zarr.zip",
+    ],
 )
 def test_a_pickle_under_any_name_is_never_opened(tmp_path: Path, trace: Path, name: str) -> None:
     folder = publish(tmp_path / "logits", "logits", {name: pickle.dumps(Bomb(trace))})
@@ -80,8 +97,12 @@ def test_a_pickle_under_any_name_is_never_opened(tmp_path: Path, trace: Path, na
     assert not trace.exists()
 
 
-@pytest.mark.parametrize("name", ["zarr.json", "log_probs/zarr.json", "log_probs/c/0/0/0", "extra/zarr.json"])
-def test_a_pickle_in_the_place_of_a_shards_member_is_never_opened(tmp_path: Path, trace: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["zarr.json", "log_probs/zarr.json", "log_probs/c/0/0/0", "extra/zarr.json"]
+)
+def test_a_pickle_in_the_place_of_a_shards_member_is_never_opened(
+    tmp_path: Path, trace: Path, name: str
+) -> None:
     path = shard(tmp_path / "shard-000")
     rewrite(path, members(path) | {name: pickle.dumps(Bomb(trace))})
     with pytest.raises(ValueError, match=re.escape(str(path))):
@@ -98,7 +119,9 @@ def test_a_header_that_is_larger_than_the_file_is_refused(tmp_path: Path, header
 def test_a_checkpoint_that_names_code_of_its_own_is_refused(tmp_path: Path) -> None:
     """The custom of `auto_map` and `trust_remote_code`: a description may name nothing that this version doesn't know."""
     with pytest.raises(ValueError, match="auto_map"):
-        open_checkpoint(checkpoint(tmp_path / "it", b"", auto_map={"AutoModel": "modeling_evil.Evil"}))
+        open_checkpoint(
+            checkpoint(tmp_path / "it", b"", auto_map={"AutoModel": "modeling_evil.Evil"})
+        )
 
 
 def shard(path: Path, **described: object) -> Path:
@@ -116,11 +139,23 @@ def chunked(*sizes: int) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("described", "told"),
     [
-        ({"shape": [10**12, 256, 256], "chunk_grid": chunked(16, 256, 256)}, r"its arrays would take \d+ GB; expected at most"),
-        ({"shape": [10**6, 256, 1], "chunk_grid": chunked(16, 256, 1)}, "has 62500 chunks; expected no more than the 3 members of the zip"),
-        ({"shape": [10**9, 1, 1], "chunk_grid": chunked(16, 1, 1)}, "has 62500000 chunks; expected no more than the 3"),
+        (
+            {"shape": [10**12, 256, 256], "chunk_grid": chunked(16, 256, 256)},
+            r"its arrays would take \d+ GB; expected at most",
+        ),
+        (
+            {"shape": [10**6, 256, 1], "chunk_grid": chunked(16, 256, 1)},
+            "has 62500 chunks; expected no more than the 3 members of the zip",
+        ),
+        (
+            {"shape": [10**9, 1, 1], "chunk_grid": chunked(16, 1, 1)},
+            "has 62500000 chunks; expected no more than the 3",
+        ),
         ({"shape": [10**12, 0, 1], "chunk_grid": chunked(1, 1, 1)}, "in chunks of"),
-        ({"shape": [3, 2, 3], "chunk_grid": chunked(3 * 10**8, 2, 3)}, r"in chunks of \(300000000, 2, 3\); expected numbers in \(16, 2, 3\)"),
+        (
+            {"shape": [3, 2, 3], "chunk_grid": chunked(3 * 10**8, 2, 3)},
+            r"in chunks of \(300000000, 2, 3\); expected numbers in \(16, 2, 3\)",
+        ),
         ({"chunk_grid": chunked(0, 2, 3)}, ""),
         ({"shape": [], "chunk_grid": chunked()}, ""),
         ({"chunk_grid": chunked(1, 2, 3)}, "in chunks of"),
@@ -130,12 +165,19 @@ def chunked(*sizes: int) -> dict[str, object]:
         ({"data_type": "string"}, ""),
         ({"codecs": [{"name": "pickle", "configuration": {}}]}, ""),
         (
-            {"codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, *[{"name": "zstd", "configuration": {"level": 1}}] * 2]},
+            {
+                "codecs": [
+                    {"name": "bytes", "configuration": {"endian": "little"}},
+                    *[{"name": "zstd", "configuration": {"level": 1}}] * 2,
+                ]
+            },
             "is packed by",
         ),
     ],
 )
-def test_an_array_that_would_fill_the_memory_or_is_not_of_numbers_is_refused(tmp_path: Path, described: dict[str, object], told: str) -> None:
+def test_an_array_that_would_fill_the_memory_or_is_not_of_numbers_is_refused(
+    tmp_path: Path, described: dict[str, object], told: str
+) -> None:
     path = shard(tmp_path / "shard-000", **described)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ValueError, match=f"{re.escape(str(path))}.*{told}"):
@@ -147,28 +189,50 @@ def zeros(blocks: int, says_its_size: bool) -> bytes:
     """A Zstandard frame of blocks of 128 KiB of zeros, four bytes each (RFC 8878: a block of one repeated byte)."""
     size, block = (2**17 * blocks).to_bytes(4, "little"), 1 << 1 | 2**17 << 3
     head = bytes([0b1000_0000, 0b0011_1000, *size]) if says_its_size else bytes([0, 0b0011_1000])
-    return bytes.fromhex("28b52ffd") + head + b"".join((block | (n == blocks - 1)).to_bytes(3, "little") + b"\0" for n in range(blocks))
+    return (
+        bytes.fromhex("28b52ffd")
+        + head
+        + b"".join((block | (n == blocks - 1)).to_bytes(3, "little") + b"\0" for n in range(blocks))
+    )
 
 
 @pytest.mark.parametrize("says_its_size", [True, False])
-def test_a_chunk_that_unpacks_to_more_than_a_chunk_is_refused_before_there_is_room_for_it(tmp_path: Path, says_its_size: bool) -> None:
+def test_a_chunk_that_unpacks_to_more_than_a_chunk_is_refused_before_there_is_room_for_it(
+    tmp_path: Path, says_its_size: bool
+) -> None:
     assert numcodecs.Zstd().decode(zeros(3, says_its_size)) == bytes(3 * 2**17)
     path = tmp_path / "shard-000"
     write_shard(path, Labels(np.zeros((1, 2, 3), np.float16)))
     frame = zeros(8192, says_its_size)  # a gigabyte in 33 kB
-    rewrite(path, members(path) | {"log_probs/c/0/0/0": frame + google_crc32c.value(frame).to_bytes(4, "little")})
+    rewrite(
+        path,
+        members(path)
+        | {"log_probs/c/0/0/0": frame + google_crc32c.value(frame).to_bytes(4, "little")},
+    )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ValueError, match=rf"log_probs/c/0/0/0 unpacks to {2**30 if says_its_size else None} bytes, not 192"):
+    with pytest.raises(
+        ValueError,
+        match=rf"log_probs/c/0/0/0 unpacks to {2**30 if says_its_size else None} bytes, not 192",
+    ):
         read_shard(path, 1)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 50_000  # KiB
 
 
 def test_a_store_of_the_format_that_knows_pickles_is_refused(tmp_path: Path, trace: Path) -> None:
     """Zarr's version 2 has a codec for them; whether it runs is left to another package there."""
-    array = {"zarr_format": 2, "shape": [1], "chunks": [1], "dtype": "|O", "fill_value": None, "order": "C"}
+    array = {
+        "zarr_format": 2,
+        "shape": [1],
+        "chunks": [1],
+        "dtype": "|O",
+        "fill_value": None,
+        "order": "C",
+    }
     inside = {
         ".zgroup": json.dumps({"zarr_format": 2}).encode(),
-        "log_probs/.zarray": json.dumps(array | {"filters": [{"id": "vlen-utf8"}], "compressor": {"id": "pickle"}}).encode(),
+        "log_probs/.zarray": json.dumps(
+            array | {"filters": [{"id": "vlen-utf8"}], "compressor": {"id": "pickle"}}
+        ).encode(),
         "log_probs/0": pickle.dumps(Bomb(trace)),
     }
     for disguise in ({}, {"log_probs/zarr.json": b"{}", "log_probs/c/0": b""}):
@@ -190,7 +254,9 @@ def test_a_manifest_that_names_files_elsewhere_is_refused(tmp_path: Path, name: 
         open_artifact(folder, "logits")
 
 
-def test_a_link_in_an_artifact_is_believed_only_if_it_leads_to_the_bytes_that_the_manifest_names(tmp_path: Path) -> None:
+def test_a_link_in_an_artifact_is_believed_only_if_it_leads_to_the_bytes_that_the_manifest_names(
+    tmp_path: Path,
+) -> None:
     """As it does where DVC's cache is linked into the workspace."""
     (tmp_path / "outside").write_bytes(b"secret")
     folder = publish(tmp_path / "it", "logits", {"file": b"weights"})
@@ -248,9 +314,27 @@ def test_a_few_lines_of_anchors_do_not_fill_the_memory_nor_the_screen(tmp_path: 
     assert len(str(refused.value)) < 10_000
 
 
-@pytest.mark.parametrize("name", ["../../etc", "/etc", "a/b", "..", ".hidden", "a b", "$(touch x)", "a;b", "`x`", "-rf", "a\nb", ""])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../etc",
+        "/etc",
+        "a/b",
+        "..",
+        ".hidden",
+        "a b",
+        "$(touch x)",
+        "a;b",
+        "`x`",
+        "-rf",
+        "a\nb",
+        "",
+    ],
+)
 @pytest.mark.parametrize("field", ["run.name", "label.teacher", "iterations"])
-def test_a_name_that_is_a_path_or_a_command_is_refused(tmp_path: Path, field: str, name: str) -> None:
+def test_a_name_that_is_a_path_or_a_command_is_refused(
+    tmp_path: Path, field: str, name: str
+) -> None:
     """Names end up in paths and, by dvc.yaml, in command lines."""
     tree = YAML(typ="safe").load(WHOLE)
     section, _, key = field.partition(".")
@@ -266,7 +350,9 @@ def test_a_name_that_is_a_path_or_a_command_is_refused(tmp_path: Path, field: st
 
 
 @pytest.mark.filterwarnings("ignore:no commit is recorded")  # outside a repository
-def test_secrets_in_the_environment_reach_nothing_that_a_stage_writes(undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_in_the_environment_reach_nothing_that_a_stage_writes(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import stages.__main__ as command
 
     secret = "hunter2-" + os.urandom(8).hex()
@@ -277,7 +363,9 @@ def test_secrets_in_the_environment_reach_nothing_that_a_stage_writes(undisturbe
     shutil.rmtree(tmp_path / "artifacts/small/report")
     monkeypatch.chdir(tmp_path)
     for stage in (["evaluate", "--name", "final"], ["report"]):
-        assert command.main([*stage, "--workers", "1", "--device", "cpu", "--tracking", "jsonl"]) == 0
+        assert (
+            command.main([*stage, "--workers", "1", "--device", "cpu", "--tracking", "jsonl"]) == 0
+        )
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert any(path.name == "executions.jsonl" for path in written)
     assert [path for path in written if secret.encode() in path.read_bytes()] == []

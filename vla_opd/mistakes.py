@@ -55,7 +55,11 @@ def message(error: BaseException) -> str:
 
 
 def _of_a_file(error: OSError) -> str:
-    name = error.filename.decode(errors="replace") if isinstance(error.filename, bytes) else error.filename
+    name = (
+        error.filename.decode(errors="replace")
+        if isinstance(error.filename, bytes)
+        else error.filename
+    )
     reason = error.strerror or ""
     expected = EXPECTED.get(error.errno or 0, "")
     return f"{name}: {reason[:1].lower()}{reason[1:]}{expected}"
@@ -66,7 +70,11 @@ def _of_a_library(error: RuntimeError) -> str:
     if "home directory" in str(error):  # in the words of pathlib, and of what DVC asks
         return f"HOME is {os.environ.get('HOME')!r}; expected a folder that you may write to: DVC and Prefect keep their settings there ({error})"
     frames = traceback.extract_tb(error.__traceback__)
-    ours = type(error) is not RuntimeError or not frames or (frames[-1].line or "").startswith("raise ")
+    ours = (
+        type(error) is not RuntimeError
+        or not frames
+        or (frames[-1].line or "").startswith("raise ")
+    )
     return str(error) if ours else f"{error} ({TRACEBACK}=1 shows where it was raised)"
 
 

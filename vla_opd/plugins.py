@@ -13,7 +13,9 @@ def named_function(name: str, known: Mapping[str, Function], field: str) -> Func
         return known[name]
     module, colon, attribute = name.partition(":")
     if not colon:
-        raise ValueError(f'{field} is {name!r}; expected one of {sorted(known)} or "package.module:function"')
+        raise ValueError(
+            f'{field} is {name!r}; expected one of {sorted(known)} or "package.module:function"'
+        )
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:

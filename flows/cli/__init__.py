@@ -32,7 +32,10 @@ def _obey(arguments: Sequence[str] | None) -> int:
         return done.code if isinstance(done.code, int) else 0
     except StageFailed as failure:
         last = terminal.last_lines(failure.said)
-        print(f"\n{failure.name} failed; its last lines were\n{last}\n\n  once that is put right, resume with  make run", file=sys.stderr)
+        print(
+            f"\n{failure.name} failed; its last lines were\n{last}\n\n  once that is put right, resume with  make run",
+            file=sys.stderr,
+        )
     except BrokenPipeError:  # the reader of a pipe, `head` for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (Exception, KeyboardInterrupt) as error:

@@ -25,13 +25,23 @@ def history(told: History) -> str:
         parts += ["", f"[bold]{kind}[/]: settings", _pairs(settings)]
     parts += ["", "[bold]versions[/]", _pairs(told.versions)]
     if told.missing:
-        parts += ["", f"[yellow]{len(told.missing)} artifacts of this history aren't here; their digests are all that is known of them[/]"]
+        parts += [
+            "",
+            f"[yellow]{len(told.missing)} artifacts of this history aren't here; their digests are all that is known of them[/]",
+        ]
     return _drawn(*parts)
 
 
 def differences(found: Sequence[Difference]) -> str:
     """What differs between two histories, a line each."""
-    return rows(["part", "what", "first", "second"], [(d.part, d.what, d.first, d.second) for d in found]) if found else "  nothing differs"
+    return (
+        rows(
+            ["part", "what", "first", "second"],
+            [(d.part, d.what, d.first, d.second) for d in found],
+        )
+        if found
+        else "  nothing differs"
+    )
 
 
 def findings(found: Sequence[Finding], checked: int) -> str:
@@ -53,12 +63,18 @@ class Evaluated:
 def evaluated(artifact: Artifact, horizon: int | None) -> Evaluated:
     """Open an evaluation. ValueError if it is none, or ran for less than `horizon`."""
     if artifact.manifest.kind != "evaluation":
-        raise ValueError(f"{artifact.name}: is of kind {artifact.manifest.kind}; expected an evaluation")
+        raise ValueError(
+            f"{artifact.name}: is of kind {artifact.manifest.kind}; expected an evaluation"
+        )
     manifest = open_artifact(artifact.folder, "evaluation")
     ran = int(manifest.facts["horizon"])
     if horizon is not None and horizon > ran:
-        raise ValueError(f"--horizon is {horizon}; expected at most {ran}, for which {artifact.name} ran")
-    return Evaluated(artifact.name, manifest.params["environment"], ran, read_records(artifact.folder))
+        raise ValueError(
+            f"--horizon is {horizon}; expected at most {ran}, for which {artifact.name} ran"
+        )
+    return Evaluated(
+        artifact.name, manifest.params["environment"], ran, read_records(artifact.folder)
+    )
 
 
 def compared(first: Evaluated, second: Evaluated, confidence: float, horizon: int | None) -> str:
@@ -69,22 +85,29 @@ def compared(first: Evaluated, second: Evaluated, confidence: float, horizon: in
                 f"environment.{field} is {ours!r} in {first.name} and {second.environment[field]!r} in {second.name}; expected the same in both"
             )
     if horizon is None and first.horizon != second.horizon:
-        raise ValueError(f"{first.name} ran for {first.horizon} control steps and {second.name} for {second.horizon}; expected --horizon")
+        raise ValueError(
+            f"{first.name} ran for {first.horizon} control steps and {second.name} for {second.horizon}; expected --horizon"
+        )
     whole = compare(first.records, second.records, confidence, horizon)
     shown: list[tuple[Any, ...]] = []
     for task in dict.fromkeys(record.task for record in first.records):
-        ours, theirs = ([record for record in one.records if record.task == task] for one in (first, second))
+        ours, theirs = (
+            [record for record in one.records if record.task == task] for one in (first, second)
+        )
         shown.append(_compared(task, compare(ours, theirs, confidence, horizon)))
     shown.append(_compared("all", whole))
     columns = ["task", "episodes", first.name, second.name, "first only", "second only"]
     told = (
-        f"  second - first: {whole.difference:+.1%}, {confidence:.0%} interval {whole.low:+.1%} ... {whole.high:+.1%} (paired bootstrap within tasks)"
+        f"  second - first: {whole.difference:+.1%}, {confidence:.0%} interval "
+        f"{whole.low:+.1%} ... {whole.high:+.1%} (paired bootstrap within tasks)"
     )
     return f"{rows(columns, shown)}\n{told}\n  McNemar's exact test: p = {whole.p:.3g}"
 
 
 def _compared(name: str, found: Comparison) -> tuple[Any, ...]:
-    successes = (f"{(found.both + alone) / found.episodes:.1%}" for alone in (found.first, found.second))
+    successes = (
+        f"{(found.both + alone) / found.episodes:.1%}" for alone in (found.first, found.second)
+    )
     return (name, found.episodes, *successes, found.first, found.second)
 
 

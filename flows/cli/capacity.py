@@ -23,17 +23,33 @@ def plan(run: Params, capacity_gb: float | None, processes: int = 1) -> tuple[st
     processes: that train together, each on such a device.
     ValueError for a checkpoint of which nothing is known yet.
     """
-    here, root = this_host(1, os.environ.get("OPD_DEVICE", "auto"), "none", Path()).device, ROOT / run.run.name
+    here, root = (
+        this_host(1, os.environ.get("OPD_DEVICE", "auto"), "none", Path()).device,
+        ROOT / run.run.name,
+    )
     capacity = _capacity(here) if capacity_gb is None else round(capacity_gb * 1e9)
     needs = memory_estimate.device(run, root, processes)
     table = rows(
-        ["on the device" if processes == 1 else f"on each of {processes} devices", "weights", "gradients", "moments", "activations", "together"],
+        [
+            "on the device" if processes == 1 else f"on each of {processes} devices",
+            "weights",
+            "gradients",
+            "moments",
+            "activations",
+            "together",
+        ],
         [_row(need) for need in needs],
     )
     device = f"{here}: {_size(capacity)}" if capacity_gb is None else _size(capacity)
     left = memory_estimate.stored(run, memory_estimate.described(run, root, START).facts)
-    held = left.held if processes == 1 else processes * (left.held + 2 * needs[0].weights)  # the policy whole, and what is cut up
-    where = "in the host's memory" if processes == 1 else f"in the memory of a host of all {processes}, with the policy twice for each"
+    held = (
+        left.held if processes == 1 else processes * (left.held + 2 * needs[0].weights)
+    )  # the policy whole, and what is cut up
+    where = (
+        "in the host's memory"
+        if processes == 1
+        else f"in the memory of a host of all {processes}, with the policy twice for each"
+    )
     host = [("frames", _size(left.frames)), ("labels", _size(left.labels)), (where, _size(held))]
     return "\n".join(
         [
@@ -55,7 +71,9 @@ def _too_much(needs: Sequence[memory_estimate.Need], capacity: int, held: int) -
     ]
     if held > host:
         less = "fewer sample.prompts, a larger sample.observe_every"
-        found.append(f"optimize needs {_size(held)} of the host's memory; expected at most {_size(host)} ({less})")
+        found.append(
+            f"optimize needs {_size(held)} of the host's memory; expected at most {_size(host)} ({less})"
+        )
     return found
 
 
@@ -69,11 +87,18 @@ def _less(stage: str) -> str:
 
 
 def _capacity(device: str) -> int:
-    return torch.cuda.get_device_properties(device).total_memory if device.startswith("cuda") else psutil.virtual_memory().total
+    return (
+        torch.cuda.get_device_properties(device).total_memory
+        if device.startswith("cuda")
+        else psutil.virtual_memory().total
+    )
 
 
 def _row(need: memory_estimate.Need) -> tuple[str, ...]:
-    return need.stage, *(_size(part) for part in (need.weights, need.gradients, need.moments, need.activations, need.total))
+    return need.stage, *(
+        _size(part)
+        for part in (need.weights, need.gradients, need.moments, need.activations, need.total)
+    )
 
 
 def _size(size: int) -> str:

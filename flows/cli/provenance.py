@@ -27,7 +27,9 @@ class Form(StrEnum):
 
 
 @app.command("lineage")
-def lineage_(artifact: Wanted, form: Annotated[Form, typer.Option("--as")] = Form.tree, out: Out = None) -> None:
+def lineage_(
+    artifact: Wanted, form: Annotated[Form, typer.Option("--as")] = Form.tree, out: Out = None
+) -> None:
     """Everything that an artifact came from: parents, settings, seeds, code and its commit, versions, and who ran it when."""
     from flows.cli import answers
     from vla_opd.lineage import exports, history
@@ -58,7 +60,10 @@ def diff_(first: Wanted, second: Wanted) -> None:
 def compare(
     first: Wanted,
     second: Wanted,
-    horizon: Annotated[int | None, typer.Option(min=1, help="control steps after which an episode is given up, in both")] = None,
+    horizon: Annotated[
+        int | None,
+        typer.Option(min=1, help="control steps after which an episode is given up, in both"),
+    ] = None,
     confidence: Annotated[float, typer.Option(min=0.5, max=0.9999)] = 0.95,
 ) -> None:
     """Two evaluations of the same initial states, pair by pair: the difference with its interval, McNemar's exact p, and every task."""
@@ -66,18 +71,38 @@ def compare(
     from vla_opd.lineage import store
 
     there = store.read_store()
-    one, other = (answers.evaluated(find_artifact(there, name), horizon) for name in (first, second))
+    one, other = (
+        answers.evaluated(find_artifact(there, name), horizon) for name in (first, second)
+    )
     print(answers.compared(one, other, confidence, horizon))
 
 
 @app.command("verify")
 def verify_(
-    artifacts: Annotated[list[str] | None, typer.Argument(metavar="[ARTIFACT]...", help="all that are here if none are named")] = None,
-    deep: Annotated[bool, typer.Option("--deep", help="also read the arrays and compare every artifact with its parents")] = False,
-    shard: Annotated[
-        str | None, typer.Option("--replay", metavar="SHARD", help="make this shard of the one artifact again, and compare bytes")
+    artifacts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[ARTIFACT]...", help="all that are here if none are named"),
     ] = None,
-    signature: Annotated[Path | None, typer.Option(help="check this signature over the one artifact's history, which `opd sign` wrote")] = None,
+    deep: Annotated[
+        bool,
+        typer.Option(
+            "--deep", help="also read the arrays and compare every artifact with its parents"
+        ),
+    ] = False,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            "--replay",
+            metavar="SHARD",
+            help="make this shard of the one artifact again, and compare bytes",
+        ),
+    ] = None,
+    signature: Annotated[
+        Path | None,
+        typer.Option(
+            help="check this signature over the one artifact's history, which `opd sign` wrote"
+        ),
+    ] = None,
     key: Annotated[Path | None, typer.Option(help="the public key (PEM) of whoever signed")] = None,
 ) -> None:
     """Hash every file again. Exit code 1 if anything is not what was published; says what was made from it and is void."""
@@ -88,7 +113,9 @@ def verify_(
     wanted = [find_artifact(there, name) for name in artifacts] if artifacts else None
     one = wanted[0] if wanted and len(wanted) == 1 else None
     if ((shard or signature or key) and one is None) or bool(signature) != bool(key):
-        raise ValueError("--replay, and --signature with --key, are for one artifact; expected its name")
+        raise ValueError(
+            "--replay, and --signature with --key, are for one artifact; expected its name"
+        )
     findings = list(verify.verify(there, wanted, deep=deep))
     print(answers.findings(findings, len(wanted if wanted is not None else there.artifacts)))
     if findings:
@@ -105,15 +132,23 @@ def _replay(there: "Store", one: "Artifact", shard: str) -> None:
 
     its = one.manifest.params
     require_equal_bits()
-    host = this_host(None, its.get("device", "cpu"), "none", METRICS, graphs=its.get("graphs", False))
+    host = this_host(
+        None, its.get("device", "cpu"), "none", METRICS, graphs=its.get("graphs", False)
+    )
     again = replay.replay(there, one, shard, load(), host)
     if again.differing:
-        raise ValueError(f"{again.name}/{again.shard}: made again, it came out differently: {', '.join(again.differing)}")
+        raise ValueError(
+            f"{again.name}/{again.shard}: made again, it came out differently: {', '.join(again.differing)}"
+        )
     print(f"  {again.name}/{again.shard}: made again, the same bytes")
 
 
 @app.command("audit")
-def audit_(question: Annotated[str, typer.Argument(help="in SQL; a wrong one is answered with the tables")]) -> None:
+def audit_(
+    question: Annotated[
+        str, typer.Argument(help="in SQL; a wrong one is answered with the tables")
+    ],
+) -> None:
     """Ask anything of all manifests, evaluations and executions, in SQL."""
     from flows.cli import answers
     from vla_opd.lineage import sql, store
@@ -122,7 +157,11 @@ def audit_(question: Annotated[str, typer.Argument(help="in SQL; a wrong one is 
 
 
 @app.command()
-def sign(artifact: Wanted, key: Annotated[Path, typer.Option(help="an Ed25519 private key (PEM)")], out: Out = None) -> None:
+def sign(
+    artifact: Wanted,
+    key: Annotated[Path, typer.Option(help="an Ed25519 private key (PEM)")],
+    out: Out = None,
+) -> None:
     """Sign an artifact's whole history."""
     from vla_opd.lineage import exports
 
@@ -131,7 +170,10 @@ def sign(artifact: Wanted, key: Annotated[Path, typer.Option(help="an Ed25519 pr
 
 @app.command()
 def gc(
-    keep: Annotated[list[str] | None, typer.Option(metavar="ARTIFACT", help="keep this too, and all that it came from")] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ARTIFACT", help="keep this too, and all that it came from"),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would go")] = False,
 ) -> None:
     """Remove the artifacts that neither the run of params.yaml nor what is named needs."""
@@ -143,9 +185,13 @@ def gc(
         garbage.remove(found)
     for artifact in found.artifacts:
         print(f"  {artifact.name}")
-    print(f"  {len(found.artifacts)} artifacts, {found.bytes / 1e6:.1f} MB {'would be' if dry_run else 'were'} removed")
+    print(
+        f"  {len(found.artifacts)} artifacts, {found.bytes / 1e6:.1f} MB {'would be' if dry_run else 'were'} removed"
+    )
     if found.artifacts and Path(".dvc/cache").is_dir():
-        print("  DVC's cache keeps its own of them, often the same bytes on the disk; `dvc gc --workspace` removes what the workspace no longer has")
+        print(
+            "  DVC's cache keeps its own of them, often the same bytes on the disk; `dvc gc --workspace` removes what the workspace no longer has"
+        )
 
 
 def _history(name: str) -> "History":

@@ -27,8 +27,18 @@ PREFECT = {  # the terminal is for the stages; Prefect's own log is in its inter
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 LOST = threading.Event()  # Prefect's server, in the middle of a run
 
-Stages = Annotated[list[str] | None, typer.Argument(metavar="[STAGE]...", help="only what leads to these stages, e.g. evaluate@final")]
-Changes = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="write a setting into params.yaml first")]
+Stages = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[STAGE]...", help="only what leads to these stages, e.g. evaluate@final"
+    ),
+]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="SECTION.KEY=VALUE", help="write a setting into params.yaml first"
+    ),
+]
 
 
 @app.command()
@@ -57,13 +67,21 @@ def run(targets: Stages = None, changes: Changes = None) -> None:
 @app.command()
 def study(
     name: Annotated[str, typer.Argument(help="a study of params.yaml")],
-    arms: Annotated[list[str] | None, typer.Option("--arm", help="only this arm; may be said again")] = None,
-    seeds: Annotated[list[int] | None, typer.Option("--seed", min=0, help="only this seed; may be said again")] = None,
-    parallel: Annotated[int, typer.Option(min=1, help="members at the same time; each gets its share of the cores")] = 1,
+    arms: Annotated[
+        list[str] | None, typer.Option("--arm", help="only this arm; may be said again")
+    ] = None,
+    seeds: Annotated[
+        list[int] | None, typer.Option("--seed", min=0, help="only this seed; may be said again")
+    ] = None,
+    parallel: Annotated[
+        int, typer.Option(min=1, help="members at the same time; each gets its share of the cores")
+    ] = 1,
 ) -> None:
     """Bring a study up to date: every arm with every seed, then its table and its page."""
     run = load()
-    projects.members(name, run, arms or (), seeds or ())  # a name that isn't there is refused before a server is started
+    projects.members(
+        name, run, arms or (), seeds or ()
+    )  # a name that isn't there is refused before a server is started
     _quiet()
     with _interruptible(f"opd study {name}"), server.in_use():
         from httpx import HTTPError
@@ -74,9 +92,13 @@ def study(
             flow(name, arms, seeds, parallel)
         except HTTPError as error:
             LOST.set()
-            raise RuntimeError(f"Prefect's server does not answer any more ({error}); what is done stays, go on with  opd study {name}") from error
+            raise RuntimeError(
+                f"Prefect's server does not answer any more ({error}); what is done stays, go on with  opd study {name}"
+            ) from error
     folder = Path("artifacts") / run.run.name
-    print(f"\n  table      {folder / 'studies' / name}\n  page       {folder / 'report' / name / 'index.html'}")
+    print(
+        f"\n  table      {folder / 'studies' / name}\n  page       {folder / 'report' / name / 'index.html'}"
+    )
 
 
 class _Terminated(KeyboardInterrupt):
@@ -90,7 +112,9 @@ def _interruptible(again: str) -> Generator[None]:
     def terminate(*_: object) -> None:
         raise _Terminated
 
-    before = signal.signal(signal.SIGTERM, terminate)  # Prefect, which takes the signal first, hands it on when its run is ended
+    before = signal.signal(
+        signal.SIGTERM, terminate
+    )  # Prefect, which takes the signal first, hands it on when its run is ended
     try:
         yield
     except KeyboardInterrupt as end:
@@ -110,13 +134,27 @@ def _quiet() -> None:
 def plan(
     targets: Stages = None,
     memory: Annotated[
-        bool, typer.Option("--memory", help="what the run will take of the memory, and whether it fits, in place of what is to do")
+        bool,
+        typer.Option(
+            "--memory",
+            help="what the run will take of the memory, and whether it fits, in place of what is to do",
+        ),
     ] = False,
     capacity: Annotated[
-        float | None, typer.Option(min=0, metavar="GB", help="with --memory: of the device, if it isn't the one that is here")
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="GB",
+            help="with --memory: of the device, if it isn't the one that is here",
+        ),
     ] = None,
     processes: Annotated[
-        str, typer.Option(metavar="N", envvar="OPD_PROCESSES", help="with --memory: that train together, each on a device of its own")
+        str,
+        typer.Option(
+            metavar="N",
+            envvar="OPD_PROCESSES",
+            help="with --memory: that train together, each on a device of its own",
+        ),
     ] = "1",
 ) -> None:
     """Say what is up to date and what is not; or, with --memory, what the run will need. Exit code 1 if that is more than there is."""
@@ -166,7 +204,9 @@ def extend(iterations: Annotated[int, typer.Option(min=1, help="how many more")]
     run = load()
     decay = run.optimize.schedule_iterations
     if run.depth(run.evaluations[run.report.final]) >= decay:
-        print(f"  the learning rate has decayed after iteration {decay} (optimize.schedule_iterations): later ones make small steps")
+        print(
+            f"  the learning rate has decayed after iteration {decay} (optimize.schedule_iterations): later ones make small steps"
+        )
 
 
 @app.command()

@@ -28,7 +28,10 @@ def distrust() -> None:
         if changed < began and hashed.get(path) != changed:
             if file_md5(path, self.fs) != oid.removesuffix(".dir"):
                 Path(path).unlink(missing_ok=True)
-                print(f"{path} was not what DVC had stored there, and is removed: what it belongs to is made again", flush=True)
+                print(
+                    f"{path} was not what DVC had stored there, and is removed: what it belongs to is made again",
+                    flush=True,
+                )
                 raise ObjectFormatError(f"{path} is corrupted")
             hashed[path] = changed
         return meta

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 FILE = "dvc.lock"
-STAGE = re.compile(r"^(?=  [^ ])", re.MULTILINE)  # what is indented by two begins a stage, in the only layout that DVC writes
+STAGE = re.compile(
+    r"^(?=  [^ ])", re.MULTILINE
+)  # what is indented by two begins a stage, in the only layout that DVC writes
 Parse = Callable[..., Any]
 Dump = Callable[[Any, TextIO], object]
 
@@ -42,16 +44,25 @@ class Memory:
     """
 
     def __init__(self, parse: Parse, parse_for_update: Parse, validate: Parse, dump: Dump) -> None:
-        self._parse, self._parse_for_update, self._validate, self._dump = parse, parse_for_update, validate, dump
+        self._parse, self._parse_for_update, self._validate, self._dump = (
+            parse,
+            parse_for_update,
+            validate,
+            dump,
+        )
         self._read = lru_cache(maxsize=8)(parse)
         self._last = Written()
-        self._given = Written()  # to DVC, which may have changed it by halves: not to be used again before it is written
+        self._given = (
+            Written()
+        )  # to DVC, which may have changed it by halves: not to be used again before it is written
 
     def parsed(self, text: str, path: object, typ: str = "safe") -> Any:
         """What a text says, for reading only; of the last few files that were read too, such as params.yaml."""
         if typ != "safe":
             return self._parse(text, path, typ)
-        return _plain(self._last.says if text and text == self._last.text else self._read(text, path))
+        return _plain(
+            self._last.says if text and text == self._last.text else self._read(text, path)
+        )
 
     def parsed_for_update(self, text: str, path: object) -> Any:
         """What a text says, to be changed in place and dumped."""
@@ -60,9 +71,15 @@ class Memory:
             return self._given.says
         return self._parse_for_update(text, path)
 
-    def validated(self, data: Any, schema: Any, text: str | None = None, *rest: Any, **named: Any) -> Any:
+    def validated(
+        self, data: Any, schema: Any, text: str | None = None, *rest: Any, **named: Any
+    ) -> Any:
         """What a text says, if the schema allows it. What DVC itself made for a lock file, it does."""
-        return data if text and text == self._last.text else self._validate(data, schema, text, *rest, **named)
+        return (
+            data
+            if text and text == self._last.text
+            else self._validate(data, schema, text, *rest, **named)
+        )
 
     def dumped(self, data: Any, stream: TextIO) -> None:
         """Write what `data` says; of dvc.lock only the stages that are others than in memory are put into words."""
@@ -83,14 +100,28 @@ class Memory:
         head, *blocks = STAGE.split(text)
         if len(blocks) != len(data["stages"]):
             return Written(text, data)
-        return Written(text, data, head, {name: (said, block) for (name, said), block in zip(data["stages"].items(), blocks, strict=True)})
+        return Written(
+            text,
+            data,
+            head,
+            {
+                name: (said, block)
+                for (name, said), block in zip(data["stages"].items(), blocks, strict=True)
+            },
+        )
 
     def _again(self, data: Any, given: Written) -> Written:
         stages: dict[str, tuple[Any, str]] = {}
         for name, said in data["stages"].items():
             before = given.stages.get(name)
-            stages[name] = before if before is not None and before[0] is said else (said, self._block(name, said))
-        return Written(given.head + "".join(text for _, text in stages.values()), data, given.head, stages)
+            stages[name] = (
+                before
+                if before is not None and before[0] is said
+                else (said, self._block(name, said))
+            )
+        return Written(
+            given.head + "".join(text for _, text in stages.values()), data, given.head, stages
+        )
 
     def _block(self, name: str, said: Any) -> str:
         return self._text({"stages": {name: said}}).removeprefix("stages:\n")

@@ -17,7 +17,12 @@ def heal(folder: Path = TEMPORARY) -> tuple[str, ...]:
     """Drop what nobody alive holds. Returns the commands whose locks were dropped."""
     from dvc.fs import localfs
     from dvc.lock import LockError
-    from dvc.rwlock import RWLOCK_FILE, RWLockFileCorruptedError, RWLockFileFormatError, _edit_rwlock
+    from dvc.rwlock import (
+        RWLOCK_FILE,
+        RWLockFileCorruptedError,
+        RWLockFileFormatError,
+        _edit_rwlock,
+    )
 
     path = folder / RWLOCK_FILE
     if not path.is_file():
@@ -27,7 +32,10 @@ def heal(folder: Path = TEMPORARY) -> tuple[str, ...]:
             lock = cast("dict[str, Any]", opened)
             dead = [info for info in _holders(lock) if not held(info)]
             lock["write"] = {name: info for name, info in lock["write"].items() if info not in dead}
-            left = {name: [info for info in infos if info not in dead] for name, infos in lock["read"].items()}
+            left = {
+                name: [info for info in infos if info not in dead]
+                for name, infos in lock["read"].items()
+            }
             lock["read"] = {name: infos for name, infos in left.items() if infos}
     except LockError:  # somebody is writing the file at this moment, and sees to it
         return ()
@@ -51,7 +59,9 @@ def held(info: dict[str, Any]) -> bool:
     arguments = " ".join(info["cmd"].split()[1:])
     try:
         process = psutil.Process(info["pid"])
-        return process.status() != psutil.STATUS_ZOMBIE and " ".join(process.cmdline()).endswith(arguments)
+        return process.status() != psutil.STATUS_ZOMBIE and " ".join(process.cmdline()).endswith(
+            arguments
+        )
     except psutil.NoSuchProcess:
         return False
 

@@ -7,7 +7,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 LIMIT = f"opd-gpu-{platform.node()}"
-STAGES = ("pretrain", "finetune", "sample", "label", "optimize", "explore", "reinforce", "evaluate")  # of dvc.yaml, those that run a policy
+STAGES = (
+    "pretrain",
+    "finetune",
+    "sample",
+    "label",
+    "optimize",
+    "explore",
+    "reinforce",
+    "evaluate",
+)  # of dvc.yaml, those that run a policy
 DRIVER = Path("/proc/driver/nvidia/version")
 
 

@@ -40,7 +40,9 @@ def held(run: str) -> Generator[None]:
 def orphaned(run: str) -> Generator[None]:
     """The same for a run whose end can't be reported any more: it is left behind, for whoever serves this folder next to do so."""
     path = RUNS / run
-    with locked(path, f"flow run {run} has a process already, which holds {path}; wait for it, or end it"):
+    with locked(
+        path, f"flow run {run} has a process already, which holds {path}; wait for it, or end it"
+    ):
         yield
 
 
@@ -51,7 +53,9 @@ def abandoned() -> tuple[str, ...]:
 
 def alive(run: str) -> bool:
     """Whether the flow run has a process, in this folder or in another where a process of this machine is at work."""
-    folders = {Path(process.info["cwd"] or "/") for process in psutil.process_iter(["cwd"])}  # of other users' processes it is not told
+    folders = {
+        Path(process.info["cwd"] or "/") for process in psutil.process_iter(["cwd"])
+    }  # of other users' processes it is not told
     files = {folder / RUNS / run for folder in (*folders, Path())}
     return any(os.access(file, os.R_OK) and _alive(file) for file in files)
 

@@ -28,7 +28,9 @@ def post(step: Step) -> None:
         create_table_artifact(rows(artifact), key=key, description=f"{folder}, made by {step.name}")
         if artifact.manifest.kind == "report":
             page = folder / "index.html"
-            create_link_artifact(page.resolve().as_uri(), link_text=str(page.resolve()), key=f"{key}-page")
+            create_link_artifact(
+                page.resolve().as_uri(), link_text=str(page.resolve()), key=f"{key}-page"
+            )
             for number, picture in enumerate(pictures(page.read_text(encoding="utf-8")), 1):
                 create_image_artifact(picture, key=f"{key}-picture-{number}")
 
@@ -39,7 +41,9 @@ def rows(artifact: Artifact) -> list[dict[str, Any]]:
     told: list[tuple[str, Any]] = [("digest", manifest.digest[:SHORT])]
     told += [(f"parent: {role}", digest[:SHORT]) for role, digest in manifest.parents.items()]
     told += [
-        (key, round(value, 4)) for key, value in flat(manifest.facts).items() if isinstance(value, int | float) and not key.startswith("checkpoint.")
+        (key, round(value, 4))
+        for key, value in flat(manifest.facts).items()
+        if isinstance(value, int | float) and not key.startswith("checkpoint.")
     ]
     told.append(("megabytes", round(artifact.size / 1e6, 2)))
     return [{"what": what, "value": value} for what, value in told]
@@ -50,7 +54,9 @@ def pictures(page: str) -> Iterator[str]:
     colours = COLOURS.search(page)
     for drawing in PICTURE.findall(page):
         attributes, _, shapes = drawing.partition(">")
-        style = f"<style>{colours[0] if colours else ''} svg {{ background: var(--paper); }}</style>"
+        style = (
+            f"<style>{colours[0] if colours else ''} svg {{ background: var(--paper); }}</style>"
+        )
         svg = f"<svg {NAMESPACES}{attributes}>{style}{shapes}"
         yield f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
 

@@ -21,7 +21,11 @@ from vla_opd.machine import proxies
 
 HOME = Path(".prefect")
 LOCAL = "http://127.0.0.1:4200/api"
-SILENT = {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false"}
+SILENT = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
+}
 # One write for all tasks' states of a second, one for all events of five. With one for each state, and for each 20 events, SQLite is so busy
 # that it refuses to create an iteration's run now and then, and the client waits 2 s before it asks again.
 IN_BATCHES = {
@@ -62,10 +66,14 @@ def ensure(url: str, meanwhile: Callable[[], object] = lambda: None) -> str:
     if answers(url):
         return url
     if urlsplit(url).hostname not in ("127.0.0.1", "localhost"):
-        raise ValueError(f"PREFECT_API_URL is {url}: no Prefect server answers there; start it, or unset the variable to have one on this machine")
+        raise ValueError(
+            f"PREFECT_API_URL is {url}: no Prefect server answers there; start it, or unset the variable to have one on this machine"
+        )
     port = urlsplit(url).port or 4200
     own = _own()
-    if own is not None:  # on another port than it is wanted on, still coming up for somebody else, or hung
+    if (
+        own is not None
+    ):  # on another port than it is wanted on, still coming up for somebody else, or hung
         server, its_port = own
         its_url = f"http://127.0.0.1:{its_port}/api"
         if _comes_up(its_url, server.is_running):
@@ -145,10 +153,29 @@ def leave(code: int) -> NoReturn:
 def _start(port: int) -> "subprocess.Popen[bytes]":
     """The server outlives this process: its own session, its output in a file."""
     HOME.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    environment = IN_BATCHES | os.environ | {"PREFECT_API_URL": f"http://127.0.0.1:{port}/api", **SILENT}
+    command = [
+        sys.executable,
+        "-m",
+        "prefect",
+        "server",
+        "start",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    environment = (
+        IN_BATCHES | os.environ | {"PREFECT_API_URL": f"http://127.0.0.1:{port}/api", **SILENT}
+    )
     with (HOME / "server.log").open("ab") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            start_new_session=True,
+        )
     (HOME / "server.pid").write_text(str(process.pid))
     return process
 

@@ -30,10 +30,23 @@ sys.addaudithook(watch)
 
 def checkout(settings: str, folder: Path) -> Toy:
     """What git has of this project, as it is in the working tree, but for the reference and its lock."""
-    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
+    files = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.split("\0")
     for name in filter(None, files):
         if (
-            name.startswith(("flows/", "stages/", "vla_opd/", ".dvc", "dvc.yaml", "prefect.yaml", ".gitignore", "artifacts/.gitignore"))
+            name.startswith(
+                (
+                    "flows/",
+                    "stages/",
+                    "vla_opd/",
+                    ".dvc",
+                    "dvc.yaml",
+                    "prefect.yaml",
+                    ".gitignore",
+                    "artifacts/.gitignore",
+                )
+            )
             and (ROOT / name).is_file()
         ):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -55,17 +68,20 @@ class Served:
 
     @property
     def environment(self) -> dict[str, str]:
-        return os.environ | {
-            "PREFECT_HOME": str(self.toy.folder / ".prefect"),
-            "PREFECT_API_URL": f"http://127.0.0.1:{self.port}/api",
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{self.toy.folder / 'watch'}",
-            "OPD_TEST_WATCH": str(self.toy.folder / "elsewhere.log"),
-            "DO_NOT_TRACK": "1",
-            "PREFECT_CLIENT_MAX_RETRIES": "3",  # 14 seconds until a server is held for lost, not 62
-            "TOY_SLEEPS": "optimize it001",
-            "OPD_TEST_MARK": self.mark,
-            "SHELL": "/bin/sh",  # DVC's choice where there is no login shell; dash keeps standing between DVC and the stage
-        }
+        return (
+            os.environ
+            | {
+                "PREFECT_HOME": str(self.toy.folder / ".prefect"),
+                "PREFECT_API_URL": f"http://127.0.0.1:{self.port}/api",
+                "PYTHONPATH": f"{ROOT}{os.pathsep}{self.toy.folder / 'watch'}",
+                "OPD_TEST_WATCH": str(self.toy.folder / "elsewhere.log"),
+                "DO_NOT_TRACK": "1",
+                "PREFECT_CLIENT_MAX_RETRIES": "3",  # 14 seconds until a server is held for lost, not 62
+                "TOY_SLEEPS": "optimize it001",
+                "OPD_TEST_MARK": self.mark,
+                "SHELL": "/bin/sh",  # DVC's choice where there is no login shell; dash keeps standing between DVC and the stage
+            }
+        )
 
     @property
     def log(self) -> str:
@@ -79,12 +95,19 @@ class Served:
         """
         command = [*through, sys.executable, "-m", "flows.serve"]
         with (self.toy.folder / "serve.log").open("w") as log:
-            self.runner = subprocess.Popen(command, cwd=self.toy.folder, env=self.environment, stdout=log, stderr=log)
+            self.runner = subprocess.Popen(
+                command, cwd=self.toy.folder, env=self.environment, stdout=log, stderr=log
+            )
         wait_for(lambda: "serving opd/train" in self.log, 120, lambda: self.log)
 
     def prefect(self, *words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "prefect", *words], cwd=self.toy.folder, env=self.environment, text=True, capture_output=True, check=False
+            [sys.executable, "-m", "prefect", *words],
+            cwd=self.toy.folder,
+            env=self.environment,
+            text=True,
+            capture_output=True,
+            check=False,
         )
 
     def state(self, run: str) -> str:
@@ -99,7 +122,11 @@ class Served:
 
     def processes(self) -> list[int]:
         """All of them: the server, the runner, the flow, dvc, the stage."""
-        return [int(folder.name) for folder in Path("/proc").glob("[0-9]*") if self.mark.encode() in _environ(folder)]
+        return [
+            int(folder.name)
+            for folder in Path("/proc").glob("[0-9]*")
+            if self.mark.encode() in _environ(folder)
+        ]
 
     def with_words(self, words: str) -> dict[int, str]:
         """The processes of ours whose command lines have these words, and those lines."""

@@ -40,15 +40,27 @@ def toy(finished: Toy, tmp_path: Path) -> Toy:
 
 def test_what_git_gets_is_small_and_the_rest_is_dvcs(toy: Toy) -> None:
     run = toy.folder / "artifacts/toy"
-    committed = {path.relative_to(run).parts[:2] for path in run.rglob("*") if path.is_file() and toy.tracked(path)}
+    committed = {
+        path.relative_to(run).parts[:2]
+        for path in run.rglob("*")
+        if path.is_file() and toy.tracked(path)
+    }
     references = {("checkpoints", name) for name in ("base", "teacher", "student")}
-    assert committed == references | {("evaluations", name) for name in ("start", "final", "teacher")} | {("report", "page")}
+    assert committed == references | {
+        ("evaluations", name) for name in ("start", "final", "teacher")
+    } | {("report", "page")}
 
 
 def test_an_extended_run_repeats_nothing(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(toy.folder)
     assert cli.main(["extend", "--iterations", "1"]) == 0
-    assert ran(toy.dvc("repro")) == ["sample@it003", "label@it003", "optimize@it003", "evaluate@final", "report"]
+    assert ran(toy.dvc("repro")) == [
+        "sample@it003",
+        "label@it003",
+        "optimize@it003",
+        "evaluate@final",
+        "report",
+    ]
 
 
 def test_dvc_repro_killed_with_its_stage_goes_on_there(toy: Toy, tmp_path: Path) -> None:
@@ -69,10 +81,14 @@ def test_parameters_results_and_curves_of_two_commits_are_compared(toy: Toy) -> 
     toy.dvc("repro")
     changed = json.loads(toy.dvc("params", "diff", "--json"))["params.yaml"]
     assert changed == {"optimize.steps": {"old": 4, "new": 7, "diff": 3}}
-    success = json.loads(toy.dvc("metrics", "diff", "--json"))["artifacts/toy/report/page/results.json"]["final.success"]
+    success = json.loads(toy.dvc("metrics", "diff", "--json"))[
+        "artifacts/toy/report/page/results.json"
+    ]["final.success"]
     assert (success["old"], success["new"]) == (0.4, 0.7)
     (plot,) = json.loads(toy.dvc("plots", "diff", "--json"))["data"].values()
-    assert {(row["rev"], row["depth"]) for row in plot[0]["content"]["data"]["values"]} == {(rev, d) for rev in ("workspace", "HEAD") for d in (0, 1)}
+    assert {(row["rev"], row["depth"]) for row in plot[0]["content"]["data"]["values"]} == {
+        (rev, d) for rev in ("workspace", "HEAD") for d in (0, 1)
+    }
 
 
 def test_an_experiment_runs_only_what_its_setting_changes(toy: Toy) -> None:
@@ -80,16 +96,22 @@ def test_an_experiment_runs_only_what_its_setting_changes(toy: Toy) -> None:
     assert "Running stage 'optimize@it001'" in said
     assert "Running stage 'finetune@teacher'" not in said
     shown = json.loads(toy.dvc("exp", "show", "--json"))
-    assert shown[1]["experiments"][0]["revs"][0]["data"]["metrics"]["artifacts/toy/report/page/results.json"]["data"]["final"] == {"success": 0.9}
+    assert shown[1]["experiments"][0]["revs"][0]["data"]["metrics"][
+        "artifacts/toy/report/page/results.json"
+    ]["data"]["final"] == {"success": 0.9}
 
 
-def test_pushed_data_is_pulled_by_a_clone_which_then_has_nothing_to_do(toy: Toy, tmp_path: Path) -> None:
+def test_pushed_data_is_pulled_by_a_clone_which_then_has_nothing_to_do(
+    toy: Toy, tmp_path: Path
+) -> None:
     toy.dvc("remote", "add", "--default", "store", str(tmp_path / "store"))
     toy.dvc("push")
     clone = toy.clone(tmp_path / "clone")
     assert not clone.has("trajectories/it001")
     clone.dvc("pull")
-    assert clone.has("trajectories/it001", "logits/it002", "checkpoints/it002", "demonstrations/main")
+    assert clone.has(
+        "trajectories/it001", "logits/it002", "checkpoints/it002", "demonstrations/main"
+    )
     assert "Data and pipelines are up to date" in clone.dvc("status")
 
 
@@ -97,16 +119,24 @@ def test_pushed_data_is_pulled_by_a_clone_which_then_has_nothing_to_do(toy: Toy,
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of a service that speaks S3, with one bucket."""
     port = free_port()
-    for name, value in {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "nothing", "AWS_DEFAULT_REGION": "us-east-1"}.items():
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "nobody",
+        "AWS_SECRET_ACCESS_KEY": "nothing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
         monkeypatch.setenv(name, value)
     address = f"http://127.0.0.1:{port}"
     with subprocess.Popen(
-        [Path(sys.executable).parent / "moto_server", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [Path(sys.executable).parent / "moto_server", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     ) as server:
         try:
             for _ in range(100):
                 with suppress(OSError):
-                    urllib.request.urlopen(urllib.request.Request(f"{address}/bucket", method="PUT")).close()  # noqa: S310 - our own server
+                    urllib.request.urlopen(  # noqa: S310
+                        urllib.request.Request(f"{address}/bucket", method="PUT")  # noqa: S310
+                    ).close()
                     break
                 time.sleep(0.2)
             yield address
@@ -125,8 +155,18 @@ def test_pushed_to_s3_it_is_pulled_as_well(toy: Toy, tmp_path: Path, s3: str) ->
 
 
 def test_iterations_can_branch(toy: Toy) -> None:
-    before = {name: (toy.folder / "artifacts/toy/checkpoints" / name / "digest").read_text() for name in ("it001", "it002")}
-    toy.edit("params.yaml", "iterations: {it001: student, it002: it001}", "iterations: {it001: student, it002: it001, it002b: it001}")
+    before = {
+        name: (toy.folder / "artifacts/toy/checkpoints" / name / "digest").read_text()
+        for name in ("it001", "it002")
+    }
+    toy.edit(
+        "params.yaml",
+        "iterations: {it001: student, it002: it001}",
+        "iterations: {it001: student, it002: it001, it002b: it001}",
+    )
     said = toy.dvc("repro")
     assert ran(said) == [*(f"{verb}@it002b" for verb in ("sample", "label", "optimize")), "report"]
-    assert {name: (toy.folder / "artifacts/toy/checkpoints" / name / "digest").read_text() for name in before} == before
+    assert {
+        name: (toy.folder / "artifacts/toy/checkpoints" / name / "digest").read_text()
+        for name in before
+    } == before

@@ -9,16 +9,28 @@ from ruamel.yaml import YAML
 from flows import pipeline
 
 ROOT = Path(__file__).parents[2]
-REFERENCE = ("pretrain@base", "finetune@teacher", "finetune@student", "evaluate@start", "evaluate@teacher")
+REFERENCE = (
+    "pretrain@base",
+    "finetune@teacher",
+    "finetune@student",
+    "evaluate@start",
+    "evaluate@teacher",
+)
 
-pytestmark = pytest.mark.skipif(not (ROOT / "dvc.lock").is_file(), reason="the reference checkpoints have not been made yet")
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "dvc.lock").is_file(), reason="the reference checkpoints have not been made yet"
+)
 
 
 def git(*words: str) -> str:
-    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        ["git", *words], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
 
 
-def test_the_reference_checkpoints_are_up_to_date_with_dvc_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reference_checkpoints_are_up_to_date_with_dvc_lock(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """An edit of code that changed no result: `python -m flows accept demonstrate base teacher student evaluate`. One that did: `dvc repro` them."""
     monkeypatch.chdir(ROOT)
     stale = [step.name for step in pipeline.plan(REFERENCE) if step.stale]
@@ -31,6 +43,14 @@ def test_the_committed_lock_speaks_of_the_reference_only() -> None:
         pytest.skip("no dvc.lock is committed")
     locked = YAML(typ="safe").load(git("show", "HEAD:dvc.lock"))["stages"]
     files = git("ls-tree", "-r", "--name-only", "HEAD", "artifacts").split("\n")
-    outs = {name: [out["path"] for out in stage["outs"]] for name, stage in locked.items() if not name.startswith("demonstrate@")}
-    absent = [name for name, paths in outs.items() if not all(any(file.startswith(path + "/") for file in files) for path in paths)]
+    outs = {
+        name: [out["path"] for out in stage["outs"]]
+        for name, stage in locked.items()
+        if not name.startswith("demonstrate@")
+    }
+    absent = [
+        name
+        for name, paths in outs.items()
+        if not all(any(file.startswith(path + "/") for file in files) for path in paths)
+    ]
     assert absent == []

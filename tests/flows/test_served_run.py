@@ -35,7 +35,17 @@ SETTINGS = reduce(lambda text, change: text.replace(*change), CHANGES.items(), P
 
 
 LOOPBACK = re.compile(r"127\..*|::1|::ffff:127\..*")
-CALLS = ["strace", "-f", "--seccomp-bpf", "-qq", "-e", "trace=connect,sendto,sendmsg,sendmmsg", "-e", "signal=none", "-o"]
+CALLS = [
+    "strace",
+    "-f",
+    "--seccomp-bpf",
+    "-qq",
+    "-e",
+    "trace=connect,sendto,sendmsg,sendmmsg",
+    "-e",
+    "signal=none",
+    "-o",
+]
 ADDRESS = re.compile(r'inet_(?:addr\(|pton\(AF_INET6, )"([^"]+)"')
 
 
@@ -47,13 +57,20 @@ def open_to_others(project: Served) -> set[str]:
             connections = psutil.Process(pid).net_connections("inet")
         except psutil.Error:
             continue
-        found |= {connection.laddr.ip for connection in connections if connection.status == psutil.CONN_LISTEN}
+        found |= {
+            connection.laddr.ip
+            for connection in connections
+            if connection.status == psutil.CONN_LISTEN
+        }
     return {address for address in found if not LOOPBACK.fullmatch(address)}
 
 
 def digests(run: Path) -> dict[str, str]:
     """Of every artifact of a run."""
-    return {str(path.parent.relative_to(run)): json.loads(path.read_text())["digest"] for path in run.glob("*/*/manifest.json")}
+    return {
+        str(path.parent.relative_to(run)): json.loads(path.read_text())["digest"]
+        for path in run.glob("*/*/manifest.json")
+    }
 
 
 def undisturbed(folder: Path) -> dict[str, str]:
@@ -86,7 +103,9 @@ def test_everything_killed_in_the_middle_of_an_optimisation_the_retry_ends_with_
         command = [sys.executable, "-m", "prefect", "deployment", "run", "opd/train", "--watch"]
         with (
             (tmp_path / "watch.log").open("w") as log,
-            subprocess.Popen(command, cwd=project.toy.folder, env=project.environment, stdout=log, stderr=log),
+            subprocess.Popen(
+                command, cwd=project.toy.folder, env=project.environment, stdout=log, stderr=log
+            ),
         ):
             saved = "checkpoints/.it001.*/**/training.safetensors"
             wait_for(lambda: under_watch(any(run.glob(saved))), 300, lambda: project.log)
@@ -95,28 +114,50 @@ def test_everything_killed_in_the_middle_of_an_optimisation_the_retry_ends_with_
         assert not (run / "checkpoints/it001").exists()
 
         project.serve(*CALLS, str(tmp_path / "after"))
-        (name,) = [line.split(":")[0].strip() for line in project.log.splitlines() if "its process is gone" in line]
+        (name,) = [
+            line.split(":")[0].strip()
+            for line in project.log.splitlines()
+            if "its process is gone" in line
+        ]
         assert project.prefect("flow-run", "retry", name).returncode == 0
         each = "Finished in state Completed()"  # the two iterations, then the run
         wait_for(lambda: under_watch(project.log.count(each) == 3), 300, lambda: project.log)
         assert project.state(name) == "COMPLETED"
         assert "optimize it001: going on from step" in project.log
-        assert "teacher" in project.log.rpartition("before")[2], "the deployment's log has no table at its end"
-        contacted = set(ADDRESS.findall("".join((tmp_path / trace).read_text() for trace in ("before", "after"))))
+        assert "teacher" in project.log.rpartition("before")[2], (
+            "the deployment's log has no table at its end"
+        )
+        contacted = set(
+            ADDRESS.findall(
+                "".join((tmp_path / trace).read_text() for trace in ("before", "after"))
+            )
+        )
         # The server looks up what kinds of worker there are, on the internet, for who makes a work pool: that is asked for.
-        for words in (["work-pool", "create", "opd", "--type", "process"], ["--no-prompt", "deploy", "--all"]):  # as prefect.yaml says
+        for words in (
+            ["work-pool", "create", "opd", "--type", "process"],
+            ["--no-prompt", "deploy", "--all"],
+        ):  # as prefect.yaml says
             assert (done := project.prefect(*words)).returncode == 0, done.stdout + done.stderr
-        assert "'work_pool_name': 'opd'" in project.prefect("deployment", "inspect", "opd/train").stdout
+        assert (
+            "'work_pool_name': 'opd'"
+            in project.prefect("deployment", "inspect", "opd/train").stdout
+        )
     finally:
         project.kill_everything()
     assert listening == set()
     assert "127.0.0.1" in contacted, "strace has seen nothing"
     assert {address for address in contacted if not LOOPBACK.fullmatch(address)} == set()
-    assert [path for path in project.toy.folder.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()] == []
+    assert [
+        path
+        for path in project.toy.folder.rglob("*")
+        if path.is_file() and secret.encode() in path.read_bytes()
+    ] == []
     metrics = project.toy.folder / "artifacts/.metrics"
     assert list((metrics / "wandb").glob("offline-run-*"))
     assert len(made) >= 5
-    assert {path: path.stat().st_mtime_ns for path in made} == made, "something that was finished was made again"
+    assert {path: path.stat().st_mtime_ns for path in made} == made, (
+        "something that was finished was made again"
+    )
     assert json.loads((run / "report/summary.json").read_text())["final"]["episodes"] == 4
     assert {"optimize", "report"} <= {one.stage for one in executions(metrics / "small")}
     assert digests(run) == undisturbed(tmp_path / "undisturbed")

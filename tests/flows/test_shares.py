@@ -53,7 +53,10 @@ class Watch(threading.Thread):
 
 @pytest.fixture(scope="module", autouse=True)
 def server() -> Iterator[None]:
-    with temporary_settings({PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: 120}), prefect_test_harness(server_startup_timeout=120):
+    with (
+        temporary_settings({PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: 120}),
+        prefect_test_harness(server_startup_timeout=120),
+    ):
         yield
 
 
@@ -64,7 +67,9 @@ def _machine(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
-def make(stage: str, monkeypatch: pytest.MonkeyPatch, cluster: str = "", count: int = 2) -> list[str]:
+def make(
+    stage: str, monkeypatch: pytest.MonkeyPatch, cluster: str = "", count: int = 2
+) -> list[str]:
     """The shares of a stage that DVC would run. What is said of them."""
     said: list[str] = []
     monkeypatch.setenv("OPD_SHARES", str(count))
@@ -84,7 +89,12 @@ def make(stage: str, monkeypatch: pytest.MonkeyPatch, cluster: str = "", count: 
     ],
 )
 def test_whoever_makes_the_shares_the_bytes_are_those_of_one_process(
-    small: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], stage: str, artifact: str, cluster: str
+    small: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    stage: str,
+    artifact: str,
+    cluster: str,
 ) -> None:
     expected = {path.name: path.read_bytes() for path in (small / artifact).iterdir()}
     shutil.rmtree(small / artifact)
@@ -92,21 +102,29 @@ def test_whoever_makes_the_shares_the_bytes_are_those_of_one_process(
     assert not (small / artifact).exists()
     capfd.readouterr()
     run_stage(small.parents[1], STAGES[artifact], workers=1)
-    whole = {"sample": 8, "explore": 4, "evaluate": 20, "label": 8}[stage.partition("@")[0]]  # of explore its first round
+    whole = {"sample": 8, "explore": 4, "evaluate": 20, "label": 8}[
+        stage.partition("@")[0]
+    ]  # of explore its first round
     assert f"reusing {whole} of {whole} " in capfd.readouterr().err
     assert {path.name: path.read_bytes() for path in (small / artifact).iterdir()} == expected
     lines = [path.name for path in (small.parent / ".metrics/small").glob("*share*.jsonl")]
     assert len(lines) == 2
 
 
-def test_if_no_share_is_made_the_stage_has_failed(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_if_no_share_is_made_the_stage_has_failed(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(StageFailed) as caught:
         make("label@it009", monkeypatch)
     assert "share 1/2 on" in caught.value.said[0]
-    assert any("iterations is 'it009'; expected one of ['it001']" in line for line in caught.value.said)
+    assert any(
+        "iterations is 'it009'; expected one of ['it001']" in line for line in caught.value.said
+    )
 
 
-def test_what_a_lost_share_leaves_the_stage_makes(small: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_lost_share_leaves_the_stage_makes(
+    small: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.rmtree(small / "logits/it001")
     with Watch(lambda part, process: process.kill() if part.endswith("2/2") else None):
         said = make("label@it001", monkeypatch)
@@ -117,7 +135,9 @@ def test_what_a_lost_share_leaves_the_stage_makes(small: Path, undisturbed: Path
     assert 4 <= len(list(draft.glob("shard-*"))) < 8
     monkeypatch.setenv("OPD_LAUNCH", (draft / ".scratch/launch").read_text())
     run_stage(small.parents[1], STAGES["logits/it001"], workers=1)
-    assert (small / "logits/it001/manifest.json").read_bytes() == (expected / "manifest.json").read_bytes()
+    assert (small / "logits/it001/manifest.json").read_bytes() == (
+        expected / "manifest.json"
+    ).read_bytes()
 
 
 def test_a_run_that_is_ended_ends_its_shares(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +150,10 @@ def test_a_run_that_is_ended_ends_its_shares(small: Path, monkeypatch: pytest.Mo
         raise KeyboardInterrupt
 
     monkeypatch.setattr(shares, "_outcome", interrupted)
-    with Watch(lambda _part, process: ended.append(process) if process not in ended else None), pytest.raises(KeyboardInterrupt):
+    with (
+        Watch(lambda _part, process: ended.append(process) if process not in ended else None),
+        pytest.raises(KeyboardInterrupt),
+    ):
         make("label@it001", monkeypatch)
     assert psutil.wait_procs(ended, timeout=5)[1] == []
     assert not shares._RUNNING
@@ -139,11 +162,16 @@ def test_a_run_that_is_ended_ends_its_shares(small: Path, monkeypatch: pytest.Mo
 def test_what_the_environment_cannot_mean_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for count in ("0", "-1", "two"):
         monkeypatch.setenv("OPD_SHARES", count)
-        with pytest.raises(ValueError, match=f"OPD_SHARES is '{count}'; expected a number of shares, at least 1"):
+        with pytest.raises(
+            ValueError, match=f"OPD_SHARES is '{count}'; expected a number of shares, at least 1"
+        ):
             shares.wanted()
     monkeypatch.setenv("OPD_SHARES", "1")
     monkeypatch.setenv("OPD_WORKERS", "many")
-    with pytest.raises(ValueError, match="OPD_WORKERS is 'many'; expected a number of simulator processes, or 0 for one a core"):
+    with pytest.raises(
+        ValueError,
+        match="OPD_WORKERS is 'many'; expected a number of simulator processes, or 0 for one a core",
+    ):
         shares.wanted()
     monkeypatch.setenv("OPD_WORKERS", "1")
     assert shares.wanted() is None
@@ -154,11 +182,15 @@ def test_what_the_environment_cannot_mean_is_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("OPD_CLUSTER", "dask:tcp://10.0.0.1:8786")
     assert shares.wanted() == Spread(3, "dask", "tcp://10.0.0.1:8786")
     monkeypatch.setenv("OPD_CLUSTER", "slurm")
-    with pytest.raises(ValueError, match="OPD_CLUSTER is 'slurm'; expected ray, ray:ADDRESS, dask or dask:ADDRESS"):
+    with pytest.raises(
+        ValueError, match="OPD_CLUSTER is 'slurm'; expected ray, ray:ADDRESS, dask or dask:ADDRESS"
+    ):
         shares.wanted()
     monkeypatch.setattr(shares, "find_spec", lambda _name: None)
     monkeypatch.setenv("OPD_CLUSTER", "ray")
-    with pytest.raises(ValueError, match=r"OPD_CLUSTER is 'ray'; expected prefect-ray to be installed"):
+    with pytest.raises(
+        ValueError, match=r"OPD_CLUSTER is 'ray'; expected prefect-ray to be installed"
+    ):
         shares.wanted()
 
 
@@ -174,7 +206,9 @@ def test_each_share_on_this_machine_has_its_part_of_it(monkeypatch: pytest.Monke
     with shares._placed(Spread(4)) as its:
         assert its == {}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
-    assert [shares._gpu(number) for number in range(1, 5)] == [{"CUDA_VISIBLE_DEVICES": device} for device in ("4", "6", "7", "4")]
+    assert [shares._gpu(number) for number in range(1, 5)] == [
+        {"CUDA_VISIBLE_DEVICES": device} for device in ("4", "6", "7", "4")
+    ]
     monkeypatch.setenv("OPD_DEVICE", "cuda:1")
     assert shares._gpu(1) == {}
     monkeypatch.setenv("OPD_DEVICE", "auto")
@@ -192,12 +226,20 @@ def test_each_share_on_this_machine_has_its_part_of_it(monkeypatch: pytest.Monke
     ],
 )
 def test_on_ray_a_share_asks_for_the_part_of_a_node_that_it_uses(
-    monkeypatch: pytest.MonkeyPatch, nodes: list[tuple[int, int]], workers: str, expected: str, cpus: int, gpus: int
+    monkeypatch: pytest.MonkeyPatch,
+    nodes: list[tuple[int, int]],
+    workers: str,
+    expected: str,
+    cpus: int,
+    gpus: int,
 ) -> None:
     import ray
     from prefect_ray.context import RemoteOptionsContext
 
-    its = [{"Alive": True, "Resources": {"CPU": float(cpu)} | ({"GPU": float(gpu)} if gpu else {})} for cpu, gpu in nodes]
+    its = [
+        {"Alive": True, "Resources": {"CPU": float(cpu)} | ({"GPU": float(gpu)} if gpu else {})}
+        for cpu, gpu in nodes
+    ]
     monkeypatch.setattr(ray, "nodes", lambda: [*its, {"Alive": False, "Resources": {}}])
     monkeypatch.setenv("OPD_WORKERS", workers)
     monkeypatch.delenv("OPD_DEVICE")
@@ -210,11 +252,19 @@ def test_on_ray_a_share_asks_for_the_part_of_a_node_that_it_uses(
 def test_nodes_with_gpus_and_without_make_nothing_together(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
-    its = [{"Alive": True, "Resources": resources} for resources in ({"CPU": 64.0, "GPU": 8.0}, {"CPU": 64.0})]
+    its = [
+        {"Alive": True, "Resources": resources}
+        for resources in ({"CPU": 64.0, "GPU": 8.0}, {"CPU": 64.0})
+    ]
     monkeypatch.setattr(ray, "nodes", lambda: its)
     for name in ("OPD_WORKERS", "OPD_DEVICE"):
         monkeypatch.delenv(name)
-    with pytest.raises(ValueError, match="OPD_CLUSTER: 1 of 2 nodes have GPUs; expected all or none"), shares._placed(Spread(4, "ray", "there:6379")):
+    with (
+        pytest.raises(
+            ValueError, match="OPD_CLUSTER: 1 of 2 nodes have GPUs; expected all or none"
+        ),
+        shares._placed(Spread(4, "ray", "there:6379")),
+    ):
         pass
     monkeypatch.setenv("OPD_DEVICE", "cpu")
     with shares._placed(Spread(4, "ray", "there:6379")) as told:
@@ -223,7 +273,10 @@ def test_nodes_with_gpus_and_without_make_nothing_together(monkeypatch: pytest.M
 
 def test_a_folder_that_a_node_does_not_see_is_named(tmp_path: Path) -> None:
     said = shares.share.fn("label@it001", "1/2", str(tmp_path / "elsewhere"), {})
-    assert f"no {tmp_path / 'elsewhere'} here; expected the folder of the run, on a file system that every node sees" in said
+    assert (
+        f"no {tmp_path / 'elsewhere'} here; expected the folder of the run, on a file system that every node sees"
+        in said
+    )
 
 
 @pytest.fixture
@@ -234,7 +287,9 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     import ray
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 100_000_000})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 100_000_000}
+    )
     cluster.add_node(num_cpus=1, object_store_memory=100_000_000)
     cluster.wait_for_nodes()
     try:
@@ -244,12 +299,16 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         cluster.shutdown()
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"
+)
 def test_a_run_on_two_nodes_of_ray_is_the_run_of_one_process(
     two_nodes: Any, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The flow, with DVC: sampled and labelled in shares on either node, and the digests are those of the stages run one by one."""
-    project = checkout(PARAMS.replace("reinforcements: {rl001: it001}", "reinforcements: {}") + MORE, tmp_path)
+    project = checkout(
+        PARAMS.replace("reinforcements: {rl001: it001}", "reinforcements: {}") + MORE, tmp_path
+    )
     monkeypatch.setenv("OPD_SHARES", "2")
     monkeypatch.setenv("OPD_CLUSTER", f"ray:{two_nodes.address}")
     homes: dict[str, int] = {}  # the node of each share, by the process that stands for it
@@ -264,19 +323,26 @@ def test_a_run_on_two_nodes_of_ray_is_the_run_of_one_process(
         assert {state.name for state in states.values()} == {"Completed"}
         assert not [step for step in pipeline.plan(["label@it001"]) if step.due]
     for name in ("trajectories/it001", "logits/it001"):
-        ours, theirs = (json.loads((root / "artifacts/small" / name / MANIFEST).read_text())["digest"] for root in (tmp_path, undisturbed))
+        ours, theirs = (
+            json.loads((root / "artifacts/small" / name / MANIFEST).read_text())["digest"]
+            for root in (tmp_path, undisturbed)
+        )
         assert ours == theirs
     for verb in ("sample", "label"):
         assert len({home for part, home in homes.items() if part.startswith(verb)}) == 2, homes
 
 
-def test_a_stage_that_dvc_would_not_run_has_no_shares(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_that_dvc_would_not_run_has_no_shares(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Neither if it is up to date, nor if the cache has what its command would make."""
     before = (toy.folder / "params.yaml").read_text()
     assert pipeline.would_run("demonstrate@pre")
     toy.dvc("repro", "sample@it001")
     assert not pipeline.would_run("sample@it001")
-    (toy.folder / "params.yaml").write_text(before.replace("sample: {group: 2}", "sample: {group: 3}"))
+    (toy.folder / "params.yaml").write_text(
+        before.replace("sample: {group: 2}", "sample: {group: 3}")
+    )
     assert pipeline.would_run("sample@it001")
     toy.dvc("repro", "sample@it001")
     (toy.folder / "params.yaml").write_text(before)

@@ -51,7 +51,14 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 def bring(served: Served, *words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "flows", "study", "which", "--parallel", "2", *words]
-    return subprocess.run(command, cwd=served.toy.folder, env=served.environment, text=True, capture_output=True, check=False)
+    return subprocess.run(
+        command,
+        cwd=served.toy.folder,
+        env=served.environment,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +76,24 @@ def table(served: Served) -> study_table.Table:
     return study_table.read(folder)
 
 
-def test_a_member_that_fails_is_named_and_the_others_are_done(served: Served, first: subprocess.CompletedProcess[str]) -> None:
+def test_a_member_that_fails_is_named_and_the_others_are_done(
+    served: Served, first: subprocess.CompletedProcess[str]
+) -> None:
     assert first.returncode == 1
-    assert "1 of 3 members failed: broken, seed 4 (see artifacts/.studies/which/broken/4/study.log)" in first.stderr
-    assert "optimize.objective is 'nowhere:nothing'" in (member(served, "broken") / "study.log").read_text()
+    assert (
+        "1 of 3 members failed: broken, seed 4 (see artifacts/.studies/which/broken/4/study.log)"
+        in first.stderr
+    )
+    assert (
+        "optimize.objective is 'nowhere:nothing'"
+        in (member(served, "broken") / "study.log").read_text()
+    )
     made = table(served)
-    assert [(row.arm, row.iteration) for row in made.updates] == [("plain", "it001"), ("longer", "it001"), ("longer", "rl001")]
+    assert [(row.arm, row.iteration) for row in made.updates] == [
+        ("plain", "it001"),
+        ("longer", "it001"),
+        ("longer", "rl001"),
+    ]
     assert {(row.arm, row.checkpoint, row.iterations) for row in made.episodes} == {
         (None, "student", 0),
         (None, "teacher", 0),
@@ -85,7 +104,9 @@ def test_a_member_that_fails_is_named_and_the_others_are_done(served: Served, fi
     assert all(row.seconds for row in made.updates)
 
 
-def test_what_it_goes_on_from_is_taken_over_and_not_made_again(served: Served, first: subprocess.CompletedProcess[str]) -> None:
+def test_what_it_goes_on_from_is_taken_over_and_not_made_again(
+    served: Served, first: subprocess.CompletedProcess[str]
+) -> None:
     assert first.returncode == 1
     log = (member(served, "longer") / "study.log").read_text()
     assert "optimize@it001" in log
@@ -98,16 +119,28 @@ def test_what_it_goes_on_from_is_taken_over_and_not_made_again(served: Served, f
 
 def test_members_are_subflows(served: Served, first: subprocess.CompletedProcess[str]) -> None:
     assert first.returncode == 1
-    runs: dict[str, Any] = {run["name"]: run for run in served.ask("flow_runs/filter", {"limit": 50})}
+    runs: dict[str, Any] = {
+        run["name"]: run for run in served.ask("flow_runs/filter", {"limit": 50})
+    }
     (whole,) = [run for run in runs.values() if run["parent_task_run_id"] is None]
     assert whole["state_type"] == "FAILED"
-    states = {name: runs[name]["state_type"] for name in ("plain, seed 4", "longer, seed 4", "broken, seed 4", "reference")}
-    assert states == {"plain, seed 4": "COMPLETED", "longer, seed 4": "COMPLETED", "broken, seed 4": "FAILED", "reference": "COMPLETED"}
+    states = {
+        name: runs[name]["state_type"]
+        for name in ("plain, seed 4", "longer, seed 4", "broken, seed 4", "reference")
+    }
+    assert states == {
+        "plain, seed 4": "COMPLETED",
+        "longer, seed 4": "COMPLETED",
+        "broken, seed 4": "FAILED",
+        "reference": "COMPLETED",
+    }
     parent = served.ask("task_runs/" + runs["plain, seed 4"]["parent_task_run_id"])
     assert parent["flow_run_id"] == whole["id"]
 
 
-def test_rollouts_go_and_their_manifests_stay(served: Served, first: subprocess.CompletedProcess[str]) -> None:
+def test_rollouts_go_and_their_manifests_stay(
+    served: Served, first: subprocess.CompletedProcess[str]
+) -> None:
     assert first.returncode == 1
     run = member(served, "plain") / "artifacts/small"
     assert not (run / "trajectories/it001").exists()
@@ -115,17 +148,29 @@ def test_rollouts_go_and_their_manifests_stay(served: Served, first: subprocess.
     assert not (member(served, "plain") / ".dvc/cache").exists()
 
 
-def test_again_nothing_is_made_and_the_page_is_there(served: Served, first: subprocess.CompletedProcess[str]) -> None:
+def test_again_nothing_is_made_and_the_page_is_there(
+    served: Served, first: subprocess.CompletedProcess[str]
+) -> None:
     assert first.returncode == 1
     before = table(served)
-    served.toy.edit("params.yaml", '      broken: {distill: 1, settings: {optimize.objective: "nowhere:nothing"}}\n', "")
-    logged = {arm: len((member(served, arm) / "study.log").read_text()) for arm in ("plain", "longer")}
+    served.toy.edit(
+        "params.yaml",
+        '      broken: {distill: 1, settings: {optimize.objective: "nowhere:nothing"}}\n',
+        "",
+    )
+    logged = {
+        arm: len((member(served, arm) / "study.log").read_text()) for arm in ("plain", "longer")
+    }
     again = bring(served)
     assert again.returncode == 0, again.stderr
     for arm, length in logged.items():
         assert "✓" not in (member(served, arm) / "study.log").read_text()[length:]
-    assert table(served) == before  # to the seconds, which nobody but the record of executions knows
-    assert "plain has" in (served.toy.folder / "artifacts/small/report/which/index.html").read_text().replace("</strong>", "")
+    assert (
+        table(served) == before
+    )  # to the seconds, which nobody but the record of executions knows
+    assert "plain has" in (
+        served.toy.folder / "artifacts/small/report/which/index.html"
+    ).read_text().replace("</strong>", "")
 
 
 def test_an_arm_that_is_not_there_is_refused_before_a_server_is_asked(served: Served) -> None:
@@ -134,11 +179,19 @@ def test_an_arm_that_is_not_there_is_refused_before_a_server_is_asked(served: Se
     assert "studies.which.arms has no 'plane'" in refused.stderr
 
 
-def test_a_killed_study_takes_its_members_along_and_all_are_declared_crashed(served: Served, first: subprocess.CompletedProcess[str]) -> None:
+def test_a_killed_study_takes_its_members_along_and_all_are_declared_crashed(
+    served: Served, first: subprocess.CompletedProcess[str]
+) -> None:
     assert first.returncode == 1
     served.toy.edit("params.yaml", "    seeds: [4]", "    seeds: [4, 5]")
     command = [sys.executable, "-m", "flows", "study", "which", "--seed", "5", "--arm", "plain"]
-    process = subprocess.Popen(command, cwd=served.toy.folder, env=served.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command,
+        cwd=served.toy.folder,
+        env=served.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     under_way = {"flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}}}
 
     def running() -> set[str]:
@@ -154,7 +207,9 @@ def test_a_killed_study_takes_its_members_along_and_all_are_declared_crashed(ser
     assert running() == set()
 
 
-def test_what_an_adopted_checkpoint_cost_is_in_no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_an_adopted_checkpoint_cost_is_in_no_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its making was somebody else's: a study that starts from public checkpoints has a table all the same."""
     monkeypatch.chdir(tmp_path)
     run = Params(
@@ -187,10 +242,15 @@ def episode(arm: str, seed: int) -> study_table.EpisodeRow:
     return study_table.EpisodeRow.model_validate({"arm": arm, "seed": seed, **its})
 
 
-def test_a_table_keeps_the_members_that_another_machine_has_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_keeps_the_members_that_another_machine_has_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As in a clone, in which only one seed is made, or after seeds, arms and teachers were added; not if settings or checkpoints are others."""
     monkeypatch.chdir(tmp_path)
-    its: dict[str, Any] = {"seeds": [0, 1, 2], "arms": {"late": {"distill": 1}, "early": {"distill": 1}}}
+    its: dict[str, Any] = {
+        "seeds": [0, 1, 2],
+        "arms": {"late": {"distill": 1}, "early": {"distill": 1}},
+    }
     settings: dict[str, Any] = {
         "run": {"name": "small"},
         "environment": {"tasks": ["libero_object/0"]},
@@ -208,7 +268,11 @@ def test_a_table_keeps_the_members_that_another_machine_has_made(tmp_path: Path,
 
     def read_made(folder: Path) -> study_table.Table:
         _, arm, seed, of_member = folder.parts[-4:]
-        return study_table.Table((episode(arm, int(seed)),), ()) if of_member == TABLE else read(folder)
+        return (
+            study_table.Table((episode(arm, int(seed)),), ())
+            if of_member == TABLE
+            else read(folder)
+        )
 
     monkeypatch.setattr("flows.study.read", read_made)
 
@@ -217,16 +281,27 @@ def test_a_table_keeps_the_members_that_another_machine_has_made(tmp_path: Path,
         here.update({Member("which", *one): True for one in done})
         made = tabulate.fn("which", Params.model_validate(settings))
         table = study_table.read(tmp_path / "artifacts/small/studies/which")
-        return [(row.arm, row.seed) for row in table.episodes], {name: made.facts[name] for name in ("members", "members_kept") if name in made.facts}
+        return [(row.arm, row.seed) for row in table.episodes], {
+            name: made.facts[name] for name in ("members", "members_kept") if name in made.facts
+        }
 
     assert found(("early", 0), ("late", 1)) == ([("late", 1), ("early", 0)], {"members": 2})
-    assert found(("late", 0)) == ([("late", 0), ("late", 1), ("early", 0)], {"members": 3, "members_kept": 2})
-    assert found(("late", 0), ("late", 1), ("early", 0)) == ([("late", 0), ("late", 1), ("early", 0)], {"members": 3})
+    assert found(("late", 0)) == (
+        [("late", 0), ("late", 1), ("early", 0)],
+        {"members": 3, "members_kept": 2},
+    )
+    assert found(("late", 0), ("late", 1), ("early", 0)) == (
+        [("late", 0), ("late", 1), ("early", 0)],
+        {"members": 3},
+    )
 
     its["seeds"].append(3)
     its["arms"]["new"] = {"distill": 2}
     settings["adopt"]["another"] = {"folder": "public"}
-    assert found(("new", 3)) == ([("late", 0), ("late", 1), ("early", 0), ("new", 3)], {"members": 4, "members_kept": 3})
+    assert found(("new", 3)) == (
+        [("late", 0), ("late", 1), ("early", 0), ("new", 3)],
+        {"members": 4, "members_kept": 3},
+    )
     its["arms"]["late"] = {"distill": 1, "settings": {"optimize.steps": 7}}
     assert found() == ([("early", 0), ("new", 3)], {"members": 2, "members_kept": 2})
     its["every"] = 2

@@ -12,7 +12,17 @@ SCORE = {"success": 0.5, "low": 0.4, "high": 0.6, "episodes": 10}
 def _report(run: Path, env_steps: int) -> None:
     with draft(run / "report/page", "report", {}, {"env_steps": env_steps}) as work:
         with work.part("results.json") as path:
-            path.write_text(json.dumps({"teacher": SCORE, "start": SCORE, "final": SCORE, "env_steps": env_steps, "teacher_queries": 3}))
+            path.write_text(
+                json.dumps(
+                    {
+                        "teacher": SCORE,
+                        "start": SCORE,
+                        "final": SCORE,
+                        "env_steps": env_steps,
+                        "teacher_queries": 3,
+                    }
+                )
+            )
         work.publish({})
 
 
@@ -34,7 +44,9 @@ def test_what_is_read_is_of_the_report_that_is_there(tmp_path: Path) -> None:
     assert summary.read(tmp_path) is None, "the report was made again since"
 
 
-def test_the_cost_is_of_all_stages_of_the_run_however_often_it_was_interrupted(tmp_path: Path) -> None:
+def test_the_cost_is_of_all_stages_of_the_run_however_often_it_was_interrupted(
+    tmp_path: Path,
+) -> None:
     _report(tmp_path, 7)
     metrics = tmp_path / "metrics"
     for stage, seconds in [("sample@it001", 30.0), ("label@it001", 8.25), ("sample@it009", 99.0)]:

@@ -38,7 +38,10 @@ class Pair:
 
 @pytest.fixture(scope="module", autouse=True)
 def server() -> Iterator[None]:
-    with temporary_settings({PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: 120}), prefect_test_harness(server_startup_timeout=120):
+    with (
+        temporary_settings({PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: 120}),
+        prefect_test_harness(server_startup_timeout=120),
+    ):
         yield
 
 
@@ -83,15 +86,28 @@ def test_one_process_of_dvc_serves_all_stages(pair: Pair) -> None:
 
 def test_every_iteration_is_a_subflow_and_every_stage_a_task(pair: Pair) -> None:
     with get_client(sync_client=True) as client:
-        tasks = {name: client.read_task_run(state.state_details.task_run_id) for name, state in pair.states.items()}
+        tasks = {
+            name: client.read_task_run(state.state_details.task_run_id)
+            for name, state in pair.states.items()
+        }
         owners = {name: client.read_flow_run(task.flow_run_id).name for name, task in tasks.items()}
     assert {name: task.name for name, task in tasks.items()} == {name: name for name in pair.states}
-    assert {name for name, owner in owners.items() if owner == "it002"} == {"sample@it002", "label@it002", "optimize@it002", "evaluate@final"}
+    assert {name for name, owner in owners.items() if owner == "it002"} == {
+        "sample@it002",
+        "label@it002",
+        "optimize@it002",
+        "evaluate@final",
+    }
     assert owners["sample@it001"] == "it001"
-    assert not {owners[name] for name in ("pretrain@base", "finetune@teacher", "report")} & {"it001", "it002"}
+    assert not {owners[name] for name in ("pretrain@base", "finetune@teacher", "report")} & {
+        "it001",
+        "it002",
+    }
 
 
-def test_tasks_wait_for_their_parents_so_that_the_interface_draws_the_graph_of_dvc(pair: Pair) -> None:
+def test_tasks_wait_for_their_parents_so_that_the_interface_draws_the_graph_of_dvc(
+    pair: Pair,
+) -> None:
     with get_client(sync_client=True) as client:
         tasks = {task.id: task for task in client.read_task_runs()}
         optimize = tasks[pair.states["optimize@it001"].state_details.task_run_id]
@@ -104,13 +120,17 @@ def test_tasks_wait_for_their_parents_so_that_the_interface_draws_the_graph_of_d
     assert waited_for(tasks[first.parent_task_run_id]) == {"finetune@student", "finetune@teacher"}
 
 
-def test_a_failure_ends_the_flow_and_the_next_run_goes_on_from_there(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_ends_the_flow_and_the_next_run_goes_on_from_there(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TOY_FAILS", "finetune base")
     with pytest.raises(StageFailed, match="pretrain@base") as failure:
         opd(targets=["finetune@student"])
     assert "finetune base: no luck" in failure.value.said
     assert toy.has("demonstrations/pre")
-    before = toy.has("demonstrations/main")  # on the way to a target DVC visits the parents of a stage in no fixed order
+    before = toy.has(
+        "demonstrations/main"
+    )  # on the way to a target DVC visits the parents of a stage in no fixed order
     monkeypatch.delenv("TOY_FAILS")
     states = opd(targets=["finetune@student"])
     assert {name: state.name for name, state in states.items()} == {
@@ -135,7 +155,9 @@ def test_the_early_cut_off_is_dvcs(clone: Toy) -> None:
     assert not clone.has("demonstrations/pre")
 
 
-def test_a_task_waits_while_another_dvc_is_at_work(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_waits_while_another_dvc_is_at_work(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     answers = iter([pipeline.Busy("another DVC process is at work here"), True])
 
     def bring(name: str, tell: Tell, task_run: str, launch: str) -> bool:
@@ -152,13 +174,21 @@ def test_a_task_waits_while_another_dvc_is_at_work(toy: Toy, monkeypatch: pytest
     assert next(answers, None) is None
 
 
-def test_a_stage_is_told_its_task_run_and_its_shares_and_what_it_made_is_posted(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_is_told_its_task_run_and_its_shares_and_what_it_made_is_posted(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told: dict[str, tuple[str, str]] = {}
     made: list[str] = []
 
     def bring(name: str, tell: Tell, task_run: str, launch: str) -> bool:
         told[name] = task_run, launch
-        made.append(publish(toy.folder / "artifacts/toy/demonstrations/pre", "demonstrations", {"parent": "0" * 64}))
+        made.append(
+            publish(
+                toy.folder / "artifacts/toy/demonstrations/pre",
+                "demonstrations",
+                {"parent": "0" * 64},
+            )
+        )
         return True
 
     monkeypatch.setattr(pipeline, "bring", bring)
@@ -167,7 +197,9 @@ def test_a_stage_is_told_its_task_run_and_its_shares_and_what_it_made_is_posted(
     run = states["demonstrate@pre"].state_details.task_run_id
     assert told == {"demonstrate@pre": (str(run), "shares of demonstrate@pre")}
     with get_client(sync_client=True) as client:
-        (posted,) = client.read_artifacts(artifact_filter=ArtifactFilter(task_run_id=ArtifactFilterTaskRunId(any_=[run])))
+        (posted,) = client.read_artifacts(
+            artifact_filter=ArtifactFilter(task_run_id=ArtifactFilterTaskRunId(any_=[run]))
+        )
     assert posted.key == "demonstrate-pre"
     assert {"what": "digest", "value": made[0][:12]} in json.loads(posted.data)
 
@@ -206,7 +238,9 @@ def test_settings_are_validated_then_written_with_comments_kept(toy: Toy) -> Non
     assert (toy.folder / "params.yaml").read_text() == text
 
 
-def test_an_edit_of_the_settings_ends_a_run_that_is_at_work(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_edit_of_the_settings_ends_a_run_that_is_at_work(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bring = pipeline.bring
 
     def edited(name: str, tell: Tell, task_run: str, launch: str) -> bool:
@@ -214,12 +248,17 @@ def test_an_edit_of_the_settings_ends_a_run_that_is_at_work(toy: Toy, monkeypatc
         toy.edit(
             "params.yaml",
             "optimize: {steps: 4}",
-            "optimize: {steps: 9}" if name == "pretrain@base" else "optimize: {steps: 4}  # a comment is no setting",
+            "optimize: {steps: 9}"
+            if name == "pretrain@base"
+            else "optimize: {steps: 4}  # a comment is no setting",
         )
         return ran
 
     monkeypatch.setattr(pipeline, "bring", edited)
-    with pytest.raises(ValueError, match=r"params.yaml was edited while the run was at work, before .*; what is done stays"):
+    with pytest.raises(
+        ValueError,
+        match=r"params.yaml was edited while the run was at work, before .*; what is done stays",
+    ):
         opd(targets=["finetune@student"])
     assert toy.has("checkpoints/base", "demonstrations/pre")
     assert not toy.has("checkpoints/student")
@@ -231,14 +270,24 @@ def test_settings_of_a_run_at_work_are_not_changed_by_another(toy: Toy) -> None:
         with pytest.raises(RuntimeError, match="in use by flow run another"):
             opd(targets=["demonstrate@pre"], settings={"optimize.steps": 7})
         assert (toy.folder / "params.yaml").read_text() == before
-        assert names(opd(targets=["demonstrate@pre"], settings={"optimize.steps": 4})) == {"Completed"}, "the same settings may be said again"
+        assert names(opd(targets=["demonstrate@pre"], settings={"optimize.steps": 4})) == {
+            "Completed"
+        }, "the same settings may be said again"
 
 
 @pytest.mark.parametrize(
     ("name", "value", "told"),
     [
-        ("OPD_PROCESSES", "3", r"finetune\.batch_size is 4; expected a multiple of the 3 processes"),
-        ("OPD_PROCESSES", "", "OPD_PROCESSES, or --processes, is ''; expected a number of processes"),
+        (
+            "OPD_PROCESSES",
+            "3",
+            r"finetune\.batch_size is 4; expected a multiple of the 3 processes",
+        ),
+        (
+            "OPD_PROCESSES",
+            "",
+            "OPD_PROCESSES, or --processes, is ''; expected a number of processes",
+        ),
         ("OPD_SHARES", "x", "OPD_SHARES is 'x'; expected a number of shares"),
     ],
 )
@@ -252,7 +301,10 @@ def test_how_the_work_is_to_be_spread_is_looked_at_before_there_is_any(
 
 
 def test_groups_keep_the_order_of_the_plan() -> None:
-    plan = [Step(name) for name in ("pretrain@base", "sample@a", "label@a", "finetune@teacher", "sample@b")]
+    plan = [
+        Step(name)
+        for name in ("pretrain@base", "sample@a", "label@a", "finetune@teacher", "sample@b")
+    ]
     assert [(name, [step.name for step in steps]) for name, steps in in_groups(plan)] == [
         (None, ["pretrain@base"]),
         ("a", ["sample@a", "label@a"]),

@@ -107,11 +107,21 @@ class Toy:
         )
 
     def git(self, *words: str) -> None:
-        subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *words], cwd=self.folder, check=True, capture_output=True)
+        subprocess.run(
+            ["git", "-c", "user.name=t", "-c", "user.email=t@t", *words],
+            cwd=self.folder,
+            check=True,
+            capture_output=True,
+        )
 
     def tracked(self, path: Path) -> bool:
         """Whether git has the file."""
-        done = subprocess.run(["git", "ls-files", "--error-unmatch", str(path)], cwd=self.folder, capture_output=True, check=False)
+        done = subprocess.run(
+            ["git", "ls-files", "--error-unmatch", str(path)],
+            cwd=self.folder,
+            capture_output=True,
+            check=False,
+        )
         return done.returncode == 0
 
     def clone(self, folder: Path) -> "Toy":
@@ -142,9 +152,18 @@ def ran(output: str) -> list[str]:
 
 def code_files() -> Sequence[str]:
     stages = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"].values()
-    deps = {dep for stage in stages for dep in stage.get("do", stage)["deps"] if not dep.startswith("artifacts/")}
+    deps = {
+        dep
+        for stage in stages
+        for dep in stage.get("do", stage)["deps"]
+        if not dep.startswith("artifacts/")
+    }
     return sorted(
-        {path.relative_to(ROOT).as_posix() for dep in deps for path in ((ROOT / dep).rglob("*.py") if (ROOT / dep).is_dir() else [ROOT / dep])}
+        {
+            path.relative_to(ROOT).as_posix()
+            for dep in deps
+            for path in ((ROOT / dep).rglob("*.py") if (ROOT / dep).is_dir() else [ROOT / dep])
+        }
     )
 
 
@@ -153,7 +172,13 @@ def make_toy(folder: Path) -> Toy:
     for name in code_files():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("# stands for the real file\n")
-    for name in ("dvc.yaml", ".dvcignore", ".dvc/config", ".dvc/.gitignore", "artifacts/.gitignore"):
+    for name in (
+        "dvc.yaml",
+        ".dvcignore",
+        ".dvc/config",
+        ".dvc/.gitignore",
+        "artifacts/.gitignore",
+    ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes((ROOT / name).read_bytes())
     (folder / "params.yaml").write_text(PARAMS)

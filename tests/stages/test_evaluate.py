@@ -12,7 +12,10 @@ from vla_opd.params.stages import EvaluateParams
 
 
 def records(successes: int, episodes: int) -> list[Record]:
-    return [Record(task="reach-v3", instruction="reach", state=n, success=n < successes, steps=7) for n in range(episodes)]
+    return [
+        Record(task="reach-v3", instruction="reach", state=n, success=n < successes, steps=7)
+        for n in range(episodes)
+    ]
 
 
 def journal(tmp_path: Path, name: str, text: str) -> Path:
@@ -34,7 +37,13 @@ def test_the_journals_of_all_processes_are_read(tmp_path: Path) -> None:
 def test_a_line_cut_by_a_kill_is_passed_over_wherever_it_stands(tmp_path: Path, cut: int) -> None:
     """The journal itself stays as it is: whoever wrote it may still be at work."""
     wanted = records(2, 4)
-    text = "".join(map(line, wanted[:2])) + line(wanted[2])[:cut] + "\n" + line(wanted[3]) + line(wanted[2])[:cut]
+    text = (
+        "".join(map(line, wanted[:2]))
+        + line(wanted[2])[:cut]
+        + "\n"
+        + line(wanted[3])
+        + line(wanted[2])[:cut]
+    )
     path = journal(tmp_path, "a", text)
     assert list(_read_journals(tmp_path)) == [*wanted[:2], wanted[3]]
     assert path.read_text() == text
@@ -45,7 +54,10 @@ def test_a_decision_is_made_by_the_first_episodes_that_are_wanted() -> None:
     how = EvaluateParams(episodes=30, decide=(0.5, 0.95))
     wanted = _wanted(how, ("a", "b"))
     assert wanted[:4] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
-    every = {(task, state): Record(task=task, instruction="", state=state, success=True, steps=7) for task, state in wanted}
+    every = {
+        (task, state): Record(task=task, instruction="", state=state, success=True, steps=7)
+        for task, state in wanted
+    }
     needed = SequentialTest(0.5, 0.95).decide([True] * 60)[1]
     assert needed == 5
     assert _decision(how, wanted, {key: every[key] for key in wanted[: needed - 1]}) is None

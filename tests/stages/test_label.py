@@ -42,21 +42,34 @@ PARAMS = Params(
 
 
 def test_trajectories_of_another_camera_order_are_refused(tmp_path: Path) -> None:
-    publish(tmp_path / "teacher", build_policy(tiny.FACTS).state_dict(), {"checkpoint": tiny.FACTS.model_dump()})
-    swapped = EnvironmentParams(**tiny.ENVIRONMENT.model_dump() | {"cameras": tiny.ENVIRONMENT.cameras[::-1]})
-    with draft(tmp_path / "trajectories", "trajectories", {}, {"environment": swapped.model_dump()}) as work:
+    publish(
+        tmp_path / "teacher",
+        build_policy(tiny.FACTS).state_dict(),
+        {"checkpoint": tiny.FACTS.model_dump()},
+    )
+    swapped = EnvironmentParams(
+        **tiny.ENVIRONMENT.model_dump() | {"cameras": tiny.ENVIRONMENT.cameras[::-1]}
+    )
+    with draft(
+        tmp_path / "trajectories", "trajectories", {}, {"environment": swapped.model_dump()}
+    ) as work:
         work.publish({"action_space": tiny.SPACE.digest, "states": 0})
     with pytest.raises(
-        ValueError, match=r"environment\.cameras is \('side', 'front'\); expected \('front', 'side'\), which .*teacher was trained with"
+        ValueError,
+        match=r"environment\.cameras is \('side', 'front'\); expected \('front', 'side'\), which .*teacher was trained with",
     ):
-        label.run(PARAMS, tmp_path / "teacher", tmp_path / "trajectories", tmp_path / "logits", Host())
+        label.run(
+            PARAMS, tmp_path / "teacher", tmp_path / "trajectories", tmp_path / "logits", Host()
+        )
     assert not (tmp_path / "logits").exists()
 
 
 def label_it(*settings: str, workers: int = 1) -> int:
     """The stage by its command line, where the test stands."""
     arguments = [part for setting in settings for part in ("--set", setting)]
-    return command.main(["label", "--iteration", "it001", "--workers", str(workers), *HOST, *arguments])
+    return command.main(
+        ["label", "--iteration", "it001", "--workers", str(workers), *HOST, *arguments]
+    )
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
@@ -67,7 +80,9 @@ SIMULATED = [("label.expert=tests.out_of_tree:expert",), ("label.recover_every=3
 
 
 @pytest.mark.parametrize("settings", SIMULATED)
-def test_simulated_labels_are_the_same_by_two_workers_and_after_a_kill(small: Path, settings: tuple[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_simulated_labels_are_the_same_by_two_workers_and_after_a_kill(
+    small: Path, settings: tuple[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     logits = small / "logits/it001"
     assert label_it(*settings) == 0
     expected = bytes_of(logits)
@@ -105,16 +120,41 @@ def test_the_experts_labels_are_what_it_would_do_there(small: Path) -> None:
         for row in range(len(episode.step)):
             env.hand = states.observations.proprio[row].astype(np.float64)
             given = labels.labelled(every)[row].reshape(space.chunk, 2)
-            assert given.all(1).sum() == given.any(1).sum() == steps_to_success(env, states.observations.proprio[row], space.chunk)
+            assert (
+                given.all(1).sum()
+                == given.any(1).sum()
+                == steps_to_success(env, states.observations.proprio[row], space.chunk)
+            )
             executed += given.all(1).sum()
-            wanted = space.encode(np.tile(out_of_tree.expert(env).act(), (1, space.chunk, 1)))[0, :2]
-            assert np.abs(labels.log_probs[row, :2].argmax(-1) - wanted).max() <= 1  # the recorded hand is rounded to float32
-    assert command.main(["optimize", "--iteration", "it001", *HOST, "--set", "optimize.objective=forward_kl"]) == 0
+            wanted = space.encode(np.tile(out_of_tree.expert(env).act(), (1, space.chunk, 1)))[
+                0, :2
+            ]
+            assert (
+                np.abs(labels.log_probs[row, :2].argmax(-1) - wanted).max() <= 1
+            )  # the recorded hand is rounded to float32
+    assert (
+        command.main(
+            ["optimize", "--iteration", "it001", *HOST, "--set", "optimize.objective=forward_kl"]
+        )
+        == 0
+    )
     assert command.main(["evaluate", "--name", "final", *HOST]) == 0
-    run = read_run(load("params.yaml", ["label.expert=tests.out_of_tree:expert"]).model_copy(update={"reinforcements": {}}), small)
-    assert "Labelled by a scripted expert</strong> (<code>label.expert: tests.out_of_tree:expert</code>)" in render(run)
+    run = read_run(
+        load("params.yaml", ["label.expert=tests.out_of_tree:expert"]).model_copy(
+            update={"reinforcements": {}}
+        ),
+        small,
+    )
+    assert (
+        "Labelled by a scripted expert</strong> (<code>label.expert: tests.out_of_tree:expert</code>)"
+        in render(run)
+    )
     row = member_rows(run, "dagger", 0, {}).updates[0]
-    assert (row.reverse_kl_before, row.teacher_entropy_after, row.failed_share is None) == (None, None, False)
+    assert (row.reverse_kl_before, row.teacher_entropy_after, row.failed_share is None) == (
+        None,
+        None,
+        False,
+    )
     assert row.student_entropy_after > 0
     facts = read_manifest(small / "checkpoints/it001", "checkpoint").facts
     assert facts["after"]["forward_kl"] < 0.8 * facts["before"]["forward_kl"]
@@ -130,35 +170,55 @@ def steps_to_success(env: out_of_tree.PointMass, hand: np.ndarray, most: int) ->
     return taken
 
 
-def test_a_teacher_with_other_statistics_is_transferred_if_so_told(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_teacher_with_other_statistics_is_transferred_if_so_told(
+    small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     teacher = open_checkpoint(small / "checkpoints/teacher")
     ours = teacher.facts.action_space
-    theirs = ours.model_copy(update={"q01": tuple(q - 0.1 for q in ours.q01), "q99": tuple(q + 0.2 for q in ours.q99)})
+    theirs = ours.model_copy(
+        update={"q01": tuple(q - 0.1 for q in ours.q01), "q99": tuple(q + 0.2 for q in ours.q99)}
+    )
     facts = teacher.facts.model_copy(update={"action_space": theirs})
     publish(small / "checkpoints/teacher", teacher.weights(), {"checkpoint": facts.model_dump()})
     assert label_it() == 2
-    assert f"expected the teacher's, {theirs.digest[:12]} (or label.transfer true)" in capsys.readouterr().err
+    assert (
+        f"expected the teacher's, {theirs.digest[:12]} (or label.transfer true)"
+        in capsys.readouterr().err
+    )
     assert label_it("label.transfer=true") == 0
     stored = np.concatenate(
-        [read_shard(path, len(read_states([small / "trajectories/it001" / path.name]))).log_probs for path in shards(small / "logits/it001")]
+        [
+            read_shard(path, len(read_states([small / "trajectories/it001" / path.name]))).log_probs
+            for path in shards(small / "logits/it001")
+        ]
     )
     transfer = between(theirs, ours)
     assert transfer is not None
-    moved = _read(load("params.yaml").optimize, small / "trajectories/it001", small / "logits/it001", ours).teacher
+    moved = _read(
+        load("params.yaml").optimize, small / "trajectories/it001", small / "logits/it001", ours
+    ).teacher
     np.testing.assert_array_equal(moved, transfer(stored))
     assert np.abs(np.exp(moved) - np.exp(stored.astype(np.float32))).max() > 0.1
-    assert command.main(["optimize", "--iteration", "it001", *HOST, "--set", "label.transfer=true"]) == 0
+    assert (
+        command.main(["optimize", "--iteration", "it001", *HOST, "--set", "label.transfer=true"])
+        == 0
+    )
     found = read_manifest(small / "checkpoints/it001", "checkpoint").facts
     assert found["transferred_from"] == theirs.digest
     assert 0 < found["after"]["reverse_kl"] < 0.8 * found["before"]["reverse_kl"]
     assert open_checkpoint(small / "checkpoints/it001").facts.action_space == ours
 
 
-def test_only_recoverable_states_are_learnt_from_if_so_told(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_recoverable_states_are_learnt_from_if_so_told(
+    small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["--set", "label.recover_every=2", "--set", "optimize.recoverable=true"]
     assert label_it() == 0
     assert command.main(["optimize", "--iteration", "it001", *HOST, *arguments]) == 2
-    assert "it001: doesn't say from which states the teacher still succeeds; expected labels made with label.recover_every" in capsys.readouterr().err
+    assert (
+        "it001: doesn't say from which states the teacher still succeeds; expected labels made with label.recover_every"
+        in capsys.readouterr().err
+    )
     assert label_it("label.recover_every=2") == 0
     found = read_manifest(small / "logits/it001", "logits").facts
     tried = [read_outcome(path)[1] for path in sorted((small / "logits/it001").glob("shard-*"))]
@@ -169,21 +229,31 @@ def test_only_recoverable_states_are_learnt_from_if_so_told(small: Path, capsys:
     assert found["env_steps"] > 0
     assert found["teacher_queries"] > visited["states"]
     assert command.main(["optimize", "--iteration", "it001", *HOST, *arguments]) == 0
-    assert read_manifest(small / "checkpoints/it001", "checkpoint").facts["learnt_from"] == recoverable.sum()
+    assert (
+        read_manifest(small / "checkpoints/it001", "checkpoint").facts["learnt_from"]
+        == recoverable.sum()
+    )
     assert command.main(["evaluate", "--name", "final", *HOST]) == 0
     run = read_run(load("params.yaml").model_copy(update={"reinforcements": {}}), small)
     assert run.results.iterations[0].recoverable == found["recoverable"]
     assert run.results.env_steps == visited["env_steps"] + found["env_steps"]
     told = render(run)
     assert "Recoverable: the states from which the teacher still succeeds" in told
-    assert f'<td class="number">{found["recoverable"]:.1%}</td><td class="number">' in told  # then the gradient's norm
+    assert (
+        f'<td class="number">{found["recoverable"]:.1%}</td><td class="number">' in told
+    )  # then the gradient's norm
     assert "Labelled by a scripted expert" not in told
 
 
 def test_grpo_weighs_every_episode_alike_whatever_is_left_of_it(small: Path) -> None:
     assert label_it("label.recover_every=2") == 0
     opt = OptimizeParams(objective="mixed", recoverable=True, keep_low=0, keep_high=1)
-    data = _read(opt, small / "trajectories/it001", small / "logits/it001", open_checkpoint(small / "checkpoints/student").facts.action_space)
+    data = _read(
+        opt,
+        small / "trajectories/it001",
+        small / "logits/it001",
+        open_checkpoint(small / "checkpoints/student").facts.action_space,
+    )
     assert data.on_policy is not None
     decisions = data.on_policy.decisions
     advantage, episode = decisions.graded(data.learnt, opt).advantage, decisions.episode
@@ -193,8 +263,12 @@ def test_grpo_weighs_every_episode_alike_whatever_is_left_of_it(small: Path) -> 
     assert len(each) > 3
     np.testing.assert_allclose(each, each[0], rtol=1e-4)
     assert data.kept is not None
-    assert any(0 < data.kept[episode == one].mean() < 1 for one in np.unique(episode)), "the fixture should show an episode that is cut"
-    assert len(rows) < (data.on_policy.decisions.decided & data.mask.any(1)).sum()  # some are left out
+    assert any(0 < data.kept[episode == one].mean() < 1 for one in np.unique(episode)), (
+        "the fixture should show an episode that is cut"
+    )
+    assert (
+        len(rows) < (data.on_policy.decisions.decided & data.mask.any(1)).sum()
+    )  # some are left out
 
 
 def test_the_next_is_asked_for_before_one_is_waited_for() -> None:

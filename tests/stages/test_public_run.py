@@ -52,7 +52,13 @@ def loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "params.yaml").write_text(PARAMS)
     public.make(folder / "public")
     iteration = (["sample", "--iteration", "it001"], ["label", "--iteration", "it001"], OPTIMIZE)
-    for arguments in (["adopt", "--name", "student"], ["adopt", "--name", "teacher"], *iteration, ["evaluate", "--name", "final"], ["report"]):
+    for arguments in (
+        ["adopt", "--name", "student"],
+        ["adopt", "--name", "teacher"],
+        *iteration,
+        ["evaluate", "--name", "final"],
+        ["report"],
+    ):
         run_stage(folder, arguments, workers=1)
     with chdir(folder):
         yield folder / "artifacts/public"
@@ -62,7 +68,12 @@ def test_the_student_comes_nearer_to_its_teacher_by_its_adapter_alone(loop: Path
     made, student = (open_checkpoint(loop / "checkpoints" / name) for name in ("it001", "student"))
     facts = made.manifest.facts
     assert facts["after"]["reverse_kl"] < 0.9 * facts["before"]["reverse_kl"]
-    assert set(made.manifest.files) >= {"model.safetensors", "adapter_model.safetensors", "adapter_config.json", "tokenizer.json"}
+    assert set(made.manifest.files) >= {
+        "model.safetensors",
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "tokenizer.json",
+    }
     assert made.manifest.files["model.safetensors"] == student.manifest.files["model.safetensors"]
     assert made.facts == student.facts
     assert lora.attached(load_policy(made)) == (4, 16)
@@ -72,9 +83,13 @@ def test_what_is_seen_is_what_the_simulator_shows(loop: Path) -> None:
     """Two decisions, all of whose states are kept: other states, other logits; the same instruction."""
     states = read_states(shards(loop / "trajectories/it001"))
     assert states.observations.frames.shape == (8, 1, 256, 256, 3)
-    assert set(states.observations.instructions) == {"pick up the alphabet soup and place it in the basket"}
+    assert set(states.observations.instructions) == {
+        "pick up the alphabet soup and place it in the basket"
+    }
     with torch.inference_mode():
-        logits = load_policy(open_checkpoint(loop / "checkpoints/teacher")).logits(states.observations)
+        logits = load_policy(open_checkpoint(loop / "checkpoints/teacher")).logits(
+            states.observations
+        )
     assert (logits[0] - logits[7]).abs().max() > 1e-3
 
 
@@ -84,19 +99,36 @@ def test_it_is_scored_and_reported(loop: Path) -> None:
     assert "it001" in (loop / "report/page/index.html").read_text()
 
 
-def test_an_adapter_that_could_not_be_trained_is_not_rolled_out(loop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_adapter_that_could_not_be_trained_is_not_rolled_out(
+    loop: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = ["--set", "reinforcements.rl001=it001", "--set", "reinforce.lora_rank=8"]
     with chdir(loop.parents[1]):
         assert main(["explore", "--iteration", "rl001", *settings, *HOST]) == 2
-    assert "reinforce.lora_rank and lora_alpha are [8, 16]; expected the checkpoint's [4, 16]" in capsys.readouterr().err
+    assert (
+        "reinforce.lora_rank and lora_alpha are [8, 16]; expected the checkpoint's [4, 16]"
+        in capsys.readouterr().err
+    )
 
 
 def test_it_goes_out_as_it_came(loop: Path, tmp_path: Path) -> None:
     with chdir(loop.parents[1]):
-        assert cli.main(["export", "checkpoints/it001", str(tmp_path / "out"), "--like", "public"]) == 0
+        assert (
+            cli.main(["export", "checkpoints/it001", str(tmp_path / "out"), "--like", "public"])
+            == 0
+        )
     before, after = from_public(loop.parents[1] / "public"), from_public(tmp_path / "out")
-    changed = {name.rpartition(".")[0] for name, one in after.state_dict().items() if not torch.equal(one, before.state_dict()[name])}
-    assert {name.partition(".")[0] for name in changed} == {"dino", "siglip", "projector", "language_model"}
+    changed = {
+        name.rpartition(".")[0]
+        for name, one in after.state_dict().items()
+        if not torch.equal(one, before.state_dict()[name])
+    }
+    assert {name.partition(".")[0] for name in changed} == {
+        "dino",
+        "siglip",
+        "projector",
+        "language_model",
+    }
 
 
 def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(loop: Path, tmp_path: Path) -> None:
@@ -106,7 +138,9 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(loop: Path, tmp_path:
     shutil.rmtree(out)
     save = out.with_name(".it001.draft") / ".scratch/training.safetensors"
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([sys.executable, "-m", "stages", *OPTIMIZE, *HOST], cwd=tmp_path, env=environment) as process:
+    with subprocess.Popen(
+        [sys.executable, "-m", "stages", *OPTIMIZE, *HOST], cwd=tmp_path, env=environment
+    ) as process:
         while process.poll() is None and not save.exists():
             time.sleep(0.005)
         process.kill()
@@ -114,4 +148,7 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(loop: Path, tmp_path:
     assert not out.exists()
     assert save.stat().st_size < (loop / "checkpoints/student/model.safetensors").stat().st_size / 5
     run_stage(tmp_path, OPTIMIZE, workers=1)
-    assert read_manifest(out, "checkpoint").digest == read_manifest(loop / "checkpoints/it001", "checkpoint").digest
+    assert (
+        read_manifest(out, "checkpoint").digest
+        == read_manifest(loop / "checkpoints/it001", "checkpoint").digest
+    )

@@ -63,56 +63,100 @@ CONSUMERS = {
     "trajectories/rl001": ["checkpoints/it001"],
     "checkpoints/rl001": ["checkpoints/it001", "trajectories/rl001"],
     "evaluations/final": ["checkpoints/it001"],
-    "report/page": ["evaluations/start", "evaluations/final", "evaluations/teacher", "checkpoints/it001", "checkpoints/rl001"],
+    "report/page": [
+        "evaluations/start",
+        "evaluations/final",
+        "evaluations/teacher",
+        "checkpoints/it001",
+        "checkpoints/rl001",
+    ],
 }
 SEED = "KILL_SEED"  # repeats the random kill or flips of an earlier test run
 
 
 def _bytes(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def test_two_workers_write_the_same_bytes(undisturbed: Path, tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text(PARAMS)
     for artifact, arguments in STAGES.items():
         run_stage(tmp_path, arguments, workers=2)
-        assert _bytes(tmp_path / "artifacts/small" / artifact) == _bytes(undisturbed / "artifacts/small" / artifact), artifact
+        assert _bytes(tmp_path / "artifacts/small" / artifact) == _bytes(
+            undisturbed / "artifacts/small" / artifact
+        ), artifact
 
 
-@pytest.mark.parametrize("artifact", sorted(STAGES.keys() - {"report/page"}))  # it is a view of the others
+@pytest.mark.parametrize(
+    "artifact", sorted(STAGES.keys() - {"report/page"})
+)  # it is a view of the others
 def test_every_manifest_names_stepping_and_render(undisturbed: Path, artifact: str) -> None:
     manifest = _manifest(undisturbed / "artifacts/small" / artifact)
     named = (
-        manifest["params"].get("environment") or manifest["facts"].get("environment") or manifest["facts"].get("checkpoint", {}).get("environment")
+        manifest["params"].get("environment")
+        or manifest["facts"].get("environment")
+        or manifest["facts"].get("checkpoint", {}).get("environment")
     )
-    assert {key: named[key] for key in ("stepping", "render")} == {"stepping": "fast", "render": "fast"}
+    assert {key: named[key] for key in ("stepping", "render")} == {
+        "stepping": "fast",
+        "render": "fast",
+    }
 
 
 def test_a_checkpoint_is_scored_under_another_stepping_only_if_that_is_said(
     undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = _all_but("evaluations/final", undisturbed, tmp_path)
-    arguments = [*STAGES["evaluations/final"], "--set", "environment.stepping=exact", "--set", "evaluate.episodes=1"]
+    arguments = [
+        *STAGES["evaluations/final"],
+        "--set",
+        "environment.stepping=exact",
+        "--set",
+        "evaluate.episodes=1",
+    ]
     with chdir(tmp_path):
         assert command.main([*arguments, *HOST]) == 2
         assert "environment.stepping is 'exact'; expected 'fast'" in capsys.readouterr().err
         assert not out.exists()
         assert command.main([*arguments, "--set", "evaluate.allow_mismatch=true", *HOST]) == 0
     params = _manifest(out)["params"]
-    assert (params["environment"]["stepping"], params["evaluate"]["allow_mismatch"]) == ("exact", True)
+    assert (params["environment"]["stepping"], params["evaluate"]["allow_mismatch"]) == (
+        "exact",
+        True,
+    )
 
 
 def test_rollouts_by_the_benchmarks_own_protocol_say_so(undisturbed: Path, tmp_path: Path) -> None:
     out = _all_but("trajectories/it001", undisturbed, tmp_path)
-    run_stage(tmp_path, [*STAGES["trajectories/it001"], "--set", "sample.protocol=benchmark", "--set", "sample.group=1"], workers=1)
+    run_stage(
+        tmp_path,
+        [
+            *STAGES["trajectories/it001"],
+            "--set",
+            "sample.protocol=benchmark",
+            "--set",
+            "sample.group=1",
+        ],
+        workers=1,
+    )
     assert _manifest(out)["params"]["sample"]["protocol"] == "benchmark"
 
 
-def test_fine_tuning_draws_by_a_seed_of_its_own_if_it_has_one(undisturbed: Path, tmp_path: Path) -> None:
+def test_fine_tuning_draws_by_a_seed_of_its_own_if_it_has_one(
+    undisturbed: Path, tmp_path: Path
+) -> None:
     out = _all_but("checkpoints/student", undisturbed, tmp_path)
     as_it_is = (undisturbed / "artifacts/small/checkpoints/student" / WEIGHTS).read_bytes()
     for seed, same in ((3, True), (4, False)):  # the run's is 3
-        run_stage(tmp_path, [*STAGES["checkpoints/student"], "--set", f"finetuned.student.seed={seed}"], workers=1)
+        run_stage(
+            tmp_path,
+            [*STAGES["checkpoints/student"], "--set", f"finetuned.student.seed={seed}"],
+            workers=1,
+        )
         assert ((out / WEIGHTS).read_bytes() == as_it_is) is same
         assert _manifest(out)["params"]["seed"] == seed
         shutil.rmtree(out)
@@ -122,7 +166,21 @@ def test_unseen_tasks_are_scored_apart(small: Path) -> None:
     """The run's own score stays what it was, to the episode; and a report of the run still is of its own tasks."""
     folder = small / "evaluations/final"
     before, own = open_artifact(folder, "evaluation").facts, read_records(folder)
-    assert command.main(["evaluate", "--name", "final", "--set", "evaluate.unseen=[green]", "--workers", "2", *HOST]) == 0
+    assert (
+        command.main(
+            [
+                "evaluate",
+                "--name",
+                "final",
+                "--set",
+                "evaluate.unseen=[green]",
+                "--workers",
+                "2",
+                *HOST,
+            ]
+        )
+        == 0
+    )
     after = open_artifact(folder, "evaluation").facts
     assert (after["overall"], after["tasks"]["red"]) == (before["overall"], before["tasks"]["red"])
     assert [record for record in read_records(folder) if record.task != "green"] == list(own)
@@ -140,11 +198,18 @@ def test_an_evaluation_that_only_decides_stops_early_at_the_same_episode(small: 
     made = []
     for workers in ("1", "2"):
         decide = ["--set", "evaluate.episodes=40", "--set", "evaluate.decide=[0.5, 0.95]"]
-        assert command.main(["evaluate", "--name", "teacher", *decide, "--workers", workers, *HOST]) == 0
+        assert (
+            command.main(["evaluate", "--name", "teacher", *decide, "--workers", workers, *HOST])
+            == 0
+        )
         made.append(open_artifact(small / "evaluations/teacher", "evaluation"))
     assert made[0].digest == made[1].digest
     assert made[0].facts["decided"] in (0.5, 0.95)
-    assert len(read_records(small / "evaluations/teacher")) == made[0].facts["overall"]["episodes"] < 80
+    assert (
+        len(read_records(small / "evaluations/teacher"))
+        == made[0].facts["overall"]["episodes"]
+        < 80
+    )
     assert command.main(["report", *HOST]) == 0
     assert "teacher only decides" in (small / "report/page/index.html").read_text()
 
@@ -152,23 +217,41 @@ def test_an_evaluation_that_only_decides_stops_early_at_the_same_episode(small: 
 def test_the_teachers_states_are_a_control(small: Path) -> None:
     """The teacher acts; its states are labelled and learned from as the student's are, and every manifest says whose they were."""
     for verb in ("sample", "label", "optimize"):
-        assert command.main([verb, "--iteration", "it001", *HOST, "--set", "sample.visited_by=teacher"]) == 0
+        assert (
+            command.main(
+                [verb, "--iteration", "it001", *HOST, "--set", "sample.visited_by=teacher"]
+            )
+            == 0
+        )
     visited, teacher = (
-        open_artifact(small / name, kind) for name, kind in (("trajectories/it001", "trajectories"), ("checkpoints/teacher", "checkpoint"))
+        open_artifact(small / name, kind)
+        for name, kind in (
+            ("trajectories/it001", "trajectories"),
+            ("checkpoints/teacher", "checkpoint"),
+        )
     )
     assert visited.params["sample"]["visited_by"] == "teacher"
     assert visited.parents["teacher"] == teacher.digest
-    acted, policy = read_shard(shards(small / "trajectories/it001")[0])[0], load_policy(open_checkpoint(small / "checkpoints/teacher"), "cpu")
+    acted, policy = (
+        read_shard(shards(small / "trajectories/it001")[0])[0],
+        load_policy(open_checkpoint(small / "checkpoints/teacher"), "cpu"),
+    )
     seen = Observations(acted.frames[:1], acted.proprio[:1], (acted.instruction,))
     with torch.inference_mode():
-        said = tempered(policy.logits(seen)[0], 0.6).gather(-1, torch.from_numpy(acted.tokens[0]).long().unsqueeze(-1)).squeeze(-1)
+        said = (
+            tempered(policy.logits(seen)[0], 0.6)
+            .gather(-1, torch.from_numpy(acted.tokens[0]).long().unsqueeze(-1))
+            .squeeze(-1)
+        )
     torch.testing.assert_close(torch.from_numpy(acted.log_probs[0]), said, rtol=0, atol=1e-4)
     made = open_artifact(small / "checkpoints/it001", "checkpoint")
     assert made.parents["trajectories"] == visited.digest
 
 
 @pytest.mark.parametrize("artifact", KILLED_AT)
-def test_a_killed_stage_goes_on_to_the_same_bytes(undisturbed: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], artifact: str) -> None:
+def test_a_killed_stage_goes_on_to_the_same_bytes(
+    undisturbed: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], artifact: str
+) -> None:
     """Killed as soon as it has finished a chosen part of its work: it publishes nothing, and the next run does not do that part again."""
     out = _all_but(artifact, undisturbed, tmp_path)
     code = _killed(tmp_path, artifact, KILLED_AT[artifact])
@@ -180,13 +263,20 @@ def test_a_killed_stage_goes_on_to_the_same_bytes(undisturbed: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("nth", range(int(os.environ.get("KILLS") or 1)))
-def test_a_stage_killed_at_random_goes_on_to_the_same_bytes(undisturbed: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], nth: int) -> None:
+def test_a_stage_killed_at_random_goes_on_to_the_same_bytes(
+    undisturbed: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], nth: int
+) -> None:
     """Some stage, a random moment after its draft appeared: in the middle of anything, and perhaps too late."""
     seed = int(os.environ.get(SEED) or random.SystemRandom().randrange(2**32)) + nth
     generator = random.Random(seed)  # noqa: S311 - no secret
     artifact = generator.choice(sorted(KILLED_AT))
     out = _all_but(artifact, undisturbed, tmp_path)
-    code = _killed(tmp_path, artifact, generator.randint(0, KILLED_AT[artifact]), delay=generator.uniform(0, 0.3))
+    code = _killed(
+        tmp_path,
+        artifact,
+        generator.randint(0, KILLED_AT[artifact]),
+        delay=generator.uniform(0, 0.3),
+    )
     print(f"{SEED}={seed}: {artifact} ended with {code}")  # pytest shows it if the test fails
     assert out.exists() or code == -signal.SIGKILL
     _goes_on(undisturbed, tmp_path, artifact, _finished(_draft(out)), capfd)
@@ -202,13 +292,23 @@ METAWORLD = {
 }
 
 
-def test_a_killed_stage_goes_on_to_the_bytes_of_one_worker_on_metaworld_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    settings = "\n".join(f"{key}: {METAWORLD.get(key, said)}" for key, said in (line.split(": ", 1) for line in PARAMS.strip().splitlines()))
+def test_a_killed_stage_goes_on_to_the_bytes_of_one_worker_on_metaworld_too(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = "\n".join(
+        f"{key}: {METAWORLD.get(key, said)}"
+        for key, said in (line.split(": ", 1) for line in PARAMS.strip().splitlines())
+    )
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     for folder in (undisturbed, killed):
         folder.mkdir()
         (folder / "params.yaml").write_text(settings)
-    for artifact in ("demonstrations/main", "checkpoints/teacher", "checkpoints/student", "trajectories/it001"):
+    for artifact in (
+        "demonstrations/main",
+        "checkpoints/teacher",
+        "checkpoints/student",
+        "trajectories/it001",
+    ):
         run_stage(undisturbed, STAGES[artifact], workers=1)
         out = killed / "artifacts/small" / artifact
         if artifact.startswith("checkpoints"):
@@ -219,7 +319,13 @@ def test_a_killed_stage_goes_on_to_the_bytes_of_one_worker_on_metaworld_too(tmp_
             _goes_on(undisturbed, killed, artifact, _finished(_draft(out)), capfd)
 
 
-def _goes_on(undisturbed: Path, folder: Path, artifact: str, finished: int, captured: pytest.CaptureFixture[str]) -> None:
+def _goes_on(
+    undisturbed: Path,
+    folder: Path,
+    artifact: str,
+    finished: int,
+    captured: pytest.CaptureFixture[str],
+) -> None:
     """Run the killed stage again: it says that it reuses what was finished, leaves it alone, and ends at the undisturbed bytes."""
     out, expected = (place / "artifacts/small" / artifact for place in (folder, undisturbed))
     before = _shard_times(_draft(out)) if finished else {}
@@ -227,7 +333,9 @@ def _goes_on(undisturbed: Path, folder: Path, artifact: str, finished: int, capt
     run_stage(folder, STAGES[artifact], workers=2)
     said = captured.readouterr().err
     print(said_before.out, said_before.err, said, sep="\n")
-    reused = re.findall(r"reusing (\d+) of \d+ |going on from step (\d+)", said)  # `explore` says so of each round
+    reused = re.findall(
+        r"reusing (\d+) of \d+ |going on from step (\d+)", said
+    )  # `explore` says so of each round
     assert sum(int(shards or steps) for shards, steps in reused) == finished
     assert before.items() <= _shard_times(out).items(), "a finished shard was written again"
     assert _manifest(out)["digest"] == _manifest(expected)["digest"]
@@ -259,7 +367,11 @@ def _killed(folder: Path, artifact: str, point: int, delay: float = 0.0) -> int:
 
 def _started(folder: Path, artifact: str, *more: str) -> "subprocess.Popen[bytes]":
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-m", "stages", *STAGES[artifact], "--workers", "2", *HOST, *more], cwd=folder, env=environment)
+    return subprocess.Popen(
+        [sys.executable, "-m", "stages", *STAGES[artifact], "--workers", "2", *HOST, *more],
+        cwd=folder,
+        env=environment,
+    )
 
 
 def _draft(out: Path) -> Path:
@@ -333,12 +445,18 @@ def test_the_student_moves_towards_the_teacher(undisturbed: Path) -> None:
 
 def test_every_flipped_bit_is_detected(small: Path) -> None:
     """One random bit at a time, in stores, logits, checkpoints, evaluations, the report and (three times in ten) manifests."""
-    seed, flips = int(os.environ.get(SEED) or random.SystemRandom().randrange(2**32)), int(os.environ.get("FLIPS") or 300)
+    seed, flips = (
+        int(os.environ.get(SEED) or random.SystemRandom().randrange(2**32)),
+        int(os.environ.get("FLIPS") or 300),
+    )
     generator = random.Random(seed)  # noqa: S311 - no secret
     kinds: dict[Path, Kind] = {small / name: _manifest(small / name)["kind"] for name in STAGES}
     for _ in range(flips):
         folder = generator.choice(sorted(kinds))
-        with flipped(folder, generator) as where, pytest.raises(ValueError, match=re.escape(str(folder))):
+        with (
+            flipped(folder, generator) as where,
+            pytest.raises(ValueError, match=re.escape(str(folder))),
+        ):
             print(f"{SEED}={seed}: {where}")
             open_artifact(folder, kinds[folder])
     for folder, kind in kinds.items():
@@ -346,7 +464,9 @@ def test_every_flipped_bit_is_detected(small: Path) -> None:
 
 
 @pytest.mark.parametrize(("consumer", "inputs"), CONSUMERS.items())
-def test_nothing_is_made_from_a_corrupt_artifact(small: Path, capsys: pytest.CaptureFixture[str], consumer: str, inputs: list[str]) -> None:
+def test_nothing_is_made_from_a_corrupt_artifact(
+    small: Path, capsys: pytest.CaptureFixture[str], consumer: str, inputs: list[str]
+) -> None:
     """Whichever input has a flipped bit, the stage stops with its name, and neither replaces what is there nor leaves a draft."""
     before = _bytes(small / consumer)
     for name in inputs:
@@ -358,7 +478,9 @@ def test_nothing_is_made_from_a_corrupt_artifact(small: Path, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize("artifact", ["trajectories/it001", "logits/it001"])
-def test_a_corrupt_shard_is_remade_with_the_same_bytes(undisturbed: Path, small: Path, artifact: str) -> None:
+def test_a_corrupt_shard_is_remade_with_the_same_bytes(
+    undisturbed: Path, small: Path, artifact: str
+) -> None:
     shard = shards(small / artifact)[0]
     shard.write_bytes(_flip(sound := shard.read_bytes(), len(sound) * 4))
     run_stage(small.parents[1], STAGES[artifact], workers=1)
@@ -366,7 +488,11 @@ def test_a_corrupt_shard_is_remade_with_the_same_bytes(undisturbed: Path, small:
 
 
 @pytest.mark.parametrize(
-    ("artifact", "whose", "told"), [("logits/it001", "teacher", "log-probabilities of"), ("trajectories/it001", "student", "logits after")]
+    ("artifact", "whose", "told"),
+    [
+        ("logits/it001", "teacher", "log-probabilities of"),
+        ("trajectories/it001", "student", "logits after"),
+    ],
 )
 def test_a_policy_whose_numbers_are_not_finite_is_not_believed(
     small: Path, capsys: pytest.CaptureFixture[str], artifact: str, whose: str, told: str
@@ -384,9 +510,14 @@ def test_a_policy_whose_numbers_are_not_finite_is_not_believed(
     assert _bytes(small / artifact) == before
 
 
-def test_a_run_that_diverges_keeps_the_batch_and_what_was_there(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_diverges_keeps_the_batch_and_what_was_there(
+    small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = _bytes(small / "checkpoints/it001")
-    assert command.main([*STAGES["checkpoints/it001"], *HOST, "--set", "optimize.learning_rate=1e30"]) == 1
+    assert (
+        command.main([*STAGES["checkpoints/it001"], *HOST, "--set", "optimize.learning_rate=1e30"])
+        == 1
+    )
     said = capsys.readouterr().err
     (kept,) = (small.parent / ".metrics/small/not_finite").iterdir()
     assert f"kept in artifacts/.metrics/small/not_finite/{kept.name}" in said
@@ -429,11 +560,16 @@ def _flip(content: bytes, bit: int) -> bytes:
     return bytes(spoiled)
 
 
-def test_objectives_are_compared_on_one_recorded_batch(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_objectives_are_compared_on_one_recorded_batch(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(directions, "CHUNK", 16)
     monkeypatch.setattr("sys.argv", ["directions", "it001", "--json", "rows.jsonl"])
     directions.main()
-    rows = {row["objective"]: row for row in map(json.loads, (small.parents[1] / "rows.jsonl").read_text().splitlines())}
+    rows = {
+        row["objective"]: row
+        for row in map(json.loads, (small.parents[1] / "rows.jsonl").read_text().splitlines())
+    }
     assert {"reverse_kl", "forward_kl", "hard_ce"} <= set(rows)
     assert rows["reverse_kl"]["cosine"] == pytest.approx([1, 1, 1])
     assert rows["forward_kl"]["cosine"][0] > 0.3

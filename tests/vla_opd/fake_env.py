@@ -66,12 +66,20 @@ class PointMass:
         size, cameras = self.params.image_size, len(self.params.cameras)
         picture = (np.resize(self.position, (size, size, 3)) * 1e4).astype(np.int64) % 256
         frames = np.stack([(picture + camera) % 256 for camera in range(cameras)]).astype(np.uint8)
-        return Observation(frames, np.concatenate([self.position, self.goal]).astype(np.float32), f"reach {self.placement.task}")
+        return Observation(
+            frames,
+            np.concatenate([self.position, self.goal]).astype(np.float32),
+            f"reach {self.placement.task}",
+        )
 
     def strike(self) -> None:
         trouble, _, rest = self.placement.task.partition(":")
         index, _, marker = rest.partition(":")
-        if trouble not in TROUBLES or int(index) != self.placement.index or (marker and Path(marker).exists()):
+        if (
+            trouble not in TROUBLES
+            or int(index) != self.placement.index
+            or (marker and Path(marker).exists())
+        ):
             return
         if marker:
             Path(marker).touch()
@@ -128,7 +136,11 @@ class Inspect:
             "threads": lambda: os.environ["OMP_NUM_THREADS"],
             "interrupt": lambda: signal.getsignal(signal.SIGINT).name,
         }
-        look = Observation(np.zeros((1, 16, 16, 3), np.uint8), np.zeros(1, np.float32), f"{os.getpid()} {facts[self.what]()}")
+        look = Observation(
+            np.zeros((1, 16, 16, 3), np.uint8),
+            np.zeros(1, np.float32),
+            f"{os.getpid()} {facts[self.what]()}",
+        )
         return outcome(0, [look], np.zeros(1, np.int32), success=False)
 
 

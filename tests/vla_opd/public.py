@@ -29,7 +29,10 @@ def in_shards(folder: Path) -> None:
     """The weights as two files and an index."""
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     names = sorted(weights)
-    parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    parts = {
+        "model-00001-of-00002.safetensors": names[::2],
+        "model-00002-of-00002.safetensors": names[1::2],
+    }
     for file, some in parts.items():
         safetensors.torch.save_file({name: weights[name] for name in some}, folder / file)
     index = {"weight_map": {name: file for file, some in parts.items() for name in some}}

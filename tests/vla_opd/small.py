@@ -10,8 +10,16 @@ from vla_opd.policies.checkpoint import CheckpointFacts
 
 CHUNK, DIMS, BINS = 2, 3, 8
 TOKENS = CHUNK * DIMS
-SPACE = ActionSpace(q01=(-0.5, -1.0, 0.0), q99=(0.5, 2.0, 0.0), normalised=(True, True, False), chunk=CHUNK, bins=BINS)
-ENVIRONMENT = EnvironmentParams(family="metaworld", tasks=("reach-v3",), cameras=("front", "side"), image_size=20)
+SPACE = ActionSpace(
+    q01=(-0.5, -1.0, 0.0),
+    q99=(0.5, 2.0, 0.0),
+    normalised=(True, True, False),
+    chunk=CHUNK,
+    bins=BINS,
+)
+ENVIRONMENT = EnvironmentParams(
+    family="metaworld", tasks=("reach-v3",), cameras=("front", "side"), image_size=20
+)
 SHAPE = PolicyParams(chunk=CHUNK, bins=BINS, crop=16, width=16, layers=1, heads=2, channels=8)
 FACTS = CheckpointFacts(
     policy=SHAPE,
@@ -28,11 +36,19 @@ def observations(rows: int, seed: int = 0, instruction: str = "pick the red cube
     """Random pictures and proprioception that suit `FACTS`."""
     random = np.random.default_rng(seed)
     frames = random.integers(0, 256, (rows, 2, 20, 20, 3), dtype=np.uint8)
-    return Observations(frames, random.normal(size=(rows, 2)).astype(np.float32), (instruction,) * rows)
+    return Observations(
+        frames, random.normal(size=(rows, 2)).astype(np.float32), (instruction,) * rows
+    )
 
 
 def episode(
-    seed: int = 0, *, steps: int = 5, every: int = 1, member: int = 0, clean: tuple[bool, ...] | None = None, task: str = "reach-v3"
+    seed: int = 0,
+    *,
+    steps: int = 5,
+    every: int = 1,
+    member: int = 0,
+    clean: tuple[bool, ...] | None = None,
+    task: str = "reach-v3",
 ) -> Episode:
     """An episode of L = `steps` random control steps, a state kept at every `every`-th of them."""
     random = np.random.default_rng(seed)

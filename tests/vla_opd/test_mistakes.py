@@ -60,7 +60,9 @@ def test_a_file_that_is_in_the_way_is_named_first() -> None:
     assert said == "/nowhere/at/all: no such file or directory; expected it to be there"
 
 
-def test_a_librarys_runtime_error_says_how_to_see_more_and_ours_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_librarys_runtime_error_says_how_to_see_more_and_ours_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert "OPD_TRACEBACK=1" in message(raised(lambda: torch.zeros(2) @ torch.zeros(3)))
     monkeypatch.delenv("MUJOCO_GL", raising=False)
     monkeypatch.setattr(graphics, "_failure", lambda _: "no driver")
@@ -70,8 +72,16 @@ def test_a_librarys_runtime_error_says_how_to_see_more_and_ours_does_not(monkeyp
 
 
 @pytest.mark.parametrize(
-    "words", ["Could not determine home directory.", "could not determine the home directory for '~/.config', set an absolute HOME"]
+    "words",
+    [
+        "Could not determine home directory.",
+        "could not determine the home directory for '~/.config', set an absolute HOME",
+    ],
 )
-def test_a_home_that_dvc_and_prefect_need_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch, words: str) -> None:
+def test_a_home_that_dvc_and_prefect_need_is_asked_for_by_name(
+    monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
     monkeypatch.delenv("HOME", raising=False)
-    assert message(RuntimeError(words)).startswith("HOME is None; expected a folder that you may write to: DVC and Prefect")
+    assert message(RuntimeError(words)).startswith(
+        "HOME is None; expected a folder that you may write to: DVC and Prefect"
+    )

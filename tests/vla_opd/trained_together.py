@@ -20,7 +20,10 @@ STEPS, BATCH = 4, 4
 def main(checkpoint: Path, out: Path) -> None:
     """Towards one bin everywhere, in states of which some have more valid tokens than others."""
     random = np.random.default_rng(0)
-    pictures, proprio = random.integers(0, 256, (BATCH, 1, 256, 256, 3), np.uint8), np.zeros((BATCH, 8), np.float32)
+    pictures, proprio = (
+        random.integers(0, 256, (BATCH, 1, 256, 256, 3), np.uint8),
+        np.zeros((BATCH, 8), np.float32),
+    )
     seen = Observations(pictures, proprio, ("place it in the bowl",) * BATCH)
 
     def loss(policy: torch.nn.Module, _step: int) -> Means:
@@ -37,8 +40,13 @@ def main(checkpoint: Path, out: Path) -> None:
             rows, moments = train(shared, loss, budget, out, None, "together")
         if fsdp.rank() == 0:
             write_rows(out / "rows.jsonl", rows)
-            learnt = {name: one.detach() for name, one in policy.named_parameters() if one.requires_grad}
-            safetensors.torch.save_file({name: one.contiguous() for name, one in {**learnt, **moments}.items()}, out / "learnt.safetensors")
+            learnt = {
+                name: one.detach() for name, one in policy.named_parameters() if one.requires_grad
+            }
+            safetensors.torch.save_file(
+                {name: one.contiguous() for name, one in {**learnt, **moments}.items()},
+                out / "learnt.safetensors",
+            )
 
 
 if __name__ == "__main__":

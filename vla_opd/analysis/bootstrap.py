@@ -33,7 +33,9 @@ class Estimate:
     @classmethod
     def of(cls, value: float, resampled: Float[np.ndarray, " R"]) -> Self:
         """The interval of a bootstrap."""
-        low, high = np.quantile(resampled, [0.025, 0.975], method="inverted_cdf")  # some may be infinite, and there is nothing between those
+        low, high = np.quantile(
+            resampled, [0.025, 0.975], method="inverted_cdf"
+        )  # some may be infinite, and there is nothing between those
         return cls(value, float(low), float(high))
 
 
@@ -62,7 +64,9 @@ class Curve:
 
     def at_end(self, quantity: str) -> float | None:
         """The mean over seeds of what the last update says; None if it says nothing of it."""
-        last = {row.seed: getattr(row, quantity) for row in self.updates}  # a later row of a seed takes an earlier one's place
+        last = {
+            row.seed: getattr(row, quantity) for row in self.updates
+        }  # a later row of a seed takes an earlier one's place
         return None if not last or None in last.values() else float(np.mean(list(last.values())))
 
     def by_position(self, quantity: str) -> dict[int, float]:
@@ -73,7 +77,11 @@ class Curve:
             kinds.setdefault(row.position, set()).add(row.kind)
             if (value := getattr(row, quantity)) is not None:
                 said.setdefault(row.position, []).append(value)
-        return {position: float(np.mean(values)) for position, values in sorted(said.items()) if len(kinds[position]) == 1}
+        return {
+            position: float(np.mean(values))
+            for position, values in sorted(said.items())
+            if len(kinds[position]) == 1
+        }
 
 
 @dataclass(frozen=True)
@@ -93,12 +101,17 @@ class Study:
         random, weights = np.random.default_rng(0), np.zeros((RESAMPLES, len(self.tasks)))
         for task in dict.fromkeys(self.tasks):
             members = np.flatnonzero(np.array(self.tasks) == task)
-            weights[:, members] = random.multinomial(len(members), np.full(len(members), 1 / len(members)), RESAMPLES)
+            weights[:, members] = random.multinomial(
+                len(members), np.full(len(members), 1 / len(members)), RESAMPLES
+            )
         return weights / len(self.tasks)
 
     def _seeds(self, curve: Curve) -> Float[np.ndarray, "R S"]:
         count = len(curve.seeds)
-        return np.random.default_rng(1).multinomial(count, np.full(count, 1 / count), RESAMPLES) / count
+        return (
+            np.random.default_rng(1).multinomial(count, np.full(count, 1 / count), RESAMPLES)
+            / count
+        )
 
     @property
     def resampled_start(self) -> Float[np.ndarray, " R"]:
@@ -107,7 +120,9 @@ class Study:
 
     def resampled(self, curve: Curve) -> Float[np.ndarray, "R P"]:
         """The success of every checkpoint, the mean over seeds, in each resample."""
-        return np.einsum("rs,spe,re->rp", self._seeds(curve), curve.outcomes, self._weights, optimize=True)
+        return np.einsum(
+            "rs,spe,re->rp", self._seeds(curve), curve.outcomes, self._weights, optimize=True
+        )
 
     def shared(self, outcomes: Bool[np.ndarray, " E"]) -> Estimate:
         """The success of the start, or of the teacher: one checkpoint, so only its episodes are drawn again."""
@@ -133,7 +148,10 @@ class Study:
 
     def task_success(self, outcomes: Bool[np.ndarray, "... E"]) -> dict[str, float]:
         """For each task."""
-        return {task: float(outcomes[..., np.array(self.tasks) == task].mean()) for task in dict.fromkeys(self.tasks)}
+        return {
+            task: float(outcomes[..., np.array(self.tasks) == task].mean())
+            for task in dict.fromkeys(self.tasks)
+        }
 
     def reach(self, curve: Curve, cost: str, share: float = SHARE) -> Estimate:
         """What it cost until the mean success over seeds came to `share` of the teacher's: interpolated between checkpoints.
@@ -158,15 +176,30 @@ class Study:
         its_value, its_resampled = self._reached(other, cost, share)
         spent = self._seeds(other) @ other.costs[cost][:, -1]
         least = np.where(np.isinf(its_resampled), spent, its_resampled)
-        return Estimate.of((float(other.cost(cost)[-1]) if np.isinf(its_value) else its_value) / value, least[came] / resampled[came])
+        return Estimate.of(
+            (float(other.cost(cost)[-1]) if np.isinf(its_value) else its_value) / value,
+            least[came] / resampled[came],
+        )
 
-    def _reached(self, curve: Curve, cost: str, share: float) -> tuple[float, Float[np.ndarray, " R"]]:
-        value = crossing(curve.outcomes.mean((0, 2))[None], curve.cost(cost)[None], np.array([share * self.teacher.mean()]))
+    def _reached(
+        self, curve: Curve, cost: str, share: float
+    ) -> tuple[float, Float[np.ndarray, " R"]]:
+        value = crossing(
+            curve.outcomes.mean((0, 2))[None],
+            curve.cost(cost)[None],
+            np.array([share * self.teacher.mean()]),
+        )
         spent = self._seeds(curve) @ curve.costs[cost]
-        return float(value[0]), crossing(self.resampled(curve), spent, share * (self._weights @ self.teacher))
+        return float(value[0]), crossing(
+            self.resampled(curve), spent, share * (self._weights @ self.teacher)
+        )
 
 
-def crossing(success: Float[np.ndarray, "R P"], spent: Float[np.ndarray, "R P"], wanted: Float[np.ndarray, " R"]) -> Float[np.ndarray, " R"]:
+def crossing(
+    success: Float[np.ndarray, "R P"],
+    spent: Float[np.ndarray, "R P"],
+    wanted: Float[np.ndarray, " R"],
+) -> Float[np.ndarray, " R"]:
     """What was spent, or whatever else goes along, where each curve first comes to what is wanted of it: between two points by a straight line.
 
     Infinite where it never does.
@@ -175,7 +208,9 @@ def crossing(success: Float[np.ndarray, "R P"], spent: Float[np.ndarray, "R P"],
     first, rows = above.argmax(1), np.arange(len(success))
     before = np.maximum(first - 1, 0)
     rise = success[rows, first] - success[rows, before]
-    part = np.divide(wanted - success[rows, before], rise, out=np.ones(len(success)), where=rise > 0)
+    part = np.divide(
+        wanted - success[rows, before], rise, out=np.ones(len(success)), where=rise > 0
+    )
     at = spent[rows, before] + part * (spent[rows, first] - spent[rows, before])
     return np.where(above.any(1), np.where(first == 0, spent[rows, 0], at), np.inf)
 
@@ -194,7 +229,14 @@ def _paired(one: Curve, other: Curve) -> tuple[Curve, Curve]:
 def _only(curve: Curve, seeds: Sequence[int]) -> Curve:
     kept = [curve.seeds.index(seed) for seed in seeds]
     costs = {name: values[kept] for name, values in curve.costs.items()}
-    return Curve(curve.arm, tuple(seeds), curve.checkpoints, curve.outcomes[kept], costs, tuple(u for u in curve.updates if u.seed in seeds))
+    return Curve(
+        curve.arm,
+        tuple(seeds),
+        curve.checkpoints,
+        curve.outcomes[kept],
+        costs,
+        tuple(u for u in curve.updates if u.seed in seeds),
+    )
 
 
 # From rows.
@@ -208,33 +250,78 @@ def read_study(table: Table, start: str, teacher: str, *, seen: bool = True) -> 
     rows = [row for row in table.episodes if row.seen is seen]
     shared = _by(rows, lambda row: row.evaluation if row.arm is None else None)
     if absent := [name for name in (start, teacher) if name not in shared]:
-        raise ValueError(f"the table has no evaluation {absent[0]!r} of what the members share; expected one of {sorted(shared)}")
+        raise ValueError(
+            f"the table has no evaluation {absent[0]!r} of what the members share; expected one of {sorted(shared)}"
+        )
     episodes = [(row.task, row.state) for row in shared[start]]
     own = _by(rows, lambda row: row.arm)
     begun = _outcomes(shared[start], episodes)
-    curves = tuple(_curve(arm, own[arm], [u for u in table.updates if u.arm == arm], begun, episodes) for arm in table.arms if arm in own)
-    cost, tasks = Cost(**{name: getattr(shared[teacher][0], name) for name in COSTS}), tuple(task for task, _ in episodes)
-    return Study(curves, begun, _outcomes(shared[teacher], episodes), cost, tasks, max(row.horizon for row in rows))
+    curves = tuple(
+        _curve(arm, own[arm], [u for u in table.updates if u.arm == arm], begun, episodes)
+        for arm in table.arms
+        if arm in own
+    )
+    cost, tasks = (
+        Cost(**{name: getattr(shared[teacher][0], name) for name in COSTS}),
+        tuple(task for task, _ in episodes),
+    )
+    return Study(
+        curves,
+        begun,
+        _outcomes(shared[teacher], episodes),
+        cost,
+        tasks,
+        max(row.horizon for row in rows),
+    )
 
 
-def _curve(arm: str, rows: Sequence[EpisodeRow], updates: Sequence[UpdateRow], start: np.ndarray, episodes: list[tuple[str, int]]) -> Curve:
+def _curve(
+    arm: str,
+    rows: Sequence[EpisodeRow],
+    updates: Sequence[UpdateRow],
+    start: np.ndarray,
+    episodes: list[tuple[str, int]],
+) -> Curve:
     by_seed = _by(rows, lambda row: row.seed)
     scored = {seed: _by(its, lambda row: row.checkpoint) for seed, its in by_seed.items()}
     common = set.intersection(*(set(its) for its in scored.values()))
     first = next(iter(scored.values()))
-    checkpoints = sorted((name for name in first if name in common), key=lambda name: (first[name][0].iterations, first[name][0].optimizer_steps))
-    own = first[checkpoints[0]][0].iterations == 0  # a student of its own: it never was at the start
-    outcomes = [[*([] if own else [start]), *(_outcomes(its[name], episodes) for name in checkpoints)] for its in scored.values()]
-    spent = {name: [[_number(getattr(its[c][0], name)) for c in checkpoints] for its in scored.values()] for name in COSTS}
-    costs = {name: np.array([[*([] if own else [0.0]), *row] for row in rows], dtype=float) for name, rows in spent.items()}
-    return Curve(arm, tuple(scored), (*(() if own else ("start",)), *checkpoints), np.array(outcomes), costs, tuple(updates))
+    checkpoints = sorted(
+        (name for name in first if name in common),
+        key=lambda name: (first[name][0].iterations, first[name][0].optimizer_steps),
+    )
+    own = (
+        first[checkpoints[0]][0].iterations == 0
+    )  # a student of its own: it never was at the start
+    outcomes = [
+        [*([] if own else [start]), *(_outcomes(its[name], episodes) for name in checkpoints)]
+        for its in scored.values()
+    ]
+    spent = {
+        name: [[_number(getattr(its[c][0], name)) for c in checkpoints] for its in scored.values()]
+        for name in COSTS
+    }
+    costs = {
+        name: np.array([[*([] if own else [0.0]), *row] for row in rows], dtype=float)
+        for name, rows in spent.items()
+    }
+    return Curve(
+        arm,
+        tuple(scored),
+        (*(() if own else ("start",)), *checkpoints),
+        np.array(outcomes),
+        costs,
+        tuple(updates),
+    )
 
 
 def _number(value: float | None) -> float:
     return np.nan if value is None else value
 
 
-def _by(rows: Sequence[EpisodeRow], key: Callable[[EpisodeRow], Key | None]) -> dict[Key, list[EpisodeRow]]:
+def _by(
+    rows: Sequence[EpisodeRow], key: Callable[[EpisodeRow], Key | None]
+) -> dict[Key, list[EpisodeRow]]:
     groups: dict[Key, list[EpisodeRow]] = {}
     for row in rows:
         if (name := key(row)) is not None:
@@ -242,7 +329,9 @@ def _by(rows: Sequence[EpisodeRow], key: Callable[[EpisodeRow], Key | None]) -> 
     return groups
 
 
-def _outcomes(rows: Sequence[EpisodeRow], episodes: list[tuple[str, int]]) -> Bool[np.ndarray, " E"]:
+def _outcomes(
+    rows: Sequence[EpisodeRow], episodes: list[tuple[str, int]]
+) -> Bool[np.ndarray, " E"]:
     found = {(row.task, row.state): row.success for row in rows}
     if unlike := sorted(found.keys() ^ set(episodes)):
         task, state = unlike[0]

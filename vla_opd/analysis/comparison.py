@@ -43,7 +43,12 @@ class Comparison:
         return self.both + self.first + self.second + self.neither
 
 
-def compare(first: Sequence[Record], second: Sequence[Record], confidence: float = 0.95, horizon: int | None = None) -> Comparison:
+def compare(
+    first: Sequence[Record],
+    second: Sequence[Record],
+    confidence: float = 0.95,
+    horizon: int | None = None,
+) -> Comparison:
     """Compare two evaluations. ValueError unless their episodes are the same tasks' same initial states.
 
     horizon: episodes are given up after so many control steps, in both.
@@ -60,13 +65,20 @@ def compare(first: Sequence[Record], second: Sequence[Record], confidence: float
         difference=float(b.mean() - a.mean()),
         low=low,
         high=high,
-        p=float(binomtest(only_second, only_first + only_second).pvalue) if only_first + only_second else 1.0,
+        p=float(binomtest(only_second, only_first + only_second).pvalue)
+        if only_first + only_second
+        else 1.0,
     )
 
 
-def _paired(first: Sequence[Record], second: Sequence[Record], horizon: int | None) -> tuple[list[str], Bool[np.ndarray, "N 2"]]:
+def _paired(
+    first: Sequence[Record], second: Sequence[Record], horizon: int | None
+) -> tuple[list[str], Bool[np.ndarray, "N 2"]]:
     """The task of every episode, and whether it succeeded in the one and in the other."""
-    one, other = ({(r.task, r.state): r.success and (horizon is None or r.steps <= horizon) for r in records} for records in (first, second))
+    one, other = (
+        {(r.task, r.state): r.success and (horizon is None or r.steps <= horizon) for r in records}
+        for records in (first, second)
+    )
     if unpaired := sorted(one.keys() ^ other.keys()):
         task, state = unpaired[0]
         raise ValueError(
@@ -79,11 +91,15 @@ def _paired(first: Sequence[Record], second: Sequence[Record], horizon: int | No
     return [task for task, _ in keys], np.array([[one[key], other[key]] for key in keys])
 
 
-def _interval(tasks: Sequence[str], differences: np.ndarray, confidence: float) -> tuple[float, float]:
+def _interval(
+    tasks: Sequence[str], differences: np.ndarray, confidence: float
+) -> tuple[float, float]:
     """Percentiles of the mean difference, each task's episodes drawn again from its own: the tasks are fixed, their episodes are a sample."""
     groups = [differences[np.array(tasks) == task] for task in dict.fromkeys(tasks)]
     random = np.random.default_rng(0)
-    drawn = sum(group[random.integers(0, len(group), (RESAMPLES, len(group)))].sum(1) for group in groups) / len(differences)
+    drawn = sum(
+        group[random.integers(0, len(group), (RESAMPLES, len(group)))].sum(1) for group in groups
+    ) / len(differences)
     low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
@@ -104,9 +120,13 @@ class SequentialTest:
 
     def __post_init__(self) -> None:
         if not 0 < self.low < self.high < 1:
-            raise ValueError(f"low is {self.low} and high is {self.high}; expected 0 < low < high < 1")
+            raise ValueError(
+                f"low is {self.low} and high is {self.high}; expected 0 < low < high < 1"
+            )
         if not 0.5 < self.confidence < 1:
-            raise ValueError(f"confidence is {self.confidence}; expected more than 0.5 and less than 1")
+            raise ValueError(
+                f"confidence is {self.confidence}; expected more than 0.5 and less than 1"
+            )
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -118,14 +138,19 @@ class SequentialTest:
         """Of the log ratio: with a failure, and with a success."""
         return math.log((1 - self.high) / (1 - self.low)), math.log(self.high / self.low)
 
-    def chances(self, rate: float, bounds: tuple[float, float] | None = None) -> tuple[float, float, float]:
+    def chances(
+        self, rate: float, bounds: tuple[float, float] | None = None
+    ) -> tuple[float, float, float]:
         """At a true success rate: the chance that it decides for `low`, that it decides for `high`, and the episodes that it takes on average.
 
         Exact, by following the numbers of successes that leave it open, until less than 1e-6 of all do.
         """
         lower, upper = bounds or self.bounds
         failure, success = self.steps
-        chance, fewest = np.ones(1), 0  # of being open with `fewest` successes, and one more, and so on
+        chance, fewest = (
+            np.ones(1),
+            0,
+        )  # of being open with `fewest` successes, and one more, and so on
         decided, episodes = [0.0, 0.0], 0.0
         for count in itertools.count(1):
             episodes += float(chance.sum())
@@ -133,7 +158,10 @@ class SequentialTest:
             successes = fewest + np.arange(len(chance))
             ratio = successes * success + (count - successes) * failure
             below, above = ratio <= lower, ratio >= upper
-            decided = [decided[0] + float(chance[below].sum()), decided[1] + float(chance[above].sum())]
+            decided = [
+                decided[0] + float(chance[below].sum()),
+                decided[1] + float(chance[above].sum()),
+            ]
             fewest, chance = fewest + int(below.sum()), chance[~below & ~above]
             if chance.sum() < 1e-6:
                 return decided[0], decided[1], episodes
@@ -157,12 +185,21 @@ def _bounds(test: SequentialTest) -> tuple[float, float]:
     wald, error = math.log(test.confidence / (1 - test.confidence)), 1 - test.confidence
     lower, upper = -wald, wald
     failure, success = test.steps
-    slower = min(-(test.low * success + (1 - test.low) * failure), test.high * success + (1 - test.high) * failure)
-    if wald > LONG * slower:  # so many small jumps that there is next to nothing to draw in, and much to compute
+    slower = min(
+        -(test.low * success + (1 - test.low) * failure),
+        test.high * success + (1 - test.high) * failure,
+    )
+    if (
+        wald > LONG * slower
+    ):  # so many small jumps that there is next to nothing to draw in, and much to compute
         return lower, upper
     for _ in range(3):  # each bound matters a little to the other's error
-        upper = _least(lambda bound, other=lower: test.chances(test.low, (other, bound))[1] <= error, wald)
-        lower = -_least(lambda bound, other=upper: test.chances(test.high, (-bound, other))[0] <= error, wald)
+        upper = _least(
+            lambda bound, other=lower: test.chances(test.low, (other, bound))[1] <= error, wald
+        )
+        lower = -_least(
+            lambda bound, other=upper: test.chances(test.high, (-bound, other))[0] <= error, wald
+        )
     return lower, upper
 
 

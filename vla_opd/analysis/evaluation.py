@@ -36,9 +36,17 @@ def score(outcomes: Iterable[bool], confidence: float) -> Score:
     if not seen:
         raise ValueError("outcomes: none; expected at least one episode")
     interval = binomtest(sum(seen), len(seen)).proportion_ci(confidence, method="wilson")
-    return Score(success=sum(seen) / len(seen), low=float(interval.low), high=float(interval.high), episodes=len(seen))
+    return Score(
+        success=sum(seen) / len(seen),
+        low=float(interval.low),
+        high=float(interval.high),
+        episodes=len(seen),
+    )
 
 
 def read_records(evaluation: Path) -> tuple[Record, ...]:
     """The records of an evaluation, in order of task and state."""
-    return tuple(Record.model_validate_json(line) for line in (evaluation / EPISODES).read_text().splitlines())
+    return tuple(
+        Record.model_validate_json(line)
+        for line in (evaluation / EPISODES).read_text().splitlines()
+    )

@@ -177,22 +177,41 @@ class Run:
     @property
     def updates(self) -> tuple[Iteration | Reinforcement, ...]:
         """Iterations of either kind, each after all that it came from."""
-        return tuple(sorted(self.iterations + self.reinforcements, key=lambda one: len(self.params.chain(one.result.name))))
+        return tuple(
+            sorted(
+                self.iterations + self.reinforcements,
+                key=lambda one: len(self.params.chain(one.result.name)),
+            )
+        )
 
     @property
     def parents(self) -> dict[str, str]:
         """The digest of everything that was read."""
-        read = {f"checkpoints/{name}": manifest.digest for name, manifest in self.checkpoints.items()}
-        read |= {f"{kind}/{one.result.name}": manifest.digest for one in self.updates for kind, manifest in one.made.items()}
-        return read | {f"evaluations/{name}": one.manifest.digest for name, one in self.evaluations.items()}
+        read = {
+            f"checkpoints/{name}": manifest.digest for name, manifest in self.checkpoints.items()
+        }
+        read |= {
+            f"{kind}/{one.result.name}": manifest.digest
+            for one in self.updates
+            for kind, manifest in one.made.items()
+        }
+        return read | {
+            f"evaluations/{name}": one.manifest.digest for name, one in self.evaluations.items()
+        }
 
     @property
     def versions(self) -> dict[str, str]:
         """What the artifacts were made with; several values where they differ."""
-        manifests = [*self.checkpoints.values(), *(one.manifest for one in self.evaluations.values())]
+        manifests = [
+            *self.checkpoints.values(),
+            *(one.manifest for one in self.evaluations.values()),
+        ]
         manifests += [manifest for one in self.updates for manifest in one.made.values()]
         names = sorted({name for manifest in manifests for name in manifest.made_with})
-        return {name: ", ".join(sorted({m.made_with[name] for m in manifests if name in m.made_with})) for name in names}
+        return {
+            name: ", ".join(sorted({m.made_with[name] for m in manifests if name in m.made_with}))
+            for name in names
+        }
 
     @property
     def optimizer_steps(self) -> int:
@@ -217,14 +236,33 @@ def read_run(params: Params, root: Path) -> Run:
 
     ValueError names what is missing, or does not belong to the others.
     """
-    checkpoints = {name: read_manifest(root / "checkpoints" / name, "checkpoint") for name in params.origins}
-    positions = {name: len(params.chain(name)) - 1 for name in {*params.updates, *params.updates.values()}}
-    iterations = tuple(_iteration(name, root, positions[name] - 1) for name in sorted(params.iterations, key=positions.__getitem__))
-    reinforcements = tuple(_reinforcement(name, root) for name in sorted(params.reinforcements, key=positions.__getitem__))
+    checkpoints = {
+        name: read_manifest(root / "checkpoints" / name, "checkpoint") for name in params.origins
+    }
+    positions = {
+        name: len(params.chain(name)) - 1 for name in {*params.updates, *params.updates.values()}
+    }
+    iterations = tuple(
+        _iteration(name, root, positions[name] - 1)
+        for name in sorted(params.iterations, key=positions.__getitem__)
+    )
+    reinforcements = tuple(
+        _reinforcement(name, root)
+        for name in sorted(params.reinforcements, key=positions.__getitem__)
+    )
     checkpoints |= {one.result.name: one.made["checkpoints"] for one in iterations + reinforcements}
-    evaluations = [_evaluation(name, params, root, checkpoints, positions) for name in params.evaluations]
-    evaluations.sort(key=lambda one: (one.name == params.report.teacher, -1 if one.position is None else one.position))
-    return Run(params, checkpoints, iterations, reinforcements, {one.name: one for one in evaluations})
+    evaluations = [
+        _evaluation(name, params, root, checkpoints, positions) for name in params.evaluations
+    ]
+    evaluations.sort(
+        key=lambda one: (
+            one.name == params.report.teacher,
+            -1 if one.position is None else one.position,
+        )
+    )
+    return Run(
+        params, checkpoints, iterations, reinforcements, {one.name: one for one in evaluations}
+    )
 
 
 def discard(root: Path, kind: Literal["trajectories", "logits"], name: str) -> None:
@@ -247,10 +285,20 @@ def _iteration(name: str, root: Path, depth: int) -> Iteration:
     trajectories, logits = _manifest(root, "trajectories", name), _manifest(root, "logits", name)
     for role, manifest in {"trajectories": trajectories, "logits": logits}.items():
         _require_parent(folder, checkpoint, role, manifest)
-    asked = {key: logits.facts[key] for key in ("teacher_queries", "recoverable") if key in logits.facts}
+    asked = {
+        key: logits.facts[key] for key in ("teacher_queries", "recoverable") if key in logits.facts
+    }
     env_steps = trajectories.facts["env_steps"] + logits.facts.get("env_steps", 0)
     steps = _steps(folder)
-    facts = {**checkpoint.facts, **trajectories.facts, **asked, **_means(steps), "env_steps": env_steps, "name": name, "depth": depth}
+    facts = {
+        **checkpoint.facts,
+        **trajectories.facts,
+        **asked,
+        **_means(steps),
+        "env_steps": env_steps,
+        "name": name,
+        "depth": depth,
+    }
     made = {"checkpoints": checkpoint, "trajectories": trajectories, "logits": logits}
     before, after = (Distance.model_validate(facts[when]) for when in ("before", "after"))
     return Iteration(IterationResult.model_validate(facts), made, steps, before, after)
@@ -262,30 +310,57 @@ def _reinforcement(name: str, root: Path) -> Reinforcement:
     trajectories = _manifest(root, "trajectories", name)
     _require_parent(folder, checkpoint, "trajectories", trajectories)
     steps = _steps(folder)
-    result = ReinforcementResult.model_validate({**checkpoint.facts, **trajectories.facts, **_means(steps), "name": name})
+    result = ReinforcementResult.model_validate(
+        {**checkpoint.facts, **trajectories.facts, **_means(steps), "name": name}
+    )
     return Reinforcement(result, {"checkpoints": checkpoint, "trajectories": trajectories}, steps)
 
 
 def _steps(folder: Path) -> tuple[Step, ...]:
-    return tuple(Step.model_validate_json(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+    return tuple(
+        Step.model_validate_json(line)
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+    )
 
 
 def _means(steps: Sequence[Step]) -> dict[str, float]:
     """See `UpdateResult`."""
-    said = {name: [value for step in steps if (value := getattr(step, name)) is not None] for name in UpdateResult.model_fields}
+    said = {
+        name: [value for step in steps if (value := getattr(step, name)) is not None]
+        for name in UpdateResult.model_fields
+    }
     return {name: sum(values) / len(values) for name, values in said.items() if values}
 
 
-def _evaluation(name: str, params: Params, root: Path, checkpoints: Mapping[str, Manifest], positions: Mapping[str, int]) -> Evaluation:
+def _evaluation(
+    name: str,
+    params: Params,
+    root: Path,
+    checkpoints: Mapping[str, Manifest],
+    positions: Mapping[str, int],
+) -> Evaluation:
     folder, checkpoint = root / "evaluations" / name, params.evaluations[name]
     manifest = open_artifact(folder, "evaluation")
     _require_parent(folder, manifest, "checkpoint", checkpoints[checkpoint])
     unseen = manifest.params["evaluate"].get("unseen", ())
-    records, other = (tuple(r for r in read_records(folder) if (r.task in unseen) is which) for which in (False, True))
-    return Evaluation(name, checkpoint, positions.get(checkpoint), manifest, Evaluated.model_validate(manifest.facts), records, other)
+    records, other = (
+        tuple(r for r in read_records(folder) if (r.task in unseen) is which)
+        for which in (False, True)
+    )
+    return Evaluation(
+        name,
+        checkpoint,
+        positions.get(checkpoint),
+        manifest,
+        Evaluated.model_validate(manifest.facts),
+        records,
+        other,
+    )
 
 
 def _require_parent(folder: Path, child: Manifest, role: str, parent: Manifest) -> None:
     if child.parents.get(role) != parent.digest:
         made = str(child.parents.get(role))[:12]
-        raise ValueError(f"{folder}: made from {role} {made}; expected {parent.digest[:12]}, which is there now (run the stage that makes it)")
+        raise ValueError(
+            f"{folder}: made from {role} {made}; expected {parent.digest[:12]}, which is there now (run the stage that makes it)"
+        )

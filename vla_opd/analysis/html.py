@@ -18,9 +18,14 @@ if TYPE_CHECKING:
 # Colours that the drawings name and the page's style sheet decides, so that one drawing serves light and dark: each becomes a CSS variable.
 INK, MUTED, GRID, STUDENT, TEACHER, PAPER = (f"#00000{digit}" for digit in range(1, 7))
 SERIES = tuple(f"#00001{digit}" for digit in range(8))
-THEME = {INK: "ink", MUTED: "muted", GRID: "grid", STUDENT: "student", TEACHER: "teacher", PAPER: "paper"} | {
-    colour: f"series-{number}" for number, colour in enumerate(SERIES)
-}
+THEME = {
+    INK: "ink",
+    MUTED: "muted",
+    GRID: "grid",
+    STUDENT: "student",
+    TEACHER: "teacher",
+    PAPER: "paper",
+} | {colour: f"series-{number}" for number, colour in enumerate(SERIES)}
 DRAWN_WITH = ("jinja2", "matplotlib")
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "vla-opd",
@@ -56,10 +61,18 @@ class Interval(Protocol):
 
 def render(package: str, template: str, **values: Any) -> str:
     """A page, whole, from a template of a package of ours."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
     environment.filters |= {"percent": percent, "interval": interval, "brief": brief}
     css = Markup((files("vla_opd.analysis") / "page.css").read_text(encoding="utf-8"))  # noqa: S704 - our own
-    return environment.from_string((files(package) / template).read_text(encoding="utf-8")).render(css=css, **values)
+    return environment.from_string((files(package) / template).read_text(encoding="utf-8")).render(
+        css=css, **values
+    )
 
 
 def percent(value: float) -> str:
@@ -84,7 +97,9 @@ def draw(name: str, alt: str, size: tuple[int, int], paint: Callable[["Axes"], N
 
     buffer = io.StringIO()
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(size[0] / 72, size[1] / 72), layout="constrained")  # an SVG of matplotlib's has 72 units an inch
+        figure = Figure(
+            figsize=(size[0] / 72, size[1] / 72), layout="constrained"
+        )  # an SVG of matplotlib's has 72 units an inch
         paint(figure.subplots())
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return Markup(_inline(buffer.getvalue(), name, alt))  # noqa: S704 - drawn here; the alternative text is escaped
@@ -94,7 +109,12 @@ def _inline(svg: str, name: str, alt: str) -> str:
     """A stand-alone SVG file as an element of an HTML page: ids of its own, the page's colours and font, no namespaces."""
     body = svg[svg.index("<svg") :]
     body = re.sub(r"\s*<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    body = re.sub(r"<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>", rf'<svg class="plot" role="img" aria-label="{escape(alt)}" \1>', body, count=1)
+    body = re.sub(
+        r"<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>",
+        rf'<svg class="plot" role="img" aria-label="{escape(alt)}" \1>',
+        body,
+        count=1,
+    )
     body = re.sub(r'id="', f'id="{name}-', body)
     body = re.sub(r'(url\(#|href="#)', rf"\1{name}-", body)
     body = re.sub(r"'DejaVu Sans'", "var(--sans)", body)

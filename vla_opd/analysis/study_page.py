@@ -10,7 +10,15 @@ from markupsafe import Markup
 from pydantic import BaseModel, ConfigDict
 
 from vla_opd.analysis import html
-from vla_opd.analysis.bootstrap import COSTS, SHARE, Curve, Estimate, Study, read_study, shared_seeds
+from vla_opd.analysis.bootstrap import (
+    COSTS,
+    SHARE,
+    Curve,
+    Estimate,
+    Study,
+    read_study,
+    shared_seeds,
+)
 from vla_opd.analysis.html import DRAWN_WITH, INK, MUTED, PAPER, SERIES, TEACHER, draw, percent
 from vla_opd.analysis.study_table import Cost, Table, read
 from vla_opd.artifacts.draft import draft
@@ -30,7 +38,10 @@ NAMES = {
     "teacher_queries": "teacher queries",
     "seconds": "seconds",
 }
-TOWARDS = {"student_entropy_after": "student's entropy, nats a token", "reverse_kl_before": "reverse KL, nats a token"}
+TOWARDS = {
+    "student_entropy_after": "student's entropy, nats a token",
+    "reverse_kl_before": "reverse KL, nats a token",
+}
 MARKERS = "osD^vPX*"
 
 
@@ -88,9 +99,17 @@ def run(root: Path, name: str) -> Manifest:
         with work.part("results.json") as path:
             path.write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
         with work.part("index.html") as path:
-            path.write_text(render(name, params, table, params.evaluations[teacher], study, unseen, found), encoding="utf-8")
+            path.write_text(
+                render(name, params, table, params.evaluations[teacher], study, unseen, found),
+                encoding="utf-8",
+            )
         work.remember({package: version(package) for package in (*DRAWN_WITH, "duckdb", "numpy")})
-        return work.publish({"arms": [one.arm for one in found.arms], "success": {one.arm: one.success.value for one in found.arms}})
+        return work.publish(
+            {
+                "arms": [one.arm for one in found.arms],
+                "success": {one.arm: one.success.value for one in found.arms},
+            }
+        )
 
 
 def _study(rows: Table, params: Params, teacher: str, *, seen: bool) -> Study | None:
@@ -103,9 +122,15 @@ def _study(rows: Table, params: Params, teacher: str, *, seen: bool) -> Study | 
 def _teacher(params: Params, name: str) -> str:
     """The evaluation of the teacher that all arms which distil ask; the report's, where they ask several, or theirs isn't scored."""
     its = params.studies[name]
-    told = [{key: value for one in its.lineage(arm) for key, value in one.settings.items()} for arm, one in its.arms.items() if one.distill]
+    told = [
+        {key: value for one in its.lineage(arm) for key, value in one.settings.items()}
+        for arm, one in its.arms.items()
+        if one.distill
+    ]
     asked = {settings.get("label.teacher", params.label.teacher) for settings in told}
-    scored = [evaluation for evaluation, checkpoint in params.reference.items() if {checkpoint} == asked]
+    scored = [
+        evaluation for evaluation, checkpoint in params.reference.items() if {checkpoint} == asked
+    ]
     return params.report.teacher if params.report.teacher in scored or not scored else scored[0]
 
 
@@ -157,7 +182,15 @@ def _finite(value: float) -> float | None:
 # The page.
 
 
-def render(name: str, params: Params, table: Manifest, teacher: str, study: Study, unseen: Study | None, found: StudyResults) -> str:
+def render(
+    name: str,
+    params: Params,
+    table: Manifest,
+    teacher: str,
+    study: Study,
+    unseen: Study | None,
+    found: StudyResults,
+) -> str:
     """The page, whole. teacher: the checkpoint."""
     return html.render(
         "vla_opd.analysis",
@@ -167,13 +200,17 @@ def render(name: str, params: Params, table: Manifest, teacher: str, study: Stud
         table=table,
         teacher=teacher,
         found=found,
-        arms=[(one, curve, _told(params.studies[name], one.arm)) for one, curve in zip(found.arms, study.curves, strict=True)],
+        arms=[
+            (one, curve, _told(params.studies[name], one.arm))
+            for one, curve in zip(found.arms, study.curves, strict=True)
+        ],
         tasks=list(dict.fromkeys(study.tasks)),
         start_by_task=study.task_success(study.start),
         teacher_by_task=study.task_success(study.teacher),
         horizon=study.horizon,
         names=NAMES,
-        figures=_figures(study, found) | ({"forgetting": _forgetting(study, unseen)} if unseen else {}),
+        figures=_figures(study, found)
+        | ({"forgetting": _forgetting(study, unseen)} if unseen else {}),
         unseen_tasks=list(dict.fromkeys(unseen.tasks)) if unseen else [],
         towards=TOWARDS,
     )
@@ -194,18 +231,29 @@ def _told(study: StudyParams, arm: str) -> str:
 
 def _figures(study: Study, found: StudyResults) -> dict[str, Markup]:
     figures = {cost: _success(study, found, cost) for cost in COSTS if _shown(study, cost)}
-    return figures | {quantity: _towards(study, quantity) for quantity in TOWARDS if any(c.by_position(quantity) for c in study.curves)}
+    return figures | {
+        quantity: _towards(study, quantity)
+        for quantity in TOWARDS
+        if any(c.by_position(quantity) for c in study.curves)
+    }
 
 
 def _shown(study: Study, cost: str) -> list[tuple[int, Curve]]:
     """The arms that a cost says something of, and their number: GRPO asks no teacher."""
-    return [(number, one) for number, one in enumerate(study.curves) if math.isfinite(one.cost(cost)[-1]) and one.cost(cost)[-1] > 0]
+    return [
+        (number, one)
+        for number, one in enumerate(study.curves)
+        if math.isfinite(one.cost(cost)[-1]) and one.cost(cost)[-1] > 0
+    ]
 
 
 def _success(study: Study, found: StudyResults, cost: str) -> Markup:
     """Success against a cost: the mean over seeds with its interval; the teacher as a line, and as a star by what its own making cost."""
     shown = _shown(study, cost)
-    told = "; ".join(f"{c.arm} {percent(study.success(c)[-1].value)} after {c.cost(cost)[-1]:,.0f}" for _, c in shown)
+    told = "; ".join(
+        f"{c.arm} {percent(study.success(c)[-1].value)} after {c.cost(cost)[-1]:,.0f}"
+        for _, c in shown
+    )
     own = getattr(found.teacher_cost, cost)
     alt = f"Success against {NAMES[cost]}: {told}; teacher {percent(found.teacher.value)}{f', itself made with {own:,.0f}' if own else ''}."
 
@@ -213,10 +261,19 @@ def _success(study: Study, found: StudyResults, cost: str) -> Markup:
         axes.axhline(found.teacher.value, color=TEACHER, linewidth=1.5)
         axes.axhline(SHARE * found.teacher.value, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
         if own:
-            axes.plot(own, found.teacher.value, marker="*", markersize=13, color=TEACHER, linestyle="none")
+            axes.plot(
+                own, found.teacher.value, marker="*", markersize=13, color=TEACHER, linestyle="none"
+            )
         for number, curve in reversed(shown):  # the first on top: another may begin as it does
             spent, means, look = curve.cost(cost), study.success(curve), _look(number)
-            axes.fill_between(spent, [m.low for m in means], [m.high for m in means], color=look["color"], alpha=0.13, linewidth=0)
+            axes.fill_between(
+                spent,
+                [m.low for m in means],
+                [m.high for m in means],
+                color=look["color"],
+                alpha=0.13,
+                linewidth=0,
+            )
             axes.plot(spent, [m.value for m in means], linewidth=2, markersize=5, **look)
         axes.set(xlabel=NAMES[cost], ylabel="success", ylim=(-0.03, 1.03), xlim=(0, None))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
@@ -229,7 +286,11 @@ def _success(study: Study, found: StudyResults, cost: str) -> Markup:
 def _look(number: int) -> dict[str, Any]:
     """The colour and the marker of an arm, the same in every drawing; dashed and hollow where the colours begin anew."""
     again = {"linestyle": (0, (3, 1.5)), "markerfacecolor": PAPER} if number >= len(SERIES) else {}
-    return {"color": SERIES[number % len(SERIES)], "marker": MARKERS[number % len(MARKERS)], **again}
+    return {
+        "color": SERIES[number % len(SERIES)],
+        "marker": MARKERS[number % len(MARKERS)],
+        **again,
+    }
 
 
 def _thousands(value: float) -> str:
@@ -239,14 +300,18 @@ def _thousands(value: float) -> str:
 def _towards(study: Study, quantity: str) -> Markup:
     """A diagnostic of every iteration, the mean over seeds."""
     shown = [(number, one, one.by_position(quantity)) for number, one in enumerate(study.curves)]
-    told = "; ".join(f"{one.arm} {list(values.values())[-1]:.2f}" for _, one, values in shown if values)
+    told = "; ".join(
+        f"{one.arm} {list(values.values())[-1]:.2f}" for _, one, values in shown if values
+    )
     alt = f"The {TOWARDS[quantity]}, of every iteration; at the last one: {told}."
 
     def paint(axes: "Axes") -> None:
         if quantity == "student_entropy_after" and (teacher := _teacher_entropy(study.curves)):
             axes.plot(list(teacher), list(teacher.values()), color=TEACHER, linewidth=1.5)
         for number, _, values in shown:
-            axes.plot(list(values), list(values.values()), linewidth=2, markersize=5, **_look(number))
+            axes.plot(
+                list(values), list(values.values()), linewidth=2, markersize=5, **_look(number)
+            )
         axes.set(xlabel="iteration", ylabel=TOWARDS[quantity], xlim=(0.5, None))
         axes.set_ylim(bottom=0 if quantity.startswith("reverse_kl") else None)
         axes.locator_params(axis="x", nbins=8, integer=True)
@@ -256,9 +321,18 @@ def _towards(study: Study, quantity: str) -> Markup:
 
 def _forgetting(study: Study, unseen: Study) -> Markup:
     """A point for each checkpoint of each arm, the means over seeds: success on the tasks that it is trained on, and on those that it isn't."""
-    start, teacher = ((float(one.mean()), float(other.mean())) for one, other in ((study.start, unseen.start), (study.teacher, unseen.teacher)))
-    paths = {one.arm: _path(study, one, unseen, other) for one in study.curves if (other := _of(unseen, one.arm))}
-    told = "; ".join(f"{arm} {percent(path[-1][0])} and {percent(path[-1][1])}" for arm, path in paths.items())
+    start, teacher = (
+        (float(one.mean()), float(other.mean()))
+        for one, other in ((study.start, unseen.start), (study.teacher, unseen.teacher))
+    )
+    paths = {
+        one.arm: _path(study, one, unseen, other)
+        for one in study.curves
+        if (other := _of(unseen, one.arm))
+    }
+    told = "; ".join(
+        f"{arm} {percent(path[-1][0])} and {percent(path[-1][1])}" for arm, path in paths.items()
+    )
     alt = f"Success on seen tasks and on unseen ones: start {percent(start[0])} and {percent(start[1])}; {told}."
 
     def paint(axes: "Axes") -> None:
@@ -267,7 +341,12 @@ def _forgetting(study: Study, unseen: Study) -> Markup:
             if path := paths.get(curve.arm):
                 axes.plot(*zip(*path, strict=True), linewidth=1.5, markersize=6, **_look(number))
         axes.plot(*start, marker="o", markersize=10, color=INK, fillstyle="none", linestyle="none")
-        axes.set(xlabel="success on the tasks that are trained", ylabel="success on unseen tasks", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+        axes.set(
+            xlabel="success on the tasks that are trained",
+            ylabel="success on unseen tasks",
+            xlim=(-0.03, 1.03),
+            ylim=(-0.03, 1.03),
+        )
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(lambda value, _: f"{value:.0%}")
 
@@ -275,9 +354,14 @@ def _forgetting(study: Study, unseen: Study) -> Markup:
 
 
 def _path(study: Study, curve: Curve, unseen: Study, other: Curve) -> list[tuple[float, float]]:
-    return [(one.value, two.value) for one, two in zip(study.success(curve), unseen.success(other), strict=True)]
+    return [
+        (one.value, two.value)
+        for one, two in zip(study.success(curve), unseen.success(other), strict=True)
+    ]
 
 
 def _teacher_entropy(curves: Sequence[Curve]) -> Mapping[int, float]:
     """On the states of the first arm that has labels."""
-    return next((values for curve in curves if (values := curve.by_position("teacher_entropy_after"))), {})
+    return next(
+        (values for curve in curves if (values := curve.by_position("teacher_entropy_after"))), {}
+    )

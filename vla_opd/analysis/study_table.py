@@ -40,7 +40,9 @@ class Cost(BaseModel):
             optimizer_steps=self.optimizer_steps + other.optimizer_steps,
             env_steps=self.env_steps + other.env_steps,
             teacher_queries=self.teacher_queries + other.teacher_queries,
-            seconds=None if self.seconds is None or other.seconds is None else self.seconds + other.seconds,
+            seconds=None
+            if self.seconds is None or other.seconds is None
+            else self.seconds + other.seconds,
         )
 
 
@@ -99,7 +101,10 @@ class UpdateRow(Cost):
 
 
 Row = TypeVar("Row", EpisodeRow, UpdateRow)
-FILES: Mapping[type[BaseModel], str] = {EpisodeRow: "episodes.parquet", UpdateRow: "updates.parquet"}
+FILES: Mapping[type[BaseModel], str] = {
+    EpisodeRow: "episodes.parquet",
+    UpdateRow: "updates.parquet",
+}
 
 
 @dataclass(frozen=True)
@@ -117,21 +122,29 @@ class Table:
     def of(self, arm: str, seed: int) -> "Table":
         """The rows of one member."""
         episodes = tuple(row for row in self.episodes if (row.arm, row.seed) == (arm, seed))
-        return Table(episodes, tuple(row for row in self.updates if (row.arm, row.seed) == (arm, seed)))
+        return Table(
+            episodes, tuple(row for row in self.updates if (row.arm, row.seed) == (arm, seed))
+        )
 
     def with_shared(self, episodes: Iterable[EpisodeRow]) -> "Table":
         """With episodes that belong to no arm before all others."""
         return Table((*episodes, *self.episodes), self.updates)
 
 
-def member_rows(run: Run, arm: str, seed: int, seconds: Mapping[str, float], *, own_student: bool = False) -> Table:
+def member_rows(
+    run: Run, arm: str, seed: int, seconds: Mapping[str, float], *, own_student: bool = False
+) -> Table:
     """The rows of one member.
 
     seconds:     by the digest of the artifact whose making took them.
     own_student: it starts from a student that the others don't have, whose making belongs to its cost.
     """
     made = run.checkpoints[START].digest
-    start = Cost(optimizer_steps=run.params.finetuned[START].steps, seconds=seconds.get(made)) if own_student else Cost()
+    start = (
+        Cost(optimizer_steps=run.params.finetuned[START].steps, seconds=seconds.get(made))
+        if own_student
+        else Cost()
+    )
     updates, behind = list[UpdateRow](), {START: start}
     for position, one in enumerate(run.updates, 1):
         its = Cost(
@@ -143,15 +156,25 @@ def member_rows(run: Run, arm: str, seed: int, seconds: Mapping[str, float], *, 
             seconds=_took(one, seconds),
         )
         behind[one.result.name] = behind[run.params.updates[one.result.name]] + its
-        updates.append(_update(one, its, arm, seed, position, of_teacher=run.params.label.expert is None))
-    own = [one for one in run.evaluations.values() if one.checkpoint in run.params.updates or (own_student and one.checkpoint == START)]
+        updates.append(
+            _update(one, its, arm, seed, position, of_teacher=run.params.label.expert is None)
+        )
+    own = [
+        one
+        for one in run.evaluations.values()
+        if one.checkpoint in run.params.updates or (own_student and one.checkpoint == START)
+    ]
     rows = [row for one in own for row in _episodes(one, behind[one.checkpoint], arm, seed)]
     return Table(tuple(rows), tuple(updates))
 
 
 def shared_rows(run: Run, seconds: Mapping[str, float]) -> tuple[EpisodeRow, ...]:
     """The episodes of what all members share, with what it took to make each from nothing. seconds: as in `member_rows`."""
-    return tuple(row for one in run.evaluations.values() for row in _episodes(one, made_from_nothing(run, one.checkpoint, seconds), None, None))
+    return tuple(
+        row
+        for one in run.evaluations.values()
+        for row in _episodes(one, made_from_nothing(run, one.checkpoint, seconds), None, None)
+    )
 
 
 def made_from_nothing(run: Run, name: str, seconds: Mapping[str, float]) -> Cost:
@@ -170,7 +193,8 @@ def made_from_nothing(run: Run, name: str, seconds: Mapping[str, float]) -> Cost
     return Cost(
         episodes=sum(one.facts["episodes"] for one in sets.values()),
         optimizer_steps=steps,
-        env_steps=sum(one.facts["states"] for one in sets.values()) * run.params.demonstrate.observe_every,
+        env_steps=sum(one.facts["states"] for one in sets.values())
+        * run.params.demonstrate.observe_every,
         seconds=_all(took),
     )
 
@@ -184,10 +208,21 @@ def _all(seconds: Sequence[float | None]) -> float | None:
     return None if None in seconds else sum(value for value in seconds if value is not None)
 
 
-def _update(one: Iteration | Reinforcement, its: Cost, arm: str, seed: int, position: int, *, of_teacher: bool) -> UpdateRow:
+def _update(
+    one: Iteration | Reinforcement,
+    its: Cost,
+    arm: str,
+    seed: int,
+    position: int,
+    *,
+    of_teacher: bool,
+) -> UpdateRow:
     """of_teacher: the labels were the teacher's, so that distances to them can be compared between arms."""
     result = one.result
-    more: dict[str, Any] = {"student_entropy_before": result.before.student_entropy, "student_entropy_after": result.after.student_entropy}
+    more: dict[str, Any] = {
+        "student_entropy_before": result.before.student_entropy,
+        "student_entropy_after": result.after.student_entropy,
+    }
     if isinstance(one, Iteration):
         for when, means in (("before", one.before), ("after", one.after)) if of_teacher else ():
             more |= {f"{name}_{when}": getattr(means, name) for name in Means.model_fields}
@@ -207,8 +242,13 @@ def _update(one: Iteration | Reinforcement, its: Cost, arm: str, seed: int, posi
     )
 
 
-def _episodes(one: Evaluation, cost: Cost, arm: str | None, seed: int | None) -> Iterator[EpisodeRow]:
-    for record, seen in [*((record, True) for record in one.records), *((record, False) for record in one.unseen)]:
+def _episodes(
+    one: Evaluation, cost: Cost, arm: str | None, seed: int | None
+) -> Iterator[EpisodeRow]:
+    for record, seen in [
+        *((record, True) for record in one.records),
+        *((record, False) for record in one.unseen),
+    ]:
         yield EpisodeRow(
             **cost.model_dump(),
             arm=arm,
@@ -228,7 +268,10 @@ def _episodes(one: Evaluation, cost: Cost, arm: str | None, seed: int | None) ->
 def joined(tables: Iterable[Table]) -> Table:
     """All rows of several tables, in order."""
     every = list(tables)
-    return Table(tuple(chain.from_iterable(t.episodes for t in every)), tuple(chain.from_iterable(t.updates for t in every)))
+    return Table(
+        tuple(chain.from_iterable(t.episodes for t in every)),
+        tuple(chain.from_iterable(t.updates for t in every)),
+    )
 
 
 # On disk, as Parquet.
@@ -252,7 +295,10 @@ def _write(rows: Iterable[BaseModel], kind: type[BaseModel], folder: Path) -> No
     import duckdb  # the command `opd` can do without
 
     columns = {name: _type(info.annotation) for name, info in kind.model_fields.items()}
-    with TemporaryDirectory(dir=folder, prefix=".tmp-rows-") as temporary, duckdb.connect(":memory:") as base:
+    with (
+        TemporaryDirectory(dir=folder, prefix=".tmp-rows-") as temporary,
+        duckdb.connect(":memory:") as base,
+    ):
         lines = Path(temporary) / "rows.jsonl"
         lines.write_text("".join(json.dumps(row.model_dump()) + "\n" for row in rows))
         source = base.read_json(str(lines), columns=columns, format="newline_delimited")
@@ -260,7 +306,9 @@ def _write(rows: Iterable[BaseModel], kind: type[BaseModel], folder: Path) -> No
 
 
 def _type(annotation: Any) -> str:
-    named = [kind for kind in TYPES if kind is annotation or kind in getattr(annotation, "__args__", ())]
+    named = [
+        kind for kind in TYPES if kind is annotation or kind in getattr(annotation, "__args__", ())
+    ]
     return TYPES[named[0]] if named else "VARCHAR"
 
 
@@ -269,8 +317,12 @@ def _read(kind: type[Row], folder: Path) -> tuple[Row, ...]:
 
     path = folder / FILES[kind]
     if not path.is_file():
-        raise ValueError(f"{path} does not exist; expected a study's table (opd study NAME makes it)")
+        raise ValueError(
+            f"{path} does not exist; expected a study's table (opd study NAME makes it)"
+        )
     with duckdb.connect(":memory:") as base:
         found = base.read_parquet(str(path))
         names = found.columns
-        return tuple(kind.model_validate(dict(zip(names, row, strict=True))) for row in found.fetchall())
+        return tuple(
+            kind.model_validate(dict(zip(names, row, strict=True))) for row in found.fetchall()
+        )

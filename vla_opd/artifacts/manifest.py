@@ -8,7 +8,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-Kind = Literal["demonstrations", "checkpoint", "trajectories", "logits", "evaluation", "report", "study"]
+Kind = Literal[
+    "demonstrations", "checkpoint", "trajectories", "logits", "evaluation", "report", "study"
+]
 MANIFEST = "manifest.json"
 FORMAT = 1
 
@@ -44,8 +46,16 @@ class Manifest(BaseModel):
 
     def sealed(self) -> "Manifest":
         """The same with the digest and the seal that its contents have."""
-        named = self.model_copy(update={"digest": sha256(canonical(self.model_dump(exclude={"digest", "made_with", "seal"})))})
-        return named.model_copy(update={"seal": sha256(canonical(named.model_dump(exclude={"seal"})))})
+        named = self.model_copy(
+            update={
+                "digest": sha256(
+                    canonical(self.model_dump(exclude={"digest", "made_with", "seal"}))
+                )
+            }
+        )
+        return named.model_copy(
+            update={"seal": sha256(canonical(named.model_dump(exclude={"seal"})))}
+        )
 
     def text(self) -> str:
         """The contents of its file: a manifest has one spelling."""
@@ -66,18 +76,27 @@ def read_manifest(folder: Path, kind: Kind) -> Manifest:
     """The manifest alone, without checking the files. ValueError if there is none, or it is of another kind or format, or not as it was written."""
     path = folder / MANIFEST
     if not path.is_file():
-        raise ValueError(f"{folder}: no {MANIFEST}; expected a complete artifact of kind {kind!r} (run the stage that makes it)")
+        raise ValueError(
+            f"{folder}: no {MANIFEST}; expected a complete artifact of kind {kind!r} (run the stage that makes it)"
+        )
     try:
         text = path.read_text()
         manifest = Manifest.model_validate_json(text)
     except ValueError as error:  # pydantic's and the decoder's are ValueErrors
         raise ValueError(f"{path}: not a manifest of format {FORMAT}: {error}") from error
     written = manifest.sealed()
-    for field, expected in (("kind", kind), ("format", FORMAT), ("digest", written.digest), ("seal", written.seal)):
+    for field, expected in (
+        ("kind", kind),
+        ("format", FORMAT),
+        ("digest", written.digest),
+        ("seal", written.seal),
+    ):
         if (found := getattr(manifest, field)) != expected:
             raise ValueError(f"{path}: {field} is {found!r}; expected {expected!r}")
     if text != manifest.text():
-        raise ValueError(f"{path}: spelled otherwise than it was written; expected the same characters")
+        raise ValueError(
+            f"{path}: spelled otherwise than it was written; expected the same characters"
+        )
     return manifest
 
 
@@ -85,14 +104,23 @@ def open_artifact(folder: Path, kind: Kind) -> Manifest:
     """The manifest, after checking that exactly its files are there, each with the sha256 that it says. ValueError names the first that is wrong."""
     manifest = read_manifest(folder, kind)
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and (name := str(path.relative_to(folder))) not in (*manifest.files, MANIFEST):
-            raise ValueError(f"{path}: not in {MANIFEST}; expected only the {len(manifest.files)} files that were published (remove {name})")
+        if path.is_file() and (name := str(path.relative_to(folder))) not in (
+            *manifest.files,
+            MANIFEST,
+        ):
+            raise ValueError(
+                f"{path}: not in {MANIFEST}; expected only the {len(manifest.files)} files that were published (remove {name})"
+            )
     for name, entry in manifest.files.items():
         path = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ValueError(f"{folder / MANIFEST}: files has {name!r}; expected a path inside the artifact")
+            raise ValueError(
+                f"{folder / MANIFEST}: files has {name!r}; expected a path inside the artifact"
+            )
         if not path.is_file():
-            raise ValueError(f"{path}: missing; expected {entry.size} bytes with sha256 {entry.sha256[:12]} (see {MANIFEST})")
+            raise ValueError(
+                f"{path}: missing; expected {entry.size} bytes with sha256 {entry.sha256[:12]} (see {MANIFEST})"
+            )
         found = file_entry(path)
         if found != entry:
             raise ValueError(
@@ -105,7 +133,11 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
     result: dict[str, Any] = {}
     for key, value in settings.items():
-        result |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+        result |= (
+            flat(value, f"{prefix}{key}.")
+            if isinstance(value, Mapping) and value
+            else {f"{prefix}{key}": value}
+        )
     return result
 
 
@@ -117,4 +149,6 @@ def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 def file_entry(path: Path) -> FileEntry:
     """Size and sha256 of a file."""
     with path.open("rb") as stream:
-        return FileEntry(size=path.stat().st_size, sha256=hashlib.file_digest(stream, "sha256").hexdigest())
+        return FileEntry(
+            size=path.stat().st_size, sha256=hashlib.file_digest(stream, "sha256").hexdigest()
+        )

@@ -36,7 +36,9 @@ class ActionSpace(BaseModel):
                 f"q01, q99 and normalised have {len(self.q01)}, {len(self.q99)}, {len(self.normalised)} entries; expected one an action dimension"
             )
         if any(low > high for low, high in zip(self.q01, self.q99, strict=True)):
-            raise ValueError(f"q01 is {self.q01} and q99 is {self.q99}; expected q01 to be at most q99 in each dimension")
+            raise ValueError(
+                f"q01 is {self.q01} and q99 is {self.q99}; expected q01 to be at most q99 in each dimension"
+            )
         return self
 
     @property
@@ -66,7 +68,9 @@ class ActionSpace(BaseModel):
         tells it by min = max; of the statistics that are kept here q01 = q99 is nearest to that.
         """
         low, span = np.array(self.q01), np.array(self.q99) - np.array(self.q01) + RANGE_FLOOR
-        scaled = np.where(self.normalised, 2.0 * (actions.astype(np.float64) - low) / span - 1.0, actions)
+        scaled = np.where(
+            self.normalised, 2.0 * (actions.astype(np.float64) - low) / span - 1.0, actions
+        )
         scaled = np.where(self.constant, 0.0, scaled)
         bins = np.digitize(np.clip(scaled, -1.0, 1.0), self.edges) - 1
         return bins.reshape(*actions.shape[:-2], self.tokens).astype(np.int16)
@@ -75,7 +79,9 @@ class ActionSpace(BaseModel):
         """Bins -> actions: a = 0.5 (x + 1) (q99 - q01 + 1e-8) + q01 of the bin's centre x where normalised, x elsewhere."""
         edges = self.edges
         centres = 0.5 * (edges[:-1] + edges[1:])
-        x = centres[np.clip(bins, 0, self.bins - 2)].reshape(*bins.shape[:-1], self.chunk, self.action_dim)
+        x = centres[np.clip(bins, 0, self.bins - 2)].reshape(
+            *bins.shape[:-1], self.chunk, self.action_dim
+        )
         low, span = np.array(self.q01), np.array(self.q99) - np.array(self.q01) + RANGE_FLOOR
         return np.where(self.normalised, 0.5 * (x + 1.0) * span + low, x).astype(np.float32)
 
@@ -89,10 +95,18 @@ def action_space(actions: Float[np.ndarray, "L A"], chunk: int, bins: int) -> Ac
     """The statistics of some actions. The last dimension is the gripper and passes through, as in LIBERO's and Meta-World's data."""
     q01, q99 = np.quantile(actions.astype(np.float64), [0.01, 0.99], axis=0)
     dims = actions.shape[1]
-    return ActionSpace(q01=tuple(q01), q99=tuple(q99), normalised=(True,) * (dims - 1) + (False,), chunk=chunk, bins=bins)
+    return ActionSpace(
+        q01=tuple(q01),
+        q99=tuple(q99),
+        normalised=(True,) * (dims - 1) + (False,),
+        chunk=chunk,
+        bins=bins,
+    )
 
 
 def gaussian(bins: int, sigma: float) -> Float32[np.ndarray, "V V"]:
     """Row v: -(u - v)^2 / (2 sigma^2) for every bin u, the logits of a Gaussian around bin v."""
-    distance = np.arange(bins, dtype=np.float32)[:, None] - np.arange(bins, dtype=np.float32)[None, :]
+    distance = (
+        np.arange(bins, dtype=np.float32)[:, None] - np.arange(bins, dtype=np.float32)[None, :]
+    )
     return -(distance**2) / (2 * sigma**2)

@@ -40,12 +40,20 @@ class Labels:
 
     def labelled(self, mask: Bool[np.ndarray, "N K"]) -> Bool[np.ndarray, "N K"]:
         """Of the valid tokens of the states, those that were labelled."""
-        return mask if self.given is None else mask & np.repeat(self.given, mask.shape[1] // self.given.shape[1], axis=1)
+        return (
+            mask
+            if self.given is None
+            else mask & np.repeat(self.given, mask.shape[1] // self.given.shape[1], axis=1)
+        )
 
 
 def write_shard(path: Path, labels: Labels) -> None:
     """Write the labels of one shard."""
-    columns = {"log_probs": labels.log_probs, "recoverable": labels.recoverable, "given": labels.given}
+    columns = {
+        "log_probs": labels.log_probs,
+        "recoverable": labels.recoverable,
+        "given": labels.given,
+    }
     there = {name: values for name, values in columns.items() if values is not None}
     zarr_zip.write(path, there, {"format": 1} | (labels.cost._asdict() if any(labels.cost) else {}))
 
@@ -55,8 +63,12 @@ def read_shard(path: Path, states: int) -> Labels:
     columns, attributes = zarr_zip.read(path, ("log_probs", "recoverable", "given"))
     if "log_probs" not in columns:
         raise ValueError(f"{path}: has no log_probs; expected the labels of {states} states")
-    if (odd := next((len(values) for values in columns.values() if len(values) != states), None)) is not None:
-        raise ValueError(f"{path}: labels {odd} states; expected the {states} of the trajectory shard of that name")
+    if (
+        odd := next((len(values) for values in columns.values() if len(values) != states), None)
+    ) is not None:
+        raise ValueError(
+            f"{path}: labels {odd} states; expected the {states} of the trajectory shard of that name"
+        )
     return Labels(**columns, cost=_cost(attributes))
 
 
@@ -70,18 +82,24 @@ def _cost(attributes: Mapping[str, Any]) -> Cost:
     return Cost(*(int(attributes.get(name, 0)) for name in Cost._fields))
 
 
-def spread(bins: Int[np.ndarray, "N K"], width: int, sigma: float, dtype: str) -> Float[np.ndarray, "N K V"]:
+def spread(
+    bins: Int[np.ndarray, "N K"], width: int, sigma: float, dtype: str
+) -> Float[np.ndarray, "N K V"]:
     """Around one of V = `width` bins a token: log p(v) = -(v - bin)^2 / (2 sigma^2) - log Z, as stored; finite everywhere."""
     log_probs = torch.from_numpy(gaussian(width, sigma)).log_softmax(-1).numpy()
     return log_probs.clip(min=np.finfo(dtype).min).astype(dtype)[bins]
 
 
-def normalised(logits: Float[torch.Tensor, "N K V"], dtype: str) -> Callable[[], Float[np.ndarray, "N K V"]]:
+def normalised(
+    logits: Float[torch.Tensor, "N K V"], dtype: str
+) -> Callable[[], Float[np.ndarray, "N K V"]]:
     """The log-softmax over the bins, as stored: on its way to the host, and there once it is called for. Till then a GPU may be asked for more."""
     found, arrived = torch.log_softmax(logits.float(), -1), None
     if found.device.type == "cuda":
         stream, arrived = torch.cuda.current_stream(found.device), torch.cuda.Event()
-        found = torch.empty_like(found, device="cpu", pin_memory=True).copy_(found, non_blocking=True)
+        found = torch.empty_like(found, device="cpu", pin_memory=True).copy_(
+            found, non_blocking=True
+        )
         arrived.record(stream)
 
     def call() -> Float[np.ndarray, "N K V"]:

@@ -33,12 +33,17 @@ class Observations:
 
     def at(self, rows: Int[np.ndarray, " R"]) -> "Observations":
         """Some of the rows."""
-        return Observations(self.frames[rows], self.proprio[rows], tuple(self.instructions[i] for i in rows))
+        return Observations(
+            self.frames[rows], self.proprio[rows], tuple(self.instructions[i] for i in rows)
+        )
 
     @staticmethod
     def joined(parts: "Sequence[Observations]") -> "Observations":
         """Several batches as one, in the order given."""
-        frames, proprio = np.concatenate([p.frames for p in parts]), np.concatenate([p.proprio for p in parts])
+        frames, proprio = (
+            np.concatenate([p.frames for p in parts]),
+            np.concatenate([p.proprio for p in parts]),
+        )
         return Observations(frames, proprio, tuple(i for p in parts for i in p.instructions))
 
 
@@ -78,7 +83,9 @@ def valid_tokens(episode: Episode, chunk: int) -> Bool[np.ndarray, "N K"]:
     index = episode.step[:, None] + np.arange(chunk)
     clean = np.concatenate([episode.clean, np.zeros(chunk, dtype=bool)])
     before = np.concatenate([np.ones((len(index), 1), dtype=bool), clean[index[:, :-1]]], axis=1)
-    return np.repeat((index < episode.steps) & np.logical_and.accumulate(before, axis=1), dims, axis=1)
+    return np.repeat(
+        (index < episode.steps) & np.logical_and.accumulate(before, axis=1), dims, axis=1
+    )
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,9 @@ def write_shard(path: Path, episodes: Sequence[Episode], chunk: int) -> None:
     first = episodes[0]
     kinds = {(e.placement.task, e.placement.split, e.instruction) for e in episodes}
     if len(kinds) != 1:
-        raise ValueError(f"episodes of a shard: {sorted(kinds)}; expected one task, split and instruction a shard")
+        raise ValueError(
+            f"episodes of a shard: {sorted(kinds)}; expected one task, split and instruction a shard"
+        )
     columns = {
         "frames": np.concatenate([e.frames for e in episodes]),
         "proprio": np.concatenate([e.proprio for e in episodes]),
@@ -164,7 +173,9 @@ def shards(folder: Path) -> list[Path]:
     """The shards of an artifact, in canonical order. ValueError if it has none."""
     found = sorted(folder.glob(f"shard-*{zarr_zip.SUFFIX}"))
     if not found:
-        raise ValueError(f"{folder}: no shards; expected shard-*{zarr_zip.SUFFIX} (folders are of an earlier version: make them again)")
+        raise ValueError(
+            f"{folder}: no shards; expected shard-*{zarr_zip.SUFFIX} (folders are of an earlier version: make them again)"
+        )
     return found
 
 
@@ -178,18 +189,30 @@ def read_states(paths: Sequence[Path], per_task: int | None = None) -> States:
     for path in paths:
         columns, attributes = zarr_zip.read(path)
         task = attributes["task"]
-        wanted = len(columns["member"]) if per_task is None else min(len(columns["member"]), per_task - taken[task])
+        wanted = (
+            len(columns["member"])
+            if per_task is None
+            else min(len(columns["member"]), per_task - taken[task])
+        )
         taken[task] += wanted
         if wanted > 0:
             parts.append(_states(columns, attributes, wanted))
-    if per_task is not None and (few := {task: found for task, found in taken.items() if found < per_task}):
-        raise ValueError(f"per_task is {per_task}; expected at most as many as there are of each task, but of {few}")
+    if per_task is not None and (
+        few := {task: found for task, found in taken.items() if found < per_task}
+    ):
+        raise ValueError(
+            f"per_task is {per_task}; expected at most as many as there are of each task, but of {few}"
+        )
     if not parts:
-        raise ValueError(f"no episodes in {[str(path) for path in paths]}; expected at least one shard with one episode")
+        raise ValueError(
+            f"no episodes in {[str(path) for path in paths]}; expected at least one shard with one episode"
+        )
     return joined(parts)
 
 
-def _states(columns: Mapping[str, np.ndarray], attributes: Mapping[str, Any], episodes: int) -> States:
+def _states(
+    columns: Mapping[str, np.ndarray], attributes: Mapping[str, Any], episodes: int
+) -> States:
     """The states of a shard's first `episodes` episodes."""
     episode = np.repeat(np.arange(len(columns["states"]), dtype=np.int32), columns["states"])
     rows = int(columns["states"][:episodes].sum())
@@ -198,7 +221,9 @@ def _states(columns: Mapping[str, np.ndarray], attributes: Mapping[str, Any], ep
     first = (ends - columns["steps"])[episode] + columns["step"][:rows]
     index = np.minimum(first[:, None] + np.arange(attributes["chunk"]), ends[episode, None] - 1)
     return States(
-        observations=Observations(columns["frames"][:rows], columns["proprio"][:rows], (attributes["instruction"],) * rows),
+        observations=Observations(
+            columns["frames"][:rows], columns["proprio"][:rows], (attributes["instruction"],) * rows
+        ),
         mask=columns["mask"][:rows],
         labels=columns["actions"][index],
         episode=episode,
@@ -212,7 +237,9 @@ def joined(parts: Sequence[States]) -> States:
         observations=Observations.joined([p.observations for p in parts]),
         mask=np.concatenate([p.mask for p in parts]),
         labels=np.concatenate([p.labels for p in parts]),
-        episode=np.concatenate([p.episode + offset for p, offset in zip(parts, offsets, strict=False)]).astype(np.int32),
+        episode=np.concatenate(
+            [p.episode + offset for p, offset in zip(parts, offsets, strict=False)]
+        ).astype(np.int32),
     )
 
 

@@ -19,11 +19,26 @@ from zarr.storage import MemoryStore, ZipStore
 
 SUFFIX = ".zarr.zip"
 ROWS_PER_CHUNK = 16  # consecutive frames compress together (9.1x against 2.6x one by one) and still read at random
-LARGEST = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # bytes of all arrays; a description that promises more is a trap
+LARGEST = (
+    os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+)  # bytes of all arrays; a description that promises more is a trap
 CODECS = ["bytes", "zstd", "crc32c"]
-ZSTANDARD, HEADER = bytes.fromhex("28b52ffd"), 18  # how a frame begins, and how long its header is at most
+ZSTANDARD, HEADER = (
+    bytes.fromhex("28b52ffd"),
+    18,
+)  # how a frame begins, and how long its header is at most
 # What reading a file that isn't whole, or is somebody else's, may raise.
-DAMAGED = (OSError, ValueError, KeyError, TypeError, ArithmeticError, RuntimeError, EOFError, BadZipFile, struct.error)
+DAMAGED = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    ArithmeticError,
+    RuntimeError,
+    EOFError,
+    BadZipFile,
+    struct.error,
+)
 
 
 def write(path: Path, columns: Mapping[str, np.ndarray], attributes: Mapping[str, Any]) -> None:
@@ -43,10 +58,14 @@ def write(path: Path, columns: Mapping[str, np.ndarray], attributes: Mapping[str
             array[...] = values
     with ZipFile(path, "w") as archive:
         for name in sorted(members):
-            archive.writestr(ZipInfo(name), members[name].to_bytes())  # of 1980: a clock would make other bytes each time
+            archive.writestr(
+                ZipInfo(name), members[name].to_bytes()
+            )  # of 1980: a clock would make other bytes each time
 
 
-def read(path: Path, names: Collection[str] | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def read(
+    path: Path, names: Collection[str] | None = None
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """All arrays of a file, or those named, and its attributes. ValueError names the file and the array where bytes are missing or corrupt."""
     with ExitStack() as stack:
         try:
@@ -54,11 +73,17 @@ def read(path: Path, names: Collection[str] | None = None) -> tuple[dict[str, np
             members = _members(archive)
             store = stack.enter_context(ZipStore(path, mode="r"))
             group = zarr.open_group(store, mode="r", zarr_format=3, use_consolidated=False)
-            found = {name: array for name, array in group.arrays() if names is None or name in names}
+            found = {
+                name: array for name, array in group.arrays() if names is None or name in names
+            }
         except DAMAGED as error:
-            raise ValueError(f"{path}: not a zip of a Zarr group ({error}); expected one written by this package") from error
+            raise ValueError(
+                f"{path}: not a zip of a Zarr group ({error}); expected one written by this package"
+            ) from error
         _require_room(path, found.values())
-        return {name: _read_array(archive, members, name, array) for name, array in found.items()}, dict(group.attrs)
+        return {
+            name: _read_array(archive, members, name, array) for name, array in found.items()
+        }, dict(group.attrs)
 
 
 def _chunks(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -71,7 +96,9 @@ def _members(archive: ZipFile) -> set[str]:
     """The names in the zip. ValueError if it compresses: chunks are compressed already, and more could hide any number of bytes in a few."""
     for member in archive.infolist():
         if member.compress_type != ZIP_STORED:
-            raise ValueError(f"{member.filename} is compressed by the zip; expected members as they are")
+            raise ValueError(
+                f"{member.filename} is compressed by the zip; expected members as they are"
+            )
     members = set(archive.namelist())
     for name in {member.partition("/")[0] for member in members} - {"zarr.json"}:
         if f"{name}/zarr.json" not in members:
@@ -82,14 +109,22 @@ def _members(archive: ZipFile) -> set[str]:
 def _require_room(path: Path, arrays: Iterable["zarr.Array[Any]"]) -> None:
     wanted = sum(array.nbytes for array in arrays)
     if wanted > LARGEST:
-        raise ValueError(f"{path}: its arrays would take {wanted // 10**9} GB; expected at most {LARGEST // 10**9}")
+        raise ValueError(
+            f"{path}: its arrays would take {wanted // 10**9} GB; expected at most {LARGEST // 10**9}"
+        )
 
 
-def _read_array(archive: ZipFile, members: set[str], name: str, array: "zarr.Array[Any]") -> np.ndarray:
+def _read_array(
+    archive: ZipFile, members: set[str], name: str, array: "zarr.Array[Any]"
+) -> np.ndarray:
     path = archive.filename
     if array.dtype.kind not in "biuf" or array.chunks != _chunks(array.shape):
-        raise ValueError(f"{path}: array {name!r} is of {array.dtype} in chunks of {array.chunks}; expected numbers in {_chunks(array.shape)}")
-    codecs = [codec.to_dict()["name"] for codec in getattr(array.metadata, "codecs", ())]  # of format 2: none
+        raise ValueError(
+            f"{path}: array {name!r} is of {array.dtype} in chunks of {array.chunks}; expected numbers in {_chunks(array.shape)}"
+        )
+    codecs = [
+        codec.to_dict()["name"] for codec in getattr(array.metadata, "codecs", ())
+    ]  # of format 2: none
     if codecs != CODECS:
         raise ValueError(f"{path}: array {name!r} is packed by {codecs}; expected {CODECS}")
     if array.size:
@@ -98,15 +133,23 @@ def _read_array(archive: ZipFile, members: set[str], name: str, array: "zarr.Arr
         _require_sizes(archive, name, array)
         return np.asarray(array[...])
     except DAMAGED as error:
-        raise ValueError(f"{path}: array {name!r} is corrupt ({error}); expected intact checksums") from error
+        raise ValueError(
+            f"{path}: array {name!r} is corrupt ({error}); expected intact checksums"
+        ) from error
 
 
-def _require_chunks(path: str | None, members: set[str], name: str, array: "zarr.Array[Any]") -> None:
+def _require_chunks(
+    path: str | None, members: set[str], name: str, array: "zarr.Array[Any]"
+) -> None:
     """Not by `nchunks_initialized`: in a zip it mixes up `step` and `steps` (zarr 3.1.6)."""
     if array.nchunks > len(members):  # before they are named one by one
-        raise ValueError(f"{path}: array {name!r} has {array.nchunks} chunks; expected no more than the {len(members)} members of the zip")
+        raise ValueError(
+            f"{path}: array {name!r} has {array.nchunks} chunks; expected no more than the {len(members)} members of the zip"
+        )
     if lost := next((chunk for chunk in _names(name, array) if chunk not in members), None):
-        raise ValueError(f"{path}: array {name!r} has no chunk {lost}; expected all {array.nchunks}")
+        raise ValueError(
+            f"{path}: array {name!r} has no chunk {lost}; expected all {array.nchunks}"
+        )
 
 
 def _require_sizes(archive: ZipFile, name: str, array: "zarr.Array[Any]") -> None:
@@ -129,4 +172,8 @@ def _unpacked(header: bytes) -> int | None:
     flag, single, dictionary = header[4] >> 6, header[4] >> 5 & 1, header[4] & 3
     width = (single, 2, 4, 8)[flag]
     start = 5 + (1 - single) + (0, 1, 2, 4)[dictionary]
-    return int.from_bytes(header[start : start + width], "little") + 256 * (flag == 1) if width else None
+    return (
+        int.from_bytes(header[start : start + width], "little") + 256 * (flag == 1)
+        if width
+        else None
+    )

@@ -42,7 +42,9 @@ def use_backend() -> str:
     backend = choose_backend()
     loaded = _loaded_backend()
     if backend in _PACKAGES and loaded not in ("", backend):
-        raise RuntimeError(f"graphics backend is to be {backend!r}, but PyOpenGL is already loaded for {loaded!r}; set MUJOCO_GL before importing it")
+        raise RuntimeError(
+            f"graphics backend is to be {backend!r}, but PyOpenGL is already loaded for {loaded!r}; set MUJOCO_GL before importing it"
+        )
     os.environ["MUJOCO_GL"] = backend
     if backend in _PACKAGES:
         os.environ["PYOPENGL_PLATFORM"] = backend
@@ -62,21 +64,30 @@ def choose_backend() -> str:
     """
     wanted = os.environ.get("MUJOCO_GL", "").strip().lower()
     if wanted not in ("", "glfw", *_PACKAGES):
-        raise ValueError(f"MUJOCO_GL is {wanted!r}; expected {_ACCEPTED}, or nothing for the first that works")
+        raise ValueError(
+            f"MUJOCO_GL is {wanted!r}; expected {_ACCEPTED}, or nothing for the first that works"
+        )
     if wanted in ("", "egl"):
         _require_device()
     if wanted:
         failure = _failure(wanted)
         if failure is not None:
-            needs = f", needs the Debian packages {_PACKAGES[wanted]}" if wanted in _PACKAGES else ""
-            raise ValueError(f"MUJOCO_GL is {wanted!r}, which draws no frame here ({failure}{needs}); expected {_ACCEPTED}, or nothing")
+            needs = (
+                f", needs the Debian packages {_PACKAGES[wanted]}" if wanted in _PACKAGES else ""
+            )
+            raise ValueError(
+                f"MUJOCO_GL is {wanted!r}, which draws no frame here ({failure}{needs}); expected {_ACCEPTED}, or nothing"
+            )
         return wanted
     failures: list[str] = []
     for backend, packages in _PACKAGES.items():
         if (failure := _failure(backend)) is None:
             return backend
         failures.append(f"  {backend} (Debian packages {packages}): {failure}")
-    raise RuntimeError("no OpenGL backend draws a frame off screen; install the packages of either:\n" + "\n".join(failures))
+    raise RuntimeError(
+        "no OpenGL backend draws a frame off screen; install the packages of either:\n"
+        + "\n".join(failures)
+    )
 
 
 def _require_device() -> None:
@@ -93,7 +104,9 @@ def _require_device() -> None:
         return  # no EGL at all, which has an error of its own
     if device.strip().isdecimal() and int(device) < int(found):
         return
-    raise ValueError(f"{_DEVICE} is {device!r}; expected a number from 0 to {int(found) - 1} ({found} EGL device(s) here), or no such variable")
+    raise ValueError(
+        f"{_DEVICE} is {device!r}; expected a number from 0 to {int(found) - 1} ({found} EGL device(s) here), or no such variable"
+    )
 
 
 def _failure(backend: str) -> str | None:
@@ -113,7 +126,9 @@ def _child(backend: str, code: str) -> "subprocess.CompletedProcess[str]":
     if backend in _PACKAGES:
         environment["PYOPENGL_PLATFORM"] = backend
     command = [sys.executable, "-c", code]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)  # noqa: S603 - our own text
+    return subprocess.run(  # noqa: S603
+        command, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def _loaded_backend() -> str:

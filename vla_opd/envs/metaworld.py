@@ -32,9 +32,18 @@ SCENES: tuple[dict[str, str], ...] = (
     {"door-lock-v3": "lock the door", "door-unlock-v3": "unlock the door"},
     {"faucet-open-v3": "turn on the faucet", "faucet-close-v3": "turn off the faucet"},
     {"handle-press-v3": "press the handle down", "handle-pull-v3": "pull the handle up"},
-    {"handle-press-side-v3": "press the side handle down", "handle-pull-side-v3": "pull the side handle up"},
-    {"plate-slide-v3": "slide the plate into the goal", "plate-slide-back-v3": "slide the plate out of the goal"},
-    {"plate-slide-side-v3": "slide the plate sideways into the goal", "plate-slide-back-side-v3": "slide the plate sideways out of the goal"},
+    {
+        "handle-press-side-v3": "press the side handle down",
+        "handle-pull-side-v3": "pull the side handle up",
+    },
+    {
+        "plate-slide-v3": "slide the plate into the goal",
+        "plate-slide-back-v3": "slide the plate out of the goal",
+    },
+    {
+        "plate-slide-side-v3": "slide the plate sideways into the goal",
+        "plate-slide-back-side-v3": "slide the plate sideways out of the goal",
+    },
     {
         "coffee-button-v3": "press the button of the coffee machine",
         "coffee-push-v3": "push the mug under the coffee machine",
@@ -61,10 +70,14 @@ Meta-World has 50 tasks and no instructions. These are those whose scripted expe
 noise on its actions too.
 """
 
-TASKS: dict[str, str] = {task: instruction for scene in SCENES for task, instruction in scene.items()}
+TASKS: dict[str, str] = {
+    task: instruction for scene in SCENES for task, instruction in scene.items()
+}
 """Task: its instruction."""
 
-_NO_OP = np.array([0, 0, 0, -1], np.float32)  # stay, gripper open: what Meta-World's own reset does with the hand
+_NO_OP = np.array(
+    [0, 0, 0, -1], np.float32
+)  # stay, gripper open: what Meta-World's own reset does with the hand
 
 
 def make(params: EnvironmentParams) -> "MetaworldEnv":
@@ -74,7 +87,9 @@ def make(params: EnvironmentParams) -> "MetaworldEnv":
     """
     for task in params.tasks:
         if task not in TASKS:
-            raise ValueError(f"environment.tasks has {task!r}; expected Meta-World tasks with a reliable expert: {sorted(TASKS)}")
+            raise ValueError(
+                f"environment.tasks has {task!r}; expected Meta-World tasks with a reliable expert: {sorted(TASKS)}"
+            )
     return MetaworldEnv(params, graphics.use_backend())
 
 
@@ -95,7 +110,9 @@ class MetaworldEnv:
         self._params = params
         self._backend = backend
         self._loaded: dict[str, SawyerXYZEnv] = {}
-        self._painters: dict[str, _Painter] = {}  # by scene: what is on the graphics card is the same for all its tasks
+        self._painters: dict[
+            str, _Painter
+        ] = {}  # by scene: what is on the graphics card is the same for all its tasks
         self.task = ""
         self._step = 0
         self._scene(params.tasks[0])
@@ -116,7 +133,9 @@ class MetaworldEnv:
         if actions.ndim != 2 or actions.shape[1] != self.action_dim:
             raise ValueError(f"actions have shape {actions.shape}; expected [S, {self.action_dim}]")
         if not np.isfinite(actions).all():
-            raise ValueError(f"actions hold {actions[~np.isfinite(actions)][0]}; expected finite numbers in [-1, 1]")
+            raise ValueError(
+                f"actions hold {actions[~np.isfinite(actions)][0]}; expected finite numbers in [-1, 1]"
+            )
         if not self.task:
             raise RuntimeError("advance before the first reset: there is no episode")
         observations: list[Observation] = []
@@ -184,7 +203,9 @@ class _Painter:
         if self._fast:  # software OpenGL pays for samples and extra passes, not for pixels
             self._scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
             self._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
-        self._buffers = mujoco.MjrContext(_buffered(model, params), mujoco.mjtFontScale.mjFONTSCALE_100)
+        self._buffers = mujoco.MjrContext(
+            _buffered(model, params), mujoco.mjtFontScale.mjFONTSCALE_100
+        )
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._buffers)
 
     def draw(self, model: "MjModel", data: "MjData") -> UInt8[np.ndarray, "C H W 3"]:
@@ -203,14 +224,18 @@ class _Painter:
 
         view = mujoco.MjvCamera()
         view.type, view.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, camera
-        mujoco.mjv_updateScene(model, data, self._option, None, view, mujoco.mjtCatBit.mjCAT_ALL, self._scene)
+        mujoco.mjv_updateScene(
+            model, data, self._option, None, view, mujoco.mjtCatBit.mjCAT_ALL, self._scene
+        )
         mujoco.mjr_render(self._rect, self._scene, self._buffers)
         pixels = np.empty((self._rect.height, self._rect.width, 3), np.uint8)
         mujoco.mjr_readPixels(pixels, None, self._rect, self._buffers)
         return _upright(pixels[::-1], model, data, camera)  # OpenGL's first row is the lowest
 
 
-def _upright(picture: UInt8[np.ndarray, "H W 3"], model: "MjModel", data: "MjData", camera: int) -> UInt8[np.ndarray, "H W 3"]:
+def _upright(
+    picture: UInt8[np.ndarray, "H W 3"], model: "MjModel", data: "MjData", camera: int
+) -> UInt8[np.ndarray, "H W 3"]:
     """`picture`, turned by half a circle if its camera hangs upside down in the room, as all of Meta-World's `corner` cameras do."""
     fixed = model.cam_bodyid[camera] == 0
     up = data.cam_xmat[camera].reshape(3, 3)[2, 1]  # z of the picture's upward direction
@@ -221,7 +246,11 @@ def _diverged(data: "MjData") -> bool:
     """MuJoCo starts over silently where a position, velocity or acceleration is not finite, and only counts it."""
     import mujoco
 
-    kinds = (mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQVEL, mujoco.mjtWarning.mjWARN_BADQACC)
+    kinds = (
+        mujoco.mjtWarning.mjWARN_BADQPOS,
+        mujoco.mjtWarning.mjWARN_BADQVEL,
+        mujoco.mjtWarning.mjWARN_BADQACC,
+    )
     return any(data.warning[kind].number for kind in kinds)
 
 
@@ -256,9 +285,17 @@ def _check(placement: Placement) -> None:
     if placement.task not in TASKS:
         raise ValueError(f"placement.task is {placement.task!r}; expected one of {sorted(TASKS)}")
     # Meta-World ships no fixed initial states: ours are the first so many resets seeded by `Placement.seed`.
-    if placement.index < 0 or (placement.split == "evaluation" and placement.index >= EVALUATION_STATES):
-        wanted = f"0 ... {EVALUATION_STATES - 1}" if placement.split == "evaluation" else "a seed of 0 or more"
-        raise ValueError(f"placement.index is {placement.index}; expected {wanted} ({placement.split} of {placement.task})")
+    if placement.index < 0 or (
+        placement.split == "evaluation" and placement.index >= EVALUATION_STATES
+    ):
+        wanted = (
+            f"0 ... {EVALUATION_STATES - 1}"
+            if placement.split == "evaluation"
+            else "a seed of 0 or more"
+        )
+        raise ValueError(
+            f"placement.index is {placement.index}; expected {wanted} ({placement.split} of {placement.task})"
+        )
 
 
 def _load(task: str) -> "SawyerXYZEnv":
@@ -270,7 +307,9 @@ def _load(task: str) -> "SawyerXYZEnv":
     del raw.sawyer_observation_space  # cached with the goal hidden; it would clip the goal to zero
     raw._set_task_called = True
     raw._freeze_rand_vec, raw.seeded_rand_vec = False, True
-    raw.max_path_length = 2**31  # the horizon is the rollout's business; Meta-World raises after 500 steps
+    raw.max_path_length = (
+        2**31
+    )  # the horizon is the rollout's business; Meta-World raises after 500 steps
     return raw
 
 

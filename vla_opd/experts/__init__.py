@@ -10,7 +10,9 @@ from vla_opd.plugins import named_function
 
 __all__ = ["EXPERTS", "Expert", "make_expert"]
 
-EXPERTS: dict[str, Callable[[Any], Expert]] = {  # each takes its own family's Env, whose privileged attributes it reads
+EXPERTS: dict[
+    str, Callable[[Any], Expert]
+] = {  # each takes its own family's Env, whose privileged attributes it reads
     "libero": expert.make,
     "metaworld": metaworld.make,
 }

@@ -35,6 +35,8 @@ class MetaworldExpert:
         if self._policy is None:
             raise RuntimeError("act before reset: the expert does not know the task")
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Constant.s. may be too high")  # it means that the action is clipped, as it is here
+            warnings.filterwarnings(
+                "ignore", message="Constant.s. may be too high"
+            )  # it means that the action is clipped, as it is here
             action = self._policy.get_action(self._env.raw_observation)
         return np.clip(action, -1, 1).astype(np.float32)

@@ -43,21 +43,33 @@ def between(teacher: ActionSpace, student: ActionSpace, where: str = "transfer")
     for field in ("chunk", "action_dim"):
         ours, theirs = getattr(student, field), getattr(teacher, field)
         if ours != theirs:
-            raise ValueError(f"{where}: action_space.{field} is {theirs} for the teacher; expected the student's {ours}, for only bins can move")
-    overlaps = np.stack([overlap(t, s) for t, s in zip(edges(teacher), edges(student), strict=True)])
-    overlaps[student.constant] = np.eye(student.bins)[(student.bins - 1) // 2]  # all of it in the middle bin, as `encode` has it
+            raise ValueError(
+                f"{where}: action_space.{field} is {theirs} for the teacher; expected the student's {ours}, for only bins can move"
+            )
+    overlaps = np.stack(
+        [overlap(t, s) for t, s in zip(edges(teacher), edges(student), strict=True)]
+    )
+    overlaps[student.constant] = np.eye(student.bins)[
+        (student.bins - 1) // 2
+    ]  # all of it in the middle bin, as `encode` has it
     if not np.isfinite(overlaps).all():
-        raise ValueError(f"{where}: the teacher's bins have no width in float64 (action_space.q01, q99); expected statistics that tell them apart")
+        raise ValueError(
+            f"{where}: the teacher's bins have no width in float64 (action_space.q01, q99); expected statistics that tell them apart"
+        )
     return Transfer(overlaps)
 
 
 def require_comparable(student: CheckpointFacts, labels: Manifest, where: str) -> None:
     """ValueError unless the labels' tokens mean the student's actions, or are to be transferred to them (`label.transfer`) and can be."""
     teacher = ActionSpace.model_validate(labels.facts["action_space"])
-    require_actions(student, teacher, where, transfer=labels.params.get("label", {}).get("transfer", False))
+    require_actions(
+        student, teacher, where, transfer=labels.params.get("label", {}).get("transfer", False)
+    )
 
 
-def require_actions(student: CheckpointFacts, teacher: ActionSpace, where: str, *, transfer: bool) -> None:
+def require_actions(
+    student: CheckpointFacts, teacher: ActionSpace, where: str, *, transfer: bool
+) -> None:
     """ValueError unless the teacher's tokens mean the student's actions or, with `transfer`, can be made to."""
     if transfer:
         between(teacher, student.action_space, where)
@@ -67,12 +79,16 @@ def require_actions(student: CheckpointFacts, teacher: ActionSpace, where: str, 
 
 def edges(space: ActionSpace) -> Float64[np.ndarray, "A V"]:
     """Where bins begin, in the environment's units, and in the last place the largest action, which the last bin holds alone."""
-    low, high, normalised = (np.array(one)[:, None] for one in (space.q01, space.q99, space.normalised))
+    low, high, normalised = (
+        np.array(one)[:, None] for one in (space.q01, space.q99, space.normalised)
+    )
     x = space.edges[None, :]
     return np.where(normalised, 0.5 * (x + 1) * (high - low + RANGE_FLOOR) + low, x)
 
 
-def overlap(teacher: Float64[np.ndarray, " V"], student: Float64[np.ndarray, " U"]) -> Float64[np.ndarray, "V U"]:
+def overlap(
+    teacher: Float64[np.ndarray, " V"], student: Float64[np.ndarray, " U"]
+) -> Float64[np.ndarray, "V U"]:
     """The matrix of one action dimension, from the edges of both."""
     low, high = np.concatenate([[-np.inf], student[1:]]), np.concatenate([student[1:], [np.inf]])
     inside = np.minimum(teacher[1:, None], high) - np.maximum(teacher[:-1, None], low)

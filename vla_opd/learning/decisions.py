@@ -47,7 +47,9 @@ class Decisions:
             usable[rows] &= settings.keeps(success.mean().item())
         weight = np.zeros(len(mask), np.float32)
         if usable.any():
-            weight[usable] = episode_weight(torch.from_numpy(mask[usable]), torch.from_numpy(self.episode[usable])).numpy()
+            weight[usable] = episode_weight(
+                torch.from_numpy(mask[usable]), torch.from_numpy(self.episode[usable])
+            ).numpy()
         return Graded(advantage, usable, weight)
 
 
@@ -64,14 +66,27 @@ def read_decisions(paths: Sequence[Path], chunk: int) -> Decisions:
     """The decisions behind the states that `read_states` gives of the same shards, each of which is a group."""
     groups = [_group(path, number, chunk) for number, path in enumerate(paths)]
     episodes = np.cumsum([0] + [group.episode[-1] + 1 for group in groups])
-    whole = {field.name: np.concatenate([getattr(group, field.name) for group in groups]) for field in fields(Decisions) if field.name != "episode"}
-    return Decisions(**whole, episode=np.concatenate([group.episode + before for group, before in zip(groups, episodes, strict=False)]))
+    whole = {
+        field.name: np.concatenate([getattr(group, field.name) for group in groups])
+        for field in fields(Decisions)
+        if field.name != "episode"
+    }
+    return Decisions(
+        **whole,
+        episode=np.concatenate(
+            [group.episode + before for group, before in zip(groups, episodes, strict=False)]
+        ),
+    )
 
 
 def _group(path: Path, number: int, chunk: int) -> Decisions:
-    columns, _ = zarr_zip.read(path, ("step", "states", "decisions", "tokens", "log_probs", "success"))  # not the frames
+    columns, _ = zarr_zip.read(
+        path, ("step", "states", "decisions", "tokens", "log_probs", "success")
+    )  # not the frames
     episode = np.repeat(np.arange(len(columns["states"])), columns["states"])
-    decision = (np.cumsum(columns["decisions"]) - columns["decisions"])[episode] + columns["step"] // chunk
+    decision = (np.cumsum(columns["decisions"]) - columns["decisions"])[episode] + columns[
+        "step"
+    ] // chunk
     return Decisions(
         decided=columns["step"] % chunk == 0,
         tokens=columns["tokens"][decision].astype(np.int64),

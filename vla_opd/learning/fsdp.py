@@ -26,7 +26,9 @@ from vla_opd.machine.host import require_equal_shares
 from vla_opd.machine.parent_death import STARTED_BY
 from vla_opd.seeds import derive
 
-PATIENCE = timedelta(hours=12)  # for which the others wait while the first writes and hashes; a process that dies ends all of them at once
+PATIENCE = timedelta(
+    hours=12
+)  # for which the others wait while the first writes and hashes; a process that dies ends all of them at once
 
 
 def rank() -> int:
@@ -46,10 +48,14 @@ def together(device: str) -> Generator[None]:
         yield
         return
     if ":" in device:
-        raise ValueError(f"device is {device!r}; expected 'cuda' or 'auto' for processes that train together: each has a GPU of its own")
+        raise ValueError(
+            f"device is {device!r}; expected 'cuda' or 'auto' for processes that train together: each has a GPU of its own"
+        )
     if device.startswith("cuda"):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=PATIENCE)
+    distributed.init_process_group(
+        "nccl" if device.startswith("cuda") else "gloo", timeout=PATIENCE
+    )
     try:
         yield
     finally:
@@ -61,11 +67,26 @@ def launch(processes: int, module: str, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun says at length that it does so; the stages set their own number
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", "1"
+    )  # torchrun says at length that it does so; the stages set their own number
     os.environ[STARTED_BY] = str(os.getpid())
-    with TemporaryDirectory() as logs:  # torchrun makes a folder for them in any case, and leaves it
+    with (
+        TemporaryDirectory() as logs
+    ):  # torchrun makes a folder for them in any case, and leaves it
         try:
-            run(parse_args(["--standalone", f"--nproc-per-node={processes}", f"--log-dir={logs}", "-m", module, *arguments]))
+            run(
+                parse_args(
+                    [
+                        "--standalone",
+                        f"--nproc-per-node={processes}",
+                        f"--log-dir={logs}",
+                        "-m",
+                        module,
+                        *arguments,
+                    ]
+                )
+            )
         except ChildFailedError as error:
             return error.get_first_failure()[1].exitcode
     return 0
@@ -101,7 +122,9 @@ def sharded(policy: Any) -> Generator[Any]:
 
 def blocks(policy: nn.Module) -> list[nn.Module]:
     """What is gathered by itself, for as long as it computes: each block of each stack of blocks. What is left is gathered as a whole."""
-    return [block for stack in policy.modules() if isinstance(stack, nn.ModuleList) for block in stack]
+    return [
+        block for stack in policy.modules() if isinstance(stack, nn.ModuleList) for block in stack
+    ]
 
 
 def _cut(policy: Any, device: str) -> Any:
@@ -131,7 +154,9 @@ def mean(values: Mapping[str, float], tokens: int) -> dict[str, float]:
 
 def _total(values: Sequence[float]) -> list[float]:
     """Sums over the processes."""
-    summed = torch.tensor(values, dtype=torch.float64, device="cuda" if distributed.get_backend() == "nccl" else "cpu")
+    summed = torch.tensor(
+        values, dtype=torch.float64, device="cuda" if distributed.get_backend() == "nccl" else "cpu"
+    )
     distributed.all_reduce(summed)
     return summed.tolist()
 
@@ -145,7 +170,9 @@ def wait() -> None:
 def require_agreement(number: int, what: str) -> None:
     """ValueError unless all processes have the same number."""
     if count() > 1 and (average := _total([number])[0] / count()) != number:
-        raise ValueError(f"{what} is {number} here, {average:g} in the mean of all processes; expected the same, in a folder that all of them see")
+        raise ValueError(
+            f"{what} is {number} here, {average:g} in the mean of all processes; expected the same, in a folder that all of them see"
+        )
 
 
 def entire(tensor: Tensor) -> Tensor:
@@ -165,7 +192,9 @@ def cut(tensor: Float[Tensor, "..."], like: Tensor) -> Tensor:
     """This process's part of a whole tensor, shared out as another of its shape is."""
     if not isinstance(like, DTensor) or not tensor.ndim:  # AdamW's count of steps is everybody's
         return tensor
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return distribute_tensor(
+        tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None
+    )
 
 
 class _Follower(Draft):
@@ -179,7 +208,9 @@ class _Follower(Draft):
 
 
 @contextmanager
-def shared_draft(target: Path, kind: Kind, parents: Mapping[str, str], params: Mapping[str, Any]) -> Generator[Draft]:
+def shared_draft(
+    target: Path, kind: Kind, parents: Mapping[str, str], params: Mapping[str, Any]
+) -> Generator[Draft]:
     """`draft`, which only the first process writes: the others' is there when its is, and published when its is.
 
     ValueError in a process that has other inputs, settings, code or packages than the first, or doesn't see its draft.

@@ -20,14 +20,22 @@ def distance(batch: TokenBatch, mask: Bool[Tensor, "N K"], chunk: int) -> Distan
     rest = {"teacher_rank": _rank(batch), "top_overlap": _overlap(batch)}
     return Distance(
         **{name: masked_mean(values, mask).item() for name, values in (each | rest).items()},
-        by_position=Profile(**{name: _along(values, mask, chunk, 1) for name, values in each.items()}),
-        by_dimension=Profile(**{name: _along(values, mask, chunk, 2) for name, values in each.items()}),
+        by_position=Profile(
+            **{name: _along(values, mask, chunk, 1) for name, values in each.items()}
+        ),
+        by_dimension=Profile(
+            **{name: _along(values, mask, chunk, 2) for name, values in each.items()}
+        ),
     )
 
 
-def _along(values: Float[Tensor, "N K"], mask: Bool[Tensor, "N K"], chunk: int, axis: int) -> tuple[float | None, ...]:
+def _along(
+    values: Float[Tensor, "N K"], mask: Bool[Tensor, "N K"], chunk: int, axis: int
+) -> tuple[float | None, ...]:
     """The mean for each action of the chunk (axis 1) or each action dimension (axis 2)."""
-    parts = zip(*(tensor.unflatten(1, (chunk, -1)).unbind(axis) for tensor in (values, mask)), strict=True)
+    parts = zip(
+        *(tensor.unflatten(1, (chunk, -1)).unbind(axis) for tensor in (values, mask)), strict=True
+    )
     return tuple(masked_mean(part, valid).item() if valid.any() else None for part, valid in parts)
 
 
@@ -38,5 +46,7 @@ def _rank(batch: TokenBatch) -> Float[Tensor, "N K"]:
 
 def _overlap(batch: TokenBatch) -> Float[Tensor, "N K"]:
     size = min(TOP, batch.student.shape[-1])
-    ours, theirs = (log_probs.topk(size, -1).indices for log_probs in (batch.student, batch.teacher))
+    ours, theirs = (
+        log_probs.topk(size, -1).indices for log_probs in (batch.student, batch.teacher)
+    )
     return (ours.unsqueeze(-1) == theirs.unsqueeze(-2)).any(-1).float().mean(-1)

@@ -79,11 +79,21 @@ def device(params: Params, root: Path, processes: int = 1) -> list[Need]:
     needs = [inference("evaluate", student, params.evaluate.inference_batch)]
     if params.iterations:
         teacher = described(params, root, params.label.teacher)
-        needs += [inference("sample", student, params.sample.inference_batch), inference("label", teacher, params.label.batch_size)]
-        needs += [inference("anchor", student, params.optimize.batch_size)] if params.optimize.anchor else []
+        needs += [
+            inference("sample", student, params.sample.inference_batch),
+            inference("label", teacher, params.label.batch_size),
+        ]
+        needs += (
+            [inference("anchor", student, params.optimize.batch_size)]
+            if params.optimize.anchor
+            else []
+        )
         needs += [update("optimize", student, params.optimize, processes)]
     if params.reinforcements:
-        needs += [inference("explore", student, params.explore.inference_batch), update("reinforce", student, params.reinforce, processes)]
+        needs += [
+            inference("explore", student, params.explore.inference_batch),
+            update("reinforce", student, params.reinforce, processes),
+        ]
     return needs
 
 
@@ -94,8 +104,12 @@ def described(params: Params, root: Path, name: str) -> Described:
         there = glance(folder)
         return Described(there.facts, there.dtypes[0], folder)
     if its is None:
-        raise ValueError(f"{folder}: isn't there yet, and what it will need isn't known before; expected it, or an entry of `adopt`")
-    return Described(public_facts(its, params.environment), getattr(torch, its.dtype), Path(its.folder))
+        raise ValueError(
+            f"{folder}: isn't there yet, and what it will need isn't known before; expected it, or an entry of `adopt`"
+        )
+    return Described(
+        public_facts(its, params.environment), getattr(torch, its.dtype), Path(its.folder)
+    )
 
 
 def inference(stage: str, checkpoint: Described, batch: int) -> Need:
@@ -123,14 +137,23 @@ def update(stage: str, checkpoint: Described, settings: UpdateParams, processes:
     with torch.device("meta"):
         lora.prepare(policy, settings.lora, 0, stage)
     trained = FLOAT32 * sum(one.numel() for one in policy.parameters() if one.requires_grad)
-    with lora.recomputing(policy, wanted=settings.gradient_checkpointing), _counting(policy) as counted:
-        value = policy.logits(_observations(checkpoint.facts, settings.batch_size // processes)).log_softmax(-1).mean()
+    with (
+        lora.recomputing(policy, wanted=settings.gradient_checkpointing),
+        _counting(policy) as counted,
+    ):
+        value = (
+            policy.logits(_observations(checkpoint.facts, settings.batch_size // processes))
+            .log_softmax(-1)
+            .mean()
+        )
         forward = counted.peak
         value.backward()
     own, activations = -(-trained // processes), counted.peak - counted.held - trained
     if processes > 1:  # before the backward pass no gradient is there to be less of
         activations = max(activations, forward - counted.held) + _gathered(policy)
-    return Need(stage, -(-counted.held // processes), own, 2 * own, max(activations, own))  # AdamW's own step holds a copy of what it trains
+    return Need(
+        stage, -(-counted.held // processes), own, 2 * own, max(activations, own)
+    )  # AdamW's own step holds a copy of what it trains
 
 
 def _gathered(policy: nn.Module) -> int:
@@ -141,18 +164,30 @@ def _gathered(policy: nn.Module) -> int:
 
 def _whole(module: nn.Module) -> int:
     """Its weights, and the gradients of what of it is trained."""
-    return sum(one.numel() * one.element_size() * (1 + one.requires_grad) for one in module.parameters())
+    return sum(
+        one.numel() * one.element_size() * (1 + one.requires_grad) for one in module.parameters()
+    )
 
 
 def stored(params: Params, facts: CheckpointFacts) -> Stored:
     """If every episode lasts to its horizon."""
     its = params.sample
-    states = len(params.environment.tasks) * its.prompts * its.group * -(-its.horizon // its.observe_every)
+    states = (
+        len(params.environment.tasks)
+        * its.prompts
+        * its.group
+        * -(-its.horizon // its.observe_every)
+    )
     frame = len(params.environment.cameras) * params.environment.image_size**2 * 3
     numbers = facts.action_space.tokens * facts.action_space.bins
-    frames, labels = states * frame, states * numbers * {"float16": 2, "float32": 4}[params.label.dtype]
+    frames, labels = (
+        states * frame,
+        states * numbers * {"float16": 2, "float32": 4}[params.label.dtype],
+    )
     anchor = states * numbers * FLOAT32 if params.optimize.anchor else 0
-    return Stored(states, frames, labels, (frames + labels + anchor) * (1 + params.optimize.earlier))
+    return Stored(
+        states, frames, labels, (frames + labels + anchor) * (1 + params.optimize.earlier)
+    )
 
 
 def _policy(checkpoint: Described) -> Any:
@@ -168,7 +203,9 @@ def _policy(checkpoint: Described) -> Any:
 def _observations(facts: CheckpointFacts, batch: int) -> Observations:
     its = facts.environment
     frames = np.zeros((batch, len(its.cameras), its.image_size, its.image_size, 3), np.uint8)
-    return Observations(frames, np.zeros((batch, len(facts.proprio_mean)), np.float32), ("",) * batch)
+    return Observations(
+        frames, np.zeros((batch, len(facts.proprio_mean)), np.float32), ("",) * batch
+    )
 
 
 class _Counter(TorchDispatchMode):
@@ -183,7 +220,9 @@ class _Counter(TorchDispatchMode):
             self._take(tensor)
         self.held = self.now
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         results = function(*args, **(kwargs or {}))
         for result in results if isinstance(results, tuple | list) else (results,):
             if isinstance(result, Tensor) and result.device.type == self._device:
@@ -213,7 +252,22 @@ def _counting(policy: nn.Module) -> Generator[_Counter]:
         nn.functional.scaled_dot_product_attention = torchs
 
 
-def _fused(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, **more: Any) -> Tensor:
+def _fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    **more: Any,
+) -> Tensor:
     """What the meta device has no kernel for: it would take attention apart into products, and keep the probabilities."""
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001 - the one of torch's that takes a mask, and is on all builds
-    return fused(query, key, value, dropout_p, more.get("is_causal", False), attn_mask=attn_mask, scale=more.get("scale"))[0]
+    return fused(
+        query,
+        key,
+        value,
+        dropout_p,
+        more.get("is_causal", False),
+        attn_mask=attn_mask,
+        scale=more.get("scale"),
+    )[0]

@@ -146,7 +146,9 @@ ON_DECISIONS: dict[str, OnDecisions] = {
 }
 
 
-def reward(batch: TokenBatch, tokens: Int[Tensor, "N K"], log_probs: Float[Tensor, "N K"] | None = None) -> Float[Tensor, "N K"]:
+def reward(
+    batch: TokenBatch, tokens: Int[Tensor, "N K"], log_probs: Float[Tensor, "N K"] | None = None
+) -> Float[Tensor, "N K"]:
     """sg[r(a)], r = log p_T - log p_S over all bins, or with an older student's `log_probs` of a; eq. (6).
 
     `clamp` cuts r at both ends. `centre` takes off its mean under the student: the same expected gradient, with less variance.
@@ -164,7 +166,9 @@ def of(log_probs: Float[Tensor, "N K V"], tokens: Int[Tensor, "N K"]) -> Float[T
     return log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
-def clamped(batch: TokenBatch, tokens: Int[Tensor, "N K"], log_probs: Float[Tensor, "N K"] | None = None) -> Bool[Tensor, "N K"]:
+def clamped(
+    batch: TokenBatch, tokens: Int[Tensor, "N K"], log_probs: Float[Tensor, "N K"] | None = None
+) -> Bool[Tensor, "N K"]:
     """Where `clamp` cuts the `reward` of the same arguments."""
     limit = math.inf if batch.settings.clamp is None else batch.settings.clamp
     student = of(batch.student.detach(), tokens) if log_probs is None else log_probs
@@ -186,7 +190,9 @@ def confidence(teacher: Float[Tensor, "N K V"], power: float) -> Float[Tensor, "
 def group_advantage(success: Bool[Tensor, " G"]) -> Float[Tensor, " G"]:
     """A_i = (R_i - mean R) / (std R + 1e-6), R in {0, 1}, of the G episodes of one group, std with G - 1; eq. (2). ValueError for a single one."""
     if len(success) < 2:
-        raise ValueError(f"group is {len(success)}; expected at least 2 episodes of one placement: an advantage is one over the others")
+        raise ValueError(
+            f"group is {len(success)}; expected at least 2 episodes of one placement: an advantage is one over the others"
+        )
     rewards = success.float()
     return (rewards - rewards.mean()) / (rewards.std() + 1e-6)
 

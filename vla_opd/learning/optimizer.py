@@ -95,7 +95,9 @@ def train(
     FloatingPointError at the first loss or gradient that is not finite, before it reaches the weights; `evidence` is kept then.
     """
     optimizer = torch.optim.AdamW(
-        [one for one in policy.parameters() if one.requires_grad], lr=budget.schedule.peak, weight_decay=budget.weight_decay
+        [one for one in policy.parameters() if one.requires_grad],
+        lr=budget.schedule.peak,
+        weight_decay=budget.weight_decay,
     )
     if moments:
         _set_moments(optimizer, moments)
@@ -104,15 +106,29 @@ def train(
     quiet = fsdp.rank() > 0
     if rows and not quiet:
         print(f"{label}: going on from step {len(rows)}", file=sys.stderr)
-    for step in tqdm(range(len(rows), budget.steps), label, budget.steps, initial=len(rows), unit="step", mininterval=5, disable=quiet):
+    for step in tqdm(
+        range(len(rows), budget.steps),
+        label,
+        budget.steps,
+        initial=len(rows),
+        unit="step",
+        mininterval=5,
+        disable=quiet,
+    ):
         rate = optimizer.param_groups[0]["lr"] = budget.schedule.at(budget.first + step)
         found = loss(policy, step)
         optimizer.zero_grad()
         fsdp.weighted(found.loss, found.tokens).backward()
-        norm = fsdp.entire(nn.utils.clip_grad_norm_(policy.parameters(), budget.gradient_clip)).item()
+        norm = fsdp.entire(
+            nn.utils.clip_grad_norm_(policy.parameters(), budget.gradient_clip)
+        ).item()
         row = fsdp.mean({**found.row, "loss": found.loss.item()}, found.tokens)
         if not (math.isfinite(row["loss"]) and math.isfinite(norm)):
-            kept = "" if evidence is None else f". The batch, and the weights before it, are kept in {_keep(evidence, policy, step, label)}"
+            kept = (
+                ""
+                if evidence is None
+                else f". The batch, and the weights before it, are kept in {_keep(evidence, policy, step, label)}"
+            )
             raise FloatingPointError(
                 f"{label}: the loss is {row['loss']} and its gradient's norm {norm} at step {step}; "
                 f"expected finite numbers (lower the learning rate?){kept}"
@@ -128,8 +144,13 @@ def train(
 def _keep(evidence: Evidence, policy: nn.Module, step: int, label: str) -> Path:
     which = f"-rank{fsdp.rank()}" if fsdp.rank() else ""
     path = evidence.folder / f"{label.replace(' ', '-')}-step{step:05d}{which}.safetensors"
-    tensors = {f"batch/{name}": torch.from_numpy(np.ascontiguousarray(array)) for name, array in evidence.batch(step).items()}
-    weights = {f"weights/{name}": fsdp.whole(value.detach()) for name, value in _changing(policy).items()}
+    tensors = {
+        f"batch/{name}": torch.from_numpy(np.ascontiguousarray(array))
+        for name, array in evidence.batch(step).items()
+    }
+    weights = {
+        f"weights/{name}": fsdp.whole(value.detach()) for name, value in _changing(policy).items()
+    }
     tensors |= {name: value.cpu().contiguous() for name, value in weights.items() if not which}
     path.parent.mkdir(parents=True, exist_ok=True)
     safetensors.torch.save_file(tensors, path)
@@ -143,7 +164,9 @@ def batches(rows: int, batch_size: int, seed: int) -> Callable[[int], Int[np.nda
     def at(step: int) -> Int[np.ndarray, " B"]:
         first = step * batch_size
         epochs = range(first // rows, (first + batch_size - 1) // rows + 1)
-        order = np.concatenate([np.random.default_rng([seed, epoch]).permutation(rows) for epoch in epochs])
+        order = np.concatenate(
+            [np.random.default_rng([seed, epoch]).permutation(rows) for epoch in epochs]
+        )
         return order[first - epochs[0] * rows :][:batch_size]
 
     return at
@@ -151,14 +174,20 @@ def batches(rows: int, batch_size: int, seed: int) -> Callable[[int], Int[np.nda
 
 def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
-    return {f"{index}/{name}": fsdp.whole(torch.as_tensor(value)) for index, moments in state.items() for name, value in moments.items()}
+    return {
+        f"{index}/{name}": fsdp.whole(torch.as_tensor(value))
+        for index, moments in state.items()
+        for name, value in moments.items()
+    }
 
 
 def _set_moments(optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor]) -> None:
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in moments.items():
         index, _, key = name.partition("/")
-        state.setdefault(int(index), {})[key] = fsdp.cut(value, optimizer.param_groups[0]["params"][int(index)])
+        state.setdefault(int(index), {})[key] = fsdp.cut(
+            value, optimizer.param_groups[0]["params"][int(index)]
+        )
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
@@ -168,13 +197,19 @@ def _changing(policy: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in policy.state_dict().items() if name not in frozen}
 
 
-def _save(policy: nn.Module, optimizer: torch.optim.Optimizer, rows: list[Row], scratch: Path) -> None:
+def _save(
+    policy: nn.Module, optimizer: torch.optim.Optimizer, rows: list[Row], scratch: Path
+) -> None:
     tensors = {f"weights/{name}": fsdp.whole(value) for name, value in _changing(policy).items()}
     tensors |= {f"moments/{name}": value for name, value in _moments(optimizer).items()}
     if fsdp.rank():
         return
     temporary = scratch / "training.tmp"
-    safetensors.torch.save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, {"rows": canonical(rows)})
+    safetensors.torch.save_file(
+        {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
+        temporary,
+        {"rows": canonical(rows)},
+    )
     with temporary.open("rb") as stream:
         os.fsync(stream.fileno())
     temporary.rename(scratch / "training.safetensors")
@@ -188,9 +223,22 @@ def _resume(policy: nn.Module, optimizer: torch.optim.Optimizer, scratch: Path) 
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         rows = json.loads(file.metadata()["rows"])
     now = policy.state_dict()
-    weights = {name.removeprefix("weights/"): value for name, value in tensors.items() if name.startswith("weights/")}
-    policy.load_state_dict(now | {name: fsdp.cut(value, now[name]) for name, value in weights.items()})
-    _set_moments(optimizer, {name.removeprefix("moments/"): value for name, value in tensors.items() if name.startswith("moments/")})
+    weights = {
+        name.removeprefix("weights/"): value
+        for name, value in tensors.items()
+        if name.startswith("weights/")
+    }
+    policy.load_state_dict(
+        now | {name: fsdp.cut(value, now[name]) for name, value in weights.items()}
+    )
+    _set_moments(
+        optimizer,
+        {
+            name.removeprefix("moments/"): value
+            for name, value in tensors.items()
+            if name.startswith("moments/")
+        },
+    )
     return rows
 
 

@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from vla_opd.artifacts.draft import Draft
 from vla_opd.artifacts.manifest import Manifest
 from vla_opd.learning import fsdp
-from vla_opd.learning.optimizer import Budget, Evidence, Loss, Row, Schedule, batches, train, write_rows
+from vla_opd.learning.optimizer import (
+    Budget,
+    Evidence,
+    Loss,
+    Row,
+    Schedule,
+    batches,
+    train,
+    write_rows,
+)
 from vla_opd.machine.tracking import Log
 from vla_opd.params.training import UpdateParams
 from vla_opd.policies import lora
@@ -26,13 +35,22 @@ def budget(settings: UpdateParams, depth: int, states: int) -> Budget:
     """The steps of an iteration with `depth` others before it; none, if there are no states to learn from."""
     total = settings.steps * settings.schedule_iterations
     peak = settings.learning_rate
-    schedule = Schedule(peak, peak * settings.final_fraction, round(total * settings.warmup_fraction), total)
+    schedule = Schedule(
+        peak, peak * settings.final_fraction, round(total * settings.warmup_fraction), total
+    )
     return Budget(
-        settings.steps if states else 0, schedule, settings.gradient_clip, settings.weight_decay, settings.save_every, first=depth * settings.steps
+        settings.steps if states else 0,
+        schedule,
+        settings.gradient_clip,
+        settings.weight_decay,
+        settings.save_every,
+        first=depth * settings.steps,
     )
 
 
-def order(usable: Int[np.ndarray, " U"], batch_size: int, seed: int) -> Callable[[int], Int[np.ndarray, " B"]]:
+def order(
+    usable: Int[np.ndarray, " U"], batch_size: int, seed: int
+) -> Callable[[int], Int[np.ndarray, " B"]]:
     """Step -> the states of its batch, among those to learn from; this process's share of them."""
     rows = batches(len(usable), batch_size, seed)
     return lambda step: usable[fsdp.share(rows(step))]
@@ -47,7 +65,9 @@ def probed(mask: Bool[np.ndarray, "N K"]) -> Int[np.ndarray, " R"]:
 def require_own_rollouts(student: Checkpoint, visited: Manifest, where: Path) -> None:
     """ValueError unless the student sampled these trajectories."""
     if visited.parents["student"] != student.digest:
-        raise ValueError(f"{where}: sampled by {visited.parents['student'][:12]}; expected {student.digest[:12]}, the student in {student.folder}")
+        raise ValueError(
+            f"{where}: sampled by {visited.parents['student'][:12]}; expected {student.digest[:12]}, the student in {student.folder}"
+        )
 
 
 def learn(
@@ -68,16 +88,28 @@ def learn(
     """
     kept, before = student.folder / MOMENTS, lora.attached(policy)
     if not plan.steps and not fsdp.rank():
-        print(f"{label}: no state to learn from (keep_low, keep_high, recoverable); the student stays as it is", file=sys.stderr)
+        print(
+            f"{label}: no state to learn from (keep_low, keep_high, recoverable); the student stays as it is",
+            file=sys.stderr,
+        )
     lora.prepare(policy, settings.lora, seed, label.partition(" ")[0])
     same = lora.attached(policy) == before  # otherwise they are of other weights
     moments = safetensors.torch.load_file(kept) if plan.first and same and kept.is_file() else None
-    with fsdp.sharded(policy) as shared, lora.recomputing(shared, wanted=settings.gradient_checkpointing):
+    with (
+        fsdp.sharded(policy) as shared,
+        lora.recomputing(shared, wanted=settings.gradient_checkpointing),
+    ):
         rows, moments = train(shared, loss, plan, work.scratch, moments, label, log, evidence)
     write(work, policy, student, rows, moments)
 
 
-def write(work: Draft, policy: nn.Module, origin: Checkpoint | None, rows: Sequence[Row], moments: Mapping[str, Tensor] | None) -> None:
+def write(
+    work: Draft,
+    policy: nn.Module,
+    origin: Checkpoint | None,
+    rows: Sequence[Row],
+    moments: Mapping[str, Tensor] | None,
+) -> None:
     """What training made: the policy, the metrics and, where another update may go on from them, the moments. The first process writes."""
     if fsdp.rank():
         return

@@ -30,12 +30,22 @@ def kept(store: Store, params: Params, more: Iterable[Artifact] = ()) -> set[str
             f"{', '.join(store.broken)} (remove them, or make them again)"
         )
     linked = _linked(store)
-    stay = [a for a in store.artifacts if (a.run == params.run.name and _planned(a, params)) or a.folder.resolve() in linked]
+    stay = [
+        a
+        for a in store.artifacts
+        if (a.run == params.run.name and _planned(a, params)) or a.folder.resolve() in linked
+    ]
     stay += more
     if not stay:
-        raise ValueError(f"gc: run.name is {params.run.name!r}, and nothing of that run is here; expected a run that was made, or --keep")
+        raise ValueError(
+            f"gc: run.name is {params.run.name!r}, and nothing of that run is here; expected a run that was made, or --keep"
+        )
     for artifact in stay:
-        if gone := [f"{role} {digest[:SHORT]}" for digest, role in store.missing(artifact).items() if role != "demonstrations"]:
+        if gone := [
+            f"{role} {digest[:SHORT]}"
+            for digest, role in store.missing(artifact).items()
+            if role != "demonstrations"
+        ]:
             raise ValueError(
                 f"gc: {artifact.name} came from {', '.join(gone)}, which isn't here, so what that came from isn't known; expected it (dvc pull)"
             )
@@ -45,7 +55,9 @@ def kept(store: Store, params: Params, more: Iterable[Artifact] = ()) -> set[str
 def garbage(store: Store, params: Params, more: Iterable[Artifact] = ()) -> Garbage:
     """What isn't kept, but for the tables of studies, which are small and can't be made again without all their members. Errors as of `kept`."""
     needed = kept(store, params, more)
-    unneeded = tuple(a for a in store.artifacts if a.digest not in needed and a.manifest.kind != "study")
+    unneeded = tuple(
+        a for a in store.artifacts if a.digest not in needed and a.manifest.kind != "study"
+    )
     return Garbage(unneeded, sum(a.size for a in unneeded))
 
 
@@ -74,5 +86,14 @@ def _planned(artifact: Artifact, params: Params) -> bool:
 
 def _linked(store: Store, root: Path = ROOT) -> set[Path]:
     """The folders of artifacts that a link in or above an artifact's place leads to: another run lives on them."""
-    targets = [path.resolve() for depth in ("*/*", "*/*/*") for path in root.glob(depth) if path.is_symlink()]
-    return {a.folder.resolve() for a in store.artifacts if any(a.folder.resolve().is_relative_to(target) for target in targets)}
+    targets = [
+        path.resolve()
+        for depth in ("*/*", "*/*/*")
+        for path in root.glob(depth)
+        if path.is_symlink()
+    ]
+    return {
+        a.folder.resolve()
+        for a in store.artifacts
+        if any(a.folder.resolve().is_relative_to(target) for target in targets)
+    }

@@ -47,7 +47,12 @@ class History:
     def settings(self) -> dict[str, dict[str, list[str]]]:
         """For every kind of artifact its settings by dotted name; all the values where they differ."""
         kinds = dict.fromkeys(one.manifest.kind for one in self.artifacts)
-        return {kind: _values(flat(one.manifest.params) for one in self.artifacts if one.manifest.kind == kind) for kind in kinds}
+        return {
+            kind: _values(
+                flat(one.manifest.params) for one in self.artifacts if one.manifest.kind == kind
+            )
+            for kind in kinds
+        }
 
 
 def _values(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
@@ -92,9 +97,15 @@ def how(made: Origin) -> Iterator[str]:
         yield f"{last.began:%Y-%m-%d %H:%M} UTC by {last.user} on {last.host} in {round((last.ended - last.began).total_seconds())} s{times}"
         if last.task_run:
             yield f"as Prefect task run {last.task_run} and W&B run {last.id}"
-        yield f"at commit {last.commit[:7]}{' with edits' if last.edited else ''}" if last.commit else "outside git"
+        yield (
+            f"at commit {last.commit[:7]}{' with edits' if last.edited else ''}"
+            if last.commit
+            else "outside git"
+        )
     if made.code:
-        yield f"its code is that of {made.commit[:7]}" if made.commit else "its code is in no commit"
+        yield (
+            f"its code is that of {made.commit[:7]}" if made.commit else "its code is in no commit"
+        )
 
 
 # As a graph
@@ -103,10 +114,18 @@ def how(made: Origin) -> Iterator[str]:
 def mermaid(told: History) -> str:
     """A Mermaid flowchart, which GitHub and many editors draw."""
     lines = ["flowchart LR"]
-    lines += [f'  {_node(one.digest)}["{one.name}<br/>{one.digest[:SHORT]}"]' for one in told.artifacts]
-    lines += [f'  {_node(digest)}(["{role}<br/>{digest[:SHORT]}, not here"])' for digest, role in told.missing.items()]
+    lines += [
+        f'  {_node(one.digest)}["{one.name}<br/>{one.digest[:SHORT]}"]' for one in told.artifacts
+    ]
+    lines += [
+        f'  {_node(digest)}(["{role}<br/>{digest[:SHORT]}, not here"])'
+        for digest, role in told.missing.items()
+    ]
     for one in told.artifacts:
-        lines += [f"  {_node(parent)} -- {role} --> {_node(one.digest)}" for role, parent, _ in told.store.parents(one)]
+        lines += [
+            f"  {_node(parent)} -- {role} --> {_node(one.digest)}"
+            for role, parent, _ in told.store.parents(one)
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -130,7 +149,9 @@ COLUMNS = ("demonstrations", "trajectories", "logits", "checkpoint", "evaluation
 
 def layout(told: History) -> dict[str, Box]:
     """Every artifact in the column of its kind, below all its parents. What is missing stands in its role's column, or in the first."""
-    known = {one.digest: (one.name, str(one.manifest.kind)) for one in told.artifacts} | {d: (r, "missing") for d, r in told.missing.items()}
+    known = {one.digest: (one.name, str(one.manifest.kind)) for one in told.artifacts} | {
+        d: (r, "missing") for d, r in told.missing.items()
+    }
     kinds = {digest: name if kind == "missing" else kind for digest, (name, kind) in known.items()}
     present = [kind for kind in COLUMNS if kind in kinds.values()] or ["missing"]
     boxes: dict[str, Box] = {}
@@ -147,12 +168,22 @@ def layout(told: History) -> dict[str, Box]:
 
 def page(told: History) -> str:
     """One HTML page, without scripts or anything from elsewhere: the graph, and what is known of every artifact in it."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files("vla_opd.lineage").joinpath(TEMPLATE).read_text(encoding="utf-8"))
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(
+        files("vla_opd.lineage").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    )
     boxes = layout(told)
-    edges = [(boxes[parent], boxes[one.digest]) for one in told.artifacts for _, parent, _ in told.store.parents(one)]
+    edges = [
+        (boxes[parent], boxes[one.digest])
+        for one in told.artifacts
+        for _, parent, _ in told.store.parents(one)
+    ]
     lines = {one.digest: list(how(told.origins[one.digest])) for one in told.artifacts}
-    return template.render(told=told, boxes=boxes.values(), edges=edges, lines=lines, short=SHORT, flat=flat)
+    return template.render(
+        told=told, boxes=boxes.values(), edges=edges, lines=lines, short=SHORT, flat=flat
+    )
 
 
 # Two histories beside each other
@@ -180,12 +211,28 @@ def diff(first: History, second: History) -> Iterator[Difference]:
     for role in dict.fromkeys([*ours, *theirs]):
         one, other = ours.get(role), theirs.get(role)
         if one is None or other is None:
-            yield Difference(role, "artifact", one.digest[:SHORT] if one else absent, other.digest[:SHORT] if other else absent)
+            yield Difference(
+                role,
+                "artifact",
+                one.digest[:SHORT] if one else absent,
+                other.digest[:SHORT] if other else absent,
+            )
         elif one.digest != other.digest:
-            yield from (Difference(role, *row) for row in _rows(_described(first, one), _described(second, other)))
-    gone = [{f"{role} {digest[:SHORT]}" for digest, role in told.missing.items()} for told in (first, second)]
+            yield from (
+                Difference(role, *row)
+                for row in _rows(_described(first, one), _described(second, other))
+            )
+    gone = [
+        {f"{role} {digest[:SHORT]}" for digest, role in told.missing.items()}
+        for told in (first, second)
+    ]
     yield from (
-        Difference("not here", name, (name in gone[0] and "needed") or absent, (name in gone[1] and "needed") or absent)
+        Difference(
+            "not here",
+            name,
+            (name in gone[0] and "needed") or absent,
+            (name in gone[1] and "needed") or absent,
+        )
         for name in sorted(gone[0] ^ gone[1])
     )
 

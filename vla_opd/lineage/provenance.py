@@ -46,7 +46,11 @@ def locked_stages(lock: Path = LOCK) -> dict[str, dict[str, Any]]:
     if not lock.is_file():
         return {}
     stages = YAML(typ="safe").load(lock.read_text())["stages"]
-    return {out["path"]: entry | {"name": name, "md5": out["md5"]} for name, entry in stages.items() for out in entry["outs"]}
+    return {
+        out["path"]: entry | {"name": name, "md5": out["md5"]}
+        for name, entry in stages.items()
+        for out in entry["outs"]
+    }
 
 
 def origin(artifact: Artifact, metrics: Path = METRICS) -> Origin:
@@ -55,8 +59,16 @@ def origin(artifact: Artifact, metrics: Path = METRICS) -> Origin:
     entry = locked_stages().get((ROOT / artifact.name).as_posix())
     if entry is None or folder_md5(artifact.folder) != entry["md5"]:
         return Origin(executions=ran)
-    code = {dep["path"]: dep["md5"] for dep in entry["deps"] if not dep["path"].startswith(f"{ROOT}/")}
-    return Origin(entry["name"], entry["cmd"].removeprefix("exec "), code, commit_with(tuple(sorted(code.items()))), ran)
+    code = {
+        dep["path"]: dep["md5"] for dep in entry["deps"] if not dep["path"].startswith(f"{ROOT}/")
+    }
+    return Origin(
+        entry["name"],
+        entry["cmd"].removeprefix("exec "),
+        code,
+        commit_with(tuple(sorted(code.items()))),
+        ran,
+    )
 
 
 @cache
@@ -64,7 +76,9 @@ def commit_with(code: tuple[tuple[str, str], ...]) -> str:
     """The commit since which the files had these md5s, in the newest stretch of history where they did. Empty if the code was never committed."""
     since = ""
     try:
-        commits = ask_git("rev-list", "--first-parent", f"--max-count={COMMITS}", "HEAD").decode().split()
+        commits = (
+            ask_git("rev-list", "--first-parent", f"--max-count={COMMITS}", "HEAD").decode().split()
+        )
     except OSError:  # no repository, or none that git lets us read
         return since
     for commit in commits:
@@ -91,7 +105,11 @@ def _committed_md5(files: Mapping[str, str], path: str) -> str:
     """Of a file or a folder of a commit, whose files are blobs by path. Empty if it isn't there."""
     if path in files:
         return _md5(files[path])
-    inside = {file.removeprefix(f"{path}/"): _md5(blob) for file, blob in files.items() if file.startswith(f"{path}/")}
+    inside = {
+        file.removeprefix(f"{path}/"): _md5(blob)
+        for file, blob in files.items()
+        if file.startswith(f"{path}/")
+    }
     return _listed_md5(inside) if inside else ""
 
 
@@ -104,9 +122,15 @@ def _file_md5(path: Path) -> str:
 def _tree(commit: str) -> dict[str, str]:
     """File: blob."""
     lines = ask_git("ls-tree", "-r", "-z", commit, "--", *CODE).decode().split("\0")
-    return {path: entry.split()[2] for entry, _, path in (line.partition("\t") for line in lines) if path}
+    return {
+        path: entry.split()[2]
+        for entry, _, path in (line.partition("\t") for line in lines)
+        if path
+    }
 
 
 @cache
 def _md5(blob: str) -> str:
-    return hashlib.md5(ask_git("cat-file", "blob", blob), usedforsecurity=False).hexdigest()  # as DVC hashes files
+    return hashlib.md5(
+        ask_git("cat-file", "blob", blob), usedforsecurity=False
+    ).hexdigest()  # as DVC hashes files

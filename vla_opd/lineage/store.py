@@ -80,7 +80,12 @@ class Store:
 
     def missing(self, artifact: Artifact) -> dict[str, str]:
         """Digest and role of what it came from and isn't here."""
-        edges = [(role, digest) for one in self.ancestors(artifact) for role, digest, found in self.parents(one) if found is None]
+        edges = [
+            (role, digest)
+            for one in self.ancestors(artifact)
+            for role, digest, found in self.parents(one)
+            if found is None
+        ]
         return {digest: role for role, digest in edges}
 
     def find(self, text: str, run: str = "") -> Artifact:
@@ -91,22 +96,36 @@ class Store:
         parts = Path(text).parts
         wanted = parts[1:] if parts[:1] == ROOT.parts else parts
         there = Path(text).resolve()
-        named = [a for a in self.artifacts if a.folder.resolve() == there] or [a for a in self.artifacts if _ends(a.name, wanted)]
+        named = [a for a in self.artifacts if a.folder.resolve() == there] or [
+            a for a in self.artifacts if _ends(a.name, wanted)
+        ]
         named = [a for a in named if a.run == run] or named
-        numbered = [a for a in self.by_digest.values() if len(text) >= SHORTEST and a.digest.startswith(text)]
+        numbered = [
+            a
+            for a in self.by_digest.values()
+            if len(text) >= SHORTEST and a.digest.startswith(text)
+        ]
         found = named or numbered
         if len(found) == 1:
             return found[0]
         if found:
-            raise ValueError(f"{text} means {len(found)} artifacts; expected one of them: {', '.join(a.name for a in found)}")
+            raise ValueError(
+                f"{text} means {len(found)} artifacts; expected one of them: {', '.join(a.name for a in found)}"
+            )
         if spoiled := [what for name, what in self.broken.items() if _ends(name, wanted)]:
             raise ValueError(f"{text}: {spoiled[0]}")
         known = ", ".join(a.name for a in self.artifacts[:20]) or "none yet: make run"
-        raise ValueError(f"{text}: no such artifact; expected a name, the end of one, or {SHORTEST} or more digits of a digest. There are: {known}")
+        raise ValueError(
+            f"{text}: no such artifact; expected a name, the end of one, or {SHORTEST} or more digits of a digest. There are: {known}"
+        )
 
     def _in_order(self, digests: Iterable[str]) -> tuple[Artifact, ...]:
         wanted = set(digests)
-        return tuple(self.by_digest[d] for d in nx.lexicographical_topological_sort(self.graph) if d in wanted and d in self.by_digest)
+        return tuple(
+            self.by_digest[d]
+            for d in nx.lexicographical_topological_sort(self.graph)
+            if d in wanted and d in self.by_digest
+        )
 
 
 def _ends(name: str, parts: tuple[str, ...]) -> bool:
@@ -118,7 +137,10 @@ def read_store(root: Path = ROOT) -> Store:
     artifacts: list[Artifact] = []
     broken: dict[str, str] = {}
     claimed: dict[str, str] = {}
-    for folder in sorted({path.parent for path in root.rglob(MANIFEST)} | {path for path in root.glob("*/*/*") if path.is_dir()}):
+    for folder in sorted(
+        {path.parent for path in root.rglob(MANIFEST)}
+        | {path for path in root.glob("*/*/*") if path.is_dir()}
+    ):
         name = folder.relative_to(root).as_posix()
         if any(part.startswith(".") for part in name.split("/")) or folder.is_symlink():
             continue

@@ -25,7 +25,9 @@ class Finding:
     void: tuple[str, ...]
 
 
-def verify(store: Store, wanted: Iterable[Artifact] | None = None, *, deep: bool = False) -> Iterator[Finding]:
+def verify(
+    store: Store, wanted: Iterable[Artifact] | None = None, *, deep: bool = False
+) -> Iterator[Finding]:
     """Hash every file of the wanted artifacts again (all of the store's if none are named).
 
     deep: also read all arrays and weights, and compare every artifact with its parents: as many labels as states, shard by shard, tokens that mean
@@ -36,7 +38,9 @@ def verify(store: Store, wanted: Iterable[Artifact] | None = None, *, deep: bool
     if wanted is None:
         for name, what in store.broken.items():
             void = store.descendants(store.claimed[name]) if name in store.claimed else None
-            yield Finding(name, what, tuple(one.name for one in void) if void is not None else (UNKNOWN,))
+            yield Finding(
+                name, what, tuple(one.name for one in void) if void is not None else (UNKNOWN,)
+            )
     for artifact in chosen:
         for check in (_files, *((_aligned,) if deep else ())):
             try:
@@ -80,7 +84,11 @@ def _same_environment(artifact: Artifact, student: Artifact | None) -> None:
 
 def _same_actions(labels: Artifact, teacher: Artifact | None) -> None:
     if teacher is not None:
-        require_same_actions(open_checkpoint(teacher.folder).facts, ActionSpace.model_validate(labels.manifest.facts["action_space"]), labels.name)
+        require_same_actions(
+            open_checkpoint(teacher.folder).facts,
+            ActionSpace.model_validate(labels.manifest.facts["action_space"]),
+            labels.name,
+        )
 
 
 def _comparable(student: Artifact, labels: Artifact | None) -> None:
@@ -90,9 +98,14 @@ def _comparable(student: Artifact, labels: Artifact | None) -> None:
 
 def _same_space(trajectories: Artifact, student: Artifact | None) -> None:
     if student is not None:
-        ours, theirs = trajectories.manifest.facts["action_space"], open_checkpoint(student.folder).facts.action_space.digest
+        ours, theirs = (
+            trajectories.manifest.facts["action_space"],
+            open_checkpoint(student.folder).facts.action_space.digest,
+        )
         if ours != theirs:
-            raise ValueError(f"{trajectories.name}: its action space is {ours[:12]}; expected {theirs[:12]}, that of {student.name}")
+            raise ValueError(
+                f"{trajectories.name}: its action space is {ours[:12]}; expected {theirs[:12]}, that of {student.name}"
+            )
 
 
 def _same_rows(labels: Artifact, trajectories: Artifact | None) -> None:
@@ -101,8 +114,12 @@ def _same_rows(labels: Artifact, trajectories: Artifact | None) -> None:
         for path in shards(labels.folder):
             zarr_zip.read(path)
         return
-    ours, theirs = ({path.name: path for path in shards(one.folder)} for one in (labels, trajectories))
+    ours, theirs = (
+        {path.name: path for path in shards(one.folder)} for one in (labels, trajectories)
+    )
     if set(ours) != set(theirs):
-        raise ValueError(f"{labels.name}: labels the shards {sorted(ours)}; expected those of {trajectories.name}, {sorted(theirs)}")
+        raise ValueError(
+            f"{labels.name}: labels the shards {sorted(ours)}; expected those of {trajectories.name}, {sorted(theirs)}"
+        )
     for name, path in ours.items():
         read_shard(path, len(read_states([theirs[name]])))

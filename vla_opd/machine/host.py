@@ -68,7 +68,9 @@ def require_equal_shares(batch_sizes: Mapping[str, int], count: int) -> None:
     """ValueError for a batch, by its setting, that can't be shared out among the processes that are to train together."""
     for setting, size in batch_sizes.items():
         if size % count:
-            raise ValueError(f"{setting} is {size}; expected a multiple of the {count} processes that are to train together")
+            raise ValueError(
+                f"{setting} is {size}; expected a multiple of the {count} processes that are to train together"
+            )
 
 
 def require_equal_bits() -> None:
@@ -80,17 +82,37 @@ def require_equal_bits() -> None:
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 
-def this_host(workers: int | None, device: str, tracking: TrackingMode, metrics: Path, *, graphs: bool = False) -> Host:
+def this_host(
+    workers: int | None, device: str, tracking: TrackingMode, metrics: Path, *, graphs: bool = False
+) -> Host:
     """The host with `auto` resolved: one worker a core, the GPU if there is one. ValueError names what is not there."""
     import torch  # slow to import, and `python -m stages --help` should not be
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.partition(":")[0] not in ("cpu", "cuda") or (device.startswith("cuda") and not torch.cuda.is_available()):
-        raise ValueError(f"device is {device!r}; expected 'auto', 'cpu' or, where torch sees one, 'cuda'")
-    if tracking not in get_args(TrackingMode):  # argparse checks the option, but not its default from the environment
-        raise ValueError(f"tracking is {tracking!r}; expected one of {list(get_args(TrackingMode))}")
+    if device.partition(":")[0] not in ("cpu", "cuda") or (
+        device.startswith("cuda") and not torch.cuda.is_available()
+    ):
+        raise ValueError(
+            f"device is {device!r}; expected 'auto', 'cpu' or, where torch sees one, 'cuda'"
+        )
+    if tracking not in get_args(
+        TrackingMode
+    ):  # argparse checks the option, but not its default from the environment
+        raise ValueError(
+            f"tracking is {tracking!r}; expected one of {list(get_args(TrackingMode))}"
+        )
     if graphs and not device.startswith("cuda"):
-        raise ValueError(f"OPD_GRAPHS, or --graphs, with the device {device!r}; expected a GPU, whose graphs they are")
+        raise ValueError(
+            f"OPD_GRAPHS, or --graphs, with the device {device!r}; expected a GPU, whose graphs they are"
+        )
     workers, task_run = workers or len(os.sched_getaffinity(0)), os.environ.get(TASK_RUN, "")
-    return Host(workers, device, tracking, metrics, execution=secrets.token_hex(4), task_run=task_run, graphs=graphs)
+    return Host(
+        workers,
+        device,
+        tracking,
+        metrics,
+        execution=secrets.token_hex(4),
+        task_run=task_run,
+        graphs=graphs,
+    )

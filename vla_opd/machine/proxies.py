@@ -3,7 +3,10 @@
 import os
 from collections.abc import Mapping
 
-EXCEPTIONS = ("no_proxy", "NO_PROXY")  # the variables that name the hosts which no proxy is asked for, in the order in which they count
+EXCEPTIONS = (
+    "no_proxy",
+    "NO_PROXY",
+)  # the variables that name the hosts which no proxy is asked for, in the order in which they count
 THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
 BEFORE = "OPD_PROXY_EXCEPTIONS"  # keeps what they said, for the processes that have more to ask than this machine
 

@@ -33,8 +33,22 @@ UPLOADS_WITHIN = 60.0  # seconds; what W&B has not taken at the end of a stage b
 CODE = ("flows", "stages", "vla_opd")
 PIPELINE = "dvc.yaml"  # whose repository it is where the code is installed elsewhere
 ELSEWHERE = (  # git's own variables that lead it to another repository than the one around this folder
-    *("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_ALTERNATE_OBJECT_DIRECTORIES", "GIT_COMMON_DIR"),
-    *("GIT_NAMESPACE", "GIT_PREFIX", "GIT_CEILING_DIRECTORIES", "GIT_SHALLOW_FILE", "GIT_GRAFT_FILE", "GIT_REPLACE_REF_BASE"),
+    *(
+        "GIT_DIR",
+        "GIT_WORK_TREE",
+        "GIT_INDEX_FILE",
+        "GIT_OBJECT_DIRECTORY",
+        "GIT_ALTERNATE_OBJECT_DIRECTORIES",
+        "GIT_COMMON_DIR",
+    ),
+    *(
+        "GIT_NAMESPACE",
+        "GIT_PREFIX",
+        "GIT_CEILING_DIRECTORIES",
+        "GIT_SHALLOW_FILE",
+        "GIT_GRAFT_FILE",
+        "GIT_REPLACE_REF_BASE",
+    ),
 )
 
 
@@ -86,11 +100,15 @@ def execution(host: Host, run: str, stage: str, name: str) -> Callable[[str], No
         path = host.metrics / run / EXECUTIONS
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            cut = path.is_file() and not f"\n{path.read_text()}".endswith("\n")  # a kill's half line must not take this one with it
+            cut = path.is_file() and not f"\n{path.read_text()}".endswith(
+                "\n"
+            )  # a kill's half line must not take this one with it
             with path.open("a") as stream:
                 stream.write("\n" * cut + one.model_dump_json() + "\n")
         except OSError as error:
-            warnings.warn(f"{path}: {error}; who made {name} and when is not recorded", stacklevel=2)
+            warnings.warn(
+                f"{path}: {error}; who made {name} and when is not recorded", stacklevel=2
+            )
 
     return finished
 
@@ -109,7 +127,9 @@ def executions(folder: Path) -> tuple[Execution, ...]:
 
 def _head() -> tuple[str, bool]:
     """The commit that is checked out here, and whether its code was edited since. None, with a warning that says why, where git can't tell."""
-    code = [str(Path(name).resolve()) for name in CODE if Path(name).exists()]  # the member of a study has links to it
+    code = [
+        str(Path(name).resolve()) for name in CODE if Path(name).exists()
+    ]  # the member of a study has links to it
     try:
         _require_tracked(code or [PIPELINE])
         commit = ask_git("rev-parse", "HEAD").decode().strip()
@@ -136,7 +156,10 @@ def ask_git(*words: str) -> bytes:
     except FileNotFoundError:
         raise OSError("git isn't installed") from None
     if done.returncode != 0:
-        raise OSError(done.stderr.decode(errors="replace").strip().partition("\n")[0] or f"git ended with {done.returncode}")
+        raise OSError(
+            done.stderr.decode(errors="replace").strip().partition("\n")[0]
+            or f"git ended with {done.returncode}"
+        )
     return done.stdout
 
 
@@ -155,11 +178,16 @@ def track(host: Host, run: str, stage: str, name: str, config: Mapping[str, Any]
     """
     name = name if host.share.whole else f"{name}-share{host.share.number}of{host.share.count}"
     with _jsonl(host, run, stage, name) as lines:
-        online = _Online(_wandb(host, run, stage, name, config) if host.tracking == "wandb" else None, host.metrics)
+        online = _Online(
+            _wandb(host, run, stage, name, config) if host.tracking == "wandb" else None,
+            host.metrics,
+        )
 
         def log(metrics: Mapping[str, float], step: int) -> None:
             lines(metrics, step)
-            online.call("log", {f"{stage}/{key}": value for key, value in metrics.items()}, step=step)
+            online.call(
+                "log", {f"{stage}/{key}": value for key, value in metrics.items()}, step=step
+            )
 
         try:
             yield log
@@ -185,14 +213,19 @@ class _Online:
                 import wandb
 
                 wandb.teardown()  # now, and not with a traceback when the process ends
-            warnings.warn(f"W&B was lost ({error or type(error).__name__}); metrics go to {self._metrics} as JSON lines only", stacklevel=3)
+            warnings.warn(
+                f"W&B was lost ({error or type(error).__name__}); metrics go to {self._metrics} as JSON lines only",
+                stacklevel=3,
+            )
 
     def finish(self) -> None:
         """End the run. A server that has fallen silent shows only here, by the time that this takes; the next stages won't ask it."""
         began = time.monotonic()
         self.call("finish")
         if time.monotonic() - began >= UPLOADS_WITHIN:
-            _take_for_unreachable(self._metrics, f"did not take a run's curves within {UPLOADS_WITHIN:.0f} s")
+            _take_for_unreachable(
+                self._metrics, f"did not take a run's curves within {UPLOADS_WITHIN:.0f} s"
+            )
 
 
 @contextmanager
@@ -211,19 +244,30 @@ def _jsonl(host: Host, run: str, stage: str, name: str) -> Generator[Log]:
     with opened as stream:
 
         def log(metrics: Mapping[str, float], step: int) -> None:
-            stream.write(json.dumps({"time": time.time(), "host": platform.node(), "step": step, **metrics}) + "\n")
+            stream.write(
+                json.dumps({"time": time.time(), "host": platform.node(), "step": step, **metrics})
+                + "\n"
+            )
             stream.flush()
 
         yield log
 
 
-def _wandb(host: Host, run: str, stage: str, name: str, config: Mapping[str, Any]) -> Any:  # a wandb.Run or None; imported lazily
+def _wandb(
+    host: Host, run: str, stage: str, name: str, config: Mapping[str, Any]
+) -> Any:  # a wandb.Run or None; imported lazily
     """A W&B run. Offline for an hour, with one warning, after an online one did not start; None, with a warning, if an offline one doesn't either."""
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its telemetry asks for W&B's server, offline too
+    os.environ.setdefault(
+        "WANDB_ERROR_REPORTING", "false"
+    )  # its telemetry asks for W&B's server, offline too
     _keep_wandb_out_of_home(host.metrics)
     mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
     unreachable = host.metrics / UNREACHABLE
-    if mode == "online" and unreachable.is_file() and time.time() - unreachable.stat().st_mtime < UNREACHABLE_FOR:
+    if (
+        mode == "online"
+        and unreachable.is_file()
+        and time.time() - unreachable.stat().st_mtime < UNREACHABLE_FOR
+    ):
         mode = "offline"
     try:
         import wandb  # slow to import, and not wanted with other trackers
@@ -237,11 +281,19 @@ def _wandb(host: Host, run: str, stage: str, name: str, config: Mapping[str, Any
             dir=host.metrics,
             config={**config, **({"prefect_task_run": host.task_run} if host.task_run else {})},
             mode=mode,  # pyright: ignore[reportArgumentType] - WANDB_MODE is free text; wandb.init checks it
-            settings=wandb.Settings(silent=True, init_timeout=ANSWERS_WITHIN, finish_timeout=UPLOADS_WITHIN, console="off"),
+            settings=wandb.Settings(
+                silent=True,
+                init_timeout=ANSWERS_WITHIN,
+                finish_timeout=UPLOADS_WITHIN,
+                console="off",
+            ),
         )
     except Exception as error:  # noqa: BLE001 - its own errors, and whatever else its many parts meet on a strange machine
         if mode != "online":
-            warnings.warn(f"W&B did not start ({error}); metrics go to {host.metrics} as JSON lines only", stacklevel=2)
+            warnings.warn(
+                f"W&B did not start ({error}); metrics go to {host.metrics} as JSON lines only",
+                stacklevel=2,
+            )
             return None
         _take_for_unreachable(host.metrics, f"did not start ({error})")
         return _wandb(host, run, stage, name, config)

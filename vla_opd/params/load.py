@@ -25,11 +25,15 @@ def load(path: Path | str = "params.yaml", overrides: Iterable[str] = ()) -> Par
     """Parse `params.yaml` with `section.key=value` overrides. ValueError names the field, the value and what was expected."""
     source = Path(path)
     if not source.is_file():
-        raise ValueError(f"params: {source} does not exist; expected the run's params.yaml (are you in the project's folder?)")
+        raise ValueError(
+            f"params: {source} does not exist; expected the run's params.yaml (are you in the project's folder?)"
+        )
     yaml = YAML(typ="safe")
     tree = _parsed(yaml, read_text(source), str(source))
     if not isinstance(tree, dict):
-        raise ValueError(f"params: {source} holds {type(tree).__name__}; expected one mapping of sections")
+        raise ValueError(
+            f"params: {source} holds {type(tree).__name__}; expected one mapping of sections"
+        )
     for override in overrides:
         _override(tree, override, yaml)
     try:
@@ -57,7 +61,9 @@ def _override(tree: dict[str, Any], override: str, yaml: YAML) -> None:
     dotted, equals, text = override.partition("=")
     *sections, key = dotted.split(".")
     if not equals or not sections:
-        raise ValueError(f"override {override!r}: expected section.key=value, as in optimize.learning_rate=1e-4")
+        raise ValueError(
+            f"override {override!r}: expected section.key=value, as in optimize.learning_rate=1e-4"
+        )
     node = tree
     for section in sections:
         node = node.setdefault(section, {})
@@ -77,7 +83,11 @@ def _explain(error: ValidationError, source: Path) -> str:
     lines = [f"{source}: {error.error_count()} mistake(s)"]
     for item in error.errors():
         where = ".".join(map(str, item["loc"]))
-        value = "" if item["type"] in ("missing", "value_error") else f" is {SHORTER.repr(item['input'])}"
+        value = (
+            ""
+            if item["type"] in ("missing", "value_error")
+            else f" is {SHORTER.repr(item['input'])}"
+        )
         hint = " (no such key)" if item["type"] == "extra_forbidden" else ""
         lines.append(f"  {where}{value}{hint}: {item['msg']}".replace("  : ", "  "))
     return "\n".join(lines)

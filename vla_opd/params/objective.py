@@ -17,7 +17,9 @@ class GroupParams(Section):
     @model_validator(mode="after")
     def _some_are_kept(self) -> "GroupParams":
         if self.keep_low > self.keep_high:
-            raise ValueError(f"keep_low is {self.keep_low} and keep_high is {self.keep_high}; expected keep_low to be at most keep_high")
+            raise ValueError(
+                f"keep_low is {self.keep_low} and keep_high is {self.keep_high}; expected keep_low to be at most keep_high"
+            )
         return self
 
     def keeps(self, success: float) -> bool:

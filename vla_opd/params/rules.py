@@ -30,7 +30,9 @@ def contradictions(params: Params) -> Iterator[str]:
     yield from _objective_at_odds(params)
     yield from _temperatures_at_odds(params)
     for field, name in params.report.model_dump().items():
-        if params.evaluations and name not in params.evaluations:  # without any, there is nothing to report
+        if (
+            params.evaluations and name not in params.evaluations
+        ):  # without any, there is nothing to report
             yield f"report.{field} is {name!r}; expected one of the evaluations {sorted(params.evaluations)}"
 
 
@@ -72,7 +74,11 @@ def _objective_at_odds(params: Params) -> Iterator[str]:
     opt = params.optimize
     for field, objectives in OPTIONS_OF.items():
         set_to = getattr(opt, field)
-        if set_to != OptimizeParams.model_fields[field].default and opt.objective not in objectives and ":" not in opt.objective:
+        if (
+            set_to != OptimizeParams.model_fields[field].default
+            and opt.objective not in objectives
+            and ":" not in opt.objective
+        ):
             yield f"optimize.{field} is {set_to}; expected that with optimize.objective one of {sorted(objectives)} only, and it is {opt.objective}"
     if opt.objective in FROM_STUDENT and params.sample.visited_by == "teacher":
         yield f"sample.visited_by is teacher; expected student with optimize.objective {opt.objective}, which learns from the student's own tokens"
@@ -87,8 +93,13 @@ def _objective_at_odds(params: Params) -> Iterator[str]:
 def _temperatures_at_odds(params: Params) -> Iterator[str]:
     """The rollout's tokens have to be scored at the temperature at which they were drawn, unless a ratio makes up for it."""
     opt, drawn = params.optimize, params.sample.temperature
-    if opt.objective != "reverse_kl_rollout" or (opt.ratio and opt.reward == "fresh" and not opt.discount):
+    if opt.objective != "reverse_kl_rollout" or (
+        opt.ratio and opt.reward == "fresh" and not opt.discount
+    ):
         return
-    for field, value in {"temperature": opt.temperature, "teacher_temperature": opt.teacher_temperature}.items():
+    for field, value in {
+        "temperature": opt.temperature,
+        "teacher_temperature": opt.teacher_temperature,
+    }.items():
         if value is not None and value != drawn:
             yield f"optimize.{field} is {value}; expected sample.temperature, {drawn}, with reverse_kl_rollout (but for ratio: true, fresh rewards)"

@@ -47,15 +47,28 @@ class Params(Section):
     finetuned: Mapping[Key, FinetunedParams] = Field(default_factory=dict)
     adopt: Mapping[Key, AdoptParams] = Field(default_factory=dict)
     iterations: Mapping[Key, Name] = Field(description="iteration: the checkpoint it starts from")
-    reinforcements: Mapping[Key, Name] = Field(default_factory=dict, description="iteration of GRPO: the checkpoint it starts from")
+    reinforcements: Mapping[Key, Name] = Field(
+        default_factory=dict, description="iteration of GRPO: the checkpoint it starts from"
+    )
     evaluations: Mapping[Key, Name] = Field(description="evaluation: the checkpoint it scores")
-    studies: Mapping[Name, StudyParams] = Field(default_factory=dict, description="each is `report/<name>` beside the run's own, `report/page`")
+    studies: Mapping[Name, StudyParams] = Field(
+        default_factory=dict,
+        description="each is `report/<name>` beside the run's own, `report/page`",
+    )
 
     @property
     def batch_sizes(self) -> dict[str, int]:
         """Of the stages of this run that train, by the name of the setting."""
-        used = {"finetune": self.trained, "optimize": self.iterations, "reinforce": self.reinforcements}
-        return {f"{verb}.batch_size": getattr(self, verb).batch_size for verb, what in used.items() if what}
+        used = {
+            "finetune": self.trained,
+            "optimize": self.iterations,
+            "reinforce": self.reinforcements,
+        }
+        return {
+            f"{verb}.batch_size": getattr(self, verb).batch_size
+            for verb, what in used.items()
+            if what
+        }
 
     @property
     def trained(self) -> dict[str, PretrainedParams]:
@@ -71,7 +84,11 @@ class Params(Section):
     @property
     def reference(self) -> dict[str, str]:
         """The evaluations that need no iteration."""
-        return {name: checkpoint for name, checkpoint in self.evaluations.items() if checkpoint in self.origins}
+        return {
+            name: checkpoint
+            for name, checkpoint in self.evaluations.items()
+            if checkpoint in self.origins
+        }
 
     @property
     def updates(self) -> dict[str, str]:
@@ -94,21 +111,35 @@ class Params(Section):
     @model_validator(mode="after")
     def _no_study_takes_the_reports_place(self) -> "Params":
         if "page" in self.studies:
-            raise ValueError("studies has 'page': that is where the run's own report is; expected another name")
+            raise ValueError(
+                "studies has 'page': that is where the run's own report is; expected another name"
+            )
         return self
 
     @model_validator(mode="after")
     def _names_exist(self) -> "Params":
         checkpoints = {*self.origins, *self.updates}
-        wanted = {f"{kind}.{k}": v for kind in ("iterations", "reinforcements", "evaluations") for k, v in getattr(self, kind).items()}
+        wanted = {
+            f"{kind}.{k}": v
+            for kind in ("iterations", "reinforcements", "evaluations")
+            for k, v in getattr(self, kind).items()
+        }
         wanted |= {"label.teacher": self.label.teacher}
         for field, name in wanted.items():
             if name not in checkpoints:
-                raise ValueError(f"{field} is {name!r}: no such checkpoint; expected one of {sorted(checkpoints)}")
-        for field, made in {f"{kind}.{k}": c for kind in ("pretrained", "finetuned") for k, c in getattr(self, kind).items()}.items():
+                raise ValueError(
+                    f"{field} is {name!r}: no such checkpoint; expected one of {sorted(checkpoints)}"
+                )
+        for field, made in {
+            f"{kind}.{k}": c
+            for kind in ("pretrained", "finetuned")
+            for k, c in getattr(self, kind).items()
+        }.items():
             if made.demonstrations not in self.demonstrations:
                 choices = sorted(self.demonstrations)
-                raise ValueError(f"{field}.demonstrations is {made.demonstrations!r}: no such set of demonstrations; expected one of {choices}")
+                raise ValueError(
+                    f"{field}.demonstrations is {made.demonstrations!r}: no such set of demonstrations; expected one of {choices}"
+                )
         return self
 
     @model_validator(mode="after")
@@ -116,15 +147,25 @@ class Params(Section):
         taken: set[str] = set()
         for kind in ("pretrained", "finetuned", "adopt", "iterations", "reinforcements"):
             if overlap := taken.intersection(getattr(self, kind)):
-                raise ValueError(f"{kind} has {sorted(overlap)}: these names belong to other checkpoints; choose others")
+                raise ValueError(
+                    f"{kind} has {sorted(overlap)}: these names belong to other checkpoints; choose others"
+                )
             taken.update(getattr(self, kind))
         for name, made in self.finetuned.items():
             if made.parent not in self.origins:
-                raise ValueError(f"finetuned.{name}.parent is {made.parent!r}: no such checkpoint; expected one of {sorted(self.origins)}")
+                raise ValueError(
+                    f"finetuned.{name}.parent is {made.parent!r}: no such checkpoint; expected one of {sorted(self.origins)}"
+                )
         if circle := find_cycle({name: made.parent for name, made in self.finetuned.items()}):
-            raise ValueError(f"finetuned: {' -> '.join(circle)} is a circle; expected a chain that starts from another checkpoint")
+            raise ValueError(
+                f"finetuned: {' -> '.join(circle)} is a circle; expected a chain that starts from another checkpoint"
+            )
         if circle := find_cycle(self.updates):
-            raise ValueError(f"iterations: {' -> '.join(circle)} is a circle; expected a chain that starts from a fine-tuned checkpoint")
+            raise ValueError(
+                f"iterations: {' -> '.join(circle)} is a circle; expected a chain that starts from a fine-tuned checkpoint"
+            )
         if START not in self.origins:
-            raise ValueError(f"pretrained, finetuned and adopt have {sorted(self.origins)}; expected {START!r} among them, which the run begins with")
+            raise ValueError(
+                f"pretrained, finetuned and adopt have {sorted(self.origins)}; expected {START!r} among them, which the run begins with"
+            )
         return self

@@ -14,7 +14,9 @@ EVALUATION_STATES = 50
 def once_each(names: tuple[Any, ...]) -> tuple[Any, ...]:
     again = [name for name in dict.fromkeys(names) if names.count(name) > 1]
     if again:
-        raise PydanticCustomError("duplicate", "expected each name once; {again} come again", {"again": str(again)})
+        raise PydanticCustomError(
+            "duplicate", "expected each name once; {again} come again", {"again": str(again)}
+        )
     return names
 
 
@@ -26,14 +28,18 @@ def is_default(default: Any) -> Callable[[Any], bool]:
 def _rising(rates: tuple[float, float]) -> tuple[float, float]:
     low, high = rates
     if not 0 < low < high < 1:
-        raise PydanticCustomError("rates", "expected two success rates between 0 and 1, the lower one first")
+        raise PydanticCustomError(
+            "rates", "expected two success rates between 0 and 1, the lower one first"
+        )
     return rates
 
 
 def _without_dots(name: str) -> str:
     """Of a name by which dvc.yaml finds its entry: at a dot it would look one level down."""
     if re.fullmatch(r"[A-Za-z0-9_-]+", name) is None:
-        raise PydanticCustomError("name", "expected letters, digits, _ and - only: dvc.yaml can't name one with a dot")
+        raise PydanticCustomError(
+            "name", "expected letters, digits, _ and - only: dvc.yaml can't name one with a dot"
+        )
     return name
 
 
@@ -53,6 +59,9 @@ class Section(BaseModel):
     @classmethod
     def _no_boolean_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         kind = cls.model_fields[info.field_name or ""].annotation
-        if isinstance(value, bool) and {int, float} & {kind, *get_args(kind)}:  # to Python, and so to pydantic, true is 1
+        if isinstance(value, bool) and {int, float} & {
+            kind,
+            *get_args(kind),
+        }:  # to Python, and so to pydantic, true is 1
             raise PydanticCustomError("boolean", "expected a number, not true or false")
         return value

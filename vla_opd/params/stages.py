@@ -6,7 +6,15 @@ from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from vla_opd.params.objective import ClipParams, GroupParams
-from vla_opd.params.section import EVALUATION_STATES, Fraction, Name, Names, Rates, Section, is_default
+from vla_opd.params.section import (
+    EVALUATION_STATES,
+    Fraction,
+    Name,
+    Names,
+    Rates,
+    Section,
+    is_default,
+)
 from vla_opd.params.training import TrainedParams, UpdateParams
 
 START = "student"
@@ -15,7 +23,10 @@ START = "student"
 
 def _plain_path(path: str) -> str:
     if path.startswith("~") or "$" in path:
-        raise PydanticCustomError("path", "expected a plain path: neither ~ nor $VARIABLE is expanded, by DVC or by a stage")
+        raise PydanticCustomError(
+            "path",
+            "expected a plain path: neither ~ nor $VARIABLE is expanded, by DVC or by a stage",
+        )
     return path
 
 
@@ -70,7 +81,9 @@ class DemonstrateParams(Section):
     burst: Fraction = 0.5
     observe_every: int = Field(default=2, ge=1)
     horizon: int = Field(default=300, ge=1)
-    attempts: int = Field(default=3, ge=1, description="placements tried per demonstration wanted before giving up")
+    attempts: int = Field(
+        default=3, ge=1, description="placements tried per demonstration wanted before giving up"
+    )
 
 
 class DemonstrationSet(Section):
@@ -102,7 +115,9 @@ class PolicyParams(Section):
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "PolicyParams":
         if self.width % (2 * self.heads):
-            raise ValueError(f"width is {self.width} and heads is {self.heads}; expected width to be a multiple of 2 * heads (rotary embedding)")
+            raise ValueError(
+                f"width is {self.width} and heads is {self.heads}; expected width to be a multiple of 2 * heads (rotary embedding)"
+            )
         return self
 
 
@@ -119,17 +134,28 @@ class FinetuneParams(TrainedParams):
     smoothing: float = Field(default=1.5, ge=0)
     gradient_clip: float = Field(default=1.0, gt=0)
     save_every: int = Field(default=100, ge=1, description="steps between resumable saves")
-    threads: int = Field(default=2, ge=1, description="CPU threads of the optimiser; the last bits of the weights depend on it")
+    threads: int = Field(
+        default=2,
+        ge=1,
+        description="CPU threads of the optimiser; the last bits of the weights depend on it",
+    )
 
 
 class PretrainedParams(Section):
     """One checkpoint made by `finetune` from nothing: from which demonstrations, how many per task, for how long."""
 
     demonstrations: Name
-    per_task: int | None = Field(default=None, ge=1, description="demonstrations per task; all of them if null")
+    per_task: int | None = Field(
+        default=None, ge=1, description="demonstrations per task; all of them if null"
+    )
     steps: int = Field(ge=1)
     learning_rate: float = Field(gt=0)
-    seed: int | None = Field(default=None, ge=0, exclude_if=is_default(None), description="of its first weights and its order; run.seed if null")
+    seed: int | None = Field(
+        default=None,
+        ge=0,
+        exclude_if=is_default(None),
+        description="of its first weights and its order; run.seed if null",
+    )
 
 
 class FinetunedParams(PretrainedParams):
@@ -148,7 +174,12 @@ class Variant(NamedTuple):
     crop: float
 
 
-SUITES = {"-spatial": "libero_spatial", "-object": "libero_object", "-goal": "libero_goal", "10": "libero_10"}
+SUITES = {
+    "-spatial": "libero_spatial",
+    "-object": "libero_object",
+    "-goal": "libero_goal",
+    "10": "libero_10",
+}
 KNOWN = {
     f"Haozhan72/Openvla-oft-SFT-libero{suite}-{demonstrations}": Variant(f"{name}_no_noops", 0.9)
     for suite, name in SUITES.items()
@@ -158,7 +189,7 @@ KNOWN = {
 
 
 class AdoptParams(Section):
-    """One checkpoint made of a public one, OpenVLA-OFT with discrete tokens. See docs/openvla-oft.md.
+    """One checkpoint made of a public one, OpenVLA-OFT with discrete tokens. See docs/policies.md.
 
     folder:     where its files are: `config.json`, `dataset_statistics.json`, `model*.safetensors`, `tokenizer.json` and so on.
     known:      the name under which it is published, a key of `KNOWN`, which then says the next two. A folder's name says nothing.
@@ -176,10 +207,17 @@ class AdoptParams(Section):
     @model_validator(mode="after")
     def _as_its_name_says(self) -> "AdoptParams":
         if self.known is not None and self.known not in KNOWN:
-            raise ValueError(f"known is {self.known!r}; expected one of {sorted(KNOWN)}, or unnorm_key and crop in its place")
-        for field, (said, known) in {"unnorm_key": (self.unnorm_key, self.variant.unnorm_key), "crop": (self.crop, self.variant.crop)}.items():
+            raise ValueError(
+                f"known is {self.known!r}; expected one of {sorted(KNOWN)}, or unnorm_key and crop in its place"
+            )
+        for field, (said, known) in {
+            "unnorm_key": (self.unnorm_key, self.variant.unnorm_key),
+            "crop": (self.crop, self.variant.crop),
+        }.items():
             if field in self.model_fields_set and said not in (None, known):
-                raise ValueError(f"{field} is {said!r}; expected {known!r}, by which {self.known} was trained, or nothing")
+                raise ValueError(
+                    f"{field} is {said!r}; expected {known!r}, by which {self.known} was trained, or nothing"
+                )
         return self
 
     @property
@@ -204,7 +242,8 @@ class SampleParams(Section):
     inference_batch: int = Field(default=1, ge=1)
     visited_by: Literal["student", "teacher"] = "student"
     protocol: Literal["held-out", "benchmark"] = Field(
-        default="held-out", description="benchmark trains on the evaluation's own initial states: leakage, for comparison only"
+        default="held-out",
+        description="benchmark trains on the evaluation's own initial states: leakage, for comparison only",
     )
 
 
@@ -226,7 +265,9 @@ class LabelParams(Section):
     transfer: bool = False
     batch_size: int = Field(default=64, ge=1)
     dtype: Literal["float16", "float32"] = "float16"
-    threads: int = Field(default=2, ge=1, description="CPU threads; the last bits of a logit depend on it")
+    threads: int = Field(
+        default=2, ge=1, description="CPU threads; the last bits of a logit depend on it"
+    )
 
     @property
     def simulates(self) -> bool:
@@ -272,7 +313,10 @@ class EvaluateParams(Section):
     horizon: int = Field(default=280, ge=1)
     inference_batch: int = Field(default=1, ge=1)
     confidence: float = Field(default=0.95, gt=0, lt=1)
-    allow_mismatch: bool = Field(default=False, description="evaluate under another stepping, render or camera setting than trained with")
+    allow_mismatch: bool = Field(
+        default=False,
+        description="evaluate under another stepping, render or camera setting than trained with",
+    )
 
     @model_validator(mode="after")
     def _decides_one_thing(self) -> "EvaluateParams":

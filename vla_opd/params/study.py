@@ -31,12 +31,20 @@ class ArmParams(Section):
 
     @model_validator(mode="after")
     def _learns(self) -> "ArmParams":
-        if other := [dotted for dotted in self.settings if dotted.rpartition(".")[0] not in (*LEARNING, OWN)]:
-            raise ValueError(f"settings has {other[0]!r}; expected section.key with one of the sections {[*LEARNING, OWN]}")
+        if other := [
+            dotted for dotted in self.settings if dotted.rpartition(".")[0] not in (*LEARNING, OWN)
+        ]:
+            raise ValueError(
+                f"settings has {other[0]!r}; expected section.key with one of the sections {[*LEARNING, OWN]}"
+            )
         if self.switch is not None and self.after is None:
-            raise ValueError(f"switch is {self.switch} and after is null; expected the arm after which it switches")
+            raise ValueError(
+                f"switch is {self.switch} and after is null; expected the arm after which it switches"
+            )
         if not self.distill + self.reinforce and not self.own_student:
-            raise ValueError(f"distill and reinforce are 0; expected at least one iteration of either kind, or settings of {OWN}")
+            raise ValueError(
+                f"distill and reinforce are 0; expected at least one iteration of either kind, or settings of {OWN}"
+            )
         return self
 
     @property
@@ -59,7 +67,9 @@ class StudyParams(Section):
                    can make them again.
     """
 
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), AfterValidator(once_each)] = (0, 1, 2, 3, 4)
+    seeds: Annotated[
+        tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), AfterValidator(once_each)
+    ] = (0, 1, 2, 3, 4)
     every: int = Field(default=1, ge=1)
     keep_rollouts: bool = False
     arms: Mapping[Name, ArmParams] = Field(min_length=1)
@@ -69,13 +79,21 @@ class StudyParams(Section):
         before = {name: arm.after for name, arm in self.arms.items() if arm.after is not None}
         for name, other in before.items():
             if other not in self.arms:
-                raise ValueError(f"arms.{name}.after is {other!r}; expected another arm, one of {sorted(self.arms)}")
+                raise ValueError(
+                    f"arms.{name}.after is {other!r}; expected another arm, one of {sorted(self.arms)}"
+                )
         if circle := find_cycle(before):
-            raise ValueError(f"arms: {' after '.join(circle)} is a circle; expected an arm that starts from the run's student")
+            raise ValueError(
+                f"arms: {' after '.join(circle)} is a circle; expected an arm that starts from the run's student"
+            )
         for name, other in before.items():
             used = {section for arm in self.lineage(other) for section in (OWN, *arm.sections)}
-            if changed := [dotted for dotted in self.arms[name].settings if dotted.rpartition(".")[0] in used]:
-                raise ValueError(f"arms.{name}.settings has {changed[0]!r}; expected those of {other}, which it goes on from, for what that made")
+            if changed := [
+                dotted for dotted in self.arms[name].settings if dotted.rpartition(".")[0] in used
+            ]:
+                raise ValueError(
+                    f"arms.{name}.settings has {changed[0]!r}; expected those of {other}, which it goes on from, for what that made"
+                )
         return self
 
     def lineage(self, arm: str) -> list[ArmParams]:

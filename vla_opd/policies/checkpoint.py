@@ -45,7 +45,12 @@ class CheckpointFacts(BaseModel):
     instruction_length: int = Field(default=20, ge=1)
 
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}  # by their names in safetensors
+DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F64": torch.float64,
+}  # by their names in safetensors
 
 
 @dataclass(frozen=True)
@@ -68,9 +73,13 @@ class Checkpoint:
             with safetensors.safe_open(self.folder / WEIGHTS, "pt") as file:
                 stored = [file.get_slice(name).get_dtype() for name in file.keys()]  # noqa: SIM118 - no mapping
         except safetensors.SafetensorError as error:
-            raise ValueError(f"{self.folder / WEIGHTS}: not safetensors ({error}); expected what `save_weights` writes") from error
+            raise ValueError(
+                f"{self.folder / WEIGHTS}: not safetensors ({error}); expected what `save_weights` writes"
+            ) from error
         if not (found := tuple(DTYPES[name] for name in dict.fromkeys(stored) if name in DTYPES)):
-            raise ValueError(f"{self.folder / WEIGHTS}: is in {sorted(set(stored))}; expected some tensors in {sorted(DTYPES)}")
+            raise ValueError(
+                f"{self.folder / WEIGHTS}: is in {sorted(set(stored))}; expected some tensors in {sorted(DTYPES)}"
+            )
         return found
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -78,7 +87,9 @@ class Checkpoint:
         try:
             return safetensors.torch.load_file(self.folder / WEIGHTS)
         except safetensors.SafetensorError as error:
-            raise ValueError(f"{self.folder / WEIGHTS}: not safetensors ({error}); expected what `save_weights` writes") from error
+            raise ValueError(
+                f"{self.folder / WEIGHTS}: not safetensors ({error}); expected what `save_weights` writes"
+            ) from error
 
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer beside the weights, if there is one."""
@@ -99,26 +110,37 @@ def _described(folder: Path, manifest: Manifest) -> Checkpoint:
     try:
         facts = CheckpointFacts.model_validate(manifest.facts["checkpoint"])
     except (KeyError, ValidationError) as error:
-        raise ValueError(f"{folder}: the manifest's facts do not describe a checkpoint of this version: {error}") from error
+        raise ValueError(
+            f"{folder}: the manifest's facts do not describe a checkpoint of this version: {error}"
+        ) from error
     return Checkpoint(folder, manifest, facts)
 
 
 def public_facts(its: AdoptParams, environment: EnvironmentParams) -> CheckpointFacts:
     """How to use a public checkpoint's weights, by its files. ValueError as `read_public`'s."""
     public = read_public(Path(its.folder), *its.variant)
-    return CheckpointFacts(policy=public.architecture, action_space=public.space, environment=environment, prompt=QUESTION)
+    return CheckpointFacts(
+        policy=public.architecture,
+        action_space=public.space,
+        environment=environment,
+        prompt=QUESTION,
+    )
 
 
 def save_weights(path: Path, weights: Mapping[str, torch.Tensor]) -> None:
     """Write tensors as safetensors: deterministic bytes, no pickle."""
-    safetensors.torch.save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path)
+    safetensors.torch.save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path
+    )
 
 
 def write_policy(work: Draft, policy: nn.Module, origin: Checkpoint | None) -> None:
     """A policy's weights, or its adapter and those that this was trained on; and the tokenizer of the checkpoint it came from, if that has one."""
     adapted = lora.attached(policy) is not None
     if adapted and origin is None:
-        raise ValueError("the policy has an adapter; expected the checkpoint that it was trained on beside it, or a merged policy (adapters.merge)")
+        raise ValueError(
+            "the policy has an adapter; expected the checkpoint that it was trained on beside it, or a merged policy (adapters.merge)"
+        )
     with work.part(WEIGHTS) as path:
         if adapted and origin is not None:
             link(origin.folder / WEIGHTS, path)
@@ -147,4 +169,6 @@ def require_environment(facts: CheckpointFacts, environment: EnvironmentParams, 
     for field in (name for name in EnvironmentParams.model_fields if name != "tasks"):
         ours, theirs = getattr(environment, field), getattr(facts.environment, field)
         if ours != theirs:
-            raise ValueError(f"environment.{field} is {ours!r}; expected {theirs!r}, which {where} was trained with")
+            raise ValueError(
+                f"environment.{field} is {ours!r}; expected {theirs!r}, which {where} was trained with"
+            )

@@ -47,14 +47,20 @@ def prepare(policy: nn.Module, lora: Lora | None, seed: int, where: str) -> None
         attach(policy, lora, seed)
 
 
-def require_trainable(lora: Lora | None, there: Lora | None, stored: Iterable[torch.dtype], where: str) -> None:
+def require_trainable(
+    lora: Lora | None, there: Lora | None, stored: Iterable[torch.dtype], where: str
+) -> None:
     """ValueError for another adapter than the one that is there, and, without one, for weights that are too coarse to train."""
     if lora is not None and there is not None and lora != there:
         ours, theirs = ([one.rank, one.alpha] for one in (lora, there))
-        raise ValueError(f"{where}.lora_rank and lora_alpha are {ours}; expected the checkpoint's {theirs}, or null, by which its adapter is merged")
+        raise ValueError(
+            f"{where}.lora_rank and lora_alpha are {ours}; expected the checkpoint's {theirs}, or null, by which its adapter is merged"
+        )
     if lora is None and (coarse := {str(one) for one in stored if one != torch.float32}):
         told = ", ".join(sorted(coarse))
-        raise ValueError(f"{where}.lora_rank is null, and the weights are {told}, too coarse for small steps; expected an adapter, or float32")
+        raise ValueError(
+            f"{where}.lora_rank is null, and the weights are {told}, too coarse for small steps; expected an adapter, or float32"
+        )
 
 
 def attached(policy: nn.Module) -> Lora | None:
@@ -65,10 +71,19 @@ def attached(policy: nn.Module) -> Lora | None:
 
 def attach(policy: nn.Module, lora: Lora, seed: int) -> None:
     """Give a policy a new adapter, drawn by the seed, and freeze everything else."""
-    linear = {name.rpartition(".")[2] for name, module in policy.named_modules() if isinstance(module, nn.Linear)}
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in policy.named_modules()
+        if isinstance(module, nn.Linear)
+    }
     with torch.random.fork_rng(devices=[]):  # peft draws on the CPU
         torch.manual_seed(seed)
-        _inject(policy, Config(r=lora.rank, lora_alpha=lora.alpha, target_modules=tuple(sorted(linear - {HEAD}))))
+        _inject(
+            policy,
+            Config(
+                r=lora.rank, lora_alpha=lora.alpha, target_modules=tuple(sorted(linear - {HEAD}))
+            ),
+        )
 
 
 def read(policy: nn.Module, folder: Path) -> None:
@@ -80,12 +95,22 @@ def read(policy: nn.Module, folder: Path) -> None:
     _inject(policy, config)
     tensors = safetensors.torch.load_file(folder / ADAPTER)
     try:
-        found = set_peft_model_state_dict(policy, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()})
+        found = set_peft_model_state_dict(
+            policy, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+        )
     except RuntimeError as error:
-        raise ValueError(f"{folder / ADAPTER}: {error}; expected an adapter of this policy") from error
-    lost = [name for name, one in policy.named_parameters() if one.requires_grad and name in found.missing_keys]
+        raise ValueError(
+            f"{folder / ADAPTER}: {error}; expected an adapter of this policy"
+        ) from error
+    lost = [
+        name
+        for name, one in policy.named_parameters()
+        if one.requires_grad and name in found.missing_keys
+    ]
     if lost or found.unexpected_keys:
-        raise ValueError(f"{folder / ADAPTER}: lacks {lost}, and has {found.unexpected_keys} besides; expected an adapter of this policy")
+        raise ValueError(
+            f"{folder / ADAPTER}: lacks {lost}, and has {found.unexpected_keys} besides; expected an adapter of this policy"
+        )
 
 
 def beside(folder: Path) -> Lora | None:
@@ -100,7 +125,9 @@ def _config(folder: Path) -> Config | None:
     try:
         return Config.model_validate_json((folder / CONFIG).read_bytes())
     except ValidationError as error:
-        raise ValueError(f"{folder / CONFIG}: not the description of an adapter as they are written here: {error}") from error
+        raise ValueError(
+            f"{folder / CONFIG}: not the description of an adapter as they are written here: {error}"
+        ) from error
 
 
 def write(policy: Any, adapter: Path, config: Path) -> None:
@@ -108,9 +135,14 @@ def write(policy: Any, adapter: Path, config: Path) -> None:
     from peft import get_peft_model_state_dict
 
     tensors = get_peft_model_state_dict(policy, save_embedding_layers=False)
-    safetensors.torch.save_file({PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, adapter)
+    safetensors.torch.save_file(
+        {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+        adapter,
+    )
     its = policy.peft_config[NAME]
-    told = Config(r=its.r, lora_alpha=its.lora_alpha, target_modules=tuple(sorted(its.target_modules)))
+    told = Config(
+        r=its.r, lora_alpha=its.lora_alpha, target_modules=tuple(sorted(its.target_modules))
+    )
     config.write_text(told.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
@@ -129,7 +161,11 @@ def merge(policy: nn.Module) -> None:
 @contextmanager
 def recomputing(policy: nn.Module, *, wanted: bool) -> Generator[None]:
     """While it lasts, transformer blocks keep their inputs only, and compute the rest again for the gradient, which is the same."""
-    parts = [module for module in policy.modules() if isinstance(module, PreTrainedModel)] if wanted else []
+    parts = (
+        [module for module in policy.modules() if isinstance(module, PreTrainedModel)]
+        if wanted
+        else []
+    )
     for part in parts:
         part.activation_checkpointing_enable()
         part.train()
@@ -142,7 +178,12 @@ def recomputing(policy: nn.Module, *, wanted: bool) -> Generator[None]:
 def _inject(policy: nn.Module, config: Config) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
-    inject_adapter_in_model(LoraConfig(r=config.r, lora_alpha=config.lora_alpha, target_modules=list(config.target_modules)), policy)
+    inject_adapter_in_model(
+        LoraConfig(
+            r=config.r, lora_alpha=config.lora_alpha, target_modules=list(config.target_modules)
+        ),
+        policy,
+    )
     for one in policy.parameters():
         if one.requires_grad:
             one.data = one.data.float()

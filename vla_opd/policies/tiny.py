@@ -18,7 +18,9 @@ from vla_opd.params.stages import PolicyParams
 from vla_opd.policies.checkpoint import CheckpointFacts
 from vla_opd.policies.policy import Observations
 
-VOCABULARY_SIZE = 256  # rows of the word embedding; new words of later fine-tunings take the free ones
+VOCABULARY_SIZE = (
+    256  # rows of the word embedding; new words of later fine-tunings take the free ones
+)
 PAD, UNKNOWN, FIRST_WORD = 0, 1, 2
 KEYPOINT_TOKENS, PROPRIO_TOKENS, HEATMAPS = 4, 2, 32
 
@@ -33,7 +35,9 @@ def extend_vocabulary(known: Iterable[str], instructions: Iterable[str]) -> tupl
     old = tuple(known)
     new = sorted({word for text in instructions for word in words(text)} - set(old))
     if len(old) + len(new) > VOCABULARY_SIZE - FIRST_WORD:
-        raise ValueError(f"vocabulary: {len(old) + len(new)} words; expected at most {VOCABULARY_SIZE - FIRST_WORD}")
+        raise ValueError(
+            f"vocabulary: {len(old) + len(new)} words; expected at most {VOCABULARY_SIZE - FIRST_WORD}"
+        )
     return old + tuple(new)
 
 
@@ -52,7 +56,9 @@ class TinyVLA(nn.Module):
         self.camera = nn.Parameter(torch.randn(len(facts.environment.cameras), 1, width) * 0.02)
         self.word = nn.Embedding(VOCABULARY_SIZE, width)
         self.placeholder = nn.Parameter(torch.randn(self.space.tokens, width) * 0.02)
-        self.proprio = nn.Linear(len(facts.proprio_mean), PROPRIO_TOKENS * width) if shape.proprio else None
+        self.proprio = (
+            nn.Linear(len(facts.proprio_mean), PROPRIO_TOKENS * width) if shape.proprio else None
+        )
         self.proprio_mean = nn.Buffer(torch.tensor(facts.proprio_mean), persistent=False)
         self.proprio_std = nn.Buffer(torch.tensor(facts.proprio_std), persistent=False)
         self.language_model = LlamaModel(
@@ -78,10 +84,16 @@ class TinyVLA(nn.Module):
 
     def logits(self, observations: Observations) -> Float[Tensor, "B K V"]:
         """Logits over the bins of one chunk. ValueError if the frames are smaller than the crop or the cameras are not the checkpoint's."""
-        sequence = torch.cat([self._image_tokens(observations), *self._other_tokens(observations)], dim=1)
+        sequence = torch.cat(
+            [self._image_tokens(observations), *self._other_tokens(observations)], dim=1
+        )
         size = sequence.shape[1]
-        everything = sequence.new_zeros(len(sequence), 1, size, size)  # additive mask: every position sees every other
-        hidden = self.language_model(inputs_embeds=sequence, attention_mask=everything).last_hidden_state
+        everything = sequence.new_zeros(
+            len(sequence), 1, size, size
+        )  # additive mask: every position sees every other
+        hidden = self.language_model(
+            inputs_embeds=sequence, attention_mask=everything
+        ).last_hidden_state
         return self.head(hidden[:, -self.space.tokens :])
 
     def decode(self, tokens: Int[np.ndarray, "B K"]) -> Float32[np.ndarray, "B S A"]:
@@ -96,23 +108,38 @@ class TinyVLA(nn.Module):
         frames = observations.frames
         _, cameras, height, width, _ = frames.shape
         if cameras != len(self.camera) or min(height, width) < self.crop:
-            raise ValueError(f"frames: {cameras} camera(s) of {height}x{width}; expected {len(self.camera)} of at least {self.crop}x{self.crop}")
+            raise ValueError(
+                f"frames: {cameras} camera(s) of {height}x{width}; expected {len(self.camera)} of at least {self.crop}x{self.crop}"
+            )
         top, left = (height - self.crop) // 2, (width - self.crop) // 2
         cropped = np.ascontiguousarray(frames[:, :, top : top + self.crop, left : left + self.crop])
-        pixels = torch.from_numpy(cropped).to(self.device).permute(0, 1, 4, 2, 3).float() / 127.5 - 1.0
+        pixels = (
+            torch.from_numpy(cropped).to(self.device).permute(0, 1, 4, 2, 3).float() / 127.5 - 1.0
+        )
         tokens = self.tower(pixels.flatten(0, 1)).unflatten(0, (len(frames), cameras))
         return (tokens + self.camera).flatten(1, 2)
 
     def _other_tokens(self, observations: Observations) -> list[Float[Tensor, "B J W"]]:
         rows = len(observations)
-        parts = [self.word(torch.tensor([self._ids(text) for text in observations.instructions], device=self.device))]
+        parts = [
+            self.word(
+                torch.tensor(
+                    [self._ids(text) for text in observations.instructions], device=self.device
+                )
+            )
+        ]
         if self.proprio is not None:
-            scaled = (torch.from_numpy(observations.proprio).to(self.device) - self.proprio_mean) / self.proprio_std
+            scaled = (
+                torch.from_numpy(observations.proprio).to(self.device) - self.proprio_mean
+            ) / self.proprio_std
             parts.append(self.proprio(scaled).unflatten(1, (PROPRIO_TOKENS, -1)))
         return [*parts, self.placeholder.expand(rows, -1, -1)]
 
     def _ids(self, instruction: str) -> list[int]:
-        ids = [self.word_ids.get(word, UNKNOWN) for word in words(self.prompt.format(instruction=instruction))]
+        ids = [
+            self.word_ids.get(word, UNKNOWN)
+            for word in words(self.prompt.format(instruction=instruction))
+        ]
         return (ids + [PAD] * self.length)[: self.length]
 
 
@@ -140,7 +167,9 @@ class VisionTower(nn.Module):
         """Tokens of one camera's pictures, pixels in [-1, 1]."""
         fine = self.fine(torch.cat([pixels, _coordinates(pixels)], dim=1))
         grid = self.coarse(fine).flatten(2).transpose(1, 2)
-        keypoints = self.keypoints(_soft_argmax(self.heatmaps(fine))).unflatten(1, (KEYPOINT_TOKENS, -1))
+        keypoints = self.keypoints(_soft_argmax(self.heatmaps(fine))).unflatten(
+            1, (KEYPOINT_TOKENS, -1)
+        )
         return torch.cat([grid, keypoints], dim=1)
 
 
@@ -166,8 +195,16 @@ class Residual(nn.Module):
 def _coordinates(like: Float[Tensor, "B D H W"]) -> Float[Tensor, "B 2 H W"]:
     """Two channels that say where a pixel is: x and y in [-1, 1]."""
     rows, _, height, width = like.shape
-    y = torch.linspace(-1, 1, height, device=like.device).view(1, 1, height, 1).expand(rows, 1, height, width)
-    x = torch.linspace(-1, 1, width, device=like.device).view(1, 1, 1, width).expand(rows, 1, height, width)
+    y = (
+        torch.linspace(-1, 1, height, device=like.device)
+        .view(1, 1, height, 1)
+        .expand(rows, 1, height, width)
+    )
+    x = (
+        torch.linspace(-1, 1, width, device=like.device)
+        .view(1, 1, 1, width)
+        .expand(rows, 1, height, width)
+    )
     return torch.cat([x, y], dim=1)
 
 

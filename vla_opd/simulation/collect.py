@@ -28,8 +28,12 @@ def fill(
     arrived: dict[str, list[Episode]] = {shard: [] for shard in missing}
     total = sum(len(groups[shard]) for shard in host.share.of(list(groups)))
     jobs = [job for jobs in missing.values() for job in jobs]
-    episodes = rollout(policy, jobs, environment, settings, PoolSettings(host.workers, host.timeout_s), tally)
-    for episode in tqdm(episodes, total=total, initial=total - len(jobs), desc=label, unit="episode", mininterval=5):
+    episodes = rollout(
+        policy, jobs, environment, settings, PoolSettings(host.workers, host.timeout_s), tally
+    )
+    for episode in tqdm(
+        episodes, total=total, initial=total - len(jobs), desc=label, unit="episode", mininterval=5
+    ):
         shard = home[episode.placement, episode.member]
         arrived[shard].append(episode)
         work.remember(tally.environment)

@@ -38,7 +38,11 @@ class Disturbance:
     def executed(self, step: int, action: Float32[np.ndarray, " A"]) -> Float32[np.ndarray, " A"]:
         """clip(action + noise, -1, 1) on xyz (xy of an action that has no more), or the burst's; the other dimensions are the expert's."""
         moved = action[:3]
-        xyz = self.random[step, : len(moved)] if self.burst[step] else moved + self.noise[step, : len(moved)]
+        xyz = (
+            self.random[step, : len(moved)]
+            if self.burst[step]
+            else moved + self.noise[step, : len(moved)]
+        )
         return np.clip(np.concatenate([xyz, action[3:]]), -1, 1).astype(np.float32)
 
 
@@ -52,7 +56,9 @@ def draw_disturbance(seed: int, horizon: int, noise: float, burst: float) -> Dis
     )
 
 
-def _draw_bursts(random: np.random.Generator, horizon: int, probability: float) -> Bool[np.ndarray, " H"]:
+def _draw_bursts(
+    random: np.random.Generator, horizon: int, probability: float
+) -> Bool[np.ndarray, " H"]:
     bursts = np.zeros(horizon, dtype=np.bool_)
     latest = min(BURST_START[1], horizon // 2)
     if random.random() >= probability or latest < BURST_START[0]:
@@ -74,24 +80,49 @@ class Demonstrate:
         seen = [env.reset(self.job.placement)]
         expert = make_expert(self.params.expert, env)
         expert.reset()
-        disturbance = draw_disturbance(self.job.seed, self.params.horizon, self.params.noise, self.params.burst)
+        disturbance = draw_disturbance(
+            self.job.seed, self.params.horizon, self.params.noise, self.params.burst
+        )
         labels: list[Float32[np.ndarray, " A"]] = []
         success = False
         while not success and len(labels) < self.params.horizon:
             success = self._step(env, expert, disturbance, labels, seen)
         return self._outcome(labels, seen, disturbance, success=success)
 
-    def _step(self, env: Env, expert: Expert, disturbance: Disturbance, labels: list[Float32[np.ndarray, " A"]], seen: list[Observation]) -> bool:
+    def _step(
+        self,
+        env: Env,
+        expert: Expert,
+        disturbance: Disturbance,
+        labels: list[Float32[np.ndarray, " A"]],
+        seen: list[Observation],
+    ) -> bool:
         action = np.asarray(expert.act(), dtype=np.float32).copy()
-        advance = env.advance(disturbance.executed(len(labels), action)[None], self.params.observe_every)
+        advance = env.advance(
+            disturbance.executed(len(labels), action)[None], self.params.observe_every
+        )
         labels.append(action)
         seen.extend(advance.observations)
         return advance.success
 
-    def _outcome(self, labels: list[Float32[np.ndarray, " A"]], seen: list[Observation], disturbance: Disturbance, *, success: bool) -> Outcome:
+    def _outcome(
+        self,
+        labels: list[Float32[np.ndarray, " A"]],
+        seen: list[Observation],
+        disturbance: Disturbance,
+        *,
+        success: bool,
+    ) -> Outcome:
         steps = len(labels)
         observed = np.arange(0, steps + 1, self.params.observe_every, dtype=np.int32)
-        return outcome(steps, seen, observed, success=success, actions=np.stack(labels), clean=~disturbance.burst[:steps])
+        return outcome(
+            steps,
+            seen,
+            observed,
+            success=success,
+            actions=np.stack(labels),
+            clean=~disturbance.burst[:steps],
+        )
 
 
 def demonstrate(
@@ -108,7 +139,14 @@ def demonstrate(
     """
     capacity = params.horizon // params.observe_every + 1
     settings, tally = pool_settings or PoolSettings(), tally or Tally()
-    with Pool(environment, jobs, lambda job: Demonstrate(job, params), capacity=capacity, settings=settings, tally=tally) as pool:
+    with Pool(
+        environment,
+        jobs,
+        lambda job: Demonstrate(job, params),
+        capacity=capacity,
+        settings=settings,
+        tally=tally,
+    ) as pool:
         while pool.unfinished:
             for job, outcome in pool.collect():
                 pool.finish(job)

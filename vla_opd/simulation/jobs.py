@@ -74,7 +74,9 @@ class Forward:
     def __call__(self, env: Env) -> Outcome:
         advance = env.advance(self.actions, self.observe_every)
         first = (self.start // self.observe_every + 1) * self.observe_every
-        observed = np.arange(first, self.start + advance.steps + 1, self.observe_every, dtype=np.int32)
+        observed = np.arange(
+            first, self.start + advance.steps + 1, self.observe_every, dtype=np.int32
+        )
         return outcome(advance.steps, advance.observations, observed, success=advance.success)
 
 
@@ -92,17 +94,25 @@ def outcome(
     FloatingPointError, a crash, if the simulator has diverged: proprioception that is not finite.
     """
     if len(observations) != len(observed):
-        raise ValueError(f"environment.family: {len(observations)} observations in {steps} steps; expected one at each step of {observed.tolist()}")
+        raise ValueError(
+            f"environment.family: {len(observations)} observations in {steps} steps; expected one at each step of {observed.tolist()}"
+        )
     for step, seen in zip(observed, observations, strict=True):
         if not np.isfinite(seen.proprio).all():
-            raise FloatingPointError(f"the simulator diverged: proprioception at control step {step} is {seen.proprio.tolist()}")
+            raise FloatingPointError(
+                f"the simulator diverged: proprioception at control step {step} is {seen.proprio.tolist()}"
+            )
     return Outcome(
         steps=steps,
         success=success,
         instruction=observations[-1].instruction if observations else "",
         observed=observed,
-        frames=np.stack([o.frames for o in observations]) if observations else np.zeros((0, 0, 0, 0, 3), np.uint8),
-        proprio=np.stack([o.proprio for o in observations]) if observations else np.zeros((0, 0), np.float32),
+        frames=np.stack([o.frames for o in observations])
+        if observations
+        else np.zeros((0, 0, 0, 0, 3), np.uint8),
+        proprio=np.stack([o.proprio for o in observations])
+        if observations
+        else np.zeros((0, 0), np.float32),
         actions=np.zeros((0, 0), np.float32) if actions is None else actions,
         clean=np.zeros(0, np.bool_) if clean is None else clean,
     )

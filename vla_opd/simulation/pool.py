@@ -22,7 +22,16 @@ from vla_opd.simulation.jobs import Command, Job, Outcome
 from vla_opd.simulation.worker import Crash, frames_in
 
 # One thread a worker: W of them share the machine, and the last bits of a sum must not depend on how many cores it has.
-_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1")
+_ONE_THREAD = dict.fromkeys(
+    (
+        "OMP_NUM_THREADS",
+        "OPENBLAS_NUM_THREADS",
+        "MKL_NUM_THREADS",
+        "NUMEXPR_NUM_THREADS",
+        "VECLIB_MAXIMUM_THREADS",
+    ),
+    "1",
+)
 _BOOT = """
 import json, sys
 start = json.loads(sys.argv[1])
@@ -64,12 +73,18 @@ class Tally:
     policy_s: float = 0.0  # in the policy's forward passes
     waiting_s: float = 0.0  # waiting for simulators
     simulator_s: float = 0.0  # in commands, summed over the workers
-    environment: Mapping[str, str] = field(default_factory=dict)  # what the environment says of itself, for the manifest
+    environment: Mapping[str, str] = field(
+        default_factory=dict
+    )  # what the environment says of itself, for the manifest
     began: float = field(default_factory=time.perf_counter)
 
     def as_metrics(self) -> dict[str, float]:
         """The numbers, by name."""
-        rate = {"states_per_second": self.states / (time.perf_counter() - self.began)} if self.states else {}
+        rate = (
+            {"states_per_second": self.states / (time.perf_counter() - self.began)}
+            if self.states
+            else {}
+        )
         return {
             "crashes": self.crashes,
             "policy_seconds": self.policy_s,
@@ -149,7 +164,10 @@ class _Worker:
 
     def _start(self) -> mpc.Connection:
         ours, theirs = mpc.Pipe(duplex=True)
-        start = {"path": [str(entry) for entry in sys.path], "serve": [theirs.fileno(), self._shared, os.getpid()]}
+        start = {
+            "path": [str(entry) for entry in sys.path],
+            "serve": [theirs.fileno(), self._shared, os.getpid()],
+        }
         with theirs:
             self._process = subprocess.Popen(  # noqa: S603 - this interpreter, our own code
                 [sys.executable, "-X", "faulthandler", "-c", _BOOT, json.dumps(start)],
@@ -165,7 +183,11 @@ class _Worker:
         if self._process is None or not _exits(self._process, _GRACE_S):
             return "the simulator process closed its connection"
         code = self._process.returncode
-        return f"the simulator process died of {signal.Signals(-code).name}" if code < 0 else f"the simulator process exited with code {code}"
+        return (
+            f"the simulator process died of {signal.Signals(-code).name}"
+            if code < 0
+            else f"the simulator process exited with code {code}"
+        )
 
 
 def _exits(process: subprocess.Popen[bytes], within_s: float) -> bool:
@@ -208,7 +230,9 @@ class JobQueue:
         """Put a job back whose worker crashed. RuntimeError once it has crashed too often."""
         self._crashes[job] += 1
         if self._crashes[job] >= self._attempts:
-            raise RuntimeError(f"{job.placement}, member {job.member}: the simulator crashed {self._crashes[job]} times; the last time: {error}")
+            raise RuntimeError(
+                f"{job.placement}, member {job.member}: the simulator crashed {self._crashes[job]} times; the last time: {error}"
+            )
         self._waiting[job.placement.task].appendleft(job)
 
 
@@ -237,12 +261,19 @@ class Pool:
     ) -> None:
         self._queue = JobQueue(jobs, settings.attempts)
         self._first, self._settings, self._tally = first, settings, tally
-        self._workers = [_Worker(environment, capacity) for _ in range(min(settings.workers, len(self._queue)))]
+        self._workers = [
+            _Worker(environment, capacity) for _ in range(min(settings.workers, len(self._queue)))
+        ]
 
     def __enter__(self) -> "Pool":  # noqa: PYI034 - the run-time type checker of the tests does not know Self here
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for worker in self._workers:
             if not worker.awaiting:
                 worker.hang_up()  # all at once: they close their simulators side by side

@@ -57,7 +57,11 @@ class Resume:
                 raise ValueError(self._elsewhere(f"it ended after {advance.steps}"))
             seen = advance.observations[-1]
         if not np.allclose(seen.proprio, expected, rtol=0, atol=SAME):
-            raise ValueError(self._elsewhere(f"proprioception was {seen.proprio.tolist()}, recorded is {expected.tolist()}"))
+            raise ValueError(
+                self._elsewhere(
+                    f"proprioception was {seen.proprio.tolist()}, recorded is {expected.tolist()}"
+                )
+            )
         return seen
 
     def _elsewhere(self, why: str) -> str:
@@ -80,9 +84,19 @@ class Ask:
 
     def __call__(self, env: Env) -> Outcome:
         answers = [self._answer(env, row) for row in range(len(self.episode.step))]
-        padded = [np.concatenate([actions, np.repeat(actions[-1:], self.chunk - len(actions), axis=0)]) for actions in answers]
+        padded = [
+            np.concatenate([actions, np.repeat(actions[-1:], self.chunk - len(actions), axis=0)])
+            for actions in answers
+        ]
         executed = np.concatenate([np.arange(self.chunk) < len(actions) for actions in answers])
-        return outcome(0, [], np.zeros(0, np.int32), success=False, actions=np.concatenate(padded), clean=executed)
+        return outcome(
+            0,
+            [],
+            np.zeros(0, np.int32),
+            success=False,
+            actions=np.concatenate(padded),
+            clean=executed,
+        )
 
     def _answer(self, env: Env, row: int) -> Float32[np.ndarray, "s A"]:
         Resume(self.episode, row).observed(env)
@@ -105,15 +119,33 @@ class Answers:
 
 
 def ask(
-    episodes: Mapping[Job, Recorded], environment: EnvironmentParams, expert: str, chunk: int, pool_settings: PoolSettings, tally: Tally
+    episodes: Mapping[Job, Recorded],
+    environment: EnvironmentParams,
+    expert: str,
+    chunk: int,
+    pool_settings: PoolSettings,
+    tally: Tally,
 ) -> Iterator[tuple[Job, Answers]]:
     """What the scripted expert would do at every kept state of every episode, as it is known. Errors as in `rollout.rollout`, and `Resume`'s."""
-    with Pool(environment, episodes, lambda job: Ask(episodes[job], expert, chunk), capacity=1, settings=pool_settings, tally=tally) as pool:
+    with Pool(
+        environment,
+        episodes,
+        lambda job: Ask(episodes[job], expert, chunk),
+        capacity=1,
+        settings=pool_settings,
+        tally=tally,
+    ) as pool:
         while pool.unfinished:
             for job, answered in pool.collect():
                 pool.finish(job)
                 states = len(episodes[job].step)
-                yield job, Answers(answered.actions.reshape(states, chunk, -1), answered.clean.reshape(states, chunk))
+                yield (
+                    job,
+                    Answers(
+                        answered.actions.reshape(states, chunk, -1),
+                        answered.clean.reshape(states, chunk),
+                    ),
+                )
 
 
 @dataclass(frozen=True)
@@ -145,15 +177,21 @@ def take_over(
     tries = [(job, row) for job, rows in starts.items() for row in rows]
     jobs = [Job(job.placement, number, 0) for number, (job, _) in enumerate(tries)]
     first = {one: Resume(episodes[job], row) for one, (job, row) in zip(jobs, tries, strict=True)}
-    found: dict[Job, Recovery] = {job: Recovery(np.full(len(one.step), one.success)) for job, one in episodes.items()}
+    found: dict[Job, Recovery] = {
+        job: Recovery(np.full(len(one.step), one.success)) for job, one in episodes.items()
+    }
     left = {job: len(rows) for job, rows in starts.items()}
     yield from ((job, found[job]) for job in episodes if not left[job])
-    for episode in rollout(policy, jobs, environment, settings, pool_settings, tally, first.__getitem__):
+    for episode in rollout(
+        policy, jobs, environment, settings, pool_settings, tally, first.__getitem__
+    ):
         job, row = tries[episode.member]
         one, step = found[job], episodes[job].step
         there = (step >= step[row]) & (step < step[row] + policy.chunk * every)
         recoverable = np.where(there, episode.success, one.recoverable)
-        found[job] = Recovery(recoverable, one.env_steps + episode.steps, one.decisions + len(episode.tokens))
+        found[job] = Recovery(
+            recoverable, one.env_steps + episode.steps, one.decisions + len(episode.tokens)
+        )
         left[job] -= 1
         if not left[job]:
             yield job, found[job]

@@ -19,7 +19,16 @@ from vla_opd.policies.policy import Observations, Policy
 from vla_opd.simulation.jobs import Command, Forward, Job, Outcome, Reset
 from vla_opd.simulation.pool import Pool, PoolSettings, Tally
 
-__all__ = ["Job", "PoolSettings", "RolloutSettings", "Tally", "choose", "rollout", "sample_tokens", "threads"]
+__all__ = [
+    "Job",
+    "PoolSettings",
+    "RolloutSettings",
+    "Tally",
+    "choose",
+    "rollout",
+    "sample_tokens",
+    "threads",
+]
 
 
 @dataclass(frozen=True)
@@ -65,13 +74,23 @@ def rollout(
     """
     _check_observe_every(settings.observe_every, policy.chunk)
     pool_settings, tally = pool_settings or PoolSettings(), tally or Tally()
-    return _roll(policy, list(jobs), environment, settings, pool_settings=pool_settings, tally=tally, first=first)
+    return _roll(
+        policy,
+        list(jobs),
+        environment,
+        settings,
+        pool_settings=pool_settings,
+        tally=tally,
+        first=first,
+    )
 
 
 def _check_observe_every(observe_every: int | None, chunk: int) -> None:
     if observe_every is not None and chunk % observe_every:
         divisors = [n for n in range(1, chunk + 1) if chunk % n == 0]
-        raise ValueError(f"sample.observe_every is {observe_every}; expected a divisor of the policy's chunk of {chunk}: one of {divisors}")
+        raise ValueError(
+            f"sample.observe_every is {observe_every}; expected a divisor of the policy's chunk of {chunk}: one of {divisors}"
+        )
 
 
 @dataclass
@@ -105,7 +124,9 @@ class _Playing:
             self.actions[-1] = self.actions[-1][: outcome.steps]
         if len(outcome.observed):
             self._record(outcome)
-        assert self.done or self.observed[-1][-1] == self.steps, "the environment stopped inside a chunk without success"
+        assert self.done or self.observed[-1][-1] == self.steps, (
+            "the environment stopped inside a chunk without success"
+        )
 
     def _record(self, outcome: Outcome) -> None:
         if self.settings.observe_every is None:  # only the present state is of use
@@ -114,7 +135,12 @@ class _Playing:
         self.proprio.append(outcome.proprio)
         self.observed.append(outcome.observed)
 
-    def act(self, tokens: Int16[np.ndarray, " K"], log_probs: Float32[np.ndarray, " K"], actions: Float32[np.ndarray, "S A"]) -> Command:
+    def act(
+        self,
+        tokens: Int16[np.ndarray, " K"],
+        log_probs: Float32[np.ndarray, " K"],
+        actions: Float32[np.ndarray, "S A"],
+    ) -> Command:
         """Take a decision, and send what of it lies before the horizon."""
         self.tokens.append(tokens)
         self.log_probs.append(log_probs)
@@ -123,7 +149,11 @@ class _Playing:
 
     def episode(self) -> Episode:
         """The finished episode. The terminal state is not kept: nothing was decided there."""
-        frames, proprio, step = np.concatenate(self.frames), np.concatenate(self.proprio), np.concatenate(self.observed)
+        frames, proprio, step = (
+            np.concatenate(self.frames),
+            np.concatenate(self.proprio),
+            np.concatenate(self.observed),
+        )
         keep = (step < self.steps) & (self.settings.observe_every is not None)
         return Episode(
             placement=self.job.placement,
@@ -155,12 +185,19 @@ def _roll(
     ready: list[_Playing] = []
 
     def begin(job: Job) -> Command:
-        playing[job] = _Playing(job, settings, policy.chunk, np.random.Generator(np.random.Philox(job.seed)))
+        playing[job] = _Playing(
+            job, settings, policy.chunk, np.random.Generator(np.random.Philox(job.seed))
+        )
         return first(job)
 
     capacity = policy.chunk // (settings.observe_every or policy.chunk)
     # One thread: the simulators have the cores, and bits must not depend on how many there are.
-    with threads(1), Pool(environment, jobs, begin, capacity=capacity, settings=pool_settings, tally=tally) as pool:
+    with (
+        threads(1),
+        Pool(
+            environment, jobs, begin, capacity=capacity, settings=pool_settings, tally=tally
+        ) as pool,
+    ):
         while pool.unfinished:
             finished: list[Episode] = []
             for job, outcome in pool.collect():
@@ -190,7 +227,9 @@ def threads(count: int) -> Generator[None]:
         torch.set_num_threads(before)
 
 
-def _decide(policy: Policy, batch: Sequence[_Playing], settings: RolloutSettings, pool: Pool, tally: Tally) -> None:
+def _decide(
+    policy: Policy, batch: Sequence[_Playing], settings: RolloutSettings, pool: Pool, tally: Tally
+) -> None:
     """One forward pass for the episodes of `batch`; each one's worker gets its actions."""
     began = time.perf_counter()
     logits = _forward(policy, batch, settings.inference_batch)
@@ -201,7 +240,9 @@ def _decide(policy: Policy, batch: Sequence[_Playing], settings: RolloutSettings
         pool.send(episode.job, episode.act(tokens, log_probs, actions))
 
 
-def _forward(policy: Policy, batch: Sequence[_Playing], rows: int) -> Float32[torch.Tensor, "B K V"]:
+def _forward(
+    policy: Policy, batch: Sequence[_Playing], rows: int
+) -> Float32[torch.Tensor, "B K V"]:
     """Logits of B <= `rows` observations, from a forward pass of exactly `rows`; in float32 on the CPU. FloatingPointError if any is not finite."""
     filled = [*batch, *[batch[0]] * (rows - len(batch))]
     observations = Observations(
@@ -228,12 +269,16 @@ def choose(
     """
     uniforms = random.random(len(logits))
     scaled = logits / (temperature or 1.0)
-    tokens = logits.numpy().argmax(axis=-1) if temperature is None else sample_tokens(scaled, uniforms)
+    tokens = (
+        logits.numpy().argmax(axis=-1) if temperature is None else sample_tokens(scaled, uniforms)
+    )
     log_probs = scaled.log_softmax(dim=-1).numpy()
     return tokens.astype(np.int16), np.take_along_axis(log_probs, tokens[:, None], axis=-1)[:, 0]
 
 
-def sample_tokens(logits: Float32[torch.Tensor, "K V"], uniforms: Float64[np.ndarray, " K"]) -> Int[np.ndarray, " K"]:
+def sample_tokens(
+    logits: Float32[torch.Tensor, "K V"], uniforms: Float64[np.ndarray, " K"]
+) -> Int[np.ndarray, " K"]:
     """One token a row from softmax(logits) by inverse CDF: the first v with p(0) + ... + p(v) > u, in float64; u ~ U[0, 1)."""
     shifted = logits.double().numpy()
     weights = np.exp(shifted - shifted.max(axis=-1, keepdims=True))

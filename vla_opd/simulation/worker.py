@@ -30,9 +30,13 @@ class Crash:
 def serve(pipe: int, shared: int, parent: int) -> None:
     """The worker's life: make the environment at the first command, run commands until the parent is gone. `pipe`, `shared`: file descriptors."""
     die_with_parent(parent=parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes the pool
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C is for the parent, which then closes the pool
     for descriptor in (pipe, shared):
-        os.set_inheritable(descriptor, False)  # a simulator's own child would keep the pipe open beyond our death
+        os.set_inheritable(
+            descriptor, False
+        )  # a simulator's own child would keep the pipe open beyond our death
     connection = mpc.Connection(pipe)
     environment, capacity = connection.recv()
     block = frames_in(shared, environment, capacity)
@@ -59,7 +63,9 @@ def _reply(command: Command, simulator: Callable[[], Env], block: Frames) -> Out
     except Exception as error:  # noqa: BLE001 - the process boundary: whatever it is, it travels to the parent
         # ValueError itself is a user's mistake; its subclasses (LinAlgError, UnicodeDecodeError, ...) come from inside a simulator.
         return Crash(traceback.format_exc(), str(error) if type(error) is ValueError else None)
-    return replace(done, seconds=time.perf_counter() - began, environment=dict(simulator().describe()))
+    return replace(
+        done, seconds=time.perf_counter() - began, environment=dict(simulator().describe())
+    )
 
 
 def _publish(done: Outcome, block: Frames) -> Outcome:
@@ -69,7 +75,9 @@ def _publish(done: Outcome, block: Frames) -> Outcome:
         raise ValueError(
             f"environment.family: frames of shape {done.frames.shape[1:]}; expected {block.shape[1:]}, as environment.cameras and image_size say"
         )
-    assert count <= len(block), f"{count} observations in one reply; the pool was made for {len(block)}"
+    assert count <= len(block), (
+        f"{count} observations in one reply; the pool was made for {len(block)}"
+    )
     block[:count] = done.frames if count else block[:0]
     return replace(done, frames=block[:0])
 

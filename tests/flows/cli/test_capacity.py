@@ -41,27 +41,43 @@ def test_every_stage_that_runs_a_policy_is_in_the_table(capsys: pytest.CaptureFi
         "reinforce",
     ]
     assert "of 80.00 GB at most 90% are to be had" in said
-    assert "of an iteration, 450 states at most" in said  # a task, a placement, six episodes, 150 / 2 states each
+    assert (
+        "of an iteration, 450 states at most" in said
+    )  # a task, a placement, six episodes, 150 / 2 states each
 
 
-def test_on_several_devices_each_holds_less_of_what_is_trained(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_several_devices_each_holds_less_of_what_is_trained(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def gradients() -> str:
         assert cli.main(["plan", "--memory", "--capacity", "80"]) == 0
         said = capsys.readouterr().out
-        return next(line.split()[3] for line in said.splitlines() if line.strip().startswith("optimize"))
+        return next(
+            line.split()[3] for line in said.splitlines() if line.strip().startswith("optimize")
+        )
 
     alone = float(gradients())
     monkeypatch.setenv("OPD_PROCESSES", "2")
     assert float(gradients()) == pytest.approx(alone / 2, abs=0.1)
-    assert cli.main(["plan", "--memory", "--capacity", "80", "--processes", "4"]) == 1  # reinforce learns from two states at a time
-    assert "reinforce.batch_size is 2; expected a multiple of the 4 processes that are to train together" in capsys.readouterr().err
+    assert (
+        cli.main(["plan", "--memory", "--capacity", "80", "--processes", "4"]) == 1
+    )  # reinforce learns from two states at a time
+    assert (
+        "reinforce.batch_size is 2; expected a multiple of the 4 processes that are to train together"
+        in capsys.readouterr().err
+    )
 
 
-def test_what_does_not_fit_is_named_with_what_would_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_does_not_fit_is_named_with_what_would_help(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert cli.main(["plan", "--memory", "--capacity", "0.02"]) == 1
     said = capsys.readouterr()
     assert "optimize needs " in said.err
-    assert "expected at most 18.0 MB (optimize.gradient_checkpointing, a smaller optimize.batch_size, an adapter (optimize.lora_rank))" in said.err
+    assert (
+        "expected at most 18.0 MB (optimize.gradient_checkpointing, a smaller optimize.batch_size, an adapter (optimize.lora_rank))"
+        in said.err
+    )
     assert "evaluate needs" not in said.err
     assert "on the device" in said.out
 
@@ -69,7 +85,10 @@ def test_what_does_not_fit_is_named_with_what_would_help(capsys: pytest.CaptureF
 def test_options_without_an_effect_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["plan", "--capacity", "80"], ["plan", "evaluate@final", "--memory"]):
         assert cli.main(words) == 1
-        assert "expected --memory without stages, and --capacity with it only" in capsys.readouterr().err
+        assert (
+            "expected --memory without stages, and --capacity with it only"
+            in capsys.readouterr().err
+        )
 
 
 def test_more_states_than_the_host_can_hold_are_too_many() -> None:

@@ -52,12 +52,21 @@ class Screen(io.StringIO):
 def test_in_a_log_file_a_stage_says_what_it_says_and_how_it_ended() -> None:
     stream = Screen(live=False)
     line = terminal.StageLine("label@it001", stream)
-    for text in ("Running stage 'label@it001':", "> python -m stages label", "reusing 3 of 5 shards", "Updating lock file 'dvc.lock'", ""):
+    for text in (
+        "Running stage 'label@it001':",
+        "> python -m stages label",
+        "reusing 3 of 5 shards",
+        "Updating lock file 'dvc.lock'",
+        "",
+    ):
         line.tell(Line(text))
     line.tell(Line("label: 20%", passing=True))
     line.ran()
     shown = stream.getvalue().splitlines()
-    assert [text.split() for text in shown] == [["▸", "label@it001", "reusing", "3", "of", "5", "shards"], ["✓", "label@it001", "0:00"]]
+    assert [text.split() for text in shown] == [
+        ["▸", "label@it001", "reusing", "3", "of", "5", "shards"],
+        ["✓", "label@it001", "0:00"],
+    ]
 
 
 def test_on_a_terminal_a_stage_is_one_line_with_its_last_words() -> None:
@@ -81,7 +90,9 @@ def test_the_end_shows_before_after_teacher_the_page_and_what_to_do_next(tmp_pat
     assert "make run" in text
 
 
-def test_a_failed_stage_is_told_with_its_last_lines_and_the_way_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_stage_is_told_with_its_last_lines_and_the_way_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fail(_: object) -> None:
         raise StageFailed("label@it001", ["", "shard 3 is corrupt"])
 
@@ -93,7 +104,9 @@ def test_a_failed_stage_is_told_with_its_last_lines_and_the_way_on(monkeypatch: 
     assert "make run" in said
 
 
-def test_the_plan_is_told_step_by_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_plan_is_told_step_by_step(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     steps = (
         Step("demonstrate@main", stale=False, missing=True, due=False),
         Step("pretrain@base", stale=False, missing=False, due=False),
@@ -115,12 +128,24 @@ def test_a_reader_that_has_seen_enough_is_no_error(undisturbed: Path) -> None:
     """`opd audit ... | head`: the pipe is closed before everything is written."""
     command = f"{sys.executable} -m flows audit 'SELECT * FROM range(20000)' | head -n 1"  # noqa: S608 - no injection, a long answer
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(["bash", "-c", command], cwd=undisturbed, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=undisturbed,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("arguments", [["undo"], ["lineage"], ["lineage", "it001", "--as", "poem"], ["extend", "--iterations", "0"]])
-def test_a_command_line_that_cannot_be_read_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [["undo"], ["lineage"], ["lineage", "it001", "--as", "poem"], ["extend", "--iterations", "0"]],
+)
+def test_a_command_line_that_cannot_be_read_is_refused(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(arguments) == 2
     assert "Usage: opd" in capsys.readouterr().err
 
@@ -129,14 +154,29 @@ def test_a_command_line_that_cannot_be_read_is_refused(arguments: list[str], cap
 def test_what_only_answers_need_is_not_loaded_to_run(module: str) -> None:
     """Every command and every served run starts with these imports; torch alone took two seconds of them."""
     program = f"import sys, {module}; print(*{{'torch', 'duckdb', 'prov', 'openlineage', 'in_toto_attestation'}} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.split() == []
 
 
 def test_every_command_says_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     said = capsys.readouterr().out
-    for command in ("run", "plan", "serve", "extend", "accept", "lineage", "compare", "diff", "verify", "audit", "sign", "gc"):
+    for command in (
+        "run",
+        "plan",
+        "serve",
+        "extend",
+        "accept",
+        "lineage",
+        "compare",
+        "diff",
+        "verify",
+        "audit",
+        "sign",
+        "gc",
+    ):
         assert re.search(rf"\b{command}\b +\w", said), command
 
 
@@ -145,31 +185,62 @@ def test_a_run_is_extended_from_its_end(tmp_path: Path, monkeypatch: pytest.Monk
     Path("params.yaml").write_text(PARAMS)
     assert cli.main(["extend", "--iterations", "2"]) == 0
     run = load()
-    assert run.iterations == {"it001": "student", "it002": "it001", "it003": "it002", "it004": "it003"}
+    assert run.iterations == {
+        "it001": "student",
+        "it002": "it001",
+        "it003": "it002",
+        "it004": "it003",
+    }
     assert run.evaluations["final"] == "it004"
 
 
-def test_after_grpo_the_learning_rate_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_after_grpo_the_learning_rate_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     grpo = {"reinforcements: {}": "reinforcements: {rl001: it002}", "final: it002": "final: rl001"}
-    Path("params.yaml").write_text(reduce(lambda text, change: text.replace(*change), grpo.items(), PARAMS))
-    for more, told in (("9", False), ("1", False), ("1", True)):  # eleven after GRPO; the schedule is of ten
+    Path("params.yaml").write_text(
+        reduce(lambda text, change: text.replace(*change), grpo.items(), PARAMS)
+    )
+    for more, told in (
+        ("9", False),
+        ("1", False),
+        ("1", True),
+    ):  # eleven after GRPO; the schedule is of ten
         assert cli.main(["extend", "--iterations", more]) == 0
         assert ("the learning rate has decayed" in capsys.readouterr().out) == told
     run = load()
-    assert (run.iterations["it003"], run.iterations["it013"], run.evaluations["final"]) == ("rl001", "it012", "it013")
+    assert (run.iterations["it003"], run.iterations["it013"], run.evaluations["final"]) == (
+        "rl001",
+        "it012",
+        "it013",
+    )
 
 
 @pytest.mark.usefixtures("small")
 def test_lineage_in_every_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for form in provenance.Form:
-        assert cli.main(["lineage", "checkpoints/it001", "--as", form.value, "--out", str(tmp_path / form.value)]) == 0
+        assert (
+            cli.main(
+                [
+                    "lineage",
+                    "checkpoints/it001",
+                    "--as",
+                    form.value,
+                    "--out",
+                    str(tmp_path / form.value),
+                ]
+            )
+            == 0
+        )
         assert "trajectories/it001" in (tmp_path / form.value).read_text(), form
     assert cli.main(["lineage", "checkpoints/it001"]) == 0
     assert "small/trajectories/it001" in capsys.readouterr().out
 
 
-def test_verify_ends_with_an_error_where_something_is_damaged(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_ends_with_an_error_where_something_is_damaged(
+    small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["verify", "--deep"]) == 0
     assert "12 artifacts checked, 0 damaged" in capsys.readouterr().out
     assert cli.main(["verify", "trajectories/it001", "--replay", "shard-000-00000"]) == 0
@@ -183,23 +254,42 @@ def test_verify_ends_with_an_error_where_something_is_damaged(small: Path, capsy
 
 
 @pytest.mark.usefixtures("small")
-def test_a_signature_made_by_one_command_is_checked_by_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_signature_made_by_one_command_is_checked_by_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", "key.pem"], check=True)
     subprocess.run(["openssl", "pkey", "-in", "key.pem", "-pubout", "-out", "key.pub"], check=True)
-    assert cli.main(["sign", "checkpoints/it001", "--key", "key.pem", "--out", "signature.json"]) == 0
-    assert cli.main(["verify", "checkpoints/it001", "--signature", "signature.json", "--key", "key.pub"]) == 0
-    assert cli.main(["verify", "checkpoints/teacher", "--signature", "signature.json", "--key", "key.pub"]) == 1
+    assert (
+        cli.main(["sign", "checkpoints/it001", "--key", "key.pem", "--out", "signature.json"]) == 0
+    )
+    assert (
+        cli.main(
+            ["verify", "checkpoints/it001", "--signature", "signature.json", "--key", "key.pub"]
+        )
+        == 0
+    )
+    assert (
+        cli.main(
+            ["verify", "checkpoints/teacher", "--signature", "signature.json", "--key", "key.pub"]
+        )
+        == 1
+    )
     assert "signed was another history" in capsys.readouterr().err
     assert cli.main(["verify", "--signature", "signature.json", "--key", "key.pub"]) == 1
     assert "are for one artifact" in capsys.readouterr().err
 
 
-def test_a_server_is_ours_if_it_was_started_here_and_holds_the_port(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_server_is_ours_if_it_was_started_here_and_holds_the_port(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     monkeypatch.chdir(tmp_path)
     sleeps = [sys.executable, "-c", "import time; time.sleep(60)", "prefect", "--port", "4711"]
-    with subprocess.Popen(sleeps) as process, temporary_settings({PREFECT_API_URL: "http://127.0.0.1:4711/api"}):
+    with (
+        subprocess.Popen(sleeps) as process,
+        temporary_settings({PREFECT_API_URL: "http://127.0.0.1:4711/api"}),
+    ):
         assert not server.is_ours()
         (tmp_path / ".prefect").mkdir()
         (tmp_path / ".prefect/server.pid").write_text(str(process.pid))
@@ -211,16 +301,31 @@ def test_a_server_is_ours_if_it_was_started_here_and_holds_the_port(monkeypatch:
         assert not server.is_ours()
 
 
-def test_two_evaluations_are_compared_pair_by_pair(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_evaluations_are_compared_pair_by_pair(
+    small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["compare", "evaluations/start", "evaluations/teacher"]) == 0
     said = capsys.readouterr().out
     records = {
-        name: [json.loads(line) for line in (small / f"evaluations/{name}/episodes.jsonl").read_text().splitlines()] for name in ("start", "teacher")
+        name: [
+            json.loads(line)
+            for line in (small / f"evaluations/{name}/episodes.jsonl").read_text().splitlines()
+        ]
+        for name in ("start", "teacher")
     }
     first, second = ([row["success"] for row in records[name]] for name in ("start", "teacher"))
-    only = [sum(a and not b for a, b in zip(*pair, strict=True)) for pair in ((first, second), (second, first))]
+    only = [
+        sum(a and not b for a, b in zip(*pair, strict=True))
+        for pair in ((first, second), (second, first))
+    ]
     (row,) = [line.split() for line in said.splitlines() if line.startswith(" all")]
-    assert row == ["all", "20", f"{sum(first) / 20:.1%}", f"{sum(second) / 20:.1%}", *map(str, only)]
+    assert row == [
+        "all",
+        "20",
+        f"{sum(first) / 20:.1%}",
+        f"{sum(second) / 20:.1%}",
+        *map(str, only),
+    ]
     assert f"second - first: {(sum(second) - sum(first)) / 20:+.1%}, 95% interval" in said
     assert "McNemar's exact test: p = " in said
 
@@ -228,7 +333,10 @@ def test_two_evaluations_are_compared_pair_by_pair(small: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["evaluations/start", "checkpoints/teacher"], "small/checkpoints/teacher: is of kind checkpoint; expected an evaluation"),
+        (
+            ["evaluations/start", "checkpoints/teacher"],
+            "small/checkpoints/teacher: is of kind checkpoint; expected an evaluation",
+        ),
         (
             ["evaluations/start", "evaluations/other"],
             "environment.stepping is 'fast' in small/evaluations/start and 'exact' in small/evaluations/other",
@@ -239,7 +347,9 @@ def test_two_evaluations_are_compared_pair_by_pair(small: Path, capsys: pytest.C
         ),
     ],
 )
-def test_what_cannot_be_compared_is_refused(small: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
+def test_what_cannot_be_compared_is_refused(
+    small: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
     there = open_artifact(small / "evaluations/final", "evaluation")
     settings = there.params | {"environment": there.params["environment"] | {"stepping": "exact"}}
     with draft(small / "evaluations/other", "evaluation", there.parents, settings) as work:
@@ -249,8 +359,15 @@ def test_what_cannot_be_compared_is_refused(small: Path, capsys: pytest.CaptureF
     assert said in capsys.readouterr().err
 
 
-def test_gc_removes_only_when_it_is_not_dry(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    changed = (small.parents[1] / "params.yaml").read_text().replace("final: it001", "final: student").replace("{it001: student}", "{it009: student}")
+def test_gc_removes_only_when_it_is_not_dry(
+    small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = (
+        (small.parents[1] / "params.yaml")
+        .read_text()
+        .replace("final: it001", "final: student")
+        .replace("{it001: student}", "{it009: student}")
+    )
     changed = changed.replace("{rl001: it001}", "{}")
     (small.parents[1] / "params.yaml").write_text(changed)
     (small / "report").rename(small.parents[1] / "aside")  # a page keeps what it was made from
@@ -265,7 +382,10 @@ def test_gc_removes_only_when_it_is_not_dry(small: Path, capsys: pytest.CaptureF
 def test_a_change_without_a_value_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match=r"--set optimize\.steps: expected SECTION\.KEY=VALUE"):
         runs._changes(["optimize.steps"])
-    assert runs._changes(["optimize.steps=3", "label.teacher=a=b"]) == {"optimize.steps": "3", "label.teacher": "a=b"}
+    assert runs._changes(["optimize.steps=3", "label.teacher=a=b"]) == {
+        "optimize.steps": "3",
+        "label.teacher": "a=b",
+    }
 
 
 @pytest.mark.parametrize(
@@ -274,12 +394,22 @@ def test_a_change_without_a_value_is_refused(capsys: pytest.CaptureFixture[str])
         ("optimize.steps", "80", "optimize: {steps: 80}"),
         ("policy.proprio", True, "policy: {chunk: 8, proprio: true}"),
         ("optimize.learning_rate", 1e-4, "optimize: {steps: 4, learning_rate: 0.0001}"),
-        ("finetuned.student.per_task", None, "student: {parent: base, demonstrations: main, steps: 2, learning_rate: 0.1, per_task: null}"),
-        ("finetuned.student.per_task", "null", "student: {parent: base, demonstrations: main, steps: 2, learning_rate: 0.1, per_task: null}"),
+        (
+            "finetuned.student.per_task",
+            None,
+            "student: {parent: base, demonstrations: main, steps: 2, learning_rate: 0.1, per_task: null}",
+        ),
+        (
+            "finetuned.student.per_task",
+            "null",
+            "student: {parent: base, demonstrations: main, steps: 2, learning_rate: 0.1, per_task: null}",
+        ),
         ("environment.tasks", ["reach", "push"], 'environment: {tasks: ["reach", "push"]}'),
     ],
 )
-def test_a_setting_is_written_where_it_belongs(tmp_path: Path, dotted: str, value: object, line: str) -> None:
+def test_a_setting_is_written_where_it_belongs(
+    tmp_path: Path, dotted: str, value: object, line: str
+) -> None:
     path = tmp_path / "params.yaml"
     path.write_text(PARAMS)
     settings.write({dotted: value}, path)
@@ -326,7 +456,9 @@ settings.write({{"optimize.steps": 80}}, {str(path)!r})
     assert load(path).optimize.steps == 80
 
 
-def test_a_failure_while_writing_leaves_nothing_beside_the_old_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_while_writing_leaves_nothing_beside_the_old_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise OSError("no space left on device")
 
@@ -375,7 +507,9 @@ def test_a_server_that_answers_is_used(fake_server: str) -> None:
     assert server.ensure(fake_server) == fake_server
 
 
-def test_what_can_be_done_while_a_server_comes_up_is_done_before_it_is_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_can_be_done_while_a_server_comes_up_is_done_before_it_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
     happened: list[str] = []
     monkeypatch.setattr(server, "_start", lambda _port: happened.append("started"))
@@ -389,7 +523,9 @@ def test_a_server_elsewhere_is_never_replaced_by_one_of_ours() -> None:
         server.ensure("http://prefect.invalid:4200/api")
 
 
-def test_parity_with_the_original_is_told_array_by_array(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_parity_with_the_original_is_told_array_by_array(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     golden = ROOT / "tests/data/openvla_oft"
     files = [str(golden / "checkpoint"), str(golden / "inputs.npz"), str(golden / "outputs.npz")]
     assert cli.main(["parity", *files]) == 0
@@ -397,7 +533,10 @@ def test_parity_with_the_original_is_told_array_by_array(capsys: pytest.CaptureF
     assert re.search(r"jpeg_decoded +0\.0e\+00 +0e\+00\n", told)
     assert re.search(r"logits_action_columns +\d\.\de-0\d +5e-04\n", told)
     assert "not compared: logits_full_argmax" in told
-    assert cli.main(["parity", *files, "--tolerance", "1e-9", "--out", str(tmp_path / "ours.npz")]) == 1
+    assert (
+        cli.main(["parity", *files, "--tolerance", "1e-9", "--out", str(tmp_path / "ours.npz")])
+        == 1
+    )
     assert re.search(r"vision_features +\d\.\de-0\d +1e-09 +too far\n", capsys.readouterr().out)
     assert (tmp_path / "ours.npz").exists()
     assert cli.main(["parity", *files, "--dtype", "bfloat16"]) == 1
@@ -405,9 +544,15 @@ def test_parity_with_the_original_is_told_array_by_array(capsys: pytest.CaptureF
     assert re.search(r"jpeg_decoded +0\.0e\+00 +0e\+00\n", told)
     assert re.search(r"vision_features +\d\.\de[+-]\d\d +5e-04 +too far\n", told)
     assert cli.main(["parity", *files, "--device", "tpu"]) == 1
-    assert "device is 'tpu'; expected 'auto', 'cpu' or, where torch sees one, 'cuda'" in capsys.readouterr().err
+    assert (
+        "device is 'tpu'; expected 'auto', 'cpu' or, where torch sees one, 'cuda'"
+        in capsys.readouterr().err
+    )
     assert cli.main(["parity", *files, "--unnorm-key", "none"]) == 1
-    assert "unnorm_key is 'none'; expected one of ['libero_spatial_no_noops']" in capsys.readouterr().err
+    assert (
+        "unnorm_key is 'none'; expected one of ['libero_spatial_no_noops']"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("variable", ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"])
@@ -430,7 +575,9 @@ def test_this_machines_server_is_not_asked_through_a_proxy(
         assert httpx.get(f"{url}/ready").json() == {"message": "OK"}
 
 
-def test_a_server_elsewhere_is_asked_through_the_users_proxy(fake_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_elsewhere_is_asked_through_the_users_proxy(
+    fake_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The proxy answers in its place."""
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
@@ -438,7 +585,9 @@ def test_a_server_elsewhere_is_asked_through_the_users_proxy(fake_server: str, m
     assert server.answers("http://prefect.invalid:4200/api")
 
 
-def test_our_own_server_on_another_port_is_recognised(fake_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_our_own_server_on_another_port_is_recognised(
+    fake_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
     port = fake_server.rpartition(":")[2].removesuffix("/api")
     sleeps = [sys.executable, "-c", "import time; time.sleep(60)", "prefect", "--port", port]
@@ -450,12 +599,18 @@ def test_our_own_server_on_another_port_is_recognised(fake_server: str, monkeypa
 
 
 @pytest.mark.parametrize("error", [RuntimeError("it did not come up"), KeyboardInterrupt()])
-def test_a_server_that_does_not_come_up_is_not_left_running(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: BaseException) -> None:
+def test_a_server_that_does_not_come_up_is_not_left_running(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: BaseException
+) -> None:
     monkeypatch.chdir(tmp_path)
     started: list[subprocess.Popen[bytes]] = []
 
     def start(_port: int) -> "subprocess.Popen[bytes]":
-        started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "prefect", "--port", "1"]))
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-c", "import time; time.sleep(60)", "prefect", "--port", "1"]
+            )
+        )
         (tmp_path / ".prefect").mkdir(exist_ok=True)
         (tmp_path / ".prefect/server.pid").write_text(str(started[-1].pid))
         return started[-1]
@@ -471,10 +626,14 @@ def test_a_server_that_does_not_come_up_is_not_left_running(monkeypatch: pytest.
     assert not (tmp_path / ".prefect/server.pid").exists()
 
 
-def test_an_earlier_server_that_answers_no_more_is_ended_before_another_is_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_earlier_server_that_answers_no_more_is_ended_before_another_is_started(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".prefect").mkdir()
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "prefect", "--port", "1"]) as hung:
+    with subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(60)", "prefect", "--port", "1"]
+    ) as hung:
         (tmp_path / ".prefect/server.pid").write_text(str(hung.pid))
         monkeypatch.setattr(server, "PATIENCE", 0.5)
         monkeypatch.setattr(server, "_start", lambda _port: None)
@@ -483,12 +642,16 @@ def test_an_earlier_server_that_answers_no_more_is_ended_before_another_is_start
         assert hung.wait(10) is not None
 
 
-def test_a_server_that_is_coming_up_for_another_run_is_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_server_that_is_coming_up_for_another_run_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".prefect").mkdir()
     asked = iter([False, False, False, True])
     monkeypatch.setattr(server, "answers", lambda _url: next(asked))
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "prefect", "--port", "4711"]) as theirs:
+    with subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(60)", "prefect", "--port", "4711"]
+    ) as theirs:
         (tmp_path / ".prefect/server.pid").write_text(str(theirs.pid))
         assert server.ensure("http://127.0.0.1:1/api") == "http://127.0.0.1:4711/api"
         assert theirs.poll() is None
@@ -496,9 +659,13 @@ def test_a_server_that_is_coming_up_for_another_run_is_waited_for(monkeypatch: p
 
 
 @pytest.mark.parametrize(("signal_", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_run_that_is_ended_from_outside_says_how_it_is_resumed(capsys: pytest.CaptureFixture[str], signal_: int, code: int) -> None:
+def test_a_run_that_is_ended_from_outside_says_how_it_is_resumed(
+    capsys: pytest.CaptureFixture[str], signal_: int, code: int
+) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background process may have been started without
+    interrupt = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a background process may have been started without
     with pytest.raises(typer.Exit) as end, runs._interruptible("make run"):
         signal.raise_signal(signal_)
     signal.signal(signal.SIGINT, interrupt)
@@ -507,7 +674,9 @@ def test_a_run_that_is_ended_from_outside_says_how_it_is_resumed(capsys: pytest.
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_a_read_error_of_a_question_is_one_message(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_read_error_of_a_question_is_one_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "params.yaml").write_bytes(PARAMS.encode() + "# caf\u00e9\n".encode("latin-1"))
     assert cli.main(["plan"]) == 1

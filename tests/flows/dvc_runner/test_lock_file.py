@@ -32,7 +32,14 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(strictyaml, "parse_yaml", read)
     monkeypatch.setattr(_yaml, "parse_yaml_for_update", update)
     monkeypatch.setattr(_yaml, "_dump", plain_dump)
-    monkeypatch.setattr(strictyaml, "validate", lambda data, schema, text, path, **_: (texts.append(f"validated {len(text)}"), schema(data))[1])
+    monkeypatch.setattr(
+        strictyaml,
+        "validate",
+        lambda data, schema, text, path, **_: (
+            texts.append(f"validated {len(text)}"),
+            schema(data),
+        )[1],
+    )
     lock_file.remember()
     return texts
 
@@ -48,7 +55,9 @@ def dumped(data: Any) -> str:
         return text.getvalue()
 
 
-def test_what_it_wrote_itself_is_not_parsed_again_and_comes_out_the_same(tmp_path: Path, lock: Path, parsed: list[str]) -> None:
+def test_what_it_wrote_itself_is_not_parsed_again_and_comes_out_the_same(
+    tmp_path: Path, lock: Path, parsed: list[str]
+) -> None:
     lock.write_text(LOCK)
     for name in "bcd":
         with _yaml.modify_yaml(lock) as data:
@@ -59,7 +68,9 @@ def test_what_it_wrote_itself_is_not_parsed_again_and_comes_out_the_same(tmp_pat
     assert lock.read_text() == LOCK + "".join(f"  {name}:\n    cmd: {name}\n" for name in "bcd")
 
 
-def test_what_somebody_else_wrote_or_a_failure_left_half_changed_is_parsed(lock: Path, parsed: list[str]) -> None:
+def test_what_somebody_else_wrote_or_a_failure_left_half_changed_is_parsed(
+    lock: Path, parsed: list[str]
+) -> None:
     lock.write_text(LOCK)
     with _yaml.modify_yaml(lock) as data:
         data["stages"]["b"] = {"cmd": "b"}
@@ -78,19 +89,29 @@ def test_what_somebody_else_wrote_or_a_failure_left_half_changed_is_parsed(lock:
 AWKWARD = {
     "cmd": "exec python -m stages report --and 'quotes' --and a line that is folded, since it is longer than eighty characters",
     "params": {
-        "params.yaml": {"text": "two\nlines\n", "like a stage": "  a@1:\n", "numbers": [1, 1e-4, None, True, "2024-01-01", "é", ""], "empty": {}}
+        "params.yaml": {
+            "text": "two\nlines\n",
+            "like a stage": "  a@1:\n",
+            "numbers": [1, 1e-4, None, True, "2024-01-01", "é", ""],
+            "empty": {},
+        }
     },
 }
 
 
-def test_each_stage_of_the_reference_changed_in_turn_is_written_as_dvc_writes_it(lock: Path, parsed: list[str]) -> None:
+def test_each_stage_of_the_reference_changed_in_turn_is_written_as_dvc_writes_it(
+    lock: Path, parsed: list[str]
+) -> None:
     lock.write_text(text := REFERENCE.read_text())
     for name in (stages := _yaml.parse_yaml(text, REFERENCE)["stages"]):
         stages[name] = stages[name] | deepcopy(AWKWARD)
         with _yaml.modify_yaml(lock) as data:
             data["stages"].update({name: stages[name]})
         assert lock.read_text() == dumped({"schema": "2.0", "stages": stages}), name
-    assert strictyaml.load(str(lock), COMPILED_LOCKFILE_SCHEMA)[0] == {"schema": "2.0", "stages": stages}
+    assert strictyaml.load(str(lock), COMPILED_LOCKFILE_SCHEMA)[0] == {
+        "schema": "2.0",
+        "stages": stages,
+    }
     assert len(parsed) == 2, "what it says was parsed or validated again"
     lock.write_text(lock.read_text() + "\n")
     assert strictyaml.load(str(lock), COMPILED_LOCKFILE_SCHEMA)[0]["stages"] == stages
@@ -108,7 +129,9 @@ def test_each_stage_of_the_reference_changed_in_turn_is_written_as_dvc_writes_it
         "schema: '2.0'\nstages: {a: {cmd: x}}\n",
     ],
 )
-def test_a_lock_file_that_dvc_would_not_write_is_changed_as_dvc_changes_it(lock: Path, text: str, parsed: list[str]) -> None:
+def test_a_lock_file_that_dvc_would_not_write_is_changed_as_dvc_changes_it(
+    lock: Path, text: str, parsed: list[str]
+) -> None:
     lock.write_text(text)
     expected = _yaml.parse_yaml(text, lock, typ="rt")
     for said in ({"cmd": "new"}, AWKWARD, {"cmd": "newer"}):

@@ -41,15 +41,22 @@ def dvc() -> Iterator[Dvc]:
 
 def test_it_answers_with_dvcs_exit_code_after_all_that_the_stage_said(toy: Toy, dvc: Dvc) -> None:
     heard: list[str] = []
-    assert dvc.repro(STAGE, lambda line: heard.append(line.text), {"TOY_FAILS": "demonstrate main"}) == 255, heard
+    assert (
+        dvc.repro(STAGE, lambda line: heard.append(line.text), {"TOY_FAILS": "demonstrate main"})
+        == 255
+    ), heard
     assert "demonstrate main: no luck" in heard
     heard.clear()
     assert dvc.repro(STAGE, lambda line: heard.append(line.text), {"TOY_FAILS": ""}) == 0
     assert "demonstrate: 2/2" in heard
-    assert not [text for text in heard if text.endswith(" 0")], "the answer was taken for something that the stage said"
+    assert not [text for text in heard if text.endswith(" 0")], (
+        "the answer was taken for something that the stage said"
+    )
 
 
-def test_one_process_serves_a_context_and_what_is_inside_it(toy: Toy, started: "list[subprocess.Popen[bytes]]") -> None:
+def test_one_process_serves_a_context_and_what_is_inside_it(
+    toy: Toy, started: "list[subprocess.Popen[bytes]]"
+) -> None:
     with process.staying() as outer:
         outer.repro(STAGE, lambda _: None, {})
         with process.staying() as inner:
@@ -58,7 +65,9 @@ def test_one_process_serves_a_context_and_what_is_inside_it(toy: Toy, started: "
     assert [one.returncode for one in started] == [0]
 
 
-def test_one_that_was_killed_between_stages_is_started_again(toy: Toy, dvc: Dvc, started: "list[subprocess.Popen[bytes]]") -> None:
+def test_one_that_was_killed_between_stages_is_started_again(
+    toy: Toy, dvc: Dvc, started: "list[subprocess.Popen[bytes]]"
+) -> None:
     dvc.repro(STAGE, lambda _: None, {})
     started[0].kill()
     started[0].wait()
@@ -66,7 +75,9 @@ def test_one_that_was_killed_between_stages_is_started_again(toy: Toy, dvc: Dvc,
     assert len(started) == 2
 
 
-def test_its_death_in_the_middle_of_a_stage_is_the_answer(toy: Toy, dvc: Dvc, started: "list[subprocess.Popen[bytes]]") -> None:
+def test_its_death_in_the_middle_of_a_stage_is_the_answer(
+    toy: Toy, dvc: Dvc, started: "list[subprocess.Popen[bytes]]"
+) -> None:
     def kill(line: Line) -> None:
         if line.text == "demonstrate main: from 0 inputs":
             started[0].kill()
@@ -74,7 +85,9 @@ def test_its_death_in_the_middle_of_a_stage_is_the_answer(toy: Toy, dvc: Dvc, st
     assert dvc.repro(STAGE, kill, {"TOY_SLEEPS": "demonstrate main"}) == -signal.SIGKILL
 
 
-def test_an_interrupted_reader_ends_it_and_with_it_the_stage(toy: Toy, dvc: Dvc, started: "list[subprocess.Popen[bytes]]") -> None:
+def test_an_interrupted_reader_ends_it_and_with_it_the_stage(
+    toy: Toy, dvc: Dvc, started: "list[subprocess.Popen[bytes]]"
+) -> None:
     """Of the stage: tests/test_lifeline.py."""
 
     def interrupt(line: Line) -> None:
@@ -93,7 +106,9 @@ def test_it_dies_with_the_process_that_started_it(toy: Toy) -> None:
         f"Dvc().repro({STAGE!r}, lambda line: print(line.text, flush=True), {{'TOY_SLEEPS': 'demonstrate main'}})"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(process.__file__).parents[2])}
-    with subprocess.Popen([sys.executable, "-P", "-c", program], stdout=subprocess.PIPE, text=True, env=environment) as parent:
+    with subprocess.Popen(
+        [sys.executable, "-P", "-c", program], stdout=subprocess.PIPE, text=True, env=environment
+    ) as parent:
         assert parent.stdout is not None
         assert any(line == "demonstrate main: from 0 inputs\n" for line in parent.stdout)
         (child,) = psutil.Process(parent.pid).children()
@@ -107,4 +122,10 @@ def test_carriage_returns_end_passing_lines() -> None:
     os.close(write)
     with os.fdopen(read, "rb") as stream:
         heard = list(process.lines(stream))
-    assert heard == [Line("one", passing=True), Line(" 50%", passing=True), Line("100%"), Line("two"), Line("last")]
+    assert heard == [
+        Line("one", passing=True),
+        Line(" 50%", passing=True),
+        Line("100%"),
+        Line("two"),
+        Line("last"),
+    ]

@@ -46,9 +46,15 @@ def info(pid: int, cmd: str = REPRO) -> dict[str, Any]:
     return {"pid": pid, "cmd": cmd}
 
 
-def test_a_zombie_and_a_reborn_number_hold_nothing_and_who_is_at_work_keeps_all(tmp_path: Path, zombie: int, at_work: int) -> None:
+def test_a_zombie_and_a_reborn_number_hold_nothing_and_who_is_at_work_keeps_all(
+    tmp_path: Path, zombie: int, at_work: int
+) -> None:
     reborn = info(os.getpid())  # this process's command line is another
-    write(tmp_path, write={"a": info(zombie), "b": info(at_work)}, read={"c": [reborn, info(at_work)], "d": [reborn]})
+    write(
+        tmp_path,
+        write={"a": info(zombie), "b": info(at_work)},
+        read={"c": [reborn, info(at_work)], "d": [reborn]},
+    )
     assert stale_locks.heal(tmp_path) == (REPRO,)
     left = json.loads((tmp_path / "rwlock").read_text())
     assert left == {"write": {"b": info(at_work)}, "read": {"c": [info(at_work)]}}
@@ -71,6 +77,8 @@ def test_where_there_is_no_lock_nothing_is_made(tmp_path: Path) -> None:
 def test_a_stage_that_a_zombie_blocks_runs_all_the_same(toy: Toy, zombie: int) -> None:
     out = toy.folder / "artifacts/toy/demonstrations/pre"
     write(toy.folder / ".dvc/tmp", write={str(out): info(zombie)})
-    assert "is busy" in toy.dvc("repro", "--single-item", "demonstrate@pre", check=False)  # DVC alone is blocked for ever
+    assert "is busy" in toy.dvc(
+        "repro", "--single-item", "demonstrate@pre", check=False
+    )  # DVC alone is blocked for ever
     assert pipeline.bring("demonstrate@pre", lambda _: None)
     assert out.is_dir()

@@ -18,7 +18,12 @@ from flows.prefect_server import gpu_limit
     ],
 )
 def test_only_what_uses_a_gpu_waits_for_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: str, driver: bool, verb: str, needed: bool
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    device: str,
+    driver: bool,
+    verb: str,
+    needed: bool,
 ) -> None:
     monkeypatch.setenv("OPD_DEVICE", device)
     monkeypatch.setattr(gpu_limit, "DRIVER", tmp_path if driver else tmp_path / "none")

@@ -16,7 +16,11 @@ def handed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, Any]]:
     """What Prefect's three functions are called with: kind, key, what is shown."""
     calls: list[tuple[str, str, Any]] = []
     for kind in ("table", "link", "image"):
-        monkeypatch.setattr(page, f"create_{kind}_artifact", lambda shown, kind=kind, key="", **_: calls.append((kind, key, shown)))
+        monkeypatch.setattr(
+            page,
+            f"create_{kind}_artifact",
+            lambda shown, kind=kind, key="", **_: calls.append((kind, key, shown)),
+        )
     return calls
 
 
@@ -50,7 +54,9 @@ def test_of_a_report_the_page_and_its_pictures_are_posted_too(
     assert kinds[:2] == ["table", "link"]
     assert kinds.count("image") >= 3
     assert len({key for _, key, _ in handed}) == len(handed)
-    assert handed[1][2] == (undisturbed / "artifacts/small/report/page/index.html").resolve().as_uri()
+    assert (
+        handed[1][2] == (undisturbed / "artifacts/small/report/page/index.html").resolve().as_uri()
+    )
     for _, _, picture in handed[2:]:
         head, _, body = picture.partition(",")
         assert head == "data:image/svg+xml;base64"
@@ -59,7 +65,9 @@ def test_of_a_report_the_page_and_its_pictures_are_posted_too(
         assert "--ink:" in drawing
 
 
-def test_what_has_no_manifest_posts_nothing(tmp_path: Path, handed: list[tuple[str, str, Any]]) -> None:
+def test_what_has_no_manifest_posts_nothing(
+    tmp_path: Path, handed: list[tuple[str, str, Any]]
+) -> None:
     (tmp_path / "digest").write_text("a toy's")
     page.post(Step("label@it001", outs=(str(tmp_path), str(tmp_path / "none"))))
     assert handed == []

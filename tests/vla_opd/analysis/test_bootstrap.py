@@ -14,7 +14,13 @@ STATES = 10
 
 
 def episodes(
-    arm: str | None, seed: int | None, evaluation: str, successes: tuple[int, int], cost: Cost | None = None, *, seen: bool = True
+    arm: str | None,
+    seed: int | None,
+    evaluation: str,
+    successes: tuple[int, int],
+    cost: Cost | None = None,
+    *,
+    seen: bool = True,
 ) -> list[EpisodeRow]:
     """Of each task's ten states, the first so many succeed."""
     return [
@@ -60,15 +66,21 @@ def table() -> Table:
     rows = episodes(None, None, "start", (2, 2)) + episodes(None, None, "teacher", (10, 10))
     updates = []
     for seed in (0, 1):
-        rows += episodes("fast", seed, "it002", (7, 5), spent(2, 1000)) + episodes("fast", seed, "it004", (9, 9), spent(4, 2000))
+        rows += episodes("fast", seed, "it002", (7, 5), spent(2, 1000)) + episodes(
+            "fast", seed, "it004", (9, 9), spent(4, 2000)
+        )
         rows += episodes("slow", seed, "it004", (4, 4), spent(4, 9000))
-        updates += [update("fast", seed, p, 3.0 + p + seed) for p in (1, 2, 3, 4)] + [update("slow", seed, p, 2.0) for p in (1, 2, 3, 4)]
+        updates += [update("fast", seed, p, 3.0 + p + seed) for p in (1, 2, 3, 4)] + [
+            update("slow", seed, p, 2.0) for p in (1, 2, 3, 4)
+        ]
     return Table(tuple(rows), tuple(updates))
 
 
 def with_unseen() -> Table:
     """On the tasks that nobody trains on the start is at 60 %, `fast` ends at 50 % and `slow` at 10 %."""
-    rows = episodes(None, None, "start", (6, 6), seen=False) + episodes(None, None, "teacher", (3, 3), seen=False)
+    rows = episodes(None, None, "start", (6, 6), seen=False) + episodes(
+        None, None, "teacher", (3, 3), seen=False
+    )
     for seed in (0, 1):
         rows += episodes("fast", seed, "it002", (6, 6), spent(2, 1000), seen=False)
         rows += episodes("fast", seed, "it004", (5, 5), spent(4, 2000), seen=False)
@@ -78,8 +90,13 @@ def with_unseen() -> Table:
 
 def test_what_is_left_of_unseen_tasks_is_read_off_at_equal_success_on_the_seen() -> None:
     """`fast` goes from 20 % by 60 to 90 % of the seen and from 60 % by 60 to 50 % of the unseen; `slow` never comes so far, a path by both does."""
-    seen, unseen = (read_study(with_unseen(), "start", "teacher", seen=which) for which in (True, False))
-    fast, slow, both = (at_level(seen, unseen, arms, level) for arms, level in ((["fast"], 0.75), (["slow"], 0.75), (["slow", "fast"], 0.5)))
+    seen, unseen = (
+        read_study(with_unseen(), "start", "teacher", seen=which) for which in (True, False)
+    )
+    fast, slow, both = (
+        at_level(seen, unseen, arms, level)
+        for arms, level in ((["fast"], 0.75), (["slow"], 0.75), (["slow", "fast"], 0.5))
+    )
     assert fast.value == pytest.approx(0.55)
     estimate = fast.estimate()
     assert estimate.low < estimate.value < estimate.high
@@ -92,10 +109,14 @@ def test_what_is_left_of_unseen_tasks_is_read_off_at_equal_success_on_the_seen()
 
 def test_a_difference_at_equal_success_is_paired() -> None:
     """A path is no different from itself in any resample, and none is told from one that never comes so far."""
-    seen, unseen = (read_study(with_unseen(), "start", "teacher", seen=which) for which in (True, False))
+    seen, unseen = (
+        read_study(with_unseen(), "start", "teacher", seen=which) for which in (True, False)
+    )
     fast, slow = (at_level(seen, unseen, [arm], 0.75) for arm in ("fast", "slow"))
     assert fast.minus(fast).estimate() == Estimate(0, 0, 0)
-    assert at_level(seen, unseen, ["slow"], 0.35).minus(at_level(seen, unseen, ["fast"], 0.35)).value == pytest.approx(0.6 + (0.1 - 0.6) * 0.75 - 0.6)
+    assert at_level(seen, unseen, ["slow"], 0.35).minus(
+        at_level(seen, unseen, ["fast"], 0.35)
+    ).value == pytest.approx(0.6 + (0.1 - 0.6) * 0.75 - 0.6)
     assert slow.minus(fast).told("never") == "never"
     assert slow.seeds == fast.seeds == ((0, 1),)
 
@@ -112,7 +133,10 @@ def test_curves_begin_at_the_start_and_follow_the_iterations(study: Study) -> No
     assert fast.cost("env_steps").tolist() == [0, 1000, 2000]
     assert (slow.arm, slow.seeds, slow.per_seed.tolist()) == ("slow", (0, 1), [0.4, 0.4])
     assert study.shared(study.teacher) == Estimate(1.0, 1.0, 1.0)
-    assert study.task_success(fast.outcomes[:, 1]) == {"a": pytest.approx(0.7), "b": pytest.approx(0.5)}
+    assert study.task_success(fast.outcomes[:, 1]) == {
+        "a": pytest.approx(0.7),
+        "b": pytest.approx(0.5),
+    }
 
 
 def test_what_the_updates_say_is_a_mean_over_seeds(study: Study) -> None:
@@ -124,7 +148,9 @@ def test_what_the_updates_say_is_a_mean_over_seeds(study: Study) -> None:
 
 def test_the_cost_of_coming_so_far_is_interpolated(study: Study) -> None:
     fast, slow = study.curves
-    assert study.reach(fast, "env_steps", 0.75).value == pytest.approx(1500)  # half way from 60 to 90 %
+    assert study.reach(fast, "env_steps", 0.75).value == pytest.approx(
+        1500
+    )  # half way from 60 to 90 %
     assert study.reach(fast, "iterations", 0.4).value == pytest.approx(1)
     assert study.reach(fast, "iterations", 0.2).value == 0
     assert study.reach(slow, "env_steps", 0.75) == Estimate(math.inf, math.inf, math.inf)
@@ -148,8 +174,15 @@ def test_no_ratio_to_an_arm_that_may_not_come_so_far_itself(study: Study) -> Non
 
 def test_where_one_seed_distils_and_another_does_not_any_more_nothing_is_averaged() -> None:
     whole = table()
-    other = [row.model_copy(update={"kind": "reinforce"}) if (row.seed, row.position) == (1, 4) else row for row in whole.updates]
-    assert list(read_study(Table(whole.episodes, tuple(other)), "start", "teacher").curves[0].by_position("student_entropy_after")) == [1, 2, 3]
+    other = [
+        row.model_copy(update={"kind": "reinforce"}) if (row.seed, row.position) == (1, 4) else row
+        for row in whole.updates
+    ]
+    assert list(
+        read_study(Table(whole.episodes, tuple(other)), "start", "teacher")
+        .curves[0]
+        .by_position("student_entropy_after")
+    ) == [1, 2, 3]
 
 
 def test_differences_are_paired(study: Study) -> None:
@@ -173,8 +206,13 @@ def test_unseen_tasks_are_a_study_of_their_own() -> None:
 
 def test_an_arm_without_iterations_is_one_checkpoint() -> None:
     rows = episodes("sft", 0, "start", (8, 8), Cost(optimizer_steps=400))
-    curve = read_study(Table((*table().episodes, *rows), table().updates), "start", "teacher").curves[-1]
-    assert (curve.arm, curve.checkpoints) == ("sft", ("start",))  # its own, not the one that the others start from
+    curve = read_study(
+        Table((*table().episodes, *rows), table().updates), "start", "teacher"
+    ).curves[-1]
+    assert (curve.arm, curve.checkpoints) == (
+        "sft",
+        ("start",),
+    )  # its own, not the one that the others start from
     assert curve.cost("optimizer_steps").tolist() == [400]
     assert curve.at_end("student_entropy_after") is None
     assert curve.by_position("student_entropy_after") == {}
@@ -189,25 +227,42 @@ def test_arms_without_a_seed_in_common_are_not_compared(study: Study) -> None:
 
 def test_only_the_checkpoints_that_all_seeds_have_are_on_the_curve() -> None:
     whole = table()
-    longer = Table((*whole.episodes, *episodes("fast", 0, "it006", (10, 10), spent(6, 3000))), whole.updates)
-    assert read_study(longer, "start", "teacher").curves[0].checkpoints == ("start", "it002", "it004")
+    longer = Table(
+        (*whole.episodes, *episodes("fast", 0, "it006", (10, 10), spent(6, 3000))), whole.updates
+    )
+    assert read_study(longer, "start", "teacher").curves[0].checkpoints == (
+        "start",
+        "it002",
+        "it004",
+    )
 
 
 def test_other_episodes_than_the_starts_are_refused() -> None:
     whole = table()
     other = whole.episodes[-1].model_copy(update={"state": 77})
-    with pytest.raises(ValueError, match=r"slow, seed 1, it004: 2 episodes differ from those of the start, the first of them state 9 of b"):
+    with pytest.raises(
+        ValueError,
+        match=r"slow, seed 1, it004: 2 episodes differ from those of the start, the first of them state 9 of b",
+    ):
         read_study(Table((*whole.episodes[:-1], other), whole.updates), "start", "teacher")
 
 
 def test_an_evaluation_that_is_not_there_is_named() -> None:
-    with pytest.raises(ValueError, match=r"no evaluation 'expert' of what the members share; expected one of \['start', 'teacher'\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"no evaluation 'expert' of what the members share; expected one of \['start', 'teacher'\]",
+    ):
         read_study(table(), "start", "expert")
 
 
 @pytest.mark.parametrize(
     ("success", "wanted", "expected"),
-    [([0.2, 0.6, 0.5, 0.9], 0.55, 8.75), ([0.2, 0.6, 0.5, 0.9], 0.8, 27.5), ([0.9, 0.9, 0.9, 0.9], 0.5, 0), ([0.1, 0.2, 0.3, 0.4], 0.5, math.inf)],
+    [
+        ([0.2, 0.6, 0.5, 0.9], 0.55, 8.75),
+        ([0.2, 0.6, 0.5, 0.9], 0.8, 27.5),
+        ([0.9, 0.9, 0.9, 0.9], 0.5, 0),
+        ([0.1, 0.2, 0.3, 0.4], 0.5, math.inf),
+    ],
 )
 def test_the_first_crossing_counts(success: list[float], wanted: float, expected: float) -> None:
     spent = np.array([[0.0, 10, 20, 30]])
@@ -221,6 +276,8 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
         rates = np.clip(random.normal(0.7, 0.05, 5), 0, 1)
         outcomes = random.random((5, 2, 40)) < rates[:, None, None]
         curve = Curve("one", tuple(range(5)), ("start", "end"), outcomes, {}, ())
-        its = Study((curve,), outcomes[0, 0], outcomes[0, 0], Cost(), ("a",) * 20 + ("b",) * 20, 100).success(curve)[-1]
+        its = Study(
+            (curve,), outcomes[0, 0], outcomes[0, 0], Cost(), ("a",) * 20 + ("b",) * 20, 100
+        ).success(curve)[-1]
         covered += its.low <= 0.7 <= its.high
     assert 0.88 <= covered / 150 <= 0.995

@@ -13,7 +13,11 @@ from vla_opd.analysis.evaluation import Record
 
 
 def records(outcomes: dict[str, list[bool]], steps: int = 50) -> list[Record]:
-    return [Record(task=t, instruction=t, state=n, success=s, steps=steps + n) for t, each in outcomes.items() for n, s in enumerate(each)]
+    return [
+        Record(task=t, instruction=t, state=n, success=s, steps=steps + n)
+        for t, each in outcomes.items()
+        for n, s in enumerate(each)
+    ]
 
 
 FIRST = records({"a": [True, False, False, True], "b": [False, False, True, False]})
@@ -26,7 +30,9 @@ def test_pairs_are_counted_whatever_their_order() -> None:
     assert found.difference == pytest.approx(3 / 8)
     turned = compare(SECOND, FIRST)
     assert (turned.first, turned.second, turned.difference, turned.p) == (4, 1, -3 / 8, found.p)
-    assert (turned.low, turned.high) == pytest.approx((-found.high, -found.low), abs=0.13)  # an eighth is one episode
+    assert (turned.low, turned.high) == pytest.approx(
+        (-found.high, -found.low), abs=0.13
+    )  # an eighth is one episode
 
 
 def test_p_is_mcnemars() -> None:
@@ -43,7 +49,10 @@ def test_a_shorter_horizon_counts_in_both() -> None:
 
 
 def test_other_episodes_are_refused() -> None:
-    with pytest.raises(ValueError, match="1 of 8 episodes are in one evaluation only, the first of them state 3 of b; expected the same tasks"):
+    with pytest.raises(
+        ValueError,
+        match="1 of 8 episodes are in one evaluation only, the first of them state 3 of b; expected the same tasks",
+    ):
         compare(FIRST, SECOND[:-1])
     with pytest.raises(ValueError, match="expected at least one"):
         compare([], [])
@@ -56,17 +65,27 @@ def test_the_interval_has_its_confidence() -> None:
     for _ in range(200):
         luck, own = random.random((8, 10)), random.random((8, 10))
         one, other = luck < rates, np.where(random.random((8, 10)) < 0.7, luck, own) < rates + 0.15
-        pair = [records({str(task): list(map(bool, row)) for task, row in enumerate(rows)}) for rows in (one, other)]
+        pair = [
+            records({str(task): list(map(bool, row)) for task, row in enumerate(rows)})
+            for rows in (one, other)
+        ]
         found = compare(*pair, confidence=0.9)
         inside += found.low <= 0.15 <= found.high
     assert 0.82 < inside / 200 < 0.97
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.8, 0.9), (0.5, 0.7)])
-def test_stopping_early_takes_less_than_half_of_the_episodes_at_the_same_errors(low: float, high: float) -> None:
+def test_stopping_early_takes_less_than_half_of_the_episodes_at_the_same_errors(
+    low: float, high: float
+) -> None:
     """Against the smallest fixed design with two errors of at most 5 %. For 80 against 90 % no test with them has fewer than a 2.05th."""
     fixed = next(
-        n for n in range(1, 999) if any(binom.sf(c - 1, n, low) <= 0.05 and binom.cdf(c - 1, n, high) <= 0.05 for c in range(int(n * low), n + 1))
+        n
+        for n in range(1, 999)
+        if any(
+            binom.sf(c - 1, n, low) <= 0.05 and binom.cdf(c - 1, n, high) <= 0.05
+            for c in range(int(n * low), n + 1)
+        )
     )
     test, random = SequentialTest(low, high), np.random.default_rng(1)
     expected, simulated = list[float](), list[float]()
@@ -78,7 +97,9 @@ def test_stopping_early_takes_less_than_half_of_the_episodes_at_the_same_errors(
         assert None not in {decided for decided, _ in ends}
         counts = np.array([count for _, count in ends])
         assert counts.mean() == pytest.approx(episodes, abs=3 * counts.std() / 1500**0.5)
-        assert np.mean([decided == high for decided, _ in ends]) == pytest.approx(for_high, abs=3 * (0.05 * 0.95 / 1500) ** 0.5)
+        assert np.mean([decided == high for decided, _ in ends]) == pytest.approx(
+            for_high, abs=3 * (0.05 * 0.95 / 1500) ** 0.5
+        )
         expected.append(episodes)
         simulated.append(float(counts.mean()))
     assert fixed / np.mean(expected) > 2
@@ -91,7 +112,10 @@ def test_bounds_are_drawn_in_as_far_as_the_errors_allow(rates: tuple[float, floa
     lower, upper = test.bounds
     assert -math.log(19) < lower < 0 < upper < math.log(19)
     assert max(test.chances(test.low)[1], test.chances(test.high)[0]) <= 0.05
-    assert test.chances(test.low, (lower, upper - 0.1))[1] > 0.05 or test.chances(test.high, (lower + 0.1, upper))[0] > 0.05
+    assert (
+        test.chances(test.low, (lower, upper - 0.1))[1] > 0.05
+        or test.chances(test.high, (lower + 0.1, upper))[0] > 0.05
+    )
 
 
 def test_where_there_is_little_to_draw_in_the_bounds_are_walds() -> None:
@@ -107,7 +131,10 @@ def test_it_takes_no_more_outcomes_than_it_needs() -> None:
     assert SequentialTest(0.5, 0.9).decide([True, False]) == (None, 2)
 
 
-@pytest.mark.parametrize(("low", "high", "confidence"), [*product([0.0, 0.9], [0.9, 1.0], [0.95]), (0.8, 0.9, 1.0), (0.8, 0.9, 0.5)])
+@pytest.mark.parametrize(
+    ("low", "high", "confidence"),
+    [*product([0.0, 0.9], [0.9, 1.0], [0.95]), (0.8, 0.9, 1.0), (0.8, 0.9, 0.5)],
+)
 def test_rates_that_are_none_are_refused(low: float, high: float, confidence: float) -> None:
     with pytest.raises(ValueError, match="expected"):
         SequentialTest(low, high, confidence)

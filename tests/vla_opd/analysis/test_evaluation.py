@@ -10,7 +10,12 @@ from vla_opd.analysis.evaluation import EPISODES, Record, read_records, score
 
 @pytest.mark.parametrize(
     ("successes", "episodes", "confidence", "z"),
-    [(0, 10, 0.95, 1.959963984540054), (7, 10, 0.95, 1.959963984540054), (10, 10, 0.95, 1.959963984540054), (30, 50, 0.99, 2.5758293035489004)],
+    [
+        (0, 10, 0.95, 1.959963984540054),
+        (7, 10, 0.95, 1.959963984540054),
+        (10, 10, 0.95, 1.959963984540054),
+        (30, 50, 0.99, 2.5758293035489004),
+    ],
 )
 def test_intervals_are_wilsons(successes: int, episodes: int, confidence: float, z: float) -> None:
     p = successes / episodes
@@ -28,6 +33,9 @@ def test_no_episodes_have_no_score() -> None:
 
 
 def test_records_come_back(tmp_path: Path) -> None:
-    wanted = tuple(Record(task="reach-v3", instruction="reach", state=n, success=n == 1, steps=7 + n) for n in range(3))
+    wanted = tuple(
+        Record(task="reach-v3", instruction="reach", state=n, success=n == 1, steps=7 + n)
+        for n in range(3)
+    )
     (tmp_path / EPISODES).write_text("".join(record.model_dump_json() + "\n" for record in wanted))
     assert read_records(tmp_path) == wanted

@@ -16,17 +16,30 @@ from vla_opd.artifacts.manifest import open_artifact
 from vla_opd.params.run import Params
 
 STUDIES: dict[str, Any] = {
-    "speed": {"seeds": [0, 1], "arms": {"fast": {"distill": 4}, "slow": {"distill": 4, "settings": {"optimize.objective": "hard_ce"}}}}
+    "speed": {
+        "seeds": [0, 1],
+        "arms": {
+            "fast": {"distill": 4},
+            "slow": {"distill": 4, "settings": {"optimize.objective": "hard_ce"}},
+        },
+    }
 }
 
 
 def publish(root: Path, rows: Table, **changes: Any) -> None:
     made = Params.model_validate({**TREE, "studies": STUDIES, **changes})
-    parents = {f"checkpoints/{name}": digit * 64 for name, digit in (("student", "5"), ("teacher", "7"), ("other", "8"))}
-    with draft(root / "studies/speed", "study", parents, {"parameters": made.model_dump(mode="json")}) as work:
+    parents = {
+        f"checkpoints/{name}": digit * 64
+        for name, digit in (("student", "5"), ("teacher", "7"), ("other", "8"))
+    }
+    with draft(
+        root / "studies/speed", "study", parents, {"parameters": made.model_dump(mode="json")}
+    ) as work:
         study_table.write(rows, work.folder)
         facts = {name: {"episodes": 50, "optimizer_steps": 10} for name in ("student", "teacher")}
-        work.publish({**facts, "members": 4, "episodes": len(rows.episodes), "iterations": len(rows.updates)})
+        work.publish(
+            {**facts, "members": 4, "episodes": len(rows.episodes), "iterations": len(rows.updates)}
+        )
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +58,15 @@ def page(root: Path) -> str:
 def test_the_numbers_are_those_of_the_table(root: Path, page: str) -> None:
     found = json.loads((root / "report/speed/results.json").read_text())
     fast, slow = found["arms"]
-    assert (fast["success"]["value"], slow["success"]["value"]) == (pytest.approx(0.9), pytest.approx(0.4))
-    assert (found["start"]["value"], found["teacher"]["value"], found["share"]) == (pytest.approx(0.2), 1.0, 0.8)
+    assert (fast["success"]["value"], slow["success"]["value"]) == (
+        pytest.approx(0.9),
+        pytest.approx(0.4),
+    )
+    assert (found["start"]["value"], found["teacher"]["value"], found["share"]) == (
+        pytest.approx(0.2),
+        1.0,
+        0.8,
+    )
     assert fast["reach"]["env_steps"]["value"] == pytest.approx(1000 + 1000 * 2 / 3)
     assert slow["reach"]["env_steps"] is None
     assert slow["ratios"]["env_steps"]["value"] == pytest.approx(9000 / (5000 / 3))
@@ -68,7 +88,10 @@ def test_what_is_forgotten_is_shown_where_it_was_scored(tmp_path: Path, page: st
     publish(tmp_path, with_unseen())
     study_page.run(tmp_path, "speed")
     text = (tmp_path / "report/speed/index.html").read_text()
-    assert "Success on seen tasks and on unseen ones: start 20.0% and 60.0%; fast 90.0% and 50.0%; slow 40.0% and 10.0%." in text
+    assert (
+        "Success on seen tasks and on unseen ones: start 20.0% and 60.0%; fast 90.0% and 50.0%; slow 40.0% and 10.0%."
+        in text
+    )
     found = json.loads((tmp_path / "report/speed/results.json").read_text())
     assert [one["forgotten"]["value"] for one in found["arms"]] == pytest.approx([0.1, 0.5])
     assert found["unseen_start"]["value"] == pytest.approx(0.6)
@@ -77,29 +100,53 @@ def test_what_is_forgotten_is_shown_where_it_was_scored(tmp_path: Path, page: st
 
 def test_the_teacher_is_the_one_that_its_arms_ask_wherever_it_is_from(tmp_path: Path) -> None:
     rows = table()
-    theirs = [row.model_copy(update={"evaluation": "theirs", "checkpoint": "other"}) for row in rows.episodes if row.evaluation == "teacher"]
+    theirs = [
+        row.model_copy(update={"evaluation": "theirs", "checkpoint": "other"})
+        for row in rows.episodes
+        if row.evaluation == "teacher"
+    ]
     lost = [row.model_copy(update={"success": row.success and row.state > 0}) for row in theirs]
-    made = TREE | {"adopt": {"other": {"folder": "somewhere"}}, "evaluations": TREE["evaluations"] | {"theirs": "other"}}
-    for arms, of, expected in (("fast",), "7" * 12, 1.0), (("fast", "slow"), "8" * 12, 0.9):  # one asks another than the rest, or all ask it
-        asked = {arm: its | {"settings": {"label.teacher": "other"}} for arm, its in STUDIES["speed"]["arms"].items() if arm in arms}
+    made = TREE | {
+        "adopt": {"other": {"folder": "somewhere"}},
+        "evaluations": TREE["evaluations"] | {"theirs": "other"},
+    }
+    for arms, of, expected in (
+        (("fast",), "7" * 12, 1.0),
+        (("fast", "slow"), "8" * 12, 0.9),
+    ):  # one asks another than the rest, or all ask it
+        asked = {
+            arm: its | {"settings": {"label.teacher": "other"}}
+            for arm, its in STUDIES["speed"]["arms"].items()
+            if arm in arms
+        }
         its = {"speed": STUDIES["speed"] | {"arms": STUDIES["speed"]["arms"] | asked}}
         folder = tmp_path / of
         publish(folder, rows.with_shared(lost), **made, studies=its)
         study_page.run(folder, "speed")
-        assert json.loads((folder / "report/speed/results.json").read_text())["teacher"]["value"] == pytest.approx(expected)
+        assert json.loads((folder / "report/speed/results.json").read_text())["teacher"][
+            "value"
+        ] == pytest.approx(expected)
         assert f"teacher <code>{of}" in (folder / "report/speed/index.html").read_text()
 
 
 def test_the_teacher_stands_where_its_own_making_puts_it(tmp_path: Path, page: str) -> None:
     assert "itself made with" not in page  # nobody knows
     own = {"episodes": 50, "env_steps": 2500, "optimizer_steps": 10}
-    rows = [row.model_copy(update=own) if row.evaluation == "teacher" else row for row in table().episodes]
+    rows = [
+        row.model_copy(update=own) if row.evaluation == "teacher" else row
+        for row in table().episodes
+    ]
     publish(tmp_path, Table(tuple(rows), table().updates))
     study_page.run(tmp_path, "speed")
     text = (tmp_path / "report/speed/index.html").read_text()
     assert "teacher 100.0%, itself made with 2,500." in text
     assert "50 demonstrations, 2,500 environment steps, 10 optimiser steps" in text
-    assert json.loads((tmp_path / "report/speed/results.json").read_text())["teacher_cost"]["env_steps"] == 2500
+    assert (
+        json.loads((tmp_path / "report/speed/results.json").read_text())["teacher_cost"][
+            "env_steps"
+        ]
+        == 2500
+    )
 
 
 def test_it_needs_nothing_but_itself(page: str) -> None:
@@ -119,13 +166,17 @@ def test_same_table_same_bytes(root: Path, tmp_path: Path) -> None:
     publish(tmp_path / "again", table())
     study_page.run(tmp_path / "again", "speed")
     for name in ("index.html", "results.json", "manifest.json"):
-        assert (tmp_path / "again/report/speed" / name).read_bytes() == (root / "report/speed" / name).read_bytes()
+        assert (tmp_path / "again/report/speed" / name).read_bytes() == (
+            root / "report/speed" / name
+        ).read_bytes()
 
 
 def test_a_study_of_which_nothing_is_done_has_no_page(tmp_path: Path) -> None:
     shared = tuple(row for row in table().episodes if row.arm is None)
     publish(tmp_path, Table(shared, ()))
-    with pytest.raises(ValueError, match=r"no member is done; expected one at least \(opd study speed\)"):
+    with pytest.raises(
+        ValueError, match=r"no member is done; expected one at least \(opd study speed\)"
+    ):
         study_page.run(tmp_path, "speed")
 
 
@@ -140,4 +191,7 @@ def test_a_table_that_was_spoilt_is_refused(tmp_path: Path) -> None:
 def test_sixteen_arms_can_be_told_apart() -> None:
     looks = [study_page._look(number) for number in range(16)]
     assert len({str(look) for look in looks}) == 16
-    assert [len({look["color"] for look in looks[:8]}), len({look["marker"] for look in looks[:8]})] == [8, 8]
+    assert [
+        len({look["color"] for look in looks[:8]}),
+        len({look["marker"] for look in looks[:8]}),
+    ] == [8, 8]

@@ -5,10 +5,23 @@ from pathlib import Path
 
 import pytest
 
-from tests.made_run import params, publish_finetuned, publish_iteration, publish_reinforcement, publish_run
+from tests.made_run import (
+    params,
+    publish_finetuned,
+    publish_iteration,
+    publish_reinforcement,
+    publish_run,
+)
 from vla_opd.analysis import study_table
 from vla_opd.analysis.finished_run import Run, discard, read_run
-from vla_opd.analysis.study_table import Cost, Table, joined, made_from_nothing, member_rows, shared_rows
+from vla_opd.analysis.study_table import (
+    Cost,
+    Table,
+    joined,
+    made_from_nothing,
+    member_rows,
+    shared_rows,
+)
 from vla_opd.artifacts.manifest import read_manifest
 from vla_opd.params.run import Params
 
@@ -46,10 +59,26 @@ def test_an_iteration_is_a_row_with_its_own_cost(table: Table) -> None:
         ("rl001", "reinforce", 4),
     ]
     second, last = table.updates[1], table.updates[-1]
-    assert (second.env_steps, second.teacher_queries, second.optimizer_steps, second.episodes, second.iterations) == (1000, 551, 20, 8, 1)
-    assert (second.reverse_kl_before, second.reverse_kl_after, second.failed_share) == (pytest.approx(0.95), pytest.approx(0.55), 0.5)
+    assert (
+        second.env_steps,
+        second.teacher_queries,
+        second.optimizer_steps,
+        second.episodes,
+        second.iterations,
+    ) == (1000, 551, 20, 8, 1)
+    assert (second.reverse_kl_before, second.reverse_kl_after, second.failed_share) == (
+        pytest.approx(0.95),
+        pytest.approx(0.55),
+        0.5,
+    )
     assert second.seconds == 6  # rollouts, labels and update
-    assert (last.teacher_queries, last.optimizer_steps, last.groups, last.useful_groups, last.reverse_kl_after) == (0, 7, 4, 3, None)
+    assert (
+        last.teacher_queries,
+        last.optimizer_steps,
+        last.groups,
+        last.useful_groups,
+        last.reverse_kl_after,
+    ) == (0, 7, 4, 3, None)
     assert last.seconds == 4
 
 
@@ -58,14 +87,25 @@ def test_an_episode_bears_what_its_checkpoint_had_cost(table: Table) -> None:
     assert set(by_name) == {"it002", "final"}  # start and teacher are nobody's own
     assert [row.evaluation for row in table.episodes] == ["it002"] * 20 + ["final"] * 20
     final = by_name["final"]
-    assert (final.iterations, final.env_steps, final.teacher_queries, final.optimizer_steps, final.seconds) == (3, 3000, 1653, 60, 18)
+    assert (
+        final.iterations,
+        final.env_steps,
+        final.teacher_queries,
+        final.optimizer_steps,
+        final.seconds,
+    ) == (3, 3000, 1653, 60, 18)
     assert (final.arm, final.seed, final.horizon, final.checkpoint) == ("arm", 7, 280, "it003")
     assert sum(row.success for row in table.episodes if row.evaluation == "it002") == 11
 
 
 def test_seconds_that_are_not_known_of_one_part_are_not_known_of_the_whole(run: Run) -> None:
     first = run.iterations[0].made
-    known = {manifest.digest: 1.0 for one in run.updates for manifest in one.made.values() if manifest.digest != first["logits"].digest}
+    known = {
+        manifest.digest: 1.0
+        for one in run.updates
+        for manifest in one.made.values()
+        if manifest.digest != first["logits"].digest
+    }
     rows = member_rows(run, "arm", 0, known)
     assert [row.seconds for row in rows.updates] == [None, 3, 3, 2]
     assert {row.seconds for row in rows.episodes} == {None}
@@ -75,25 +115,39 @@ def test_a_student_of_its_own_belongs_to_the_arm_and_to_its_cost(run: Run) -> No
     rows = member_rows(run, "sft", 0, {run.checkpoints["student"].digest: 4.0}, own_student=True)
     by_name = {row.evaluation: row for row in rows.episodes}
     assert set(by_name) == {"start", "it002", "final"}
-    assert (by_name["start"].arm, by_name["start"].optimizer_steps, by_name["start"].seconds, by_name["start"].iterations) == ("sft", 5, 4, 0)
+    assert (
+        by_name["start"].arm,
+        by_name["start"].optimizer_steps,
+        by_name["start"].seconds,
+        by_name["start"].iterations,
+    ) == ("sft", 5, 4, 0)
     assert by_name["final"].optimizer_steps == 65
 
 
 def test_unseen_tasks_are_marked(run: Run) -> None:
     start = run.evaluations["start"]
     known, other = start.records[:10], start.records[10:]
-    rows = shared_rows(replace(run, evaluations={"start": replace(start, records=known, unseen=other)}), {})
-    assert [(row.task, row.seen) for row in rows] == [("libero_object/0", True)] * 10 + [("libero_object/1", False)] * 10
+    rows = shared_rows(
+        replace(run, evaluations={"start": replace(start, records=known, unseen=other)}), {}
+    )
+    assert [(row.task, row.seen) for row in rows] == [("libero_object/0", True)] * 10 + [
+        ("libero_object/1", False)
+    ] * 10
 
 
 def test_costs_add_up() -> None:
-    assert Cost(iterations=1, env_steps=5) + Cost(iterations=2, seconds=1.5) == Cost(iterations=3, env_steps=5, seconds=1.5)
+    assert Cost(iterations=1, env_steps=5) + Cost(iterations=2, seconds=1.5) == Cost(
+        iterations=3, env_steps=5, seconds=1.5
+    )
     assert (Cost(seconds=None) + Cost(seconds=1.0)).seconds is None
 
 
 def test_what_members_share_belongs_to_no_arm(run: Run) -> None:
     rows = shared_rows(only(run, "start", "teacher"), {})
-    assert {(row.arm, row.seed, row.evaluation, row.iterations) for row in rows} == {(None, None, "start", 0), (None, None, "teacher", 0)}
+    assert {(row.arm, row.seed, row.evaluation, row.iterations) for row in rows} == {
+        (None, None, "start", 0),
+        (None, None, "teacher", 0),
+    }
     assert len(rows) == 40
 
 
@@ -105,8 +159,18 @@ def test_what_is_shared_has_the_cost_of_making_it_from_nothing(run: Run) -> None
     seconds = {demonstrations: 30.0, teacher.digest: 20.0, student.digest: 4.0}
     own, its_teachers = (made_from_nothing(run, name, seconds) for name in ("student", "teacher"))
     facts, every = teacher.facts, run.params.demonstrate.observe_every
-    assert its_teachers == Cost(episodes=facts["episodes"], optimizer_steps=10, env_steps=every * facts["states"], seconds=50)
-    assert own == Cost(episodes=facts["episodes"], optimizer_steps=15, env_steps=every * facts["states"], seconds=54)
+    assert its_teachers == Cost(
+        episodes=facts["episodes"],
+        optimizer_steps=10,
+        env_steps=every * facts["states"],
+        seconds=50,
+    )
+    assert own == Cost(
+        episodes=facts["episodes"],
+        optimizer_steps=15,
+        env_steps=every * facts["states"],
+        seconds=54,
+    )
     assert made_from_nothing(run, "teacher", {teacher.digest: 20.0}).seconds is None
     assert {row.seconds for row in shared_rows(only(run, "teacher"), seconds)} == {50}
 
@@ -116,12 +180,17 @@ def only(run: Run, *evaluations: str) -> Run:
 
 
 def test_parquet_gives_the_rows_back(table: Table, run: Run, tmp_path: Path) -> None:
-    whole = joined([table, member_rows(run, "other", 8, {})]).with_shared(shared_rows(only(run, "start"), {}))
+    whole = joined([table, member_rows(run, "other", 8, {})]).with_shared(
+        shared_rows(only(run, "start"), {})
+    )
     study_table.write(whole, tmp_path)
     again = study_table.read(tmp_path)
     assert again == whole
     assert again.arms == ("arm", "other")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["episodes.parquet", "updates.parquet"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "episodes.parquet",
+        "updates.parquet",
+    ]
 
 
 def test_the_same_rows_are_the_same_bytes(table: Table, tmp_path: Path) -> None:
@@ -137,7 +206,10 @@ def test_an_empty_table_can_be_kept(tmp_path: Path) -> None:
 
 
 def test_a_table_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"episodes\.parquet does not exist; expected a study's table \(opd study NAME makes it\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"episodes\.parquet does not exist; expected a study's table \(opd study NAME makes it\)",
+    ):
         study_table.read(tmp_path)
 
 

@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from vla_opd.data import zarr_zip
-from vla_opd.data.labels import Cost, Labels, normalised, read_outcome, read_shard, spread, write_shard
+from vla_opd.data.labels import (
+    Cost,
+    Labels,
+    normalised,
+    read_outcome,
+    read_shard,
+    spread,
+    write_shard,
+)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -18,19 +26,29 @@ def test_what_is_stored_is_normalised_and_read_back(tmp_path: Path, dtype: str) 
     found = read_shard(tmp_path / "shard-0", 20).log_probs
     assert found.dtype == dtype
     np.testing.assert_array_equal(found, stored)
-    np.testing.assert_allclose(found, torch.log_softmax(logits.double(), -1).numpy(), rtol=1e-3 if dtype == "float16" else 1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        found,
+        torch.log_softmax(logits.double(), -1).numpy(),
+        rtol=1e-3 if dtype == "float16" else 1e-5,
+        atol=1e-5,
+    )
 
 
 @pytest.mark.parametrize("states", [19, 21])
 def test_another_number_of_states_is_refused(tmp_path: Path, states: int) -> None:
     write_shard(tmp_path / "shard-7", Labels(np.zeros((20, 6, 8), np.float16)))
-    with pytest.raises(ValueError, match=f"shard-7: labels 20 states; expected the {states} of the trajectory shard"):
+    with pytest.raises(
+        ValueError,
+        match=f"shard-7: labels 20 states; expected the {states} of the trajectory shard",
+    ):
         read_shard(tmp_path / "shard-7", states)
 
 
 def test_what_was_simulated_is_kept_beside_the_labels(tmp_path: Path) -> None:
     labels, recoverable = np.zeros((3, 6, 8), np.float16), np.array([True, True, False])
-    write_shard(tmp_path / "shard-0", Labels(labels, recoverable, cost=Cost(env_steps=40, decisions=10)))
+    write_shard(
+        tmp_path / "shard-0", Labels(labels, recoverable, cost=Cost(env_steps=40, decisions=10))
+    )
     cost, tried = read_outcome(tmp_path / "shard-0")
     assert cost == read_shard(tmp_path / "shard-0", 3).cost == Cost(40, 10)
     assert tried is not None
@@ -40,7 +58,14 @@ def test_what_was_simulated_is_kept_beside_the_labels(tmp_path: Path) -> None:
     given = np.array([[True, True, True], [True, False, False], [True, True, False]])
     write_shard(tmp_path / "shard-2", Labels(labels, given=given))
     labelled = read_shard(tmp_path / "shard-2", 3).labelled
-    assert labelled(mask)[1].tolist() == [True, True, False, False, False, False]  # two dimensions an action
+    assert labelled(mask)[1].tolist() == [
+        True,
+        True,
+        False,
+        False,
+        False,
+        False,
+    ]  # two dimensions an action
     mask[2, 3] = False
     assert labelled(mask)[2].tolist() == [True, True, True, False, False, False]
     write_shard(tmp_path / "shard-1", Labels(labels))
@@ -55,8 +80,14 @@ def test_what_was_simulated_is_kept_beside_the_labels(tmp_path: Path) -> None:
         ({"log_probs": (0, 4, 8)}, "labels 0 states"),
     ],
 )
-def test_a_shard_whose_arrays_are_of_no_labels_is_refused(tmp_path: Path, columns: dict[str, tuple[int, ...]], wrong: str) -> None:
-    zarr_zip.write(tmp_path / "shard-0", {name: np.zeros(shape, np.float16) for name, shape in columns.items()}, {})
+def test_a_shard_whose_arrays_are_of_no_labels_is_refused(
+    tmp_path: Path, columns: dict[str, tuple[int, ...]], wrong: str
+) -> None:
+    zarr_zip.write(
+        tmp_path / "shard-0",
+        {name: np.zeros(shape, np.float16) for name, shape in columns.items()},
+        {},
+    )
     with pytest.raises(ValueError, match=f"shard-0: {wrong}"):
         read_shard(tmp_path / "shard-0", 3)
 
@@ -70,4 +101,6 @@ def test_an_experts_bin_is_spread_over_its_neighbours(dtype: str, sigma: float) 
     assert np.isfinite(found).all()
     np.testing.assert_array_equal(found.argmax(-1), bins)
     exact = np.exp(-((np.arange(256) - bins[..., None]) ** 2) / (2 * sigma**2))
-    np.testing.assert_allclose(np.exp(found.astype(np.float64)), exact / exact.sum(-1, keepdims=True), atol=1e-3)
+    np.testing.assert_allclose(
+        np.exp(found.astype(np.float64)), exact / exact.sum(-1, keepdims=True), atol=1e-3
+    )

@@ -17,7 +17,11 @@ from hypothesis.extra import numpy as hnp
 from vla_opd.data import zarr_zip
 
 DTYPES = st.sampled_from([np.uint8, np.int16, np.int32, np.int64, np.float16, np.float32, np.bool_])
-ANY = DTYPES.flatmap(lambda dtype: hnp.arrays(dtype, hnp.array_shapes(min_dims=1, max_dims=4, min_side=0, max_side=37)))
+ANY = DTYPES.flatmap(
+    lambda dtype: hnp.arrays(
+        dtype, hnp.array_shapes(min_dims=1, max_dims=4, min_side=0, max_side=37)
+    )
+)
 
 
 def members(path: Path) -> dict[str, bytes]:
@@ -55,18 +59,26 @@ def test_what_is_written_is_read(values: np.ndarray) -> None:
 
 
 def test_same_arrays_same_bytes_in_one_file(tmp_path: Path) -> None:
-    columns = {"x": np.arange(600, dtype=np.float32).reshape(50, 12), "zeros": np.zeros((40, 3), np.uint8), "flat": np.arange(7)}
+    columns = {
+        "x": np.arange(600, dtype=np.float32).reshape(50, 12),
+        "zeros": np.zeros((40, 3), np.uint8),
+        "flat": np.arange(7),
+    }
     zarr_zip.write(tmp_path / "a", columns, {"chunk": 8})
     time.sleep(2.1)  # a zip's clock has steps of two seconds
     zarr_zip.write(tmp_path / "b", dict(reversed(columns.items())), {"chunk": 8})
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    assert {name for name in members(tmp_path / "a") if "zeros/c" in name} == {f"zeros/c/{n}/0" for n in range(3)}  # zeros are stored too
+    assert {name for name in members(tmp_path / "a") if "zeros/c" in name} == {
+        f"zeros/c/{n}/0" for n in range(3)
+    }  # zeros are stored too
 
 
 def test_any_zarr_opens_it(tmp_path: Path) -> None:
     zarr_zip.write(tmp_path / "a.zarr.zip", {"x": np.arange(100).reshape(50, 2)}, {"n": 3})
     with zarr.storage.ZipStore(tmp_path / "a.zarr.zip", mode="r") as store:
-        np.testing.assert_array_equal(zarr.open_group(store, mode="r")["x"][17:19], [[34, 35], [36, 37]])  # pyright: ignore[reportIndexIssue, reportArgumentType]
+        np.testing.assert_array_equal(
+            zarr.open_group(store, mode="r")["x"][17:19], [[34, 35], [36, 37]]
+        )  # pyright: ignore[reportIndexIssue, reportArgumentType]
 
 
 def test_only_what_is_asked_for_is_read(tmp_path: Path) -> None:
@@ -80,11 +92,15 @@ def test_only_what_is_asked_for_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["large", "flat"])
 def test_a_lost_chunk_is_refused_and_named(tmp_path: Path, name: str) -> None:
-    zarr_zip.write(path := tmp_path / "a", {"large": np.zeros((50, 12), np.float32), "flat": np.zeros(9)}, {})
+    zarr_zip.write(
+        path := tmp_path / "a", {"large": np.zeros((50, 12), np.float32), "flat": np.zeros(9)}, {}
+    )
     inside = members(path)
     del inside[next(key for key in inside if key.startswith(f"{name}/c/"))]
     rewrite(path, inside)
-    with pytest.raises(ValueError, match=rf"array '{name}' has no chunk {name}/c/0[0/]*; expected all"):
+    with pytest.raises(
+        ValueError, match=rf"array '{name}' has no chunk {name}/c/0[0/]*; expected all"
+    ):
         zarr_zip.read(path)
 
 
@@ -100,13 +116,17 @@ def test_no_flipped_byte_passes(tmp_path: Path) -> None:
     zarr_zip.write(path := tmp_path / "a", columns, {"n": 3})
     intact, passed = path.read_bytes(), 0
     for position in range(0, len(intact), 3):
-        path.write_bytes(intact[:position] + bytes([intact[position] ^ 0x10]) + intact[position + 1 :])
+        path.write_bytes(
+            intact[:position] + bytes([intact[position] ^ 0x10]) + intact[position + 1 :]
+        )
         told = refusal(path)
         if told is None:
             found, attributes = zarr_zip.read(path)
             passed += 1
             assert attributes == {"n": 3}
-            assert {name: values.tobytes() for name, values in found.items()} == {name: values.tobytes() for name, values in columns.items()}
+            assert {name: values.tobytes() for name, values in found.items()} == {
+                name: values.tobytes() for name, values in columns.items()
+            }
         else:
             assert told.startswith(f"{path}: ")
     assert passed < len(intact) / 3 / 4
@@ -115,19 +135,27 @@ def test_no_flipped_byte_passes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["large", "flat"])
 def test_a_flipped_byte_of_a_chunk_is_refused_by_the_arrays_name(tmp_path: Path, name: str) -> None:
     random = np.random.default_rng(0)
-    zarr_zip.write(path := tmp_path / "a", {"large": random.normal(size=(50, 4)).astype(np.float32), "flat": random.normal(size=9)}, {})
+    zarr_zip.write(
+        path := tmp_path / "a",
+        {"large": random.normal(size=(50, 4)).astype(np.float32), "flat": random.normal(size=9)},
+        {},
+    )
     intact, inside = path.read_bytes(), members(path)
     for key in [key for key in inside if key.startswith(f"{name}/c/")]:
         begin = intact.index(inside[key])
         for position in range(begin, begin + len(inside[key]), max(1, len(inside[key]) // 40)):
-            path.write_bytes(intact[:position] + bytes([intact[position] ^ 0x10]) + intact[position + 1 :])
+            path.write_bytes(
+                intact[:position] + bytes([intact[position] ^ 0x10]) + intact[position + 1 :]
+            )
             with pytest.raises(ValueError, match=f"array '{name}' is corrupt"):
                 zarr_zip.read(path)
 
 
 @pytest.mark.parametrize("part", [0, 0.01, 0.5, 0.999])
 def test_a_truncated_file_is_refused(tmp_path: Path, part: float) -> None:
-    zarr_zip.write(path := tmp_path / "a", {"large": np.ones((50, 12), np.float32), "flat": np.ones(9)}, {})
+    zarr_zip.write(
+        path := tmp_path / "a", {"large": np.ones((50, 12), np.float32), "flat": np.ones(9)}, {}
+    )
     intact = path.read_bytes()
     path.write_bytes(intact[: int(part * len(intact))])
     with pytest.raises(ValueError, match=re.escape(f"{path}: not a zip of a Zarr group")):

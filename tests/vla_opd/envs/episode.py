@@ -14,11 +14,21 @@ def digest(observations: list[Observation]) -> str:
     """sha256 of every byte that a policy would see."""
     total = hashlib.sha256()
     for observation in observations:
-        total.update(observation.frames.tobytes() + observation.proprio.tobytes() + observation.instruction.encode())
+        total.update(
+            observation.frames.tobytes()
+            + observation.proprio.tobytes()
+            + observation.instruction.encode()
+        )
     return total.hexdigest()
 
 
-def play(env: Env, placement: Placement, actions: Float32[np.ndarray, "S A"], observe_every: int = 2, chunk: int = 4) -> str:
+def play(
+    env: Env,
+    placement: Placement,
+    actions: Float32[np.ndarray, "S A"],
+    observe_every: int = 2,
+    chunk: int = 4,
+) -> str:
     """The digest of what is seen while `actions` are executed, `chunk` at a time, from `placement`."""
     seen = [env.reset(placement)]
     for start in range(0, len(actions), chunk):
@@ -26,7 +36,9 @@ def play(env: Env, placement: Placement, actions: Float32[np.ndarray, "S A"], ob
     return digest(seen)
 
 
-def play_afresh(params: EnvironmentParams, placement: Placement, actions: Float32[np.ndarray, "S A"]) -> str:
+def play_afresh(
+    params: EnvironmentParams, placement: Placement, actions: Float32[np.ndarray, "S A"]
+) -> str:
     """`play` in an environment of its own."""
     env = make_env(params)
     try:

@@ -28,7 +28,9 @@ class Case:
 
     @property
     def params(self) -> EnvironmentParams:
-        return EnvironmentParams(family=self.family, tasks=self.tasks, cameras=self.cameras, image_size=48)
+        return EnvironmentParams(
+            family=self.family, tasks=self.tasks, cameras=self.cameras, image_size=48
+        )
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,33 @@ class Subject:
         return Placement(self.case.tasks[task], "evaluation", index)
 
     def actions(self, steps: int, seed: int = 0) -> Float32[np.ndarray, "S A"]:
-        return np.random.default_rng(seed).uniform(-1, 1, (steps, self.env.action_dim)).astype(np.float32)
+        return (
+            np.random.default_rng(seed)
+            .uniform(-1, 1, (steps, self.env.action_dim))
+            .astype(np.float32)
+        )
 
 
 CASES = [
-    pytest.param(Case("metaworld", ("window-open-v3", "reach-v3"), ("corner4", "topview"), "metaworld", 150), id="metaworld"),
-    pytest.param(Case("tests.out_of_tree:make", ("red", "blue"), ("agentview", "mirrored"), "tests.out_of_tree:expert", 60), id="out_of_tree"),
-    pytest.param(Case("libero", ("libero_object/0", "libero_spatial/0"), ("agentview",), "libero", 300), id="libero", marks=pytest.mark.simulator),
+    pytest.param(
+        Case("metaworld", ("window-open-v3", "reach-v3"), ("corner4", "topview"), "metaworld", 150),
+        id="metaworld",
+    ),
+    pytest.param(
+        Case(
+            "tests.out_of_tree:make",
+            ("red", "blue"),
+            ("agentview", "mirrored"),
+            "tests.out_of_tree:expert",
+            60,
+        ),
+        id="out_of_tree",
+    ),
+    pytest.param(
+        Case("libero", ("libero_object/0", "libero_spatial/0"), ("agentview",), "libero", 300),
+        id="libero",
+        marks=pytest.mark.simulator,
+    ),
 ]
 
 
@@ -60,12 +82,19 @@ def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
 
 
 def _same(left: Observation, right: Observation) -> bool:
-    return np.array_equal(left.frames, right.frames) and np.array_equal(left.proprio, right.proprio) and left.instruction == right.instruction
+    return (
+        np.array_equal(left.frames, right.frames)
+        and np.array_equal(left.proprio, right.proprio)
+        and left.instruction == right.instruction
+    )
 
 
 def test_reset_shows_what_the_parameters_ask_for(subject: Subject) -> None:
     seen = subject.env.reset(subject.placement())
-    assert (seen.frames.shape, seen.frames.dtype) == ((len(subject.case.cameras), 48, 48, 3), np.uint8)
+    assert (seen.frames.shape, seen.frames.dtype) == (
+        (len(subject.case.cameras), 48, 48, 3),
+        np.uint8,
+    )
     assert (seen.proprio.shape, seen.proprio.dtype) == ((subject.env.proprio_dim,), np.float32)
     assert seen.instruction
     assert seen.frames.std() > 5, "a frame without contrast shows nothing"
@@ -73,7 +102,9 @@ def test_reset_shows_what_the_parameters_ask_for(subject: Subject) -> None:
 
 def test_steps_and_observations_are_counted_from_the_reset(subject: Subject) -> None:
     subject.env.reset(subject.placement())
-    first, second = (subject.env.advance(subject.actions(steps), observe_every=4) for steps in (7, 3))
+    first, second = (
+        subject.env.advance(subject.actions(steps), observe_every=4) for steps in (7, 3)
+    )
     assert (first.steps, len(first.observations)) == (7, 1)  # after step 4
     assert (second.steps, len(second.observations)) == (3, 1)  # after step 8, the chunk's first
     assert not first.success
@@ -86,7 +117,10 @@ def test_observing_seldom_shows_the_frames_that_observing_always_shows(subject: 
     subject.env.reset(subject.placement())
     seldom = subject.env.advance(actions, observe_every=4).observations
     assert len(always) == 8
-    assert [_same(left, right) for left, right in zip(seldom, always[3::4], strict=True)] == [True, True]
+    assert [_same(left, right) for left, right in zip(seldom, always[3::4], strict=True)] == [
+        True,
+        True,
+    ]
 
 
 def test_observing_nothing_changes_nothing(subject: Subject) -> None:
@@ -100,9 +134,18 @@ def test_observing_nothing_changes_nothing(subject: Subject) -> None:
 
 def test_the_recorded_actions_lead_to_the_recorded_state(subject: Subject) -> None:
     actions, placement = subject.actions(8), subject.placement()
-    seen = [subject.env.reset(placement), *subject.env.advance(actions, observe_every=2).observations]
+    seen = [
+        subject.env.reset(placement),
+        *subject.env.advance(actions, observe_every=2).observations,
+    ]
     play(subject.env, subject.placement(index=3), subject.actions(9, seed=1))
-    recorded = Recorded(placement, False, actions, np.arange(0, 10, 2, dtype=np.int32), np.stack([one.proprio for one in seen]))
+    recorded = Recorded(
+        placement,
+        False,
+        actions,
+        np.arange(0, 10, 2, dtype=np.int32),
+        np.stack([one.proprio for one in seen]),
+    )
     assert all(_same(Resume(recorded, row).observed(subject.env), seen[row]) for row in (4, 0, 2))
 
 
@@ -119,7 +162,10 @@ def test_a_fresh_process_sees_the_same_bytes(subject: Subject) -> None:
     actions = subject.actions(12)
     here = play(subject.env, subject.placement(), actions)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        assert pool.submit(play_afresh, subject.case.params, subject.placement(), actions).result() == here
+        assert (
+            pool.submit(play_afresh, subject.case.params, subject.placement(), actions).result()
+            == here
+        )
 
 
 def test_the_first_success_stops_the_chunk(subject: Subject) -> None:
@@ -139,7 +185,12 @@ def test_the_first_success_stops_the_chunk(subject: Subject) -> None:
 
 def test_placements_differ(subject: Subject) -> None:
     task = subject.case.tasks[0]
-    placements = [Placement(task, "evaluation", 0), Placement(task, "evaluation", 1), Placement(task, "training", 0), Placement(task, "training", 1)]
+    placements = [
+        Placement(task, "evaluation", 0),
+        Placement(task, "evaluation", 1),
+        Placement(task, "training", 0),
+        Placement(task, "training", 1),
+    ]
     frames = [subject.env.reset(placement).frames for placement in placements]
     assert len({frame.tobytes() for frame in frames}) == len(placements)
 
@@ -171,4 +222,6 @@ def test_closing_twice_is_closing(subject: Subject) -> None:
     env.reset(subject.placement())
     env.close()
     env.close()
-    assert subject.env.reset(subject.placement()).frames.any(), "another environment's context went with it"
+    assert subject.env.reset(subject.placement()).frames.any(), (
+        "another environment's context went with it"
+    )

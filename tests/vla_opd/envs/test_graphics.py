@@ -31,7 +31,10 @@ def test_the_first_backend_that_draws_is_taken(monkeypatch: pytest.MonkeyPatch) 
 def test_without_any_the_error_names_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MUJOCO_GL", raising=False)
     monkeypatch.setattr(graphics, "_failure", lambda _: "no driver")
-    with pytest.raises(RuntimeError, match=r"(?s)libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri.*no driver.*libosmesa6"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"(?s)libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri.*no driver.*libosmesa6",
+    ):
         _choose()
 
 
@@ -40,32 +43,48 @@ def test_a_real_probe_says_why_it_failed() -> None:
 
 
 @pytest.mark.parametrize("value", ["nonsense", "glx", "on", "disabled", "cgl"])
-def test_mujoco_gl_of_another_value_is_refused_with_those_that_are_accepted(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+def test_mujoco_gl_of_another_value_is_refused_with_those_that_are_accepted(
+    monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
     monkeypatch.setenv("MUJOCO_GL", value)
-    with pytest.raises(ValueError, match=f"MUJOCO_GL is '{value}'; expected egl or osmesa, which need no screen, or glfw"):
+    with pytest.raises(
+        ValueError,
+        match=f"MUJOCO_GL is '{value}'; expected egl or osmesa, which need no screen, or glfw",
+    ):
         _choose()
 
 
-def test_mujoco_gl_that_needs_a_screen_is_refused_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mujoco_gl_that_needs_a_screen_is_refused_without_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("MUJOCO_GL", "glfw")
     for name in ("DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(ValueError, match=r"MUJOCO_GL is 'glfw', which draws no frame here .*; expected egl or osmesa, which need no screen"):
+    with pytest.raises(
+        ValueError,
+        match=r"MUJOCO_GL is 'glfw', which draws no frame here .*; expected egl or osmesa, which need no screen",
+    ):
         _choose()
 
 
 @pytest.mark.parametrize("backend", ["", "egl"])
 @pytest.mark.parametrize("device", ["99", "gpu", "-1", ""])
-def test_mujoco_egl_device_id_of_no_device_is_refused(monkeypatch: pytest.MonkeyPatch, device: str, backend: str) -> None:
+def test_mujoco_egl_device_id_of_no_device_is_refused(
+    monkeypatch: pytest.MonkeyPatch, device: str, backend: str
+) -> None:
     monkeypatch.setenv("MUJOCO_GL", backend)
     monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", device)
-    with pytest.raises(ValueError, match=rf"MUJOCO_EGL_DEVICE_ID is '{device}'; expected a number from 0 to \d+ "):
+    with pytest.raises(
+        ValueError, match=rf"MUJOCO_EGL_DEVICE_ID is '{device}'; expected a number from 0 to \d+ "
+    ):
         _choose()
     monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", "0")
     assert _choose() == "egl"
 
 
-def test_a_stage_says_so_before_it_starts_a_simulator(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stage_says_so_before_it_starts_a_simulator(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import stages.__main__ as command
 
     shutil.copy(Path(__file__).parents[3] / "examples/metaworld.yaml", tmp_path / "params.yaml")
@@ -83,7 +102,11 @@ def test_children_inherit_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphics, "choose_backend", lambda: "egl")
     monkeypatch.setattr(graphics, "_loaded_backend", lambda: "")
     graphics.use_backend()
-    assert [os.environ[name] for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM", "LP_NUM_THREADS")] == ["egl", "egl", "1"]
+    assert [os.environ[name] for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM", "LP_NUM_THREADS")] == [
+        "egl",
+        "egl",
+        "1",
+    ]
 
 
 def test_another_backend_already_loaded_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,4 +119,9 @@ def test_another_backend_already_loaded_is_an_error(monkeypatch: pytest.MonkeyPa
 
 def test_importing_the_environments_loads_no_simulator() -> None:
     code = "import sys, vla_opd.envs.metaworld, vla_opd.experts.metaworld; print([m for m in ('mujoco', 'metaworld', 'OpenGL') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )

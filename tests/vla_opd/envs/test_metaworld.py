@@ -17,7 +17,13 @@ WINDOW = Placement("window-open-v3", "evaluation", 0)
 
 
 def _params(**changes: object) -> EnvironmentParams:
-    settings = {"family": "metaworld", "tasks": ("window-open-v3",), "cameras": ("corner4",), "image_size": 64, **changes}
+    settings = {
+        "family": "metaworld",
+        "tasks": ("window-open-v3",),
+        "cameras": ("corner4",),
+        "image_size": 64,
+        **changes,
+    }
     return EnvironmentParams.model_validate(settings)
 
 
@@ -58,7 +64,9 @@ def test_a_reset_forgets_the_episode_before(task: str) -> None:
     generator = np.random.default_rng(0)
     _start(used, 1)
     for _ in range(60):  # violently, and into the table
-        used.step(np.array([*generator.choice([-1, 1], 2), -1, generator.choice([-1, 1])], np.float32))
+        used.step(
+            np.array([*generator.choice([-1, 1], 2), -1, generator.choice([-1, 1])], np.float32)
+        )
     assert _everything(used, 2) == _everything(new, 2)
     assert _everything(used, 3) != _everything(new, 2)
 
@@ -116,7 +124,11 @@ def test_exact_pictures_are_the_stock_ones_turned_upright(monkeypatch: pytest.Mo
 def test_raising_the_hand_raises_it_in_the_picture() -> None:
     env = make(_params(cameras=("corner", "corner2", "corner3", "corner4")))
     before = env.reset(WINDOW).frames
-    after = env.advance(np.tile(np.array([0, 0, 1, -1], np.float32), (20, 1)), 20).observations[0].frames
+    after = (
+        env.advance(np.tile(np.array([0, 0, 1, -1], np.float32), (20, 1)), 20)
+        .observations[0]
+        .frames
+    )
     for low, high in zip(before, after, strict=True):
         assert _height_of_red(high) > _height_of_red(low) + 0.5
     env.close()
@@ -135,18 +147,30 @@ def _everything(raw: "SawyerXYZEnv", seed: int) -> list[bytes]:
     """The first observations of a new episode, the simulator's whole state after it, and every array of the model."""
     import mujoco
 
-    seen = [_start(raw, seed), *(raw.step(np.array([0, 0.5, -0.5, 1], np.float32))[0] for _ in range(10))]
+    seen = [
+        _start(raw, seed),
+        *(raw.step(np.array([0, 0.5, -0.5, 1], np.float32))[0] for _ in range(10)),
+    ]
     state = np.empty(mujoco.mj_stateSize(raw.model, mujoco.mjtState.mjSTATE_INTEGRATION))
     mujoco.mj_getState(raw.model, raw.data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
-    arrays = [value for name in dir(raw.model) if isinstance(value := getattr(raw.model, name), np.ndarray)]
+    arrays = [
+        value
+        for name in dir(raw.model)
+        if isinstance(value := getattr(raw.model, name), np.ndarray)
+    ]
     return [np.ascontiguousarray(array).tobytes() for array in (*seen, state, *arrays)]
 
 
-def _stock(env: MetaworldEnv, camera: str, monkeypatch: pytest.MonkeyPatch) -> UInt8[np.ndarray, "H W 3"]:
+def _stock(
+    env: MetaworldEnv, camera: str, monkeypatch: pytest.MonkeyPatch
+) -> UInt8[np.ndarray, "H W 3"]:
     """MuJoCo's own renderer, on the environment's backend even where an earlier test imported mujoco with none chosen."""
     import mujoco
 
-    monkeypatch.setattr("mujoco.gl_context.GLContext", lambda width, height: _gl_context(env.describe()["graphics"], max(width, height)))
+    monkeypatch.setattr(
+        "mujoco.gl_context.GLContext",
+        lambda width, height: _gl_context(env.describe()["graphics"], max(width, height)),
+    )
     with mujoco.Renderer(env.raw.model, 64, 64) as renderer:
         renderer.update_scene(env.raw.data, camera)
         return renderer.render()

@@ -13,7 +13,11 @@ from vla_opd.params.stages import EnvironmentParams
 
 @pytest.fixture(scope="module")
 def env() -> Iterator[family.MetaworldEnv]:
-    made = family.make(EnvironmentParams(family="metaworld", tasks=("window-open-v3",), cameras=("corner4",), image_size=32))
+    made = family.make(
+        EnvironmentParams(
+            family="metaworld", tasks=("window-open-v3",), cameras=("corner4",), image_size=32
+        )
+    )
     yield made
     made.close()
 
@@ -33,7 +37,9 @@ def _solve(env: family.MetaworldEnv, placement: Placement, noise: float = 0.0) -
     return None
 
 
-@pytest.mark.parametrize("task", ["window-close-v3", "handle-press-v3", "reach-v3", "pick-place-v3"])
+@pytest.mark.parametrize(
+    "task", ["window-close-v3", "handle-press-v3", "reach-v3", "pick-place-v3"]
+)
 @pytest.mark.parametrize("placement", [("evaluation", 0), ("training", 1)], ids=str)
 def test_it_solves(env: family.MetaworldEnv, task: str, placement: tuple[Split, int]) -> None:
     steps = _solve(env, Placement(task, *placement))

@@ -19,7 +19,10 @@ def shards(tmp_path: Path) -> list[Path]:
     groups = [[(5, True), (3, False)], [(4, False), (2, False)]]
     paths = [tmp_path / f"shard-000-{number:05d}.zarr.zip" for number in range(2)]
     for number, (path, group) in enumerate(zip(paths, groups, strict=True)):
-        members = [replace(episode(10 * number, steps=steps, member=m), success=success) for m, (steps, success) in enumerate(group)]
+        members = [
+            replace(episode(10 * number, steps=steps, member=m), success=success)
+            for m, (steps, success) in enumerate(group)
+        ]
         write_shard(path, members, CHUNK)
     return paths
 
@@ -30,7 +33,10 @@ def test_they_are_aligned_with_the_states(shards: list[Path]) -> None:
     np.testing.assert_array_equal(decisions.episode, states.episode)
     assert decisions.group.tolist() == [0] * 8 + [1] * 6
     assert decisions.success.tolist() == [True] * 5 + [False] * 9
-    assert decisions.decided.tolist() == [True, False] * 2 + [True] + [True, False, True] + [True, False] * 3
+    assert (
+        decisions.decided.tolist()
+        == [True, False] * 2 + [True] + [True, False, True] + [True, False] * 3
+    )
     first = episode(0, steps=5)
     np.testing.assert_array_equal(decisions.tokens[:5], first.tokens[[0, 0, 1, 1, 2]])
     np.testing.assert_array_equal(decisions.log_probs[:5], first.log_probs[[0, 0, 1, 1, 2]])
@@ -48,7 +54,12 @@ def test_groups_of_one_outcome_are_left_out(shards: list[Path]) -> None:
     mask = np.ones((14, TOKENS), np.bool_)
     mask[4] = False
     graded = decisions.graded(mask, GroupParams())
-    assert np.flatnonzero(graded.usable).tolist() == [0, 2, 5, 7]  # states of decisions in the first group, with a valid token
+    assert np.flatnonzero(graded.usable).tolist() == [
+        0,
+        2,
+        5,
+        7,
+    ]  # states of decisions in the first group, with a valid token
     assert graded.advantage[[0, 5, 8]] == pytest.approx([0.5**0.5, -(0.5**0.5), 0], abs=1e-5)
     everything = decisions.graded(mask, GroupParams(keep_low=0, keep_high=1))
     assert np.flatnonzero(everything.usable).tolist() == [0, 2, 5, 7, 8, 10, 12]
@@ -64,12 +75,22 @@ def test_episodes_count_the_same_whatever_their_length(shards: list[Path]) -> No
     values = torch.from_numpy(np.random.default_rng(0).normal(size=(14, TOKENS)))[rows]
     mask = torch.from_numpy(states.mask[rows])
     found = masked_mean(values * torch.from_numpy(graded.weight[rows]).unsqueeze(-1), mask)
-    each = [values[decisions.episode[rows] == e][mask[decisions.episode[rows] == e]].mean().item() for e in range(4)]
+    each = [
+        values[decisions.episode[rows] == e][mask[decisions.episode[rows] == e]].mean().item()
+        for e in range(4)
+    ]
     assert found.item() == pytest.approx(np.mean(each), rel=1e-5)
 
 
 def test_a_group_of_one_has_no_advantage() -> None:
     ones = np.ones(2, np.int64)
-    alone = Decisions(ones.astype(bool), np.zeros((2, 3), np.int64), np.zeros((2, 3), np.float32), ones, ones, ones.astype(bool))
+    alone = Decisions(
+        ones.astype(bool),
+        np.zeros((2, 3), np.int64),
+        np.zeros((2, 3), np.float32),
+        ones,
+        ones,
+        ones.astype(bool),
+    )
     with pytest.raises(ValueError, match="group is 1; expected at least 2 episodes"):
         alone.graded(np.ones((2, 3), np.bool_), GroupParams())

@@ -34,7 +34,12 @@ pytestmark = pytest.mark.slow
 def start(arguments: list[str]) -> "subprocess.Popen[str]":
     """A stage in a process of its own, which starts those that train together."""
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    return subprocess.Popen([sys.executable, "-m", "stages", *arguments, *HOST], env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "stages", *arguments, *HOST],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def ends(arguments: list[str]) -> tuple[int, str]:
@@ -55,7 +60,9 @@ def rows(checkpoint: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (checkpoint / "metrics.jsonl").read_text().splitlines()]
 
 
-def assert_same_curve(found: list[dict[str, float]], expected: list[dict[str, float]], tolerance: float = 1e-3) -> None:
+def assert_same_curve(
+    found: list[dict[str, float]], expected: list[dict[str, float]], tolerance: float = 1e-3
+) -> None:
     assert len(found) == len(expected)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours == pytest.approx(theirs, rel=tolerance)
@@ -64,7 +71,9 @@ def assert_same_curve(found: list[dict[str, float]], expected: list[dict[str, fl
 def assert_same_tensors(found: Path, expected: Path, tolerance: float = 1e-3) -> None:
     """Of the same names and shapes, and all weights together, as the moments of either kind, the same up to this share of their length."""
     ours, theirs = safetensors.torch.load_file(found), safetensors.torch.load_file(expected)
-    assert {name: (one.dtype, one.shape) for name, one in ours.items()} == {name: (one.dtype, one.shape) for name, one in theirs.items()}
+    assert {name: (one.dtype, one.shape) for name, one in ours.items()} == {
+        name: (one.dtype, one.shape) for name, one in theirs.items()
+    }
     for kind in {name.partition("/")[2] for name in theirs}:
         names = [name for name in theirs if name.partition("/")[2] == kind]
         mine, its = (torch.cat([of[name].flatten() for name in names]) for of in (ours, theirs))
@@ -87,13 +96,18 @@ def test_two_processes_train_what_one_does(small: Path, undisturbed: Path, name:
 
 
 @pytest.mark.parametrize(("first", "second"), [(TWO, []), ([], TWO)])
-def test_what_is_killed_goes_on_as_another_number_of_processes(small: Path, undisturbed: Path, first: list[str], second: list[str]) -> None:
+def test_what_is_killed_goes_on_as_another_number_of_processes(
+    small: Path, undisturbed: Path, first: list[str], second: list[str]
+) -> None:
     draft = small / "checkpoints/.it001.draft"
     shutil.rmtree(small / "checkpoints/it001")
     with start([*OPTIMIZE, *first]) as process:
         while process.poll() is None and not (draft / ".scratch/training.safetensors").is_file():
             time.sleep(0.005)
-        workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        workers = [
+            int(pid)
+            for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        ]
         process.kill()
     assert process.returncode < 0
     assert len(workers) >= len(first)
@@ -103,7 +117,10 @@ def test_what_is_killed_goes_on_as_another_number_of_processes(small: Path, undi
     code, said = (ends if second else alone)([*OPTIMIZE, *second])
     assert code == 0, said
     assert said.count(f"optimize it001: going on from step {len(done)}\n") == 1
-    found, expected = rows(small / "checkpoints/it001"), rows(undisturbed / "artifacts/small/checkpoints/it001")
+    found, expected = (
+        rows(small / "checkpoints/it001"),
+        rows(undisturbed / "artifacts/small/checkpoints/it001"),
+    )
     assert found[: len(done)] == done
     assert_same_curve(found, expected)
 
@@ -111,7 +128,10 @@ def test_what_is_killed_goes_on_as_another_number_of_processes(small: Path, undi
 def test_the_next_update_goes_on_from_their_moments(small: Path, undisturbed: Path) -> None:
     """Of one process, after a checkpoint that two made."""
     assert ends([*OPTIMIZE, *TWO])[0] == 0
-    origin, expected = small / "checkpoints/it001", undisturbed / "artifacts/small/checkpoints/it001"
+    origin, expected = (
+        small / "checkpoints/it001",
+        undisturbed / "artifacts/small/checkpoints/it001",
+    )
     assert_same_curve(rows(origin), rows(expected))
     assert_same_tensors(origin / "optimizer.safetensors", expected / "optimizer.safetensors")
     after = ["--set", "iterations.it002=it001", "--set", "optimize.schedule_iterations=2"]
@@ -119,8 +139,14 @@ def test_the_next_update_goes_on_from_their_moments(small: Path, undisturbed: Pa
         assert alone([verb, "--iteration", "it002", *after])[0] == 0
     code, said = alone(["optimize", "--iteration", "it002", *after])
     assert code == 0, said
-    goes_on, made = small / "checkpoints/it002", safetensors.torch.load_file(origin / "optimizer.safetensors")
-    assert safetensors.torch.load_file(goes_on / "optimizer.safetensors")["0/step"] == made["0/step"] + 24
+    goes_on, made = (
+        small / "checkpoints/it002",
+        safetensors.torch.load_file(origin / "optimizer.safetensors"),
+    )
+    assert (
+        safetensors.torch.load_file(goes_on / "optimizer.safetensors")["0/step"]
+        == made["0/step"] + 24
+    )
 
 
 def test_an_adapter_in_bfloat16_that_recomputes_is_trained_by_two_as_by_one(tmp_path: Path) -> None:
@@ -128,39 +154,80 @@ def test_an_adapter_in_bfloat16_that_recomputes_is_trained_by_two_as_by_one(tmp_
     for out in outs:
         out.mkdir()
     trained_together.main(checkpoint, outs[0])
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.vla_opd.trained_together"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "tests.vla_opd.trained_together",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*launcher, str(checkpoint), str(outs[1])], check=True, cwd=REPOSITORY, env=environment, capture_output=True)
-    one, two = ([json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()] for out in outs)
+    subprocess.run(
+        [*launcher, str(checkpoint), str(outs[1])],
+        check=True,
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+    )
+    one, two = (
+        [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()] for out in outs
+    )
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=2e-2)
     assert one[-1]["loss"] < one[0]["loss"] - 0.5
-    assert two[0]["first"] == pytest.approx(0.6)  # the second process begins with state 1, and has 16 + 32 of the 80 valid tokens
+    assert two[0]["first"] == pytest.approx(
+        0.6
+    )  # the second process begins with state 1, and has 16 + 32 of the 80 valid tokens
     learnt, again = (safetensors.torch.load_file(out / "learnt.safetensors") for out in outs)
-    assert {name: (one.dtype, one.shape) for name, one in again.items()} == {name: (one.dtype, one.shape) for name, one in learnt.items()}
+    assert {name: (one.dtype, one.shape) for name, one in again.items()} == {
+        name: (one.dtype, one.shape) for name, one in learnt.items()
+    }
     assert any(name.endswith("/exp_avg") for name in learnt)
-    ours, theirs = (torch.cat([one.flatten() for name, one in sorted(found.items()) if "lora_B" in name]) for found in (again, learnt))
+    ours, theirs = (
+        torch.cat([one.flatten() for name, one in sorted(found.items()) if "lora_B" in name])
+        for found in (again, learnt)
+    )
     assert torch.nn.functional.cosine_similarity(ours, theirs, 0) > 0.95
 
 
-def test_numbers_that_are_not_finite_stop_all_of_them_and_each_keeps_its_states(small: Path) -> None:
+def test_numbers_that_are_not_finite_stop_all_of_them_and_each_keeps_its_states(
+    small: Path,
+) -> None:
     code, said = ends([*OPTIMIZE, *TWO, "--set", "optimize.learning_rate=1e30"])
     assert code == 1
     assert said.count("expected finite numbers") == 1
-    first, second = sorted((small.parent / ".metrics/small/not_finite").iterdir(), key=lambda path: "rank1" in path.name)
+    first, second = sorted(
+        (small.parent / ".metrics/small/not_finite").iterdir(),
+        key=lambda path: "rank1" in path.name,
+    )
     ours, others = safetensors.torch.load_file(first), safetensors.torch.load_file(second)
     assert len(ours["batch/states"]) == len(others["batch/states"]) == 8
     assert not any(name.startswith("weights/") for name in others)
     whole = safetensors.torch.load_file(small / "checkpoints/student/model.safetensors")
-    assert {name.removeprefix("weights/") for name in ours if name.startswith("weights/")} == whole.keys()
+    assert {
+        name.removeprefix("weights/") for name in ours if name.startswith("weights/")
+    } == whole.keys()
     assert all(ours[f"weights/{name}"].shape == tensor.shape for name, tensor in whole.items())
 
 
-def test_what_cannot_be_shared_out_is_said_once_and_before_anything_starts(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_shared_out_is_said_once_and_before_anything_starts(
+    small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert command.main([*OPTIMIZE, *HOST, "--processes", "3"]) == 2
-    assert capsys.readouterr().err == "optimize: optimize.batch_size is 16; expected a multiple of the 3 processes that are to train together\n"
+    assert (
+        capsys.readouterr().err
+        == "optimize: optimize.batch_size is 16; expected a multiple of the 3 processes that are to train together\n"
+    )
     assert command.main([*OPTIMIZE, *HOST, "--processes", "0"]) == 2
-    assert "OPD_PROCESSES, or --processes, is '0'; expected a number of processes, at least 1" in capsys.readouterr().err
-    assert open_artifact(small / "checkpoints/it001", "checkpoint").made_with.get("processes") is None
+    assert (
+        "OPD_PROCESSES, or --processes, is '0'; expected a number of processes, at least 1"
+        in capsys.readouterr().err
+    )
+    assert (
+        open_artifact(small / "checkpoints/it001", "checkpoint").made_with.get("processes") is None
+    )
 
 
 def test_a_mistake_of_the_user_is_said_once(small: Path) -> None:
@@ -171,13 +238,25 @@ def test_a_mistake_of_the_user_is_said_once(small: Path) -> None:
     assert "Traceback" not in said
 
 
-def test_two_machines_that_have_been_told_different_things_train_nothing(small: Path, tmp_path: Path) -> None:
+def test_two_machines_that_have_been_told_different_things_train_nothing(
+    small: Path, tmp_path: Path
+) -> None:
     """Each says so of itself: they may not see each other's terminal."""
     other = tmp_path / "other"
     shutil.copytree(small.parents[1], other, ignore=shutil.ignore_patterns("other"))
     for folder in (small, other / "artifacts/small"):
         shutil.rmtree(folder / "checkpoints/it001")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        "2",
+        "--master-addr",
+        "127.0.0.1",
+        "--master-port",
+        str(free_port()),
+    ]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
@@ -191,7 +270,10 @@ def test_two_machines_that_have_been_told_different_things_train_nothing(small: 
     ]
     said = [process.communicate(timeout=120)[1] for process in processes]
     assert all(process.returncode for process in processes)
-    assert ".it001.draft: isn't there; expected the draft that another process has begun, in a folder that all of them see" in said[1]
+    assert (
+        ".it001.draft: isn't there; expected the draft that another process has begun, in a folder that all of them see"
+        in said[1]
+    )
     for folder in (small, other / "artifacts/small"):
         assert not (folder / "checkpoints/it001").exists()
 

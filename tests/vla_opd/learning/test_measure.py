@@ -12,7 +12,11 @@ CHUNK, DIMS, V = 3, 2, 7
 
 
 def batch(student: Tensor, teacher: Tensor) -> TokenBatch:
-    return TokenBatch(student.log_softmax(-1), teacher.log_softmax(-1), lambda: torch.zeros(student.shape[:2], dtype=torch.long))
+    return TokenBatch(
+        student.log_softmax(-1),
+        teacher.log_softmax(-1),
+        lambda: torch.zeros(student.shape[:2], dtype=torch.long),
+    )
 
 
 def logits(seed: int, rows: int = 4) -> Tensor:
@@ -43,14 +47,23 @@ def test_the_rank_is_where_the_students_tokens_are_on_the_teachers_list() -> Non
     for token in (0, 3, V - 1):
         student = torch.full((1, CHUNK * DIMS, V), -50.0)
         student[..., token] = 50
-        assert distance(batch(student, teacher), mask(1), CHUNK).teacher_rank == pytest.approx(token, abs=1e-5)
+        assert distance(batch(student, teacher), mask(1), CHUNK).teacher_rank == pytest.approx(
+            token, abs=1e-5
+        )
     uniform = torch.zeros(1, CHUNK * DIMS, V)
-    assert distance(batch(uniform, teacher), mask(1), CHUNK).teacher_rank == pytest.approx((V - 1) / 2)
+    assert distance(batch(uniform, teacher), mask(1), CHUNK).teacher_rank == pytest.approx(
+        (V - 1) / 2
+    )
 
 
 def test_the_overlap_is_of_the_five_most_likely() -> None:
-    teacher, student = torch.arange(V).float().expand(1, CHUNK * DIMS, V), torch.arange(V, 0, -1).float().expand(1, CHUNK * DIMS, V)
-    assert distance(batch(student, teacher), mask(1), CHUNK).top_overlap == pytest.approx(3 / 5)  # 0 ... 4 and 2 ... 6
+    teacher, student = (
+        torch.arange(V).float().expand(1, CHUNK * DIMS, V),
+        torch.arange(V, 0, -1).float().expand(1, CHUNK * DIMS, V),
+    )
+    assert distance(batch(student, teacher), mask(1), CHUNK).top_overlap == pytest.approx(
+        3 / 5
+    )  # 0 ... 4 and 2 ... 6
 
 
 def test_profiles_are_means_of_an_action_and_of_a_dimension() -> None:

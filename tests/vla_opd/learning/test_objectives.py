@@ -42,30 +42,59 @@ from vla_opd.policies.load import build_policy
 from vla_opd.simulation.rollout import choose
 
 V = 5
-EXACT = {name: OBJECTIVES[name] for name in ("reverse_kl", "forward_kl", "hard_ce", "jsd")}  # those whose value is what their gradient is of
+EXACT = {
+    name: OBJECTIVES[name] for name in ("reverse_kl", "forward_kl", "hard_ce", "jsd")
+}  # those whose value is what their gradient is of
 
 
 def random_logits(seed: int, *shape: int) -> Tensor:
-    return 2 * torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def batch(student: Tensor, teacher: Tensor, tokens: Tensor | None = None, **settings: Any) -> TokenBatch:
-    """From logits. Without tokens: token 0 everywhere."""
-    drawn = torch.zeros(student.shape[:2], dtype=torch.long) if tokens is None else tokens
-    return TokenBatch(student.log_softmax(-1), teacher.log_softmax(-1), lambda: drawn, OptimizeParams(**settings))
-
-
-def decided(student: Tensor, teacher: Tensor, tokens: Tensor, older: Tensor, to_go: float = 0.0, **settings: Any) -> DecisionBatch:
-    """States at which a rollout by `older` (logits) took `tokens`; every other episode succeeded."""
-    plain = batch(student, teacher, tokens, **settings)
-    advantage = torch.where(torch.arange(len(student)) % 2 == 0, 0.8, -1.2).to(student.dtype)
-    taken = Taken(of(plain.student, tokens), of(older.log_softmax(-1), tokens), advantage, plain.settings)
-    return DecisionBatch(
-        plain.student, plain.teacher, plain.draw, plain.settings, tokens=tokens, taken=taken, to_go=torch.full_like(advantage, to_go)
+    return 2 * torch.randn(
+        *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
     )
 
 
-def gradient(objective: Callable[[TokenBatch], Tensor], student: Tensor, teacher: Tensor, tokens: Tensor | None = None, **settings: Any) -> Tensor:
+def batch(
+    student: Tensor, teacher: Tensor, tokens: Tensor | None = None, **settings: Any
+) -> TokenBatch:
+    """From logits. Without tokens: token 0 everywhere."""
+    drawn = torch.zeros(student.shape[:2], dtype=torch.long) if tokens is None else tokens
+    return TokenBatch(
+        student.log_softmax(-1), teacher.log_softmax(-1), lambda: drawn, OptimizeParams(**settings)
+    )
+
+
+def decided(
+    student: Tensor,
+    teacher: Tensor,
+    tokens: Tensor,
+    older: Tensor,
+    to_go: float = 0.0,
+    **settings: Any,
+) -> DecisionBatch:
+    """States at which a rollout by `older` (logits) took `tokens`; every other episode succeeded."""
+    plain = batch(student, teacher, tokens, **settings)
+    advantage = torch.where(torch.arange(len(student)) % 2 == 0, 0.8, -1.2).to(student.dtype)
+    taken = Taken(
+        of(plain.student, tokens), of(older.log_softmax(-1), tokens), advantage, plain.settings
+    )
+    return DecisionBatch(
+        plain.student,
+        plain.teacher,
+        plain.draw,
+        plain.settings,
+        tokens=tokens,
+        taken=taken,
+        to_go=torch.full_like(advantage, to_go),
+    )
+
+
+def gradient(
+    objective: Callable[[TokenBatch], Tensor],
+    student: Tensor,
+    teacher: Tensor,
+    tokens: Tensor | None = None,
+    **settings: Any,
+) -> Tensor:
     """Of the sum of all tokens' losses, by the student's logits."""
     return slope(lambda leaf: objective(batch(leaf, teacher, tokens, **settings)), student)
 
@@ -84,7 +113,9 @@ def expected_gradient(student: Tensor, teacher: Tensor, sampler: Tensor | None =
     total = torch.zeros_like(student)
     for a in range(V):
         tokens = torch.full(student.shape[:2], a)
-        total += probabilities[..., a : a + 1] * gradient(reverse_kl_sampled, student, teacher, tokens)
+        total += probabilities[..., a : a + 1] * gradient(
+            reverse_kl_sampled, student, teacher, tokens
+        )
     return total
 
 
@@ -99,14 +130,18 @@ def test_exact_and_sampled_reverse_kl_have_the_same_expected_gradient(seed: int)
 def test_a_single_draw_is_not_the_exact_gradient() -> None:
     student, teacher = random_logits(0, 1, 1, V), random_logits(1, 1, 1, V)
     exact, probabilities = gradient(reverse_kl, student, teacher), student.softmax(-1).flatten()
-    draws = torch.stack([gradient(reverse_kl_sampled, student, teacher, torch.tensor([[a]])) for a in range(V)])
+    draws = torch.stack(
+        [gradient(reverse_kl_sampled, student, teacher, torch.tensor([[a]])) for a in range(V)]
+    )
     variance = (probabilities[:, None] * (draws - exact).flatten(1) ** 2).sum()
     assert variance > exact.square().sum()
 
 
 def test_draws_of_an_older_student_have_another_expectation() -> None:
     student, teacher, older = (random_logits(seed, 1, 1, V) for seed in range(3))
-    assert (expected_gradient(student, teacher, older) - gradient(reverse_kl, student, teacher)).abs().max() > 0.05
+    assert (
+        expected_gradient(student, teacher, older) - gradient(reverse_kl, student, teacher)
+    ).abs().max() > 0.05
 
 
 def test_gradients_against_their_closed_forms() -> None:
@@ -123,15 +158,26 @@ def test_gradients_against_their_closed_forms() -> None:
         "jsd": p * (halfway - (p * halfway).sum(-1, keepdim=True)),  # beta 0.5
     }
     for name, objective in EXACT.items():
-        torch.testing.assert_close(gradient(objective, student, teacher), expected[name], rtol=0, atol=1e-12, msg=name)
+        torch.testing.assert_close(
+            gradient(objective, student, teacher), expected[name], rtol=0, atol=1e-12, msg=name
+        )
 
 
 def test_the_sampled_gradient_against_its_closed_form() -> None:
-    student, teacher, tokens = random_logits(3, 4, 2, V), random_logits(4, 4, 2, V), torch.arange(8).view(4, 2) % V
+    student, teacher, tokens = (
+        random_logits(3, 4, 2, V),
+        random_logits(4, 4, 2, V),
+        torch.arange(8).view(4, 2) % V,
+    )
     p, q = student.softmax(-1), teacher.softmax(-1)
     drawn = torch.nn.functional.one_hot(tokens, V)
     reward = ((q.log() - p.log()) * drawn).sum(-1, keepdim=True)
-    torch.testing.assert_close(gradient(reverse_kl_sampled, student, teacher, tokens), -reward * (drawn - p), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        gradient(reverse_kl_sampled, student, teacher, tokens),
+        -reward * (drawn - p),
+        rtol=0,
+        atol=1e-12,
+    )
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -142,33 +188,61 @@ def test_gradients_against_finite_differences(name: str) -> None:
         ahead, behind = student.clone(), student.clone()
         ahead[index] += width
         behind[index] -= width
-        numeric = (EXACT[name](batch(ahead, teacher)).sum() - EXACT[name](batch(behind, teacher)).sum()) / (2 * width)
+        numeric = (
+            EXACT[name](batch(ahead, teacher)).sum() - EXACT[name](batch(behind, teacher)).sum()
+        ) / (2 * width)
         assert numeric.item() == pytest.approx(analytic[index].item(), abs=1e-8)
 
 
 def test_values_against_numpy() -> None:
     student, teacher = random_logits(7, 1, 1, V), random_logits(8, 1, 1, V)
     p, q = student.softmax(-1).numpy().ravel(), teacher.softmax(-1).numpy().ravel()
-    assert reverse_kl(batch(student, teacher)).item() == pytest.approx(np.sum(p * np.log(p / q)), abs=1e-12)
-    assert forward_kl(batch(student, teacher)).item() == pytest.approx(np.sum(q * np.log(q / p)), abs=1e-12)
-    assert hard_ce(batch(student, teacher)).item() == pytest.approx(-np.log(p[q.argmax()]), abs=1e-12)
+    assert reverse_kl(batch(student, teacher)).item() == pytest.approx(
+        np.sum(p * np.log(p / q)), abs=1e-12
+    )
+    assert forward_kl(batch(student, teacher)).item() == pytest.approx(
+        np.sum(q * np.log(q / p)), abs=1e-12
+    )
+    assert hard_ce(batch(student, teacher)).item() == pytest.approx(
+        -np.log(p[q.argmax()]), abs=1e-12
+    )
     m = 0.3 * q + 0.7 * p
     divergence = 0.3 * np.sum(q * np.log(q / m)) + 0.7 * np.sum(p * np.log(p / m))
     assert jsd(batch(student, teacher, beta=0.3)).item() == pytest.approx(divergence, abs=1e-12)
-    assert entropy(student.log_softmax(-1)).item() == pytest.approx(-np.sum(p * np.log(p)), abs=1e-12)
+    assert entropy(student.log_softmax(-1)).item() == pytest.approx(
+        -np.sum(p * np.log(p)), abs=1e-12
+    )
 
 
 def test_the_kl_of_a_chunk_is_the_sum_of_its_tokens() -> None:
-    student, teacher = random_logits(9, 1, 2, V).log_softmax(-1), random_logits(10, 1, 2, V).log_softmax(-1)
-    joint = [(logits[0, 0, :, None] + logits[0, 1, None, :]).flatten()[None, None] for logits in (student, teacher)]
+    student, teacher = (
+        random_logits(9, 1, 2, V).log_softmax(-1),
+        random_logits(10, 1, 2, V).log_softmax(-1),
+    )
+    joint = [
+        (logits[0, 0, :, None] + logits[0, 1, None, :]).flatten()[None, None]
+        for logits in (student, teacher)
+    ]
     for objective in (reverse_kl, forward_kl):
-        assert objective(batch(student, teacher)).sum().item() == pytest.approx(objective(batch(*joint)).item(), abs=1e-12)
+        assert objective(batch(student, teacher)).sum().item() == pytest.approx(
+            objective(batch(*joint)).item(), abs=1e-12
+        )
 
 
 def test_a_student_that_is_the_teacher_has_nothing_to_learn() -> None:
     logits = random_logits(11, 3, 2, V)
-    torch.testing.assert_close(reverse_kl(batch(logits, logits)), torch.zeros(3, 2, dtype=torch.float64), rtol=0, atol=1e-15)
-    for objective in (reverse_kl, forward_kl, jsd, reverse_kl_sampled):  # the sampled reward is zero for every token, so every draw's gradient is
+    torch.testing.assert_close(
+        reverse_kl(batch(logits, logits)),
+        torch.zeros(3, 2, dtype=torch.float64),
+        rtol=0,
+        atol=1e-15,
+    )
+    for objective in (
+        reverse_kl,
+        forward_kl,
+        jsd,
+        reverse_kl_sampled,
+    ):  # the sampled reward is zero for every token, so every draw's gradient is
         assert gradient(objective, logits, logits).abs().max() < 1e-15
     assert expected_gradient(logits, logits).abs().max() < 1e-15
     assert gradient(hard_ce, logits, logits).abs().max() > 0.01  # the mode is not the distribution
@@ -197,7 +271,9 @@ def test_no_gradient_reaches_the_reward() -> None:
 def minimise(objective: Objective, teacher: Tensor) -> Tensor:
     """The student's probabilities at the end of a descent from the uniform distribution."""
     student = torch.zeros_like(teacher)
-    optimiser = torch.optim.LBFGS([student], max_iter=100, tolerance_change=0, line_search_fn="strong_wolfe")
+    optimiser = torch.optim.LBFGS(
+        [student], max_iter=100, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
 
     def closure() -> float:
         student.grad = gradient(objective, student.detach(), teacher)
@@ -246,7 +322,12 @@ def test_tempering_takes_logits_and_log_probabilities_alike(temperature: float) 
     expected = logits.softmax(-1) ** (1 / temperature)
     expected /= expected.sum(-1, keepdim=True)
     torch.testing.assert_close(tempered(logits, temperature).exp(), expected, rtol=1e-10, atol=0)
-    torch.testing.assert_close(tempered(logits.log_softmax(-1), temperature), tempered(logits, temperature), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        tempered(logits.log_softmax(-1), temperature),
+        tempered(logits, temperature),
+        rtol=0,
+        atol=1e-12,
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.6])
@@ -255,7 +336,9 @@ def test_the_samplers_log_probability_is_the_trainers(temperature: float) -> Non
     trainer = tempered(logits, temperature)
     for row, ours in zip(logits, trainer, strict=True):
         tokens, log_probs = choose(row, temperature, np.random.default_rng(0))
-        np.testing.assert_array_equal(log_probs, ours.gather(-1, torch.from_numpy(tokens).long()[:, None]).squeeze(-1).numpy())
+        np.testing.assert_array_equal(
+            log_probs, ours.gather(-1, torch.from_numpy(tokens).long()[:, None]).squeeze(-1).numpy()
+        )
 
 
 def test_the_samplers_log_probability_is_the_trainers_through_a_policy() -> None:
@@ -263,7 +346,9 @@ def test_the_samplers_log_probability_is_the_trainers_through_a_policy() -> None
     with torch.inference_mode():
         trainer = tempered(policy.logits(seen), temperature)
         for row in range(len(seen)):
-            tokens, log_probs = choose(policy.logits(seen.at(np.array([row])))[0], temperature, np.random.default_rng(row))
+            tokens, log_probs = choose(
+                policy.logits(seen.at(np.array([row])))[0], temperature, np.random.default_rng(row)
+            )
             ours = trainer[row].gather(-1, torch.from_numpy(tokens).long()[:, None]).squeeze(-1)
             np.testing.assert_allclose(log_probs, ours.numpy(), atol=1e-5)
 
@@ -290,7 +375,12 @@ def expected_on_rollout(student: Tensor, teacher: Tensor, older: Tensor, **setti
     total = torch.zeros_like(student)
     for a in range(V):
         tokens = torch.full(student.shape[:2], a)
-        one = slope(lambda leaf, tokens=tokens: reverse_kl_rollout(decided(leaf, teacher, tokens, older, **settings)), student)
+        one = slope(
+            lambda leaf, tokens=tokens: reverse_kl_rollout(
+                decided(leaf, teacher, tokens, older, **settings)
+            ),
+            student,
+        )
         total += older.softmax(-1)[..., a : a + 1] * one
     return total
 
@@ -298,10 +388,16 @@ def expected_on_rollout(student: Tensor, teacher: Tensor, older: Tensor, **setti
 def test_with_a_ratio_an_older_rollout_has_the_exact_expectation() -> None:
     student, teacher, older = (random_logits(seed, 2, 3, V) for seed in (22, 23, 24))
     exact = gradient(reverse_kl, student, teacher)
-    torch.testing.assert_close(expected_on_rollout(student, teacher, older, ratio=True), exact, rtol=0, atol=1e-10)
-    assert (expected_on_rollout(student, teacher, older) - exact).abs().max() > 0.05  # as published: right on fresh draws only
+    torch.testing.assert_close(
+        expected_on_rollout(student, teacher, older, ratio=True), exact, rtol=0, atol=1e-10
+    )
+    assert (
+        expected_on_rollout(student, teacher, older) - exact
+    ).abs().max() > 0.05  # as published: right on fresh draws only
     for ratio in (True, False):
-        torch.testing.assert_close(expected_on_rollout(student, teacher, student, ratio=ratio), exact, rtol=0, atol=1e-10)
+        torch.testing.assert_close(
+            expected_on_rollout(student, teacher, student, ratio=ratio), exact, rtol=0, atol=1e-10
+        )
 
 
 def test_a_reward_of_the_rollouts_student_is_anothers_divergence() -> None:
@@ -309,7 +405,12 @@ def test_a_reward_of_the_rollouts_student_is_anothers_divergence() -> None:
     student, teacher, older = (random_logits(seed, 2, 3, V) for seed in (25, 26, 27))
     stale = (older.log_softmax(-1) - teacher.log_softmax(-1)).detach()
     expected = slope(lambda leaf: leaf.softmax(-1) * stale, student)
-    torch.testing.assert_close(expected_on_rollout(student, teacher, older, ratio=True, reward="rollout"), expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(
+        expected_on_rollout(student, teacher, older, ratio=True, reward="rollout"),
+        expected,
+        rtol=0,
+        atol=1e-10,
+    )
     assert (expected - gradient(reverse_kl, student, teacher)).abs().max() > 0.05
 
 
@@ -318,7 +419,12 @@ def test_centring_keeps_the_expectation_and_takes_variance() -> None:
     exact, p = gradient(reverse_kl, student, teacher), student.softmax(-1).flatten()
 
     def moments(*, centre: bool) -> tuple[Tensor, Tensor]:
-        draws = torch.stack([gradient(reverse_kl_sampled, student, teacher, torch.tensor([[a]]), centre=centre) for a in range(V)]).flatten(1)
+        draws = torch.stack(
+            [
+                gradient(reverse_kl_sampled, student, teacher, torch.tensor([[a]]), centre=centre)
+                for a in range(V)
+            ]
+        ).flatten(1)
         mean = (p[:, None] * draws).sum(0)
         return mean, (p[:, None] * (draws - mean) ** 2).sum()
 
@@ -330,7 +436,11 @@ def test_centring_keeps_the_expectation_and_takes_variance() -> None:
 
 @pytest.mark.parametrize("centre", [False, True])
 def test_the_clamp_cuts_the_reward_at_both_ends(centre: bool) -> None:
-    student, teacher, tokens = random_logits(30, 3, 4, V), random_logits(31, 3, 4, V), torch.arange(12).view(3, 4) % V
+    student, teacher, tokens = (
+        random_logits(30, 3, 4, V),
+        random_logits(31, 3, 4, V),
+        torch.arange(12).view(3, 4) % V,
+    )
     p, every = student.softmax(-1), (teacher.log_softmax(-1) - student.log_softmax(-1)).clamp(-1, 1)
     r = of(every, tokens) - (p * every).sum(-1) * centre
     onehot = torch.nn.functional.one_hot(tokens, V)
@@ -345,26 +455,41 @@ def test_the_clamp_cuts_the_reward_at_both_ends(centre: bool) -> None:
 
 def test_rewards_to_go_are_the_discounted_rest() -> None:
     rewards = torch.tensor([1.0, 2.0, 4.0, 8.0])
-    assert rewards_to_go(rewards, 0.5).tolist() == [0.5 * 2 + 0.25 * 4 + 0.125 * 8, 0.5 * 4 + 0.25 * 8, 0.5 * 8, 0.0]
+    assert rewards_to_go(rewards, 0.5).tolist() == [
+        0.5 * 2 + 0.25 * 4 + 0.125 * 8,
+        0.5 * 4 + 0.25 * 8,
+        0.5 * 8,
+        0.0,
+    ]
     assert rewards_to_go(rewards, 0.0).tolist() == [0.0] * 4
     assert rewards_to_go(rewards[:1], 1.0).tolist() == [0.0]
 
 
 def test_with_rewards_to_go_the_gradient_is_that_of_the_trajectorys_divergence() -> None:
     """Two decisions; the second state is the first action. Undiscounted: the gradient of sum_t E[KL(p_S || p_T)], through the states visited, too."""
-    student, teacher = random_logits(32, 1 + V, 1, V), random_logits(33, 1 + V, 1, V)  # row 0: the first state; row 1 + a: the second
+    student, teacher = (
+        random_logits(32, 1 + V, 1, V),
+        random_logits(33, 1 + V, 1, V),
+    )  # row 0: the first state; row 1 + a: the second
 
     def whole(leaf: Tensor) -> Tensor:
         kl = reverse_kl(batch(leaf, teacher)).squeeze(1)
         return kl[0] + (leaf[0, 0].softmax(-1) * kl[1:]).sum()
 
-    r, expected = (teacher.log_softmax(-1) - student.log_softmax(-1)).squeeze(1), torch.zeros_like(student)
+    r, expected = (
+        (teacher.log_softmax(-1) - student.log_softmax(-1)).squeeze(1),
+        torch.zeros_like(student),
+    )
     for first, second in product(range(V), range(V)):
         rows, tokens = torch.tensor([0, 1 + first]), torch.tensor([[first], [second]])
         to_go = rewards_to_go(torch.stack([r[0, first], r[1 + first, second]]), 1.0)
 
-        def one(leaf: Tensor, rows: Tensor = rows, tokens: Tensor = tokens, to_go: Tensor = to_go) -> Tensor:
-            return reverse_kl_rollout(replace(decided(leaf[rows], teacher[rows], tokens, student[rows]), to_go=to_go))
+        def one(
+            leaf: Tensor, rows: Tensor = rows, tokens: Tensor = tokens, to_go: Tensor = to_go
+        ) -> Tensor:
+            return reverse_kl_rollout(
+                replace(decided(leaf[rows], teacher[rows], tokens, student[rows]), to_go=to_go)
+            )
 
         chance = student[0, 0].softmax(-1)[first] * student[1 + first, 0].softmax(-1)[second]
         expected += chance * slope(one, student)
@@ -374,7 +499,9 @@ def test_with_rewards_to_go_the_gradient_is_that_of_the_trajectorys_divergence()
 # GRPO
 
 
-def taken(student: Tensor, older: Tensor, tokens: Tensor, advantage: Tensor, **settings: Any) -> Taken:
+def taken(
+    student: Tensor, older: Tensor, tokens: Tensor, advantage: Tensor, **settings: Any
+) -> Taken:
     now, then = (of(logits.log_softmax(-1), tokens) for logits in (student, older))
     return Taken(now, then, advantage, ClipParams(**settings))
 
@@ -384,17 +511,28 @@ def test_grpo_at_the_rollouts_student_is_the_policy_gradient() -> None:
     advantage = torch.tensor([1.5, -0.5, 0.0, -1.0], dtype=torch.float64)
     found = slope(lambda leaf: grpo(taken(leaf, student, tokens, advantage)), student)
     onehot = torch.nn.functional.one_hot(tokens, V)
-    torch.testing.assert_close(found, -advantage[:, None, None] * (onehot - student.softmax(-1)), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        found, -advantage[:, None, None] * (onehot - student.softmax(-1)), rtol=0, atol=1e-12
+    )
 
 
 def test_grpo_stops_where_the_ratio_has_gone_far_enough() -> None:
     """By cases of (ratio, sign of the advantage); the gradient, where there is one, is -A rho (onehot - p)."""
     then, tokens = torch.zeros(1, 1, 2, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.long)
-    for ratio, sign, goes_on in [(1.27, 1, True), (1.29, 1, False), (0.5, 1, True), (0.81, -1, True), (0.79, -1, False), (1.5, -1, True)]:
+    for ratio, sign, goes_on in [
+        (1.27, 1, True),
+        (1.29, 1, False),
+        (0.5, 1, True),
+        (0.81, -1, True),
+        (0.79, -1, False),
+        (1.5, -1, True),
+    ]:
         p = ratio / 2
         student = torch.tensor([[[np.log(p), np.log(1 - p)]]])
         advantage = torch.tensor([0.7 * sign], dtype=torch.float64)
-        found = slope(lambda leaf, advantage=advantage: grpo(taken(leaf, then, tokens, advantage)), student)
+        found = slope(
+            lambda leaf, advantage=advantage: grpo(taken(leaf, then, tokens, advantage)), student
+        )
         expected = -advantage * ratio * torch.tensor([1 - p, p - 1], dtype=torch.float64) * goes_on
         torch.testing.assert_close(found.flatten(), expected, rtol=0, atol=1e-12)
         assert clipped(taken(student, then, tokens, advantage)).item() != goes_on
@@ -403,20 +541,30 @@ def test_grpo_stops_where_the_ratio_has_gone_far_enough() -> None:
 
 
 def test_grpo_against_finite_differences() -> None:
-    student, older, tokens = random_logits(35, 2, 2, V), random_logits(36, 2, 2, V), torch.tensor([[0, 1], [2, 3]])
+    student, older, tokens = (
+        random_logits(35, 2, 2, V),
+        random_logits(36, 2, 2, V),
+        torch.tensor([[0, 1], [2, 3]]),
+    )
     advantage, width = torch.tensor([1.0, -1.0], dtype=torch.float64), 1e-6
     analytic = slope(lambda leaf: grpo(taken(leaf, older, tokens, advantage)), student)
     for index in np.ndindex(*student.shape):
         step = torch.zeros_like(student)
         step[index] = width
-        ahead, behind = (grpo(taken(student + sign * step, older, tokens, advantage)).sum() for sign in (1, -1))
-        assert ((ahead - behind) / (2 * width)).item() == pytest.approx(analytic[index].item(), rel=1e-7, abs=1e-8)
+        ahead, behind = (
+            grpo(taken(student + sign * step, older, tokens, advantage)).sum() for sign in (1, -1)
+        )
+        assert ((ahead - behind) / (2 * width)).item() == pytest.approx(
+            analytic[index].item(), rel=1e-7, abs=1e-8
+        )
 
 
 def test_an_advantage_is_one_over_the_group() -> None:
     found = group_advantage(torch.tensor([True, False, False, False]))
     deviation = np.std([1, 0, 0, 0], ddof=1)
-    assert found.tolist() == pytest.approx([0.75 / (deviation + 1e-6), *[-0.25 / (deviation + 1e-6)] * 3])
+    assert found.tolist() == pytest.approx(
+        [0.75 / (deviation + 1e-6), *[-0.25 / (deviation + 1e-6)] * 3]
+    )
     assert found.sum().item() == pytest.approx(0, abs=1e-6)
     assert group_advantage(torch.tensor([True, True])).tolist() == [0, 0]
     with pytest.raises(ValueError, match="group is 1; expected at least 2 episodes"):
@@ -425,11 +573,15 @@ def test_an_advantage_is_one_over_the_group() -> None:
 
 def test_weighted_so_the_mean_over_tokens_is_one_over_episodes() -> None:
     values = torch.arange(12.0).view(4, 3)
-    mask = torch.tensor([[True, True, True], [True, True, True], [True, False, False], [True, True, False]])
+    mask = torch.tensor(
+        [[True, True, True], [True, True, True], [True, False, False], [True, True, False]]
+    )
     episode = torch.tensor([4, 4, 7, 2])
     found = masked_mean(values * episode_weight(mask, episode).unsqueeze(-1), mask)
     assert found.item() == pytest.approx(np.mean([2.5, 6.0, 9.5]))
-    assert (episode_weight(mask, episode).unsqueeze(-1) * mask).sum() / mask.sum() == pytest.approx(1)
+    assert (episode_weight(mask, episode).unsqueeze(-1) * mask).sum() / mask.sum() == pytest.approx(
+        1
+    )
     assert masked_mean(values, mask).item() != pytest.approx(found.item())
 
 
@@ -441,7 +593,9 @@ def test_mixed_is_grpo_and_a_share_of_the_reverse_kl() -> None:
         torch.tensor([[0, 1], [2, 3]]),
     )
     whole = decided(student, teacher, tokens, older, objective="mixed", distill=0.25)
-    torch.testing.assert_close(mixed(whole), grpo(whole.taken) + 0.25 * reverse_kl(batch(student, teacher)))
+    torch.testing.assert_close(
+        mixed(whole), grpo(whole.taken) + 0.25 * reverse_kl(batch(student, teacher))
+    )
 
 
 # All of them
@@ -469,4 +623,6 @@ def test_a_confident_teacher_weighs_more() -> None:
     assert confidence(log_probs, 1.0).flatten().tolist() == pytest.approx([1, 0], abs=1e-5)
     assert confidence(log_probs, 0.0).flatten().tolist() == [1, 1]
     some = random_logits(43, 1, 1, V).log_softmax(-1)
-    assert confidence(some, 2.0).item() == pytest.approx((1 - entropy(some).item() / np.log(V)) ** 2)
+    assert confidence(some, 2.0).item() == pytest.approx(
+        (1 - entropy(some).item() / np.log(V)) ** 2
+    )

@@ -8,7 +8,14 @@ import pytest
 from vla_opd.learning.update import budget, order, probed
 from vla_opd.params.training import UpdateParams
 
-SETTINGS = UpdateParams(steps=10, batch_size=4, learning_rate=1.0, schedule_iterations=3, final_fraction=0.1, warmup_fraction=0.1)
+SETTINGS = UpdateParams(
+    steps=10,
+    batch_size=4,
+    learning_rate=1.0,
+    schedule_iterations=3,
+    final_fraction=0.1,
+    warmup_fraction=0.1,
+)
 
 
 def test_iterations_follow_each_other_on_one_schedule() -> None:

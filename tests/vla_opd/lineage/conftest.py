@@ -16,6 +16,11 @@ def root(tmp_path: Path) -> Path:
     student = publish(run / "checkpoints/student", "checkpoint", gone, name="student", seed=0)
     visited = publish(run / "trajectories/it001", "trajectories", {"student": student}, seed=0)
     labels = publish(run / "logits/it001", "logits", {"teacher": teacher, "trajectories": visited})
-    publish(run / "checkpoints/it001", "checkpoint", {"student": student, "trajectories": visited, "logits": labels}, seed=0)
+    publish(
+        run / "checkpoints/it001",
+        "checkpoint",
+        {"student": student, "trajectories": visited, "logits": labels},
+        seed=0,
+    )
     publish(run / "evaluations/teacher", "evaluation", {"checkpoint": teacher})
     return run.parent

@@ -62,11 +62,25 @@ def test_the_tree_tells_every_parent_once_and_what_is_not_here(root: Path) -> No
     assert re.search(r"name +teacher \| student", text)
 
 
-def test_who_ran_it_where_and_when_is_told_of_the_execution_that_gave_this_digest(root: Path) -> None:
+def test_who_ran_it_where_and_when_is_told_of_the_execution_that_gave_this_digest(
+    root: Path,
+) -> None:
     labels = read_store(root).find("logits/it001").digest
-    record(root / ".metrics/one", executed("e" * 64, user="eve"), executed(labels, user="bob"), executed(labels, edited=True, task_run="t-1"))
-    line = next(line for line in answers.history(told(root)).splitlines() if "logits: one/logits/it001" in line)
-    assert "2026-11-25 12:00 UTC by ada on box in 90 s, 2 times; as Prefect task run t-1 and W&B run abcd1234; at commit fffffff with edits" in line
+    record(
+        root / ".metrics/one",
+        executed("e" * 64, user="eve"),
+        executed(labels, user="bob"),
+        executed(labels, edited=True, task_run="t-1"),
+    )
+    line = next(
+        line
+        for line in answers.history(told(root)).splitlines()
+        if "logits: one/logits/it001" in line
+    )
+    assert (
+        "2026-11-25 12:00 UTC by ada on box in 90 s, 2 times; as Prefect task run t-1 and W&B run abcd1234; at commit fffffff with edits"
+        in line
+    )
     assert "eve" not in line
 
 
@@ -84,7 +98,9 @@ def test_a_record_cut_short_by_a_kill_hides_no_other(root: Path) -> None:
 def test_the_code_of_dvc_lock_is_found_in_the_history_of_git(tmp_path: Path, root: Path) -> None:
     def git(*words: str) -> str:
         command = ["git", "-c", "user.name=t", "-c", "user.email=t@t", *words]
-        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            command, cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout.strip()
 
     (tmp_path / "stages").mkdir()
     code, commits = tmp_path / "stages/label.py", list[str]()
@@ -114,13 +130,25 @@ stages:
     labels = read_store(root).find("logits/it001")
     for text, commit in (("second", commits[1]), ("never committed", "")):
         (folder / "two.py").write_text(f"two, {text}")
-        hashes = {"MD5": _md5(text), "FOLDER": provenance.folder_md5(folder), "OUT": provenance.folder_md5(labels.folder)}
-        (tmp_path / "dvc.lock").write_text(reduce(lambda written, pair: written.replace(*pair), hashes.items(), lock))
+        hashes = {
+            "MD5": _md5(text),
+            "FOLDER": provenance.folder_md5(folder),
+            "OUT": provenance.folder_md5(labels.folder),
+        }
+        (tmp_path / "dvc.lock").write_text(
+            reduce(lambda written, pair: written.replace(*pair), hashes.items(), lock)
+        )
         provenance.locked_stages.cache_clear()
         made = told(root).origins[labels.digest]
         assert (made.stage, made.commit) == ("label@it001", commit)
-    line = next(line for line in answers.history(told(root)).splitlines() if "logits: one/logits/it001" in line)
-    assert "label@it001, by python -m stages label --iteration it001; its code is in no commit" in line
+    line = next(
+        line
+        for line in answers.history(told(root)).splitlines()
+        if "logits: one/logits/it001" in line
+    )
+    assert (
+        "label@it001, by python -m stages label --iteration it001; its code is in no commit" in line
+    )
 
 
 def test_a_lock_of_other_bytes_says_nothing_of_an_artifact(tmp_path: Path, root: Path) -> None:
@@ -134,7 +162,10 @@ def test_a_lock_of_other_bytes_says_nothing_of_an_artifact(tmp_path: Path, root:
 
 def test_dvc_names_a_folder_as_it_does_in_the_lock_of_this_repository() -> None:
     place = "artifacts/libero-object/checkpoints/student"
-    locked = {out["path"]: out["md5"] for out in provenance.locked_stages(ROOT / "dvc.lock")[place]["outs"]}
+    locked = {
+        out["path"]: out["md5"]
+        for out in provenance.locked_stages(ROOT / "dvc.lock")[place]["outs"]
+    }
     assert provenance.folder_md5(ROOT / place) == locked[place]
 
 
@@ -145,7 +176,16 @@ def _md5(text: str) -> str:
 def test_the_graph_has_an_arrow_for_every_parent(root: Path) -> None:
     lines = mermaid(told(root)).splitlines()
     arrows = [line.split(" -- ")[1].split(" --> ")[0] for line in lines if " --> " in line]
-    assert sorted(arrows) == ["demonstrations", "demonstrations", "logits", "student", "student", "teacher", "trajectories", "trajectories"]
+    assert sorted(arrows) == [
+        "demonstrations",
+        "demonstrations",
+        "logits",
+        "student",
+        "student",
+        "teacher",
+        "trajectories",
+        "trajectories",
+    ]
     assert sum("not here" in line for line in lines) == 1
 
 
@@ -154,7 +194,10 @@ def test_every_box_stands_below_its_parents_and_no_two_in_one_place(root: Path) 
     boxes = layout(one)
     assert len({(box.x, box.y) for box in boxes.values()}) == len(boxes) == 6
     for artifact in one.artifacts:
-        assert all(boxes[parent].y < boxes[artifact.digest].y for parent in artifact.manifest.parents.values())
+        assert all(
+            boxes[parent].y < boxes[artifact.digest].y
+            for parent in artifact.manifest.parents.values()
+        )
 
 
 def test_the_page_holds_everything_and_asks_nobody(root: Path) -> None:
@@ -178,7 +221,12 @@ def test_a_name_cannot_write_into_the_page(tmp_path: Path) -> None:
 def other_run(root: Path, **student: object) -> None:
     """A second run beside the first, from the same demonstrations, whose student may be another."""
     run = root / "two"
-    made = publish(run / "checkpoints/student", "checkpoint", {"demonstrations": "0" * 64}, **{"name": "student", "seed": 0} | student)
+    made = publish(
+        run / "checkpoints/student",
+        "checkpoint",
+        {"demonstrations": "0" * 64},
+        **{"name": "student", "seed": 0} | student,
+    )
     publish(run / "checkpoints/it001", "checkpoint", {"student": made}, seed=0)
 
 
@@ -187,7 +235,12 @@ def test_the_difference_of_two_histories_names_the_setting_that_differs(root: Pa
     found = list(diff(told(root), told(root, "two/checkpoints/it001")))
     assert Difference("checkpoints/student", "params seed", "0", "7") in found
     assert [d for d in found if d.part == "checkpoints/teacher"] == [
-        Difference("checkpoints/teacher", "artifact", read_store(root).find("checkpoints/teacher").digest[:12], "not in its history")
+        Difference(
+            "checkpoints/teacher",
+            "artifact",
+            read_store(root).find("checkpoints/teacher").digest[:12],
+            "not in its history",
+        )
     ]
     assert ("checkpoints/it001", "parent logits") in {(d.part, d.what) for d in found}
 
@@ -200,7 +253,11 @@ def test_an_artifact_is_compared_with_one_of_its_own_history(root: Path) -> None
 
 def test_equal_parts_are_not_mentioned(root: Path) -> None:
     other_run(root)
-    assert not [d for d in diff(told(root), told(root, "two/checkpoints/it001")) if d.part == "checkpoints/student"]
+    assert not [
+        d
+        for d in diff(told(root), told(root, "two/checkpoints/it001"))
+        if d.part == "checkpoints/student"
+    ]
     assert list(diff(told(root), told(root))) == []
     assert answers.differences([]) == "  nothing differs"
 
@@ -220,8 +277,14 @@ def test_prov_is_read_back_with_every_derivation(root: Path) -> None:
 def test_openlineage_has_an_event_for_every_artifact_with_its_inputs(root: Path) -> None:
     events = [json.loads(line) for line in exports.openlineage(told(root)).splitlines()]
     assert [event["outputs"][0]["name"] for event in events][-1] == "one/checkpoints/it001"
-    last = {dataset["name"]: dataset["facets"]["version"]["datasetVersion"] for dataset in events[-1]["inputs"]}
-    assert last == {f"one/{name}": read_store(root).find(name).digest for name in ("checkpoints/student", "trajectories/it001", "logits/it001")}
+    last = {
+        dataset["name"]: dataset["facets"]["version"]["datasetVersion"]
+        for dataset in events[-1]["inputs"]
+    }
+    assert last == {
+        f"one/{name}": read_store(root).find(name).digest
+        for name in ("checkpoints/student", "trajectories/it001", "logits/it001")
+    }
     assert {event["eventType"] for event in events} == {"COMPLETE"}
     assert len({event["run"]["runId"] for event in events}) == 5
 
@@ -230,9 +293,17 @@ def test_the_in_toto_statement_is_about_the_files_and_depends_on_all_ancestors(r
     statement = json.loads(exports.intoto(told(root)))
     assert statement["predicateType"] == "https://slsa.dev/provenance/v1"
     entry = read_store(root).find("checkpoints/it001").manifest.files["file"]
-    assert statement["subject"] == [{"name": "one/checkpoints/it001/file", "digest": {"sha256": entry.sha256}}]
+    assert statement["subject"] == [
+        {"name": "one/checkpoints/it001/file", "digest": {"sha256": entry.sha256}}
+    ]
     depends = {d["name"] for d in statement["predicate"]["buildDefinition"]["resolvedDependencies"]}
-    assert depends == {"one/checkpoints/teacher", "one/checkpoints/student", "one/trajectories/it001", "one/logits/it001", "demonstrations"}
+    assert depends == {
+        "one/checkpoints/teacher",
+        "one/checkpoints/student",
+        "one/trajectories/it001",
+        "one/logits/it001",
+        "demonstrations",
+    }
 
 
 # Signatures
@@ -250,13 +321,18 @@ def keys(tmp_path: Path) -> tuple[Path, Path]:
 @pytest.mark.parametrize(
     ("remote", "told"),
     [
-        ("https://somebody:hunter2@forge.example/lab/run@1.git", "https://forge.example/lab/run@1.git"),
+        (
+            "https://somebody:hunter2@forge.example/lab/run@1.git",
+            "https://forge.example/lab/run@1.git",
+        ),
         ("ssh://git@forge.example/lab/run.git", "ssh://forge.example/lab/run.git"),
         ("git@forge.example:lab/run.git", "git@forge.example:lab/run.git"),
         ("", "file://"),
     ],
 )
-def test_the_code_is_where_git_has_it_from_and_no_password_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remote: str, told: str) -> None:
+def test_the_code_is_where_git_has_it_from_and_no_password_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remote: str, told: str
+) -> None:
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     if remote:
         subprocess.run(["git", "remote", "add", "origin", remote], cwd=tmp_path, check=True)
@@ -264,14 +340,21 @@ def test_the_code_is_where_git_has_it_from_and_no_password_is_told(tmp_path: Pat
     assert exports.repository() == (told if remote else tmp_path.as_uri())
 
 
-def test_a_signature_holds_until_the_history_is_another(root: Path, tmp_path: Path, keys: tuple[Path, Path]) -> None:
+def test_a_signature_holds_until_the_history_is_another(
+    root: Path, tmp_path: Path, keys: tuple[Path, Path]
+) -> None:
     signed = tmp_path / "signature.json"
     signed.write_text(exports.sign(told(root), keys[0]))
     exports.check(told(root), signed, keys[1])
-    (root / "one/trajectories/it001/manifest.json").unlink()  # what isn't here any more is still known by its digest
+    (
+        root / "one/trajectories/it001/manifest.json"
+    ).unlink()  # what isn't here any more is still known by its digest
     exports.check(told(root), signed, keys[1])
     publish(root / "one/checkpoints/it001", "checkpoint", {"student": "1" * 64}, seed=0)
-    with pytest.raises(ValueError, match=r"signed was another history of one/checkpoints/it001; they differ in .*student 111111111111"):
+    with pytest.raises(
+        ValueError,
+        match=r"signed was another history of one/checkpoints/it001; they differ in .*student 111111111111",
+    ):
         exports.check(told(root), signed, keys[1])
 
 
@@ -287,9 +370,17 @@ def test_a_forged_signature_is_refused(root: Path, tmp_path: Path, keys: tuple[P
         exports.check(told(root), signed, keys[1])
 
 
-def test_a_file_that_holds_no_such_key_is_refused(root: Path, tmp_path: Path, keys: tuple[Path, Path]) -> None:
+def test_a_file_that_holds_no_such_key_is_refused(
+    root: Path, tmp_path: Path, keys: tuple[Path, Path]
+) -> None:
     rsa = tmp_path / "rsa.pem"
-    subprocess.run(["openssl", "genpkey", "-algorithm", "rsa", "-out", rsa], check=True, capture_output=True)
-    for path, said in [(keys[1], "expected a PEM file"), (rsa, "expected Ed25519PrivateKey"), (tmp_path / "none", "No such file")]:
+    subprocess.run(
+        ["openssl", "genpkey", "-algorithm", "rsa", "-out", rsa], check=True, capture_output=True
+    )
+    for path, said in [
+        (keys[1], "expected a PEM file"),
+        (rsa, "expected Ed25519PrivateKey"),
+        (tmp_path / "none", "No such file"),
+    ]:
         with pytest.raises(ValueError, match=said):
             exports.sign(told(root), path)

@@ -27,8 +27,14 @@ def test_which_checkpoints_saw_this_shard(store: Store) -> None:
         AND f.digest = (SELECT digest FROM artifacts WHERE name LIKE '%trajectories/NAME')
         GROUP BY a.name ORDER BY a.name
     """
-    assert ask(store, question.replace("NAME", "it001")) == (["name"], [("small/checkpoints/it001",), ("small/checkpoints/rl001",)])
-    assert ask(store, question.replace("NAME", "rl001")) == (["name"], [("small/checkpoints/rl001",)])
+    assert ask(store, question.replace("NAME", "it001")) == (
+        ["name"],
+        [("small/checkpoints/it001",), ("small/checkpoints/rl001",)],
+    )
+    assert ask(store, question.replace("NAME", "rl001")) == (
+        ["name"],
+        [("small/checkpoints/rl001",)],
+    )
 
 
 def test_which_episodes_changed_between_two_evaluations(store: Store) -> None:
@@ -45,14 +51,27 @@ def test_which_episodes_changed_between_two_evaluations(store: Store) -> None:
 
 
 def test_the_questions_of_the_docs_are_answered(store: Store, undisturbed: Path) -> None:
-    saw, changed, succeeded = re.findall(r'opd audit "(.*)"', (ROOT / "docs/lineage.md").read_text())
-    assert sorted(ask(store, saw.replace("it003", "it001"))[1]) == [("small/checkpoints/it001",), ("small/checkpoints/rl001",)]
+    saw, changed, succeeded = re.findall(
+        r'opd audit "([^"]*)"', (ROOT / "docs/lineage.md").read_text()
+    )
+    assert sorted(ask(store, saw.replace("it003", "it001"))[1]) == [
+        ("small/checkpoints/it001",),
+        ("small/checkpoints/rl001",),
+    ]
     assert ask(store, saw.replace("it003", "rl001"))[1] == [("small/checkpoints/rl001",)]
-    assert len(ask(store, succeeded)[1]) == 6  # two tasks, in demonstrations and in the trajectories of either kind
+    assert (
+        len(ask(store, succeeded)[1]) == 6
+    )  # two tasks, in demonstrations and in the trajectories of either kind
     evaluations = undisturbed / "artifacts/small/evaluations"
     for after in ("final", "teacher"):
-        pairs = zip(read_records(evaluations / "start"), read_records(evaluations / after), strict=True)
-        expected = [(old.task, old.state, old.success, new.success) for old, new in pairs if old.success != new.success]
+        pairs = zip(
+            read_records(evaluations / "start"), read_records(evaluations / after), strict=True
+        )
+        expected = [
+            (old.task, old.state, old.success, new.success)
+            for old, new in pairs
+            if old.success != new.success
+        ]
         assert sorted(ask(store, changed.replace("%/final", f"%/{after}"))[1]) == sorted(expected)
         assert expected or after == "final"
 
@@ -61,29 +80,57 @@ def test_which_rollouts_of_an_iteration_succeeded(store: Store) -> None:
     _, rows = ask(store, "SELECT task, count(*), count(DISTINCT placement) FROM rollouts r JOIN artifacts a ON a.digest = r.trajectories "
                          "WHERE a.name LIKE '%/it001' GROUP BY task ORDER BY task")  # fmt: skip
     assert rows == [("blue", 12, 4), ("red", 12, 4)]
-    assert ask(store, "SELECT min(steps) > 0, max(steps) <= 60, bool_or(success) FROM Rollouts")[1] == [(True, True, True)]
+    assert ask(store, "SELECT min(steps) > 0, max(steps) <= 60, bool_or(success) FROM Rollouts")[
+        1
+    ] == [(True, True, True)]
 
 
-def test_every_table_is_filled(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_table_is_filled(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     record(tmp_path / "small", executed(store.artifacts[0].digest))
-    for table in ("artifacts", "parents", "ancestors", "files", "settings", "facts", "versions", "episodes", "executions"):
+    for table in (
+        "artifacts",
+        "parents",
+        "ancestors",
+        "files",
+        "settings",
+        "facts",
+        "versions",
+        "episodes",
+        "executions",
+    ):
         assert ask(store, f"SELECT * FROM {table}", tmp_path)[1], table  # noqa: S608 - names of our own
-    assert ask(store, 'SELECT "user", host, epoch(ended - began) FROM executions', tmp_path)[1] == [("ada", "box", 90)]
+    assert ask(store, 'SELECT "user", host, epoch(ended - began) FROM executions', tmp_path)[1] == [
+        ("ada", "box", 90)
+    ]
     with monkeypatch.context() as elsewhere:
         elsewhere.setenv("TZ", "America/New_York")
         time.tzset()
-        assert ask(store, "SELECT hour(began) FROM executions", tmp_path)[1] == [(12,)]  # UTC, wherever one asks
+        assert ask(store, "SELECT hour(began) FROM executions", tmp_path)[1] == [
+            (12,)
+        ]  # UTC, wherever one asks
     time.tzset()
-    assert ask(store, "SELECT DISTINCT value FROM settings WHERE key = 'sample.group'")[1] == [("3",)]
+    assert ask(store, "SELECT DISTINCT value FROM settings WHERE key = 'sample.group'")[1] == [
+        ("3",)
+    ]
 
 
 def test_a_wrong_question_is_answered_with_the_tables(store: Store) -> None:
-    with pytest.raises(ValueError, match=r"(?s)nme.*CREATE TABLE artifacts \(digest TEXT, name TEXT"):
+    with pytest.raises(
+        ValueError, match=r"(?s)nme.*CREATE TABLE artifacts \(digest TEXT, name TEXT"
+    ):
         ask(store, "SELECT nme FROM artifacts")
 
 
 @pytest.mark.parametrize(
-    "question", ["COPY artifacts TO 'out.csv'", "SELECT * FROM read_text('params.yaml')", "SET enable_external_access = true", "INSTALL httpfs"]
+    "question",
+    [
+        "COPY artifacts TO 'out.csv'",
+        "SELECT * FROM read_text('params.yaml')",
+        "SET enable_external_access = true",
+        "INSTALL httpfs",
+    ],
 )
 def test_a_question_reaches_no_file(store: Store, question: str) -> None:
     before = sorted(Path().iterdir())

@@ -23,9 +23,22 @@ def test_ancestors_come_each_after_its_parents_and_the_artifact_last(root: Path)
     store = read_store(root)
     order = names(store.ancestors(store.find("checkpoints/it001")))
     assert order[-1] == "checkpoints/it001"
-    assert set(order) == {"checkpoints/teacher", "checkpoints/student", "trajectories/it001", "logits/it001", "checkpoints/it001"}
-    assert order.index("checkpoints/student") < order.index("trajectories/it001") < order.index("logits/it001")
-    assert names(store.ancestors(store.find("evaluations/teacher"))) == ["checkpoints/teacher", "evaluations/teacher"]
+    assert set(order) == {
+        "checkpoints/teacher",
+        "checkpoints/student",
+        "trajectories/it001",
+        "logits/it001",
+        "checkpoints/it001",
+    }
+    assert (
+        order.index("checkpoints/student")
+        < order.index("trajectories/it001")
+        < order.index("logits/it001")
+    )
+    assert names(store.ancestors(store.find("evaluations/teacher"))) == [
+        "checkpoints/teacher",
+        "evaluations/teacher",
+    ]
 
 
 def test_descendants_of_what_is_not_here_are_known(root: Path) -> None:
@@ -36,7 +49,9 @@ def test_descendants_of_what_is_not_here_are_known(root: Path) -> None:
     assert store.missing(store.find("checkpoints/it001")) == {"0" * 64: "demonstrations"}
 
 
-@pytest.mark.parametrize("text", ["checkpoints/teacher", "one/checkpoints/teacher", "artifacts/one/checkpoints/teacher"])
+@pytest.mark.parametrize(
+    "text", ["checkpoints/teacher", "one/checkpoints/teacher", "artifacts/one/checkpoints/teacher"]
+)
 def test_an_artifact_is_found_by_its_path_or_the_end_of_its_name(root: Path, text: str) -> None:
     assert read_store(root).find(text).name == "one/checkpoints/teacher"
 
@@ -51,17 +66,28 @@ def test_an_artifact_is_found_by_the_beginning_of_its_digest(root: Path) -> None
 
 def test_what_means_several_artifacts_or_none_is_refused(root: Path) -> None:
     store = read_store(root)
-    with pytest.raises(ValueError, match=r"it001 means 3 artifacts; expected one of them: one/checkpoints/it001, one/logits/it001"):
+    with pytest.raises(
+        ValueError,
+        match=r"it001 means 3 artifacts; expected one of them: one/checkpoints/it001, one/logits/it001",
+    ):
         store.find("it001")
-    with pytest.raises(ValueError, match=r"it009: no such artifact; .* There are: one/checkpoints/it001"):
+    with pytest.raises(
+        ValueError, match=r"it009: no such artifact; .* There are: one/checkpoints/it001"
+    ):
         store.find("it009")
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("{", "not a manifest"), ('{"kind": "pickle"}', "kind is 'pickle'; expected one of"), ('{"kind": "logits"}', "not a manifest of format")],
+    [
+        ("{", "not a manifest"),
+        ('{"kind": "pickle"}', "kind is 'pickle'; expected one of"),
+        ('{"kind": "logits"}', "not a manifest of format"),
+    ],
 )
-def test_a_manifest_that_cannot_be_trusted_is_told_and_hides_nothing_else(root: Path, text: str, said: str) -> None:
+def test_a_manifest_that_cannot_be_trusted_is_told_and_hides_nothing_else(
+    root: Path, text: str, said: str
+) -> None:
     (root / "one/logits/it001/manifest.json").write_text(text)
     store = read_store(root)
     assert said in store.broken["one/logits/it001"]

@@ -17,53 +17,82 @@ def other(tmp_path: Path) -> Path:
     """Another checkout, in which one line is other than here."""
     folder = tmp_path / "other"
     for package in ("flows", "stages", "vla_opd"):
-        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__")
+        )
     shutil.copy(ROOT / "params.yaml", folder)
     for package in ("flows", "vla_opd"):
         (folder / package / "seeds.py").write_text("# edited\n")
     return folder
 
 
-def test_another_checkouts_code_is_refused_and_both_are_named(other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_checkouts_code_is_refused_and_both_are_named(
+    other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     require_own_code()
     monkeypatch.chdir(other)
-    with pytest.raises(ValueError, match=rf"this folder has {other}/\w+, but the code that runs is {ROOT}/\w+; expected one checkout"):
+    with pytest.raises(
+        ValueError,
+        match=rf"this folder has {other}/\w+, but the code that runs is {ROOT}/\w+; expected one checkout",
+    ):
         require_own_code()
 
 
-@pytest.mark.parametrize("command", ["from flows.cli import main", "from stages.__main__ import main", "from flows.serve import main"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "from flows.cli import main",
+        "from stages.__main__ import main",
+        "from flows.serve import main",
+    ],
+)
 def test_a_command_of_another_checkouts_environment_is_refused(other: Path, command: str) -> None:
     """As a console script is started: without this folder on the path."""
-    arguments = {"flows.cli": ["plan"], "stages.__main__": ["report"], "flows.serve": []}[command.split()[1]]
+    arguments = {"flows.cli": ["plan"], "stages.__main__": ["report"], "flows.serve": []}[
+        command.split()[1]
+    ]
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv[1:] = {arguments!r}; {command}; sys.exit(main())"
-    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=other, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], cwd=other, capture_output=True, text=True, check=False
+    )
     assert done.returncode in (1, 2)
     assert str(other) in done.stderr
     assert str(ROOT) in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_copy_of_the_code_that_runs_is_as_good_as_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(ROOT / "vla_opd", tmp_path / "vla_opd", ignore=shutil.ignore_patterns("__pycache__"))
+def test_a_copy_of_the_code_that_runs_is_as_good_as_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(
+        ROOT / "vla_opd", tmp_path / "vla_opd", ignore=shutil.ignore_patterns("__pycache__")
+    )
     monkeypatch.chdir(tmp_path)
     require_own_code()
 
 
-def test_a_folder_of_links_to_the_code_that_runs_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_of_links_to_the_code_that_runs_is_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As the member of a study has them."""
     (tmp_path / "vla_opd").symlink_to(ROOT / "vla_opd", target_is_directory=True)
     monkeypatch.chdir(tmp_path)
     require_own_code()
 
 
-def test_links_above_and_below_a_run_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_links_above_and_below_a_run_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     run = Path("artifacts/run")
     require_no_links(run)
     (tmp_path / "elsewhere/checkpoints").mkdir(parents=True)
     run.mkdir(parents=True)
     (run / "checkpoints").symlink_to(tmp_path / "elsewhere/checkpoints")
-    with pytest.raises(ValueError, match=r"artifacts/run/checkpoints is a link to .*elsewhere/checkpoints; expected a folder"):
+    with pytest.raises(
+        ValueError,
+        match=r"artifacts/run/checkpoints is a link to .*elsewhere/checkpoints; expected a folder",
+    ):
         require_no_links(run)
     (run / "checkpoints").unlink()
     run.rmdir()
@@ -72,7 +101,9 @@ def test_links_above_and_below_a_run_are_named(tmp_path: Path, monkeypatch: pyte
         require_no_links(run)
 
 
-def test_a_stage_that_dvc_runs_refuses_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stage_that_dvc_runs_refuses_a_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     import stages.__main__ as command
 
     shutil.copy(ROOT / "params.yaml", tmp_path)
@@ -90,7 +121,12 @@ def test_line_endings_are_not_converted_whatever_git_is_told(tmp_path: Path) -> 
     (tmp_path / "one").mkdir()
 
     def git(*words: str) -> None:
-        subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *words], cwd=tmp_path / "one", check=True, capture_output=True)
+        subprocess.run(
+            ["git", "-c", "user.name=t", "-c", "user.email=t@t", *words],
+            cwd=tmp_path / "one",
+            check=True,
+            capture_output=True,
+        )
 
     git("init", "-q")
     shutil.copy(ROOT / ".gitattributes", tmp_path / "one")

@@ -17,7 +17,9 @@ PARENT = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {
 
 def test_a_child_dies_with_its_parent() -> None:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True, env=environment) as parent:
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True, env=environment
+    ) as parent:
         assert parent.stdout is not None
         child = int(parent.stdout.readline())
         assert parent.stdout.readline() == "tied\n"

@@ -15,7 +15,9 @@ def _as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
-def test_what_was_bypassed_is_restored_with_this_machine_excepted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_bypassed_is_restored_with_this_machine_excepted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("http_proxy", "http://proxy:3128")
     monkeypatch.setenv("NO_PROXY", "cluster.local, localhost")
     proxies.bypass()

@@ -36,7 +36,10 @@ def record(where: Host, meanwhile: Callable[[], object] = lambda: None) -> None:
 
 
 def lines(tmp_path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (tmp_path / "metrics" / "run" / "optimize-it001.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (tmp_path / "metrics" / "run" / "optimize-it001.jsonl").read_text().splitlines()
+    ]
 
 
 @pytest.fixture
@@ -57,7 +60,12 @@ def _stranger(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Generator[None
 class FakeWandb:
     """Remembers what was asked of W&B."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, refusal: Exception | None = None, refused: str = "online offline") -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        refusal: Exception | None = None,
+        refused: str = "online offline",
+    ) -> None:
         import wandb
 
         self.modes: list[str] = []
@@ -91,15 +99,19 @@ def test_json_lines_hold_every_row_and_are_appended_to(tmp_path: Path) -> None:
     record(host(tmp_path, "jsonl"))
     record(host(tmp_path, "jsonl"))
     found = lines(tmp_path)
-    assert [{"step": row["step"], **{k: row[k] for k in ("loss", "accuracy") if k in row}} for row in found] == [
-        {"step": step, **row} for step, row in enumerate(ROWS)
-    ] * 2
+    assert [
+        {"step": row["step"], **{k: row[k] for k in ("loss", "accuracy") if k in row}}
+        for row in found
+    ] == [{"step": step, **row} for step, row in enumerate(ROWS)] * 2
     assert all(row["time"] > 1e9 and row["host"] for row in found)
     assert [path.name for path in (tmp_path / "metrics").iterdir()] == ["run"]
 
 
 def test_a_line_is_on_the_disk_as_soon_as_it_is_logged(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="stage"), track(host(tmp_path, "jsonl"), "run", "optimize", "it001", {}) as log:
+    with (
+        pytest.raises(RuntimeError, match="stage"),
+        track(host(tmp_path, "jsonl"), "run", "optimize", "it001", {}) as log,
+    ):
         log(ROWS[0], 5)
         assert len(lines(tmp_path)) == 1
         raise RuntimeError("the stage's own failure passes")
@@ -117,13 +129,18 @@ def test_wandb_is_told_run_stage_and_name(tmp_path: Path, monkeypatch: pytest.Mo
         "mode": "offline",
         "config": {"steps": 2},
     }
-    assert fake.logged == [({"optimize/loss": 2.0, "optimize/accuracy": 0.25}, 0), ({"optimize/loss": 1.5}, 1)]
+    assert fake.logged == [
+        ({"optimize/loss": 2.0, "optimize/accuracy": 0.25}, 0),
+        ({"optimize/loss": 1.5}, 1),
+    ]
     assert fake.finished == 1
     assert [row["loss"] for row in lines(tmp_path)] == [2.0, 1.5]  # and the lines are there as well
 
 
 @pytest.mark.usefixtures("_stranger")
-def test_the_environment_names_another_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_names_another_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake = FakeWandb(monkeypatch)
     monkeypatch.setenv("WANDB_RUN_GROUP", "objectives/grpo/3")
     record(host(tmp_path, "wandb"))
@@ -143,7 +160,11 @@ def test_the_environment_names_another_group(tmp_path: Path, monkeypatch: pytest
     ],
 )
 def test_online_with_an_account_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], netrc: str | None, mode: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    variables: dict[str, str],
+    netrc: str | None,
+    mode: str,
 ) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -157,13 +178,18 @@ def test_online_with_an_account_only(
 @pytest.mark.usefixtures("_stranger")
 def test_a_run_ends_when_its_stage_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeWandb(monkeypatch)
-    with pytest.raises(RuntimeError, match="mine"), track(host(tmp_path, "wandb"), "run", "label", "it001", {}):
+    with (
+        pytest.raises(RuntimeError, match="mine"),
+        track(host(tmp_path, "wandb"), "run", "label", "it001", {}),
+    ):
         raise RuntimeError("mine")
     assert fake.finished == 1
 
 
 @pytest.mark.usefixtures("_stranger")
-def test_wandb_that_cannot_start_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_that_cannot_start_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import wandb
 
     for refusal in (wandb.errors.CommError("no network"), OSError("disk full")):
@@ -175,7 +201,9 @@ def test_wandb_that_cannot_start_is_a_warning(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.usefixtures("_stranger")
 @pytest.mark.parametrize("variables", [{"WANDB_MODE": "sideways"}, {"WANDB_API_KEY": "too short"}])
-def test_what_wandb_itself_refuses_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+def test_what_wandb_itself_refuses_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
+) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.warns(UserWarning, match="W&B did not start"):
@@ -184,7 +212,9 @@ def test_what_wandb_itself_refuses_is_a_warning(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.usefixtures("_stranger")
-def test_a_server_that_does_not_answer_is_asked_once_an_hour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_does_not_answer_is_asked_once_an_hour(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Stages in between, each a process of its own, keep their runs offline: nobody waits 20 seconds for each of them."""
     import wandb
 
@@ -206,7 +236,9 @@ def test_a_server_that_does_not_answer_is_asked_once_an_hour(tmp_path: Path, mon
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_stranger")
-def test_a_server_that_is_silent_keeps_a_stage_for_seconds_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_is_silent_keeps_a_stage_for_seconds_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It takes the connection, and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
@@ -231,9 +263,24 @@ class WandbServer(BaseHTTPRequestHandler):
             return
         project = {"id": "p", "name": "vla-opd", "entity": {"id": "e", "name": "ada"}}
         data = {
-            "viewer": {"id": "u", "entity": "ada", "username": "ada", "flags": "{}", "teams": {"edges": []}},
+            "viewer": {
+                "id": "u",
+                "entity": "ada",
+                "username": "ada",
+                "flags": "{}",
+                "teams": {"edges": []},
+            },
             "serverInfo": {"features": []},
-            "upsertBucket": {"bucket": {"id": "r", "name": "r", "displayName": "r", "historyLineCount": 0, "project": project}, "inserted": True},
+            "upsertBucket": {
+                "bucket": {
+                    "id": "r",
+                    "name": "r",
+                    "displayName": "r",
+                    "historyLineCount": 0,
+                    "project": project,
+                },
+                "inserted": True,
+            },
             "createRunFiles": {"runID": "r", "uploadHeaders": [], "files": []},
         }
         answer = json.dumps({"data": data} if self.path == "/graphql" else {}).encode()
@@ -249,7 +296,9 @@ class WandbServer(BaseHTTPRequestHandler):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_stranger")
-def test_a_server_that_falls_silent_in_the_middle_is_one_warning_and_not_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_falls_silent_in_the_middle_is_one_warning_and_not_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server = ThreadingHTTPServer(("127.0.0.1", 0), WandbServer)
     Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
@@ -257,9 +306,13 @@ def test_a_server_that_falls_silent_in_the_middle_is_one_warning_and_not_asked_a
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            record(host(tmp_path, "wandb"))  # the false server is good enough for a run that is online from its start to its end
+            record(
+                host(tmp_path, "wandb")
+            )  # the false server is good enough for a run that is online from its start to its end
         monkeypatch.setattr(tracking, "UPLOADS_WITHIN", 2)
-        with pytest.warns(UserWarning, match=r"W&B did not take a run's curves within 2 s; .* for the next hour") as said:
+        with pytest.warns(
+            UserWarning, match=r"W&B did not take a run's curves within 2 s; .* for the next hour"
+        ) as said:
             record(host(tmp_path, "wandb"), meanwhile=WandbServer.silent.set)
         assert len(said) == 1
         with warnings.catch_warnings():
@@ -270,7 +323,11 @@ def test_a_server_that_falls_silent_in_the_middle_is_one_warning_and_not_asked_a
         server.shutdown()
         server.server_close()
     assert [row["step"] for row in lines(tmp_path)] == [0, 1] * 3
-    folders = sorted(path.name.partition("-20")[0] for path in (tmp_path / "metrics/wandb").glob("*run-*") if not path.is_symlink())
+    folders = sorted(
+        path.name.partition("-20")[0]
+        for path in (tmp_path / "metrics/wandb").glob("*run-*")
+        if not path.is_symlink()
+    )
     assert folders == ["offline-run", "run", "run"]
 
 
@@ -280,7 +337,9 @@ def test_wandb_offline_needs_no_network_and_no_account(tmp_path: Path) -> None:
     record(host(tmp_path, "wandb"))
     (folder,) = (tmp_path / "metrics" / "wandb").glob("offline-run-*")
     (log,) = folder.glob("*.wandb")
-    end = time.monotonic() + 20  # offline, `finish` does not wait for W&B's own process to write its file
+    end = (
+        time.monotonic() + 20
+    )  # offline, `finish` does not wait for W&B's own process to write its file
     while b"optimize/loss" not in log.read_bytes():
         assert time.monotonic() < end, "W&B wrote nothing"
         time.sleep(0.1)
@@ -309,17 +368,28 @@ with track(Host(tracking="wandb", metrics=Path("metrics")), "run", "optimize", "
 def test_wandb_that_is_lost_in_the_middle_is_one_warning(tmp_path: Path) -> None:
     """Its own process is killed."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run([sys.executable, "-c", LOST], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", LOST],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("W&B was lost") == 1
     assert "Traceback" not in done.stderr
     assert [row["step"] for row in lines(tmp_path)] == list(range(20))
 
 
-def test_an_execution_is_recorded_with_who_where_when_and_from_which_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_execution_is_recorded_with_who_where_when_and_from_which_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def git(*words: str) -> str:
         command = ["git", "-c", "user.name=t", "-c", "user.email=t@t", *words]
-        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            command, cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout.strip()
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LOGNAME", "ada")
@@ -330,14 +400,31 @@ def test_an_execution_is_recorded_with_who_where_when_and_from_which_commit(tmp_
     (tmp_path / "stages/label.py").write_text("one")
     git("add", "stages")
     git("commit", "-q", "-m", "one")
-    execution(replace(host(tmp_path, "jsonl"), execution="abc", task_run="t-1"), "run", "label", "it001")("e" * 64)
+    execution(
+        replace(host(tmp_path, "jsonl"), execution="abc", task_run="t-1"), "run", "label", "it001"
+    )("e" * 64)
     (tmp_path / "stages/label.py").write_text("two")
     (tmp_path / "params.yaml").write_text("not code")
     execution(host(tmp_path, "jsonl"), "run", "optimize", "it001")("f" * 64)
     outside, committed, edited = executions(tmp_path / "metrics/run")
-    assert (outside.commit, outside.edited, outside.user, outside.host) == ("", False, "ada", platform.node())
-    assert (committed.commit, committed.edited, committed.id, committed.task_run) == (git("rev-parse", "HEAD"), False, "abc", "t-1")
-    assert (edited.commit, edited.edited, edited.stage, edited.digest) == (committed.commit, True, "optimize", "f" * 64)
+    assert (outside.commit, outside.edited, outside.user, outside.host) == (
+        "",
+        False,
+        "ada",
+        platform.node(),
+    )
+    assert (committed.commit, committed.edited, committed.id, committed.task_run) == (
+        git("rev-parse", "HEAD"),
+        False,
+        "abc",
+        "t-1",
+    )
+    assert (edited.commit, edited.edited, edited.stage, edited.digest) == (
+        committed.commit,
+        True,
+        "optimize",
+        "f" * 64,
+    )
     assert outside.began <= outside.ended <= committed.began
 
 
@@ -362,13 +449,19 @@ def make_repository(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "stages").mkdir(parents=True)
     (folder / "stages/label.py").write_text(folder.name)
     monkeypatch.chdir(folder)
-    for words in (["init", "-q"], ["add", "stages"], ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-q", "-m", folder.name]):
+    for words in (
+        ["init", "-q"],
+        ["add", "stages"],
+        ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-q", "-m", folder.name],
+    ):
         subprocess.run(["git", *words], check=True)
     return folder
 
 
 def head(folder: Path) -> str:
-    return subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        ["git", "-C", folder, "rev-parse", "HEAD"], check=True, capture_output=True, text=True
+    ).stdout.strip()
 
 
 def recorded(folder: Path) -> str:
@@ -377,7 +470,9 @@ def recorded(folder: Path) -> str:
     return executions(folder / "metrics/run")[-1].commit
 
 
-def test_git_dir_of_another_repository_is_not_followed(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_git_dir_of_another_repository_is_not_followed(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = make_repository(tmp_path / "other", monkeypatch)
     monkeypatch.chdir(repository)
     assert head(repository) != head(other)
@@ -391,19 +486,28 @@ def test_git_dir_of_another_repository_is_not_followed(repository: Path, tmp_pat
 def test_a_repository_of_another_owner_is_no_commit_and_a_warning(repository: Path) -> None:
     for path in [repository, *repository.rglob("*")]:
         os.lchown(path, 12345, 12345)
-    with pytest.warns(UserWarning, match="no commit is recorded: fatal: detected dubious ownership"):
+    with pytest.warns(
+        UserWarning, match="no commit is recorded: fatal: detected dubious ownership"
+    ):
         assert recorded(repository) == ""
 
 
-def test_the_repository_around_an_unpacked_archive_is_not_its_own(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_repository_around_an_unpacked_archive_is_not_its_own(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (repository / "unpacked/stages").mkdir(parents=True)
     (repository / "unpacked/stages/label.py").write_text("of an archive")
     monkeypatch.chdir(repository / "unpacked")
-    with pytest.warns(UserWarning, match="no commit is recorded: the repository around this folder doesn't hold this project's code"):
+    with pytest.warns(
+        UserWarning,
+        match="no commit is recorded: the repository around this folder doesn't hold this project's code",
+    ):
         assert recorded(repository / "unpacked") == ""
 
 
-def test_a_machine_without_git_is_a_warning(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_git_is_a_warning(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.warns(UserWarning, match="no commit is recorded: git isn't installed"):
         assert recorded(repository) == ""
@@ -411,7 +515,9 @@ def test_a_machine_without_git_is_a_warning(repository: Path, monkeypatch: pytes
 
 @pytest.mark.usefixtures("_stranger")
 @pytest.mark.parametrize("spoilt", ["missing", "unset", "unreadable"])
-def test_a_user_without_a_home_is_offline_and_fails_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoilt: str) -> None:
+def test_a_user_without_a_home_is_offline_and_fails_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoilt: str
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "nowhere"))
     if spoilt == "unset":
         monkeypatch.setattr(Path, "expanduser", no_home)
@@ -438,5 +544,8 @@ def forbidden(*_: object) -> bool:
 
 def test_curves_that_cannot_be_kept_are_a_warning(tmp_path: Path) -> None:
     (tmp_path / "metrics").write_text("in the way")
-    with pytest.warns(UserWarning, match="the curves of it001 are not kept"), track(host(tmp_path, "jsonl"), "run", "label", "it001", {}) as log:
+    with (
+        pytest.warns(UserWarning, match="the curves of it001 are not kept"),
+        track(host(tmp_path, "jsonl"), "run", "label", "it001", {}) as log,
+    ):
         log({"loss": 1.0}, 0)

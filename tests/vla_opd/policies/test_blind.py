@@ -49,7 +49,12 @@ def test_a_blind_policy_loses_most_of_its_success() -> None:
     environment, seeing = checkpoint.facts.environment, load_policy(checkpoint)
     jobs = [Job(Placement(task, "evaluation", 0), 0, 0) for task in environment.tasks]
     success = {
-        name: sum(episode.success for episode in rollout(policy, jobs, environment, RolloutSettings(HORIZON, None), PoolSettings(workers=2)))
+        name: sum(
+            episode.success
+            for episode in rollout(
+                policy, jobs, environment, RolloutSettings(HORIZON, None), PoolSettings(workers=2)
+            )
+        )
         for name, policy in {"sees": seeing, "blind": Blind(seeing)}.items()
     }
     print(f"of {len(jobs)} episodes: {success}")

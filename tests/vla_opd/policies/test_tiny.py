@@ -11,7 +11,13 @@ import torch
 from tests.vla_opd import small
 from vla_opd.data.trajectory import Observations
 from vla_opd.policies.checkpoint import open_checkpoint
-from vla_opd.policies.load import POLICIES, build_policy, from_pretrained, load_policy, save_pretrained
+from vla_opd.policies.load import (
+    POLICIES,
+    build_policy,
+    from_pretrained,
+    load_policy,
+    save_pretrained,
+)
 from vla_opd.policies.tiny import FIRST_WORD, VOCABULARY_SIZE, TinyVLA, extend_vocabulary, words
 
 
@@ -45,7 +51,9 @@ def test_one_pass_gives_a_distribution_for_every_token(policy: TinyVLA) -> None:
     assert found.dtype == torch.float32
     assert (policy.chunk, policy.action_dim) == (small.CHUNK, small.DIMS)
     distributions = found.softmax(-1)
-    assert (distributions[:, 0] - distributions[:, -1]).abs().max() > 1e-3  # tokens of a chunk differ, and so do rows
+    assert (
+        distributions[:, 0] - distributions[:, -1]
+    ).abs().max() > 1e-3  # tokens of a chunk differ, and so do rows
     assert (distributions[0] - distributions[1]).abs().max() > 1e-4
 
 
@@ -60,8 +68,12 @@ def test_attention_is_bidirectional(policy: TinyVLA) -> None:
     kept = policy.placeholder.detach().clone()
     try:
         with torch.no_grad():
-            policy.placeholder[-1] += torch.randn(policy.placeholder.shape[1], generator=torch.Generator().manual_seed(1))
-        assert (logits(policy, seen) - before)[:, 0].abs().max() > 1e-4  # the first token sees the last placeholder
+            policy.placeholder[-1] += torch.randn(
+                policy.placeholder.shape[1], generator=torch.Generator().manual_seed(1)
+            )
+        assert (logits(policy, seen) - before)[
+            :, 0
+        ].abs().max() > 1e-4  # the first token sees the last placeholder
     finally:
         with torch.no_grad():
             policy.placeholder.copy_(kept)
@@ -70,14 +82,20 @@ def test_attention_is_bidirectional(policy: TinyVLA) -> None:
 
 def test_the_first_token_sees_everything(policy: TinyVLA) -> None:
     seen = small.observations(2)
-    assert change(policy, seen, replace(seen, instructions=("pick the red red",) * 2)) > 1e-5  # the last word
-    assert change(policy, seen, replace(seen, instructions=("red the pick cube",) * 2)) > 1e-5  # their order
+    assert (
+        change(policy, seen, replace(seen, instructions=("pick the red red",) * 2)) > 1e-5
+    )  # the last word
+    assert (
+        change(policy, seen, replace(seen, instructions=("red the pick cube",) * 2)) > 1e-5
+    )  # their order
     assert change(policy, seen, replace(seen, proprio=seen.proprio + 1)) > 1e-5
     for camera in range(2):
         frames = seen.frames.copy()
         frames[:, camera, 8:12, 8:12] = 255 - frames[:, camera, 8:12, 8:12]
         assert change(policy, seen, replace(seen, frames=frames)) > 1e-5
-    assert change(policy, seen, replace(seen, frames=seen.frames[:, ::-1].copy())) > 1e-5  # which camera is which
+    assert (
+        change(policy, seen, replace(seen, frames=seen.frames[:, ::-1].copy())) > 1e-5
+    )  # which camera is which
 
 
 def test_what_is_outside_the_crop_is_not_seen(policy: TinyVLA) -> None:
@@ -94,22 +112,41 @@ def test_proprioception_is_scaled_or_left_out() -> None:
     seen = small.observations(2)
     torch.manual_seed(0)
     shape = small.SHAPE.model_copy(update={"proprio": False})
-    blind = build_policy(small.FACTS.model_copy(update={"policy": shape, "proprio_mean": (), "proprio_std": ()}))
+    blind = build_policy(
+        small.FACTS.model_copy(update={"policy": shape, "proprio_mean": (), "proprio_std": ()})
+    )
     assert torch.equal(logits(blind, seen), logits(blind, replace(seen, proprio=seen.proprio + 1)))
     torch.manual_seed(0)
-    scaled = build_policy(small.FACTS.model_copy(update={"proprio_mean": (1.1, 1.2), "proprio_std": (1.0, 2.0)}))
+    scaled = build_policy(
+        small.FACTS.model_copy(update={"proprio_mean": (1.1, 1.2), "proprio_std": (1.0, 2.0)})
+    )
     torch.manual_seed(0)
     plain = build_policy(small.FACTS)
-    torch.testing.assert_close(logits(scaled, replace(seen, proprio=seen.proprio + 1)), logits(plain, seen))
+    torch.testing.assert_close(
+        logits(scaled, replace(seen, proprio=seen.proprio + 1)), logits(plain, seen)
+    )
 
 
 def test_unknown_words_are_one_word_and_long_instructions_are_cut(policy: TinyVLA) -> None:
     seen = small.observations(1)
-    same = [("grasp it", "hold that"), ("Pick, the RED cube!", "pick the red cube"), ("pick a red cube or two", "pick a red cube")]
+    same = [
+        ("grasp it", "hold that"),
+        ("Pick, the RED cube!", "pick the red cube"),
+        ("pick a red cube or two", "pick a red cube"),
+    ]
     for ours, theirs in same:
-        assert torch.equal(logits(policy, replace(seen, instructions=(ours,))), logits(policy, replace(seen, instructions=(theirs,)))), ours
-    assert not torch.equal(logits(policy, replace(seen, instructions=("pick",))), logits(policy, replace(seen, instructions=("grasp",))))
-    assert not torch.equal(logits(policy, replace(seen, instructions=("pick",))), logits(policy, replace(seen, instructions=("pick it",))))
+        assert torch.equal(
+            logits(policy, replace(seen, instructions=(ours,))),
+            logits(policy, replace(seen, instructions=(theirs,))),
+        ), ours
+    assert not torch.equal(
+        logits(policy, replace(seen, instructions=("pick",))),
+        logits(policy, replace(seen, instructions=("grasp",))),
+    )
+    assert not torch.equal(
+        logits(policy, replace(seen, instructions=("pick",))),
+        logits(policy, replace(seen, instructions=("pick it",))),
+    )
 
 
 def test_the_prompt_is_the_checkpoints() -> None:
@@ -119,7 +156,9 @@ def test_the_prompt_is_the_checkpoints() -> None:
         asked.append(build_policy(small.FACTS.model_copy(update={"prompt": prompt})))
     plain, prompted = asked
     seen = small.observations(1, instruction="pick cube")
-    assert torch.equal(logits(prompted, seen), logits(plain, replace(seen, instructions=("red pick cube",))))
+    assert torch.equal(
+        logits(prompted, seen), logits(plain, replace(seen, instructions=("red pick cube",)))
+    )
 
 
 @pytest.mark.usefixtures("_one_thread")
@@ -150,19 +189,36 @@ def test_a_policy_is_the_same_after_saving(tmp_path: Path, policy: TinyVLA) -> N
 def test_every_parameter_takes_part(policy: TinyVLA) -> None:
     twin = build_policy(small.FACTS)
     twin.logits(small.observations(2)).square().sum().backward()
-    idle = [name for name, parameter in twin.named_parameters() if parameter.grad is None or not parameter.grad.any()]
-    assert idle == ["language_model.embed_tokens.weight"]  # the Llama is given embeddings; words have their own table
+    idle = [
+        name
+        for name, parameter in twin.named_parameters()
+        if parameter.grad is None or not parameter.grad.any()
+    ]
+    assert idle == [
+        "language_model.embed_tokens.weight"
+    ]  # the Llama is given embeddings; words have their own table
 
 
 @pytest.mark.parametrize(
     ("frames", "message"),
     [
-        (np.zeros((1, 1, 20, 20, 3), np.uint8), r"frames: 1 camera\(s\) of 20x20; expected 2 of at least 16x16"),
-        (np.zeros((1, 3, 20, 20, 3), np.uint8), r"frames: 3 camera\(s\) of 20x20; expected 2 of at least 16x16"),
-        (np.zeros((1, 2, 20, 15, 3), np.uint8), r"frames: 2 camera\(s\) of 20x15; expected 2 of at least 16x16"),
+        (
+            np.zeros((1, 1, 20, 20, 3), np.uint8),
+            r"frames: 1 camera\(s\) of 20x20; expected 2 of at least 16x16",
+        ),
+        (
+            np.zeros((1, 3, 20, 20, 3), np.uint8),
+            r"frames: 3 camera\(s\) of 20x20; expected 2 of at least 16x16",
+        ),
+        (
+            np.zeros((1, 2, 20, 15, 3), np.uint8),
+            r"frames: 2 camera\(s\) of 20x15; expected 2 of at least 16x16",
+        ),
     ],
 )
-def test_other_cameras_and_smaller_pictures_are_refused(policy: TinyVLA, frames: np.ndarray, message: str) -> None:
+def test_other_cameras_and_smaller_pictures_are_refused(
+    policy: TinyVLA, frames: np.ndarray, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         policy.logits(Observations(frames, np.zeros((1, 2), np.float32), ("pick",)))
 
@@ -174,7 +230,12 @@ def test_words() -> None:
 def test_a_vocabulary_grows_at_its_end() -> None:
     first = extend_vocabulary((), ["pick the red cube", "pick the cup"])
     assert first == ("cube", "cup", "pick", "red", "the")
-    assert extend_vocabulary(first, ["open a door", "pick the cup"]) == (*first, "a", "door", "open")
+    assert extend_vocabulary(first, ["open a door", "pick the cup"]) == (
+        *first,
+        "a",
+        "door",
+        "open",
+    )
     assert extend_vocabulary(first, ["the cup"]) == first
 
 
@@ -185,18 +246,33 @@ def test_a_vocabulary_that_overflows_is_refused() -> None:
     with pytest.raises(ValueError, match=f"vocabulary: {room + 1} words; expected at most {room}"):
         extend_vocabulary(full, ["more"])
     policy = build_policy(small.FACTS.model_copy(update={"vocabulary": full}))
-    assert logits(policy, small.observations(1, instruction=full[-1])).isfinite().all()  # the last word has a row
+    assert (
+        logits(policy, small.observations(1, instruction=full[-1])).isfinite().all()
+    )  # the last word has a row
 
 
 def test_families_are_named_or_found_by_path() -> None:
     assert POLICIES["tiny"] is TinyVLA
-    elsewhere = small.FACTS.model_copy(update={"policy": small.SHAPE.model_copy(update={"family": "vla_opd.policies.tiny:TinyVLA"})})
+    elsewhere = small.FACTS.model_copy(
+        update={
+            "policy": small.SHAPE.model_copy(update={"family": "vla_opd.policies.tiny:TinyVLA"})
+        }
+    )
     assert isinstance(build_policy(elsewhere), TinyVLA)
-    with pytest.raises(ValueError, match=r"policy\.family is 'huge'; expected one of \['openvla_oft', 'tiny'\]"):
-        build_policy(small.FACTS.model_copy(update={"policy": small.SHAPE.model_copy(update={"family": "huge"})}))
+    with pytest.raises(
+        ValueError, match=r"policy\.family is 'huge'; expected one of \['openvla_oft', 'tiny'\]"
+    ):
+        build_policy(
+            small.FACTS.model_copy(
+                update={"policy": small.SHAPE.model_copy(update={"family": "huge"})}
+            )
+        )
 
 
 def test_its_passes_are_not_captured(policy: TinyVLA, tmp_path: Path) -> None:
     save_pretrained(policy, small.FACTS, tmp_path / "checkpoint")
-    with pytest.raises(ValueError, match=r"OPD_GRAPHS, or --graphs: .*checkpoint is of the family tiny; expected openvla_oft"):
+    with pytest.raises(
+        ValueError,
+        match=r"OPD_GRAPHS, or --graphs: .*checkpoint is of the family tiny; expected openvla_oft",
+    ):
         load_policy(open_checkpoint(tmp_path / "checkpoint"), graphs=True)

@@ -42,7 +42,12 @@ def jobs(task: str, count: int) -> list[Job]:
     return [Job(Placement(task, "training", index), 0, index) for index in range(count)]
 
 
-def run(todo: list[Job], settings: PoolSettings, tally: Tally, first: Callable[[Job], Command] | None = None) -> dict[int, list[Outcome]]:
+def run(
+    todo: list[Job],
+    settings: PoolSettings,
+    tally: Tally,
+    first: Callable[[Job], Command] | None = None,
+) -> dict[int, list[Outcome]]:
     """Every job: a reset, then 8 steps in two commands; the outcomes of the undisturbed attempt by placement index."""
     seen: dict[int, list[Outcome]] = {}
 
@@ -65,20 +70,33 @@ def run(todo: list[Job], settings: PoolSettings, tally: Tally, first: Callable[[
 def undisturbed(job: Job) -> list[Outcome]:
     """The same commands in this process; the marker exists by now, so nothing strikes."""
     env = PointMass(ENVIRONMENT)
-    return [command(env) for command in (Reset(job.placement), Forward(0, ACTIONS, 1), Forward(4, ACTIONS, 1))]
+    return [
+        command(env)
+        for command in (Reset(job.placement), Forward(0, ACTIONS, 1), Forward(4, ACTIONS, 1))
+    ]
 
 
 def children() -> set[str]:
-    return {pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
+    return {
+        pid
+        for task in Path("/proc/self/task").iterdir()
+        for pid in (task / "children").read_text().split()
+    }
 
 
 def belongings() -> tuple[set[str], int, int]:
     """What a pool might leave behind: child processes, open files, mapped shared memory."""
-    return children(), len(list(Path("/proc/self/fd").iterdir())), Path("/proc/self/maps").read_text().count("memfd:frames")
+    return (
+        children(),
+        len(list(Path("/proc/self/fd").iterdir())),
+        Path("/proc/self/maps").read_text().count("memfd:frames"),
+    )
 
 
 @pytest.mark.parametrize("trouble", ["exit", "kill", "hang", "stop", "raise", "nan"])
-def test_an_episode_whose_worker_is_lost_is_redone_from_the_start(trouble: str, tmp_path: Path) -> None:
+def test_an_episode_whose_worker_is_lost_is_redone_from_the_start(
+    trouble: str, tmp_path: Path
+) -> None:
     marker = tmp_path / "struck"
     todo = jobs(f"{trouble}:1:{marker}", 3)
     before = belongings()
@@ -101,7 +119,11 @@ def test_an_episode_whose_worker_is_lost_is_redone_from_the_start(trouble: str, 
 
 @pytest.mark.parametrize(
     ("trouble", "told"),
-    [("exit", "exited with code 3"), ("raise", "the solver diverged"), ("nan", "diverged: proprioception at control step 3 is .nan")],
+    [
+        ("exit", "exited with code 3"),
+        ("raise", "the solver diverged"),
+        ("nan", "diverged: proprioception at control step 3 is .nan"),
+    ],
 )
 def test_too_many_crashes_of_one_episode_end_the_run(trouble: str, told: str) -> None:
     before, tally = belongings(), Tally()
@@ -125,16 +147,29 @@ def test_a_users_mistake_travels_and_is_not_retried() -> None:
 
 def test_a_worker_is_a_lean_single_threaded_process_deaf_to_ctrl_c() -> None:
     whats = ("modules", "threads", "interrupt")
-    seen = run(jobs("reach", 3), PoolSettings(), Tally(), lambda job: Inspect(whats[job.placement.index]))
-    (pid, *modules), (_, threads), (_, interrupt) = (seen[n][0].instruction.split() for n in range(3))
+    seen = run(
+        jobs("reach", 3), PoolSettings(), Tally(), lambda job: Inspect(whats[job.placement.index])
+    )
+    (pid, *modules), (_, threads), (_, interrupt) = (
+        seen[n][0].instruction.split() for n in range(3)
+    )
     assert int(pid) != os.getpid()
-    assert not {"torch", "transformers", "zarr", "pytest", "mujoco", "vla_opd.simulation.rollout"} & set(modules)
+    assert not {
+        "torch",
+        "transformers",
+        "zarr",
+        "pytest",
+        "mujoco",
+        "vla_opd.simulation.rollout",
+    } & set(modules)
     assert threads == "1"
     assert interrupt == "SIG_IGN"
 
 
 def test_workers_die_with_their_parent() -> None:
-    with subprocess.Popen([sys.executable, "-c", ORPHAN], stdout=subprocess.PIPE, text=True) as parent:
+    with subprocess.Popen(
+        [sys.executable, "-c", ORPHAN], stdout=subprocess.PIPE, text=True
+    ) as parent:
         assert parent.stdout is not None
         worker = int(parent.stdout.readline())
         assert alive(worker)
@@ -144,7 +179,14 @@ def test_workers_die_with_their_parent() -> None:
 
 def test_leaving_the_pool_early_ends_busy_workers() -> None:
     before = belongings()
-    with Pool(ENVIRONMENT, jobs("reach", 2), lambda _: Inspect("threads"), capacity=1, settings=PoolSettings(workers=2), tally=Tally()) as pool:
+    with Pool(
+        ENVIRONMENT,
+        jobs("reach", 2),
+        lambda _: Inspect("threads"),
+        capacity=1,
+        settings=PoolSettings(workers=2),
+        tally=Tally(),
+    ) as pool:
         ((job, _),) = pool.collect()[:1]
         pool.send(job, Sleep())
         assert len(children()) == len(before[0]) + 2
@@ -157,7 +199,9 @@ def test_a_worker_keeps_its_task_and_a_free_one_takes_the_largest_unserved() -> 
     assert queue.take(None, {"b"}).placement == Placement("c", "training", 0)
     assert queue.take("b", {"c"}).placement == Placement("b", "training", 1)
     assert queue.take("a", {"a", "b"}).placement == Placement("a", "training", 0)
-    assert queue.take("elsewhere", {"a", "b", "c"}).placement.task == "b"  # c has as many left, but b came first
+    assert (
+        queue.take("elsewhere", {"a", "b", "c"}).placement.task == "b"
+    )  # c has as many left, but b came first
     assert len(queue) == 4
 
 

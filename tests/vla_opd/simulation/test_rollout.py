@@ -15,9 +15,19 @@ from vla_opd.envs.protocol import Placement
 from vla_opd.params.stages import DemonstrateParams, EnvironmentParams
 from vla_opd.policies.policy import Observations
 from vla_opd.simulation.demonstrate import BURST_LENGTH, BURST_START, demonstrate, draw_disturbance
-from vla_opd.simulation.rollout import Job, PoolSettings, RolloutSettings, Tally, choose, rollout, sample_tokens
+from vla_opd.simulation.rollout import (
+    Job,
+    PoolSettings,
+    RolloutSettings,
+    Tally,
+    choose,
+    rollout,
+    sample_tokens,
+)
 
-ENVIRONMENT = EnvironmentParams(family=FAMILY, tasks=("reach", "push"), image_size=16, cameras=("front", "side"))
+ENVIRONMENT = EnvironmentParams(
+    family=FAMILY, tasks=("reach", "push"), image_size=16, cameras=("front", "side")
+)
 CHUNK, DIMS, BINS = 4, 4, 5
 TOKENS = CHUNK * DIMS
 VALUES = np.linspace(-1, 1, BINS, dtype=np.float32)
@@ -36,7 +46,11 @@ class Steering:
         self.rows.append(len(observations))
         proprio = torch.from_numpy(observations.proprio)
         ahead = torch.cat(
-            [proprio[:, 3:] - proprio[:, :3], torch.from_numpy(observations.frames).float().mean(dim=(1, 2, 3, 4))[:, None] / 255], dim=1
+            [
+                proprio[:, 3:] - proprio[:, :3],
+                torch.from_numpy(observations.frames).float().mean(dim=(1, 2, 3, 4))[:, None] / 255,
+            ],
+            dim=1,
         )
         logits = -self.sharpness * (torch.from_numpy(VALUES) - 2 * ahead[:, :, None]) ** 2
         return logits.repeat(1, CHUNK, 1)
@@ -48,7 +62,9 @@ class Steering:
 SETTINGS = RolloutSettings(horizon=30, temperature=0.8, observe_every=2)
 
 
-def some_jobs(tasks: Sequence[str] = ("reach", "push"), placements: int = 2, group: int = 2) -> list[Job]:
+def some_jobs(
+    tasks: Sequence[str] = ("reach", "push"), placements: int = 2, group: int = 2
+) -> list[Job]:
     return [
         Job(Placement(task, "training", index), member, seed=1000 * index + member)
         for task in tasks
@@ -71,7 +87,10 @@ def assert_same(ours: Sequence[Episode], theirs: Sequence[Episode]) -> None:
         for item in fields(Episode):
             a, b = getattr(episode, item.name), getattr(right[key], item.name)
             if isinstance(a, np.ndarray):
-                assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes()), (key, item.name)
+                assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes()), (
+                    key,
+                    item.name,
+                )
             else:
                 assert a == b, (key, item.name)
 
@@ -83,15 +102,26 @@ def episodes() -> list[Episode]:
 
 
 @pytest.mark.parametrize(("workers", "reverse"), [(1, True), (2, True)])
-def test_episodes_depend_neither_on_workers_nor_on_order(episodes: list[Episode], workers: int, *, reverse: bool) -> None:
+def test_episodes_depend_neither_on_workers_nor_on_order(
+    episodes: list[Episode], workers: int, *, reverse: bool
+) -> None:
     todo = some_jobs()[:: -1 if reverse else 1]
-    assert_same(list(rollout(Steering(), todo, ENVIRONMENT, SETTINGS, pool_settings=PoolSettings(workers=workers))), episodes)
+    assert_same(
+        list(
+            rollout(
+                Steering(), todo, ENVIRONMENT, SETTINGS, pool_settings=PoolSettings(workers=workers)
+            )
+        ),
+        episodes,
+    )
 
 
 def test_every_forward_pass_has_exactly_inference_batch_rows(episodes: list[Episode]) -> None:
     policy = Steering()
     settings = RolloutSettings(horizon=30, temperature=0.8, observe_every=2, inference_batch=3)
-    batched = list(rollout(policy, some_jobs(), ENVIRONMENT, settings, pool_settings=PoolSettings(workers=2)))
+    batched = list(
+        rollout(policy, some_jobs(), ENVIRONMENT, settings, pool_settings=PoolSettings(workers=2))
+    )
     assert set(policy.rows) == {3}  # two workers can never fill three rows: padding always
     assert_same(batched, episodes)
     decisions = sum(len(episode.tokens) for episode in batched)
@@ -116,15 +146,23 @@ def test_an_episode_is_what_the_policy_saw_and_did(episodes: list[Episode]) -> N
         assert episode.step.tolist() == list(range(0, episode.steps, 2))
         assert episode.frames.shape == (len(episode.step), 2, 16, 16, 3)
         assert episode.instruction == f"reach {episode.placement.task}"
-        np.testing.assert_array_equal(Steering().decode(episode.tokens).reshape(-1, DIMS)[: episode.steps], episode.actions)
-        moved = np.cumsum(np.concatenate([np.zeros((1, 3)), SPEED * episode.actions[:, :3]]), axis=0)
-        np.testing.assert_allclose(episode.proprio[:, :3], episode.proprio[0, :3] + moved[episode.step], atol=1e-6)
+        np.testing.assert_array_equal(
+            Steering().decode(episode.tokens).reshape(-1, DIMS)[: episode.steps], episode.actions
+        )
+        moved = np.cumsum(
+            np.concatenate([np.zeros((1, 3)), SPEED * episode.actions[:, :3]]), axis=0
+        )
+        np.testing.assert_allclose(
+            episode.proprio[:, :3], episode.proprio[0, :3] + moved[episode.step], atol=1e-6
+        )
 
 
 def test_recorded_log_probs_are_those_of_the_trainer(episodes: list[Episode]) -> None:
     for episode in episodes:
         at = np.isin(episode.step, np.arange(0, episode.steps, CHUNK))
-        states = Observations(episode.frames[at], episode.proprio[at], (episode.instruction,) * int(at.sum()))
+        states = Observations(
+            episode.frames[at], episode.proprio[at], (episode.instruction,) * int(at.sum())
+        )
         log_probs = (Steering().logits(states) / 0.8).log_softmax(dim=-1)
         expected = log_probs.gather(-1, torch.from_numpy(episode.tokens).long()[..., None])[..., 0]
         np.testing.assert_allclose(episode.log_probs, expected.numpy(), atol=1e-6)
@@ -133,21 +171,36 @@ def test_recorded_log_probs_are_those_of_the_trainer(episodes: list[Episode]) ->
 def test_greedy_takes_the_first_maximum_and_keeps_no_states_unless_told() -> None:
     policy = Steering(sharpness=3.0)
     settings = RolloutSettings(horizon=30, temperature=None)
-    jobs = [Job(job.placement, job.member, seed) for seed, job in enumerate(some_jobs(placements=1))]  # members differ in their seeds
+    jobs = [
+        Job(job.placement, job.member, seed) for seed, job in enumerate(some_jobs(placements=1))
+    ]  # members differ in their seeds
     greedy = by_job(list(rollout(policy, jobs, ENVIRONMENT, settings)))
     one, two = (greedy[Placement("reach", "training", 0), member] for member in (0, 1))
     np.testing.assert_array_equal(one.tokens, two.tokens)
     assert one.frames.shape == (0, 2, 16, 16, 3)
     assert len(one.step) == len(one.proprio) == 0
-    kept = next(rollout(policy, jobs[:1], ENVIRONMENT, RolloutSettings(horizon=30, temperature=None, observe_every=4)))
+    kept = next(
+        rollout(
+            policy,
+            jobs[:1],
+            ENVIRONMENT,
+            RolloutSettings(horizon=30, temperature=None, observe_every=4),
+        )
+    )
     np.testing.assert_array_equal(kept.tokens, one.tokens)
-    logits = policy.logits(Observations(kept.frames, kept.proprio, (kept.instruction,) * len(kept.step)))
+    logits = policy.logits(
+        Observations(kept.frames, kept.proprio, (kept.instruction,) * len(kept.step))
+    )
     np.testing.assert_array_equal(kept.tokens, logits.numpy().argmax(axis=-1))
-    np.testing.assert_allclose(kept.log_probs, logits.log_softmax(-1).max(-1).values.numpy(), atol=1e-6)
+    np.testing.assert_allclose(
+        kept.log_probs, logits.log_softmax(-1).max(-1).values.numpy(), atol=1e-6
+    )
 
 
 def test_ties_go_to_the_first_bin() -> None:
-    tokens, log_probs = choose(torch.tensor([[0.0, 2.0, 2.0], [1.0, 1.0, 1.0]]), None, np.random.default_rng(0))
+    tokens, log_probs = choose(
+        torch.tensor([[0.0, 2.0, 2.0], [1.0, 1.0, 1.0]]), None, np.random.default_rng(0)
+    )
     assert tokens.tolist() == [1, 0]
     assert log_probs[1] == pytest.approx(np.log(1 / 3))
 
@@ -155,7 +208,14 @@ def test_ties_go_to_the_first_bin() -> None:
 @pytest.mark.parametrize("horizon", [6, 8])
 def test_the_last_chunk_is_cut_off_at_the_horizon(horizon: int) -> None:
     job = some_jobs()[0]
-    episode = next(rollout(Steering(), [job], ENVIRONMENT, RolloutSettings(horizon=horizon, temperature=1.0, observe_every=2)))
+    episode = next(
+        rollout(
+            Steering(),
+            [job],
+            ENVIRONMENT,
+            RolloutSettings(horizon=horizon, temperature=1.0, observe_every=2),
+        )
+    )
     assert not episode.success
     assert episode.steps == len(episode.actions) == horizon
     assert len(episode.tokens) == -(-horizon // CHUNK)
@@ -163,11 +223,21 @@ def test_the_last_chunk_is_cut_off_at_the_horizon(horizon: int) -> None:
 
 
 def test_observe_every_must_divide_the_chunk() -> None:
-    with pytest.raises(ValueError, match=r"sample.observe_every is 3; expected a divisor of the policy's chunk of 4: one of \[1, 2, 4\]"):
-        rollout(Steering(), some_jobs(), ENVIRONMENT, RolloutSettings(horizon=8, temperature=1.0, observe_every=3))
+    with pytest.raises(
+        ValueError,
+        match=r"sample.observe_every is 3; expected a divisor of the policy's chunk of 4: one of \[1, 2, 4\]",
+    ):
+        rollout(
+            Steering(),
+            some_jobs(),
+            ENVIRONMENT,
+            RolloutSettings(horizon=8, temperature=1.0, observe_every=3),
+        )
 
 
-@pytest.mark.parametrize("wrong", [{"horizon": 0}, {"temperature": 0.0}, {"observe_every": 0}, {"inference_batch": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"horizon": 0}, {"temperature": 0.0}, {"observe_every": 0}, {"inference_batch": -1}]
+)
 def test_rollout_settings_are_checked(wrong: dict[str, float]) -> None:
     ((name, value),) = wrong.items()
     with pytest.raises(ValueError, match=f"{name} is {value!r}; expected more than 0"):
@@ -219,7 +289,12 @@ def test_demonstrations_hold_the_experts_own_actions() -> None:
     todo = some_jobs(placements=4)
     tally = Tally()
     one = list(demonstrate(todo, ENVIRONMENT, DEMONSTRATE, tally=tally))
-    assert_same(one, list(demonstrate(todo[::-1], ENVIRONMENT, DEMONSTRATE, pool_settings=PoolSettings(workers=2))))
+    assert_same(
+        one,
+        list(
+            demonstrate(todo[::-1], ENVIRONMENT, DEMONSTRATE, pool_settings=PoolSettings(workers=2))
+        ),
+    )
     assert tally.crashes == 0
     assert sum(episode.success for episode in one) >= 15
     assert 0 < sum(not episode.clean.all() for episode in one) < len(one)
@@ -227,13 +302,23 @@ def test_demonstrations_hold_the_experts_own_actions() -> None:
     for episode in one:
         assert episode.step.tolist() == list(range(0, episode.steps, 2))
         assert episode.tokens.shape == episode.log_probs.shape == (0, 0)
-        ahead = episode.proprio[:, 3:] - episode.proprio[:, :3]  # what the expert did at the kept states
-        np.testing.assert_allclose(episode.actions[episode.step, :3], ahead / np.linalg.norm(ahead, axis=1, keepdims=True), atol=1e-5)
+        ahead = (
+            episode.proprio[:, 3:] - episode.proprio[:, :3]
+        )  # what the expert did at the kept states
+        np.testing.assert_allclose(
+            episode.actions[episode.step, :3],
+            ahead / np.linalg.norm(ahead, axis=1, keepdims=True),
+            atol=1e-5,
+        )
         disturbance = draw_disturbance(seeds[episode.placement, episode.member], 60, 0.2, 0.5)
         np.testing.assert_array_equal(episode.clean, ~disturbance.burst[: episode.steps])
-        executed = np.stack([disturbance.executed(step, action) for step, action in enumerate(episode.actions)])
+        executed = np.stack(
+            [disturbance.executed(step, action) for step, action in enumerate(episode.actions)]
+        )
         moved = np.cumsum(np.concatenate([np.zeros((1, 3)), SPEED * executed[:, :3]]), axis=0)
-        np.testing.assert_allclose(episode.proprio[:, :3], episode.proprio[0, :3] + moved[episode.step], atol=1e-6)
+        np.testing.assert_allclose(
+            episode.proprio[:, :3], episode.proprio[0, :3] + moved[episode.step], atol=1e-6
+        )
 
 
 def test_without_noise_and_bursts_the_expert_is_undisturbed() -> None:
@@ -262,7 +347,9 @@ def test_bursts_are_as_promised() -> None:
 def test_bursts_execute_random_xyz_and_leave_the_gripper() -> None:
     disturbance = draw_disturbance(seed=1, horizon=300, noise=0.0, burst=1.0)
     step = int(np.flatnonzero(disturbance.burst)[0])
-    executed = disturbance.executed(step, np.array([1.0, 1.0, 1.0, 0.1, -0.1, 0.2, -1.0], np.float32))
+    executed = disturbance.executed(
+        step, np.array([1.0, 1.0, 1.0, 0.1, -0.1, 0.2, -1.0], np.float32)
+    )
     np.testing.assert_array_equal(executed[:3], disturbance.random[step])
     np.testing.assert_array_equal(executed[3:], np.array([0.1, -0.1, 0.2, -1.0], np.float32))
 
@@ -277,5 +364,9 @@ def test_the_states_that_were_kept_are_counted() -> None:
 def test_a_rate_of_nothing_is_not_told() -> None:
     assert "states_per_second" not in Tally().as_metrics()
     tally = Tally()
-    list(demonstrate(some_jobs(), ENVIRONMENT, DemonstrateParams(expert=EXPERT, horizon=20), tally=tally))
+    list(
+        demonstrate(
+            some_jobs(), ENVIRONMENT, DemonstrateParams(expert=EXPERT, horizon=20), tally=tally
+        )
+    )
     assert tally.as_metrics()["states_per_second"] > 0

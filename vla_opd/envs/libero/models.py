@@ -46,7 +46,9 @@ def _folder() -> Path:
     folder.mkdir(mode=0o700, exist_ok=True)
     owner = folder.stat()
     if owner.st_uid != os.getuid() or owner.st_mode & 0o022:
-        raise RuntimeError(f"{folder} belongs to somebody else, or others may write to it; remove it or set TMPDIR")
+        raise RuntimeError(
+            f"{folder} belongs to somebody else, or others may write to it; remove it or set TMPDIR"
+        )
     return folder
 
 

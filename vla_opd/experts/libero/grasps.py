@@ -62,7 +62,11 @@ class Boxes:
         clouds = [np.empty((0, 3))]
         for centre, rotation, half in zip(self.centres, self.rotations, self.halves, strict=True):
             axes = [np.linspace(-h, h, max(2, int(np.ceil(2 * h / spacing)) + 1)) for h in half]
-            clouds += [_face(axes, axis, side) @ rotation.T + centre for side, axis in _FACES if side * rotation[2, axis] > upward]
+            clouds += [
+                _face(axes, axis, side) @ rotation.T + centre
+                for side, axis in _FACES
+                if side * rotation[2, axis] > upward
+            ]
         return np.concatenate(clouds)
 
 
@@ -110,18 +114,26 @@ class HeightMap:
     cell: float
     heights: Float64[np.ndarray, "U V"]
 
-    def widened(self, half_u: float, half_v: float, offset_u: float = 0.0) -> Float64[np.ndarray, "U V"]:
+    def widened(
+        self, half_u: float, half_v: float, offset_u: float = 0.0
+    ) -> Float64[np.ndarray, "U V"]:
         """Maximum over the rectangle of these half sizes whose centre is `offset_u` along u away; cells beyond the map count as empty."""
         reach_u, reach_v = (int(np.ceil(half / self.cell)) for half in (half_u, half_v))
         wide = _sliding_max(_sliding_max(self.heights, reach_u).T, reach_v).T
         shift = round(offset_u / self.cell)
         moved = np.full_like(wide, -np.inf)
-        source, goal = (slice(shift, None), slice(None, -shift or None)) if shift >= 0 else (slice(None, shift), slice(-shift, None))
+        source, goal = (
+            (slice(shift, None), slice(None, -shift or None))
+            if shift >= 0
+            else (slice(None, shift), slice(-shift, None))
+        )
         moved[goal] = wide[source]
         return moved
 
 
-def height_map(points: Points, low: Float64[np.ndarray, "2"], high: Float64[np.ndarray, "2"], cell: float) -> HeightMap:
+def height_map(
+    points: Points, low: Float64[np.ndarray, "2"], high: Float64[np.ndarray, "2"], cell: float
+) -> HeightMap:
     """Rasterise the points whose first two coordinates lie in [low, high); empty cells are at minus infinity."""
     shape = np.ceil((high - low) / cell).astype(int)
     heights = np.full(shape, -np.inf)
@@ -160,9 +172,21 @@ def lowest_tip(points: Points, position: Float64[np.ndarray, "2"], yaw: float) -
     local = _turned(points, yaw)
     local[:, :2] -= _turned(np.array([[*position, 0.0]]), yaw)[0, :2]
     u, v, z = np.abs(local[:, 0]), np.abs(local[:, 1]), local[:, 2]
-    finger = (u > FINGER_INNER - CLEARANCE) & (u < FINGER_OUTER + CLEARANCE) & (v < FINGER_HALF_WIDTH + CLEARANCE)
+    finger = (
+        (u > FINGER_INNER - CLEARANCE)
+        & (u < FINGER_OUTER + CLEARANCE)
+        & (v < FINGER_HALF_WIDTH + CLEARANCE)
+    )
     palm = (u < PALM_HALF_LENGTH) & (v < PALM_HALF_WIDTH)
-    return float(max(np.max(z, where=finger, initial=-np.inf), np.max(z, where=palm, initial=-np.inf) - PALM_ABOVE_TIP)) + CLEARANCE
+    return (
+        float(
+            max(
+                np.max(z, where=finger, initial=-np.inf),
+                np.max(z, where=palm, initial=-np.inf) - PALM_ABOVE_TIP,
+            )
+        )
+        + CLEARANCE
+    )
 
 
 def angle(yaw: float, reference: float) -> float:
@@ -207,7 +231,13 @@ class _Frame:
             return None
         x, y = _turned(np.array([[u + contact.shift, v, 0.0]]), -self.yaw)[0, :2]
         tight = max(0.0, contact.width - ROOMY) / 0.005
-        return Grasp(np.array([x, y, tip + SITE_ABOVE_TIP]), self.yaw, contact.width, contact.overlap, cost + tight)
+        return Grasp(
+            np.array([x, y, tip + SITE_ABOVE_TIP]),
+            self.yaw,
+            contact.width,
+            contact.overlap,
+            cost + tight,
+        )
 
     def proposals(self, task: Task) -> Float64[np.ndarray, "M 4"]:
         """(u, v, height of the tips, cost) of every cell where the open hand fits around the object."""
@@ -220,11 +250,15 @@ class _Frame:
         shallow = np.maximum(FIRM + PAD_FROM - (tops - tips)[tuple(cells.T)], 0.0) / 0.001
         return np.column_stack([places, tip, self._costs(task, places, centre) + shallow])
 
-    def _rooms(self, task: Task, centre: Float64[np.ndarray, "2"]) -> tuple[Float64[np.ndarray, "U V"], Float64[np.ndarray, "U V"]]:
+    def _rooms(
+        self, task: Task, centre: Float64[np.ndarray, "2"]
+    ) -> tuple[Float64[np.ndarray, "U V"], Float64[np.ndarray, "U V"]]:
         """For every cell: how low the tips can go, and how high the object reaches between the fingers there. The centre is the middle cell."""
         extent = np.abs(self.target[:, :2] - centre).max(axis=0) + PALM_HALF_LENGTH
         half = (np.ceil(extent / self.cell) + 0.5) * self.cell
-        both = height_map(np.concatenate([self.target, self.obstacles]), centre - half, centre + half, self.cell)
+        both = height_map(
+            np.concatenate([self.target, self.obstacles]), centre - half, centre + half, self.cell
+        )
         near = height_map(self.obstacles, centre - half, centre + half, self.cell)
         own = height_map(self.target, centre - half, centre + half, self.cell)
         middle, thick = (FINGER_INNER + FINGER_OUTER) / 2, (FINGER_OUTER - FINGER_INNER) / 2
@@ -235,7 +269,9 @@ class _Frame:
         tips = np.maximum(np.maximum(fingers, palm), np.maximum(strip, task.floor)) + CLEARANCE
         return tips, own.widened(FINGER_INNER - self.cell, PAD_HALF_WIDTH - self.cell)
 
-    def _costs(self, task: Task, places: Float64[np.ndarray, "M 2"], centre: Float64[np.ndarray, "2"]) -> Float64[np.ndarray, "M"]:
+    def _costs(
+        self, task: Task, places: Float64[np.ndarray, "M 2"], centre: Float64[np.ndarray, "2"]
+    ) -> Float64[np.ndarray, "M"]:
         """Two centimetres off the centre of mass, two beyond the reach and a right angle of yaw cost 1, 1 and 2."""
         flat = np.column_stack([places, np.zeros(len(places))])
         world = _turned(flat, -self.yaw)[:, :2]
@@ -251,37 +287,59 @@ class _Frame:
         return cost
 
 
-def _moved(heights: Float64[np.ndarray, "U V"], offset: float, cell: float) -> Float64[np.ndarray, "U V"]:
+def _moved(
+    heights: Float64[np.ndarray, "U V"], offset: float, cell: float
+) -> Float64[np.ndarray, "U V"]:
     return HeightMap(np.zeros(2), cell, heights).widened(0.0, 0.0, offset)
 
 
 def _contact(target: Points, u: float, v: float, tip: float) -> _Contact | None:
     """What the closing pads meet, or None unless both surfaces are flat over the pad's width and don't squeeze the object out."""
     du, dv, dz = target[:, 0] - u, target[:, 1] - v, target[:, 2] - tip
-    between = (np.abs(du) < OPENING / 2 - 0.0015) & (np.abs(dv) <= PAD_HALF_WIDTH) & (dz > PAD_FROM) & (dz < PAD_TO)
+    between = (
+        (np.abs(du) < OPENING / 2 - 0.0015)
+        & (np.abs(dv) <= PAD_HALF_WIDTH)
+        & (dz > PAD_FROM)
+        & (dz < PAD_TO)
+    )
     if between.sum() < 6:
         return None
     du, dv, dz = du[between], dv[between], dz[between]
     low, high = _extremes(du, dv, -PAD_HALF_WIDTH, PAD_HALF_WIDTH, 5)
     touched = np.isfinite(low)
-    if touched.sum() < 3 or not touched[2] or np.ptp(low[touched]) > FLAT or np.ptp(high[touched]) > FLAT:
+    if (
+        touched.sum() < 3
+        or not touched[2]
+        or np.ptp(low[touched]) > FLAT
+        or np.ptp(high[touched]) > FLAT
+    ):
         return None
     if _is_wedge(du, dz):
         return None
     left, right = low[touched].min(), high[touched].max()
     shift = (left + right) / 2
-    return _Contact(float(right - left), float(shift), float(dz.max() - PAD_FROM)) if abs(shift) < OFF_CENTRE else None
+    return (
+        _Contact(float(right - left), float(shift), float(dz.max() - PAD_FROM))
+        if abs(shift) < OFF_CENTRE
+        else None
+    )
 
 
 def _is_wedge(du: Float64[np.ndarray, "M"], dz: Float64[np.ndarray, "M"]) -> bool:
     """Whether the object widens downward between the pads, so that only their lower edges touch it."""
     low, high = _extremes(du, dz, PAD_FROM, PAD_TO, 4)
-    spread = min(low[1:].min() - low[0], high[0] - high[1:].max())  # an inclined wall recedes on one side only
+    spread = min(
+        low[1:].min() - low[0], high[0] - high[1:].max()
+    )  # an inclined wall recedes on one side only
     return bool(np.isfinite(low[1:]).any() and spread > WEDGE)
 
 
 def _extremes(
-    values: Float64[np.ndarray, "M"], keys: Float64[np.ndarray, "M"], start: float, stop: float, bins: int
+    values: Float64[np.ndarray, "M"],
+    keys: Float64[np.ndarray, "M"],
+    start: float,
+    stop: float,
+    bins: int,
 ) -> tuple[Float64[np.ndarray, "K"], Float64[np.ndarray, "K"]]:
     """Minimum and maximum of the values in each of `bins` equal bins of their keys; (inf, -inf) for an empty bin."""
     index = np.clip(((keys - start) / (stop - start) * bins).astype(int), 0, bins - 1)

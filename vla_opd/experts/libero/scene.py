@@ -71,12 +71,16 @@ class Scene:
         state = self._env.problem.parsed_problem["goal_state"]
         for predicate in state:
             if predicate[0].lower() not in ("on", "in"):
-                raise ValueError(f"goal is {predicate!r}; the scripted expert for LIBERO only knows placements: expected (on a b) or (in a b)")
+                raise ValueError(
+                    f"goal is {predicate!r}; the scripted expert for LIBERO only knows placements: expected (on a b) or (in a b)"
+                )
         return tuple(Goal(relation.lower(), item, place) for relation, item, place in state)
 
     def holds(self, goal: Goal) -> bool:
         """The benchmark's own predicate."""
-        item, place = (self._env.problem.object_states_dict[name] for name in (goal.item, goal.place))
+        item, place = (
+            self._env.problem.object_states_dict[name] for name in (goal.item, goal.place)
+        )
         if goal.relation == "on":
             return bool(place.check_ontop(item))
         return bool(place.check_contact(item) and place.check_contain(item))
@@ -85,7 +89,11 @@ class Scene:
         """Where the gripper is."""
         data = self._env.data
         left, right = data.qpos[self._fingers]
-        return Hand(data.site_xpos[self._site].copy(), data.site_xmat[self._site].reshape(3, 3).copy(), float(left - right))
+        return Hand(
+            data.site_xpos[self._site].copy(),
+            data.site_xmat[self._site].reshape(3, 3).copy(),
+            float(left - right),
+        )
 
     def body(self, name: str) -> int:
         """The root body of an object."""
@@ -129,12 +137,16 @@ class Scene:
 
     def obstacles(self, without: str) -> Points:
         """Points on everything solid but an object, the robot and the large horizontal surfaces; fine near the object."""
-        others = self._solids[(self._roots[self._solids] != self._root(without)) & ~self._is_large()]
+        others = self._solids[
+            (self._roots[self._solids] != self._root(without)) & ~self._is_large()
+        ]
         boxes = self._boxes(others)
         size = np.linalg.norm(boxes.halves, axis=1)
         near = np.linalg.norm(boxes.centres[:, :2] - self.origin(without)[:2], axis=1) - size < NEAR
         fine, coarse = self._boxes(others[near]), self._boxes(others[~near])
-        return np.concatenate([grasps.skyline(fine.roof(FINE), FINE), grasps.skyline(coarse.roof(COARSE), COARSE)])
+        return np.concatenate(
+            [grasps.skyline(fine.roof(FINE), FINE), grasps.skyline(coarse.roof(COARSE), COARSE)]
+        )
 
     def region_holds(self, goal: Goal) -> Callable[[Vector], bool] | None:
         """The benchmark's test of a position, for a place that is a region; None for a place that is an object."""
@@ -165,4 +177,6 @@ class Scene:
         model, data = self._env.model, self._env.data
         rotations = data.geom_xmat[geoms].reshape(-1, 3, 3)
         offset = np.einsum("nij,nj->ni", rotations, model.geom_aabb[geoms, :3])
-        return Boxes(data.geom_xpos[geoms] + offset, rotations.copy(), model.geom_aabb[geoms, 3:].copy())
+        return Boxes(
+            data.geom_xpos[geoms] + offset, rotations.copy(), model.geom_aabb[geoms, 3:].copy()
+        )

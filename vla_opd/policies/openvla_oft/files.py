@@ -21,14 +21,33 @@ PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 DINO, SIGLIP = "vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"
 
-POINTERS = {b"version https://git-lfs": "git-lfs", b"# xet version": "Xet"}  # how a pointer file begins, and whose it is
+POINTERS = {
+    b"version https://git-lfs": "git-lfs",
+    b"# xet version": "Xet",
+}  # how a pointer file begins, and whose it is
 LAYOUT = "expected the public layout of OpenVLA-OFT"
 UNKNOWN = "unknown here; expected only settings whose effect on the policy's numbers is known (remove it if they don't depend on it)"
 
 LABELS = frozenset(
     {
-        *("_name_or_path", "architectures", "auto_map", "transformers_version", "hf_llm_id", "id2label", "label2id", "problem_type"),
-        *("finetuning_task", "task_specific_params", "processor_class", "tokenizer_class", "image_processor_type", "_processor_class"),
+        *(
+            "_name_or_path",
+            "architectures",
+            "auto_map",
+            "transformers_version",
+            "hf_llm_id",
+            "id2label",
+            "label2id",
+            "problem_type",
+        ),
+        *(
+            "finetuning_task",
+            "task_specific_params",
+            "processor_class",
+            "tokenizer_class",
+            "image_processor_type",
+            "_processor_class",
+        ),
         *("feature_extractor_type", "_commit_hash"),
     }
 )
@@ -39,21 +58,82 @@ PRECISION = frozenset({"torch_dtype", "dtype", "use_bfloat16"})
 
 GENERATION = frozenset(
     {
-        *("use_cache", "return_dict", "return_dict_in_generate", "output_attentions", "output_hidden_states", "output_scores"),
-        *("output_projector_states", "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups"),
-        *("diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty"),
-        *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "begin_suppress_tokens"),
-        *("suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty"),
-        *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "prefix"),
+        *(
+            "use_cache",
+            "return_dict",
+            "return_dict_in_generate",
+            "output_attentions",
+            "output_hidden_states",
+            "output_scores",
+        ),
+        *(
+            "output_projector_states",
+            "max_length",
+            "min_length",
+            "do_sample",
+            "early_stopping",
+            "num_beams",
+            "num_beam_groups",
+        ),
+        *(
+            "diversity_penalty",
+            "temperature",
+            "top_k",
+            "top_p",
+            "typical_p",
+            "repetition_penalty",
+            "length_penalty",
+        ),
+        *(
+            "no_repeat_ngram_size",
+            "encoder_no_repeat_ngram_size",
+            "bad_words_ids",
+            "num_return_sequences",
+            "begin_suppress_tokens",
+        ),
+        *(
+            "suppress_tokens",
+            "forced_bos_token_id",
+            "forced_eos_token_id",
+            "remove_invalid_values",
+            "exponential_decay_length_penalty",
+        ),
+        *(
+            "bos_token_id",
+            "eos_token_id",
+            "pad_token_id",
+            "sep_token_id",
+            "decoder_start_token_id",
+            "prefix",
+        ),
     }
 )
 """Settings of text generation: all action tokens are answered in one pass, and padding is masked."""
 
 UNUSED = frozenset(
     {
-        *("is_encoder_decoder", "is_decoder", "add_cross_attention", "cross_attention_hidden_size", "tie_encoder_decoder"),
-        *("_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal", "attn_implementation"),
-        *("gradient_checkpointing", "output_past", "torchscript", "pruned_heads", "chunk_size_feed_forward", "tf_legacy_loss", "initializer_range"),
+        *(
+            "is_encoder_decoder",
+            "is_decoder",
+            "add_cross_attention",
+            "cross_attention_hidden_size",
+            "tie_encoder_decoder",
+        ),
+        *(
+            "_attn_implementation",
+            "_attn_implementation_autoset",
+            "_attn_implementation_internal",
+            "attn_implementation",
+        ),
+        *(
+            "gradient_checkpointing",
+            "output_past",
+            "torchscript",
+            "pruned_heads",
+            "chunk_size_feed_forward",
+            "tf_legacy_loss",
+            "initializer_range",
+        ),
         *("max_position_embeddings", "llm_max_length"),  # sequences are far shorter
     }
 )
@@ -70,7 +150,9 @@ class PublicFile(BaseModel):
     def _is_known(self) -> Self:
         for name, value in (self.model_extra or {}).items():
             if name not in self.HARMLESS:
-                raise PydanticCustomError("unknown_setting", UNKNOWN, {"name": name, "value": SHORTER.repr(value)})
+                raise PydanticCustomError(
+                    "unknown_setting", UNKNOWN, {"name": name, "value": SHORTER.repr(value)}
+                )
         return self
 
 
@@ -118,11 +200,20 @@ class Text(PublicFile):
             raise ValueError(f"rope_theta is {sorted(thetas)} in one file; expected one value")
         width = self.hidden_size // max(1, self.num_attention_heads)
         if self.head_dim not in (None, width):
-            raise ValueError(f"head_dim is {self.head_dim}; expected {width}, which is hidden_size / num_attention_heads")
+            raise ValueError(
+                f"head_dim is {self.head_dim}; expected {width}, which is hidden_size / num_attention_heads"
+            )
         return self
 
     def _thetas(self) -> list[float]:
-        told = [self.rope_theta, *(rope.rope_theta for rope in (self.rope_scaling, self.rope_parameters) if rope is not None)]
+        told = [
+            self.rope_theta,
+            *(
+                rope.rope_theta
+                for rope in (self.rope_scaling, self.rope_parameters)
+                if rope is not None
+            ),
+        ]
         return [theta for theta in told if theta is not None]
 
     @property
@@ -142,11 +233,15 @@ class Size(PublicFile):
 class Config(PublicFile):
     """`config.json`. golden_timm_overrides: of a checkpoint that was made small for tests; only that says how large its towers are."""
 
-    HARMLESS = LABELS | PRECISION | GENERATION | UNUSED | {"tie_word_embeddings"}  # the language model's own setting decides
+    HARMLESS = (
+        LABELS | PRECISION | GENERATION | UNUSED | {"tie_word_embeddings"}
+    )  # the language model's own setting decides
     model_type: Literal["openvla"]
     use_fused_vision_backbone: Literal[True]
     vision_backbone_id: Literal["dinosiglip-vit-so-224px"] = "dinosiglip-vit-so-224px"
-    timm_model_ids: tuple[Literal["vit_large_patch14_reg4_dinov2.lvd142m"], Literal["vit_so400m_patch14_siglip_224"]]
+    timm_model_ids: tuple[
+        Literal["vit_large_patch14_reg4_dinov2.lvd142m"], Literal["vit_so400m_patch14_siglip_224"]
+    ]
     timm_override_act_layers: tuple[None, None] = (None, None)
     llm_backbone_id: Literal["llama2-7b-pure"] = "llama2-7b-pure"
     arch_specifier: Literal["no-align+fused-gelu-mlp"] = "no-align+fused-gelu-mlp"
@@ -225,12 +320,49 @@ class TokenizerConfig(PublicFile):
     """`tokenizer_config.json`: what transformers changes of `tokenizer.json` as it loads it."""
 
     HARMLESS = LABELS | {
-        *("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token", "additional_special_tokens"),
-        *("extra_special_tokens", "chat_template", "model_max_length", "padding_side", "truncation_side", "model_input_names"),
-        *("clean_up_tokenization_spaces", "spaces_between_special_tokens", "use_default_system_prompt", "sp_model_kwargs", "legacy"),
-        *("local_files_only", "verbose", "errors", "added_tokens_file", "model_specific_special_tokens"),
+        *(
+            "bos_token",
+            "eos_token",
+            "unk_token",
+            "pad_token",
+            "sep_token",
+            "cls_token",
+            "mask_token",
+            "additional_special_tokens",
+        ),
+        *(
+            "extra_special_tokens",
+            "chat_template",
+            "model_max_length",
+            "padding_side",
+            "truncation_side",
+            "model_input_names",
+        ),
+        *(
+            "clean_up_tokenization_spaces",
+            "spaces_between_special_tokens",
+            "use_default_system_prompt",
+            "sp_model_kwargs",
+            "legacy",
+        ),
+        *(
+            "local_files_only",
+            "verbose",
+            "errors",
+            "added_tokens_file",
+            "model_specific_special_tokens",
+        ),
         *("max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "pad_token_type_id"),
-        *("name_or_path", "special_tokens_map_file", "tokenizer_file", "vocab_file", "use_fast", "backend", "is_local", "device_map"),
+        *(
+            "name_or_path",
+            "special_tokens_map_file",
+            "tokenizer_file",
+            "vocab_file",
+            "use_fast",
+            "backend",
+            "is_local",
+            "device_map",
+        ),
     }
     add_bos_token: Literal[True] | None = None
     add_eos_token: Literal[False] | None = None
@@ -244,7 +376,9 @@ class TokenizerConfig(PublicFile):
 class Action(BaseModel):
     """A data set's action statistics. mask: which dimensions are normalised; all of them, as in the original, if it isn't there."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False, strict=True)  # the original reads no more of it
+    model_config = ConfigDict(
+        frozen=True, extra="ignore", allow_inf_nan=False, strict=True
+    )  # the original reads no more of it
     q01: tuple[float, ...]
     q99: tuple[float, ...]
     mask: tuple[bool, ...] | None = None
@@ -303,10 +437,14 @@ def require_file(path: Path, why: str = LAYOUT) -> None:
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path}: missing; {why}") from None
     except OSError as error:
-        raise ValueError(f"{path}: can't be read ({error.strerror}); expected a file that you may read") from error
+        raise ValueError(
+            f"{path}: can't be read ({error.strerror}); expected a file that you may read"
+        ) from error
     for beginning, kind in POINTERS.items():
         if start.startswith(beginning):
-            raise ValueError(f"{path}: is a {kind} pointer, not the file; expected the file that it stands for (download it, e.g. `git lfs pull`)")
+            raise ValueError(
+                f"{path}: is a {kind} pointer, not the file; expected the file that it stands for (download it, e.g. `git lfs pull`)"
+            )
 
 
 def read_image_processor(folder: Path) -> Processor:
@@ -317,7 +455,9 @@ def read_image_processor(folder: Path) -> Processor:
         return read_json(own, Processor)
     processor = validate(found, Processor, str(shared), "image_processor")
     if is_there(own) and _settings(read_json(own, Processor)) != _settings(processor):
-        raise ValueError(f"{shared}: its image_processor says other things than {own.name}; expected one of them, or the same in both")
+        raise ValueError(
+            f"{shared}: its image_processor says other things than {own.name}; expected one of them, or the same in both"
+        )
     return processor
 
 
@@ -351,7 +491,9 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises no other
-        raise ValueError(f"{path}: not a tokenizer ({error}); expected what the library `tokenizers` writes") from error
+        raise ValueError(
+            f"{path}: not a tokenizer ({error}); expected what the library `tokenizers` writes"
+        ) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     _require_no_changes(folder / TOKENIZER_CONFIG, tokenizer)
@@ -365,8 +507,14 @@ def _require_no_changes(path: Path, tokenizer: Tokenizer) -> None:
     for token_id, token in read_json(path, TokenizerConfig).added_tokens_decoder.items():
         here = tokenizer.token_to_id(token.content)
         if str(here) != token_id:
-            known = f"its id in {TOKENIZER} is {here}" if here is not None else f"it isn't in {TOKENIZER}"
-            raise ValueError(f"{path}: added_tokens_decoder.{token_id} is {token.content!r}; expected the same id in both files, but {known}")
+            known = (
+                f"its id in {TOKENIZER} is {here}"
+                if here is not None
+                else f"it isn't in {TOKENIZER}"
+            )
+            raise ValueError(
+                f"{path}: added_tokens_decoder.{token_id} is {token.content!r}; expected the same id in both files, but {known}"
+            )
 
 
 def explain(error: ValidationError, *outer: str) -> str:

@@ -63,7 +63,12 @@ def _kernel(wide: int, size: int) -> tuple[np.ndarray, Float32[np.ndarray, "S L"
     first = np.clip(np.ceil(centre - LOBES * stretch - np.float32(0.5)).astype(int), 0, wide - 1)
     last = np.clip(np.floor(centre + LOBES * stretch - np.float32(0.5)).astype(int), 0, wide - 1)
     places = first[:, None] + np.arange((last - first).max() + 1)
-    weights = _sinc_window(np.abs((places + np.float32(0.5) - centre[:, None]).astype(np.float32) * (np.float32(1) / stretch)))
+    weights = _sinc_window(
+        np.abs(
+            (places + np.float32(0.5) - centre[:, None]).astype(np.float32)
+            * (np.float32(1) / stretch)
+        )
+    )
     weights[places > last[:, None]] = 0
     total = np.zeros(size, np.float32)
     for column in weights.T:

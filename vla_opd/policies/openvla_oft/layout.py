@@ -52,14 +52,26 @@ NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (_DINO + "reg_token", ("dino.embeddings.register_tokens",)),
     (_DINO + "pos_embed", ("dino.embeddings.position_embeddings",)),
     (_DINO + r"patch_embed\.proj\.(\w+)", (r"dino.embeddings.patch_embeddings.projection.\1",)),
-    (_DINO + r"blocks\.(\d+)\.attn\.qkv\.(\w+)", tuple(rf"dino.encoder.layer.\1.attention.{which}_proj.\2" for which in "qkv")),
+    (
+        _DINO + r"blocks\.(\d+)\.attn\.qkv\.(\w+)",
+        tuple(rf"dino.encoder.layer.\1.attention.{which}_proj.\2" for which in "qkv"),
+    ),
     (_DINO + r"blocks\.(\d+)\.attn\.proj\.(\w+)", (r"dino.encoder.layer.\1.attention.o_proj.\2",)),
-    (_DINO + r"blocks\.(\d+)\.ls(\d)\.scale_factor", (r"dino.encoder.layer.\1.layer_scale\2.lambda1",)),
+    (
+        _DINO + r"blocks\.(\d+)\.ls(\d)\.scale_factor",
+        (r"dino.encoder.layer.\1.layer_scale\2.lambda1",),
+    ),
     (_DINO + r"blocks\.(\d+)\.((?:norm\d|mlp\.fc\d)\.\w+)", (r"dino.encoder.layer.\1.\2",)),
     (_SIGLIP + "pos_embed", ("siglip.embeddings.position_embedding.weight",)),
     (_SIGLIP + r"patch_embed\.proj\.(\w+)", (r"siglip.embeddings.patch_embedding.\1",)),
-    (_SIGLIP + r"blocks\.(\d+)\.attn\.qkv\.(\w+)", tuple(rf"siglip.encoder.layers.\1.self_attn.{which}_proj.\2" for which in "qkv")),
-    (_SIGLIP + r"blocks\.(\d+)\.attn\.proj\.(\w+)", (r"siglip.encoder.layers.\1.self_attn.out_proj.\2",)),
+    (
+        _SIGLIP + r"blocks\.(\d+)\.attn\.qkv\.(\w+)",
+        tuple(rf"siglip.encoder.layers.\1.self_attn.{which}_proj.\2" for which in "qkv"),
+    ),
+    (
+        _SIGLIP + r"blocks\.(\d+)\.attn\.proj\.(\w+)",
+        (r"siglip.encoder.layers.\1.self_attn.out_proj.\2",),
+    ),
     (_SIGLIP + r"blocks\.(\d+)\.norm(\d)\.(\w+)", (r"siglip.encoder.layers.\1.layer_norm\2.\3",)),
     (_SIGLIP + r"blocks\.(\d+)\.(mlp\.fc\d\.\w+)", (r"siglip.encoder.layers.\1.\2",)),
     (r"vision_backbone\.(?:fused_)?featurizer\.(?:norm|attn_pool)\..+", ()),
@@ -81,11 +93,16 @@ class Tower(BaseModel):
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "Tower":
         if self.width % self.heads:
-            raise ValueError(f"width is {self.width} and heads is {self.heads}; expected a multiple of it")
+            raise ValueError(
+                f"width is {self.width} and heads is {self.heads}; expected a multiple of it"
+            )
         return self
 
 
-TOWERS = {DINO: Tower(width=1024, depth=24, heads=16), SIGLIP: Tower(width=1152, depth=27, heads=16)}
+TOWERS = {
+    DINO: Tower(width=1024, depth=24, heads=16),
+    SIGLIP: Tower(width=1152, depth=27, heads=16),
+}
 
 
 class Architecture(BaseModel):
@@ -119,9 +136,13 @@ class Architecture(BaseModel):
     @model_validator(mode="after")
     def _fits_together(self) -> "Architecture":
         if self.hidden % (2 * self.heads) or self.heads % self.key_value_heads:
-            raise ValueError(f"hidden, heads and key_value_heads are {self.hidden}, {self.heads}, {self.key_value_heads}; expected each to divide")
+            raise ValueError(
+                f"hidden, heads and key_value_heads are {self.hidden}, {self.heads}, {self.key_value_heads}; expected each to divide"
+            )
         if self.vocabulary > self.rows or min(self.std) <= 0:
-            raise ValueError(f"vocabulary, rows and std are {self.vocabulary}, {self.rows}, {self.std}; expected enough rows, and std above 0")
+            raise ValueError(
+                f"vocabulary, rows and std are {self.vocabulary}, {self.rows}, {self.std}; expected enough rows, and std above 0"
+            )
         return self
 
 
@@ -138,10 +159,14 @@ def read_public(folder: Path, unnorm_key: str | None, crop: float = 0.9) -> Publ
     unnorm_key: whose statistics the actions have; it may be left out where there is only one. crop: see `Architecture`; no file says it.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder}: is no folder; expected the folder of a checkpoint, {LAYOUT.removeprefix('expected ')}")
+        raise ValueError(
+            f"{folder}: is no folder; expected the folder of a checkpoint, {LAYOUT.removeprefix('expected ')}"
+        )
     for pattern, why in UNUSABLE.items():
         if found := sorted(path.name for path in folder.glob(pattern)):
-            raise ValueError(f"{folder}: has {found[0]}: {why}; expected a checkpoint with discrete action tokens and one camera")
+            raise ValueError(
+                f"{folder}: has {found[0]}: {why}; expected a checkpoint with discrete action tokens and one camera"
+            )
     config = read_json(folder / CONFIG, Config)
     colours = read_image_processor(folder).tvf_normalize_params[0]
     text = config.text_config
@@ -170,7 +195,11 @@ def read_public(folder: Path, unnorm_key: str | None, crop: float = 0.9) -> Publ
 
 def _tower(config: Config, name: str) -> Tower:
     size = config.golden_timm_overrides.get(name)
-    return TOWERS[name] if size is None else Tower(width=size.embed_dim, depth=size.depth, heads=size.num_heads)
+    return (
+        TOWERS[name]
+        if size is None
+        else Tower(width=size.embed_dim, depth=size.depth, heads=size.num_heads)
+    )
 
 
 def read_weights(folder: Path, architecture: Architecture, bins: int) -> dict[str, Tensor]:
@@ -183,14 +212,26 @@ def read_weights(folder: Path, architecture: Architecture, bins: int) -> dict[st
         try:
             tensors = safetensors.torch.load_file(path)
         except (OSError, safetensors.SafetensorError) as error:
-            raise ValueError(f"{path}: not safetensors ({error}); no other kind of file is read") from error
+            raise ValueError(
+                f"{path}: not safetensors ({error}); no other kind of file is read"
+            ) from error
         for name, tensor in tensors.items():
             if not tensor.is_floating_point():
-                raise ValueError(f"{path}: {name} is {tensor.dtype}; expected floating-point numbers")
+                raise ValueError(
+                    f"{path}: {name} is {tensor.dtype}; expected floating-point numbers"
+                )
             if not tensor.isfinite().all():
-                raise ValueError(f"{path}: {name} is not finite everywhere; expected finite numbers")
+                raise ValueError(
+                    f"{path}: {name} is not finite everywhere; expected finite numbers"
+                )
             try:
-                found.update(zip(renamed(name, architecture), _parts(name, tensor, architecture, bins), strict=False))
+                found.update(
+                    zip(
+                        renamed(name, architecture),
+                        _parts(name, tensor, architecture, bins),
+                        strict=False,
+                    )
+                )
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
     return found
@@ -215,10 +256,14 @@ def renamed(name: str, architecture: Architecture) -> tuple[str, ...]:
     """
     for pattern, names in NAMES:
         if found := re.fullmatch(pattern, name):
-            tower = {"featurizer": architecture.dino, "fused_featurizer": architecture.siglip}.get(name.split(".")[1])
+            tower = {"featurizer": architecture.dino, "fused_featurizer": architecture.siglip}.get(
+                name.split(".")[1]
+            )
             last = ".blocks." in name and tower is not None and int(found[1]) == tower.depth - 1
             return () if last else tuple(found.expand(one) for one in names)
-    raise ValueError(f"there is a tensor {name!r}; expected those of an OpenVLA-OFT with discrete action tokens")
+    raise ValueError(
+        f"there is a tensor {name!r}; expected those of an OpenVLA-OFT with discrete action tokens"
+    )
 
 
 def _parts(name: str, tensor: Tensor, architecture: Architecture, bins: int) -> tuple[Tensor, ...]:
@@ -230,7 +275,9 @@ def _parts(name: str, tensor: Tensor, architecture: Architecture, bins: int) -> 
     return (tensor[0] if name == "vision_backbone.fused_featurizer.pos_embed" else tensor,)
 
 
-def restored(name: str, public: Tensor, ours: Mapping[str, Tensor], architecture: Architecture, bins: int) -> Tensor:
+def restored(
+    name: str, public: Tensor, ours: Mapping[str, Tensor], architecture: Architecture, bins: int
+) -> Tensor:
     """The reverse of `read_weights`: the public tensor, with the values of those of ours that were made of it. In its own precision."""
     parts = [ours[one].to(public.dtype) for one in renamed(name, architecture)]
     if not parts:
@@ -246,16 +293,26 @@ def weight_files(folder: Path) -> Iterator[Path]:
     """The whole file, or else the index's shards, none of which lies elsewhere."""
     whole, index = folder / WHOLE, folder / INDEX
     if not is_there(whole) and not is_there(index):
-        merge = "; it holds an adapter, to be merged into its base first" if list(folder.glob("**/adapter_config.json")) else ""
-        raise ValueError(f"{folder}: has neither {whole.name} nor {index.name}; no other kind of weights is read{merge}")
+        merge = (
+            "; it holds an adapter, to be merged into its base first"
+            if list(folder.glob("**/adapter_config.json"))
+            else ""
+        )
+        raise ValueError(
+            f"{folder}: has neither {whole.name} nor {index.name}; no other kind of weights is read{merge}"
+        )
     if is_there(whole):
         require_file(whole)
         yield whole
         return
     for name in sorted(set(read_json(index, Index).weight_map.values())):
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise ValueError(f"{index}: weight_map names {name!r}; expected names of .safetensors files beside it")
-        require_file(folder / name, f"expected every file that {INDEX} names: the download isn't complete")
+            raise ValueError(
+                f"{index}: weight_map names {name!r}; expected names of .safetensors files beside it"
+            )
+        require_file(
+            folder / name, f"expected every file that {INDEX} names: the download isn't complete"
+        )
         yield folder / name
 
 
@@ -263,7 +320,9 @@ def _action_space(where: str, action: Action, bins: int) -> ActionSpace:
     mask = (True,) * ACTION_DIM if action.mask is None else action.mask
     for name, values in {"q01": action.q01, "q99": action.q99, "mask": mask}.items():
         if len(values) != ACTION_DIM:
-            raise ValueError(f"{where}.{name} has {len(values)} entries; expected {ACTION_DIM}, one per action dimension")
+            raise ValueError(
+                f"{where}.{name} has {len(values)} entries; expected {ACTION_DIM}, one per action dimension"
+            )
     try:
         return ActionSpace(q01=action.q01, q99=action.q99, normalised=mask, chunk=CHUNK, bins=bins)
     except ValidationError as error:

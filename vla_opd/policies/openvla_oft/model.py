@@ -15,15 +15,30 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, Int, Int16, UInt8
 from torch import Tensor, nn
-from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel, LlamaConfig, LlamaModel, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    LlamaConfig,
+    LlamaModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 from transformers.initialization import no_init_weights
-from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import Dinov2WithRegistersEmbeddings
+from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import (
+    Dinov2WithRegistersEmbeddings,
+)
 
 from vla_opd.data.action_space import ActionSpace
 from vla_opd.policies.checkpoint import CheckpointFacts
 from vla_opd.policies.openvla_oft import images
 from vla_opd.policies.openvla_oft.files import read_tokenizer
-from vla_opd.policies.openvla_oft.layout import QUESTION, Architecture, Tower, read_public, read_weights
+from vla_opd.policies.openvla_oft.layout import (
+    QUESTION,
+    Architecture,
+    Tower,
+    read_public,
+    read_weights,
+)
 from vla_opd.policies.policy import Observations
 
 if TYPE_CHECKING:
@@ -51,14 +66,18 @@ class OpenVLAOFT(nn.Module):
     tokenizer: of questions. Without one there are no prompts, and only what takes ids can be asked.
     """
 
-    def __init__(self, architecture: Architecture, space: ActionSpace, question: str = QUESTION) -> None:
+    def __init__(
+        self, architecture: Architecture, space: ActionSpace, question: str = QUESTION
+    ) -> None:
         super().__init__()
         self.tokenizer: Tokenizer | None = None
         self.question = question
         self.architecture, self.space = architecture, space
         self.chunk, self.action_dim = space.chunk, space.action_dim
         self.dino, self.siglip = _dino(architecture.dino), _siglip(architecture.siglip)
-        self.projector = Projector(architecture.dino.width + architecture.siglip.width, architecture.hidden)
+        self.projector = Projector(
+            architecture.dino.width + architecture.siglip.width, architecture.hidden
+        )
         self.language_model = LlamaModel(
             LlamaConfig(
                 vocab_size=architecture.rows,
@@ -88,22 +107,33 @@ class OpenVLAOFT(nn.Module):
     def logits(self, observations: Observations) -> Float[Tensor, "B K V"]:
         """Logits over the bins of one chunk. ValueError unless there is one camera, and room for every instruction."""
         if observations.frames.shape[1] != 1:
-            raise ValueError(f"frames: {observations.frames.shape[1]} cameras; expected 1, the one that the checkpoint was trained with")
+            raise ValueError(
+                f"frames: {observations.frames.shape[1]} cameras; expected 1, the one that the checkpoint was trained with"
+            )
         return self.answers(self.pixels(observations.frames[:, 0]), observations.instructions)
 
-    def answers(self, pixels: Float[Tensor, "B 6 S S"], instructions: Sequence[str]) -> Float[Tensor, "B K V"]:
+    def answers(
+        self, pixels: Float[Tensor, "B 6 S S"], instructions: Sequence[str]
+    ) -> Float[Tensor, "B K V"]:
         """Logits for pictures that are ready."""
         prompts = [self.prompt(instruction) for instruction in instructions]
         padded = self._sent(torch.tensor([ids + [PAD] * (LONGEST - len(ids)) for ids in prompts]))
         ask = self.forward if self._captured is None or torch.is_grad_enabled() else self._captured
         return ask(pixels, padded, self._sent(torch.tensor([len(ids) for ids in prompts])))
 
-    def forward(self, pixels: Float[Tensor, "B 6 S S"], prompts: Int[Tensor, "B L"], lengths: Int[Tensor, " B"]) -> Float[Tensor, "B K V"]:
+    def forward(
+        self,
+        pixels: Float[Tensor, "B 6 S S"],
+        prompts: Int[Tensor, "B L"],
+        lengths: Int[Tensor, " B"],
+    ) -> Float[Tensor, "B K V"]:
         """All that the device does for logits. Shapes are those of the batch, and no value decides what is computed: it can be captured as one graph.
 
         prompts: ids, from BOS on, padded at the right.
         """
-        return self.head(self.hidden(self.projector(self.features(pixels)), prompts, lengths)).float()
+        return self.head(
+            self.hidden(self.projector(self.features(pixels)), prompts, lengths)
+        ).float()
 
     def capture(self) -> None:
         """From now on forward passes without gradient are CUDA graphs: nothing waits for Python to start the next kernel."""
@@ -116,7 +146,9 @@ class OpenVLAOFT(nn.Module):
         ids = self.tokenizer.encode(self.question.format(instruction=instruction.lower())).ids
         ids = ids if ids[-1] == LAST else [*ids, LAST]
         if ids[0] != BEGIN or len(ids) > LONGEST:
-            raise ValueError(f"instruction {instruction!r}: {len(ids)} ids, the first of them {ids[0]}; expected at most {LONGEST}, from {BEGIN} on")
+            raise ValueError(
+                f"instruction {instruction!r}: {len(ids)} ids, the first of them {ids[0]}; expected at most {LONGEST}, from {BEGIN} on"
+            )
         return ids
 
     def pixels(self, frames: UInt8[np.ndarray, "B H W 3"]) -> Float[Tensor, "B 6 S S"]:
@@ -130,41 +162,69 @@ class OpenVLAOFT(nn.Module):
         """Upright frames, step by step to what is normalised."""
         turned = np.ascontiguousarray(frames[:, :, ::-1])
         with ThreadPoolExecutor(min(len(turned), len(os.sched_getaffinity(0)))) as side_by_side:
-            return Pictures(*map(np.stack, zip(*side_by_side.map(self._picture, turned), strict=True)))
+            return Pictures(
+                *map(np.stack, zip(*side_by_side.map(self._picture, turned), strict=True))
+            )
 
-    def _picture(self, turned: UInt8[np.ndarray, "H W 3"]) -> tuple[UInt8[np.ndarray, "_ _ 3"], ...]:
+    def _picture(
+        self, turned: UInt8[np.ndarray, "H W 3"]
+    ) -> tuple[UInt8[np.ndarray, "_ _ 3"], ...]:
         decoded = images.jpeg_round_trip(turned)
         resized = images.lanczos(decoded, SIZE)
         return turned, decoded, resized, images.centre_crop(resized, self.architecture.crop)
 
     def normalised(self, cropped: UInt8[np.ndarray, "B S S 3"]) -> Float[Tensor, "B 6 S S"]:
         """Both towers' normalisation of pictures of the right size, (x / 255 - mean) / std, on the device: a byte goes there for every level."""
-        levels = self._sent(torch.from_numpy(cropped)).permute(0, 3, 1, 2).repeat(1, 2, 1, 1).float()
+        levels = (
+            self._sent(torch.from_numpy(cropped)).permute(0, 3, 1, 2).repeat(1, 2, 1, 1).float()
+        )
         # All by tensors: to divide by a number, a GPU multiplies by its inverse, which differs in the last bit.
         halves = (0.5,) * 3
-        most, mean, std = self._sent(torch.tensor([[255.0] * 6, self.architecture.mean + halves, self.architecture.std + halves])).view(3, 1, 6, 1, 1)
+        most, mean, std = self._sent(
+            torch.tensor(
+                [[255.0] * 6, self.architecture.mean + halves, self.architecture.std + halves]
+            )
+        ).view(3, 1, 6, 1, 1)
         return ((levels / most - mean) / std).to(self.head.weight.dtype)
 
     def _sent(self, values: Tensor) -> Tensor:
         """On the policy's device; under way there, if that is a GPU, which may be at work on something else."""
-        return values.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else values.to(self.device)
+        return (
+            values.pin_memory().to(self.device, non_blocking=True)
+            if self.device.type == "cuda"
+            else values.to(self.device)
+        )
 
     def features(self, pixels: Float[Tensor, "B 6 S S"]) -> Float[Tensor, "B P F"]:
         """Both towers' patch features, of the last block but one, without a final norm."""
         dino = self.dino(pixels[:, :3]).last_hidden_state[:, 1 + REGISTERS :]
         return torch.cat([dino, self.siglip(pixels[:, 3:]).last_hidden_state], dim=-1)
 
-    def hidden(self, patches: Float[Tensor, "B P H"], prompts: Int[Tensor, "B L"], lengths: Int[Tensor, " B"]) -> Float[Tensor, "B K H"]:
+    def hidden(
+        self,
+        patches: Float[Tensor, "B P H"],
+        prompts: Int[Tensor, "B L"],
+        lengths: Int[Tensor, " B"],
+    ) -> Float[Tensor, "B K H"]:
         """The language model's outputs at which the K action tokens are read. prompts: ids, from BOS on, padded at the right."""
         sequence, seen = self.sequence(patches, prompts, lengths)
-        away = torch.zeros_like(seen, dtype=sequence.dtype).masked_fill(~seen, torch.finfo(sequence.dtype).min)
-        mask = away[:, None, None].expand(-1, 1, sequence.shape[1], -1)  # additive: every position sees every other but the padding
+        away = torch.zeros_like(seen, dtype=sequence.dtype).masked_fill(
+            ~seen, torch.finfo(sequence.dtype).min
+        )
+        mask = away[:, None, None].expand(
+            -1, 1, sequence.shape[1], -1
+        )  # additive: every position sees every other but the padding
         outputs = self.language_model(inputs_embeds=sequence, attention_mask=mask).last_hidden_state
-        places = (patches.shape[1] + lengths - 1).unsqueeze(1) + torch.arange(self.space.tokens, device=lengths.device)
+        places = (patches.shape[1] + lengths - 1).unsqueeze(1) + torch.arange(
+            self.space.tokens, device=lengths.device
+        )
         return outputs.gather(1, places.unsqueeze(-1).expand(-1, -1, outputs.shape[-1]))
 
     def sequence(
-        self, patches: Float[Tensor, "B P H"], prompts: Int[Tensor, "B L"], lengths: Int[Tensor, " B"]
+        self,
+        patches: Float[Tensor, "B P H"],
+        prompts: Int[Tensor, "B L"],
+        lengths: Int[Tensor, " B"],
     ) -> tuple[Float[Tensor, "B N H"], Bool[Tensor, "B N"]]:
         """What the language model is given: the patches after BOS, zeros where the placeholders are; and which of it isn't padding."""
         tokens, empty, there = _text(prompts, lengths, self.space.tokens)
@@ -188,11 +248,18 @@ class OpenVLAOFT(nn.Module):
 def of_facts(facts: CheckpointFacts) -> OpenVLAOFT:
     """The policy of a checkpoint's description. ValueError if that is of a policy that is trained here from nothing, which this one isn't."""
     if not isinstance(facts.policy, Architecture):
-        raise ValueError(f"policy.family is {facts.policy.family!r}; expected one that is trained from nothing: this one comes by `adopt`")
+        raise ValueError(
+            f"policy.family is {facts.policy.family!r}; expected one that is trained from nothing: this one comes by `adopt`"
+        )
     return OpenVLAOFT(facts.policy, facts.action_space, facts.prompt)
 
 
-def from_public(folder: Path, unnorm_key: str | None = None, dtype: torch.dtype = torch.float32, crop: float = 0.9) -> OpenVLAOFT:
+def from_public(
+    folder: Path,
+    unnorm_key: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    crop: float = 0.9,
+) -> OpenVLAOFT:
     """A public checkpoint's policy, on the CPU, in evaluation mode. ValueError says which of its files is not what it is to be.
 
     crop: 1 for a checkpoint that was trained without random crops.
@@ -205,16 +272,23 @@ def from_public(folder: Path, unnorm_key: str | None = None, dtype: torch.dtype 
     return policy.eval()
 
 
-def public_weights(folder: Path, architecture: Architecture, space: ActionSpace, dtype: torch.dtype) -> dict[str, Tensor]:
+def public_weights(
+    folder: Path, architecture: Architecture, space: ActionSpace, dtype: torch.dtype
+) -> dict[str, Tensor]:
     """A public checkpoint's tensors under the policy's names. ValueError names one that is missing, superfluous, or of another shape."""
     with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in OpenVLAOFT(architecture, space).state_dict().items()}
+        expected = {
+            name: tuple(tensor.shape)
+            for name, tensor in OpenVLAOFT(architecture, space).state_dict().items()
+        }
     weights = read_weights(folder, architecture, space.bins)
     for name in (*expected, *weights):
         found, wanted = weights.get(name), expected.get(name)
         if found is None or tuple(found.shape) != wanted:
             shape = "missing" if found is None else f"of shape {list(found.shape)}"
-            raise ValueError(f"{folder}: the tensor that is {name} here is {shape}; by config.json, expected {wanted or 'none'}")
+            raise ValueError(
+                f"{folder}: the tensor that is {name} here is {shape}; by config.json, expected {wanted or 'none'}"
+            )
     return {name: tensor.to(dtype) for name, tensor in weights.items()}
 
 
@@ -240,11 +314,15 @@ class Captured:
             graph.replay()
             return answer.clone()
 
-    def _capture(self, arguments: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]:
+    def _capture(
+        self, arguments: tuple[Tensor, ...]
+    ) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]:
         graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         with torch.no_grad():
             aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):  # libraries set themselves up at their first calls, which can't be captured
+            with torch.cuda.stream(
+                aside
+            ):  # libraries set themselves up at their first calls, which can't be captured
                 for _ in range(3):
                     self._function(*arguments)
             torch.cuda.current_stream().wait_stream(aside)
@@ -258,7 +336,11 @@ class Projector(nn.Module):
 
     def __init__(self, features: int, hidden: int) -> None:
         super().__init__()
-        self.fc1, self.fc2, self.fc3 = nn.Linear(features, 4 * features), nn.Linear(4 * features, hidden), nn.Linear(hidden, hidden)
+        self.fc1, self.fc2, self.fc3 = (
+            nn.Linear(features, 4 * features),
+            nn.Linear(4 * features, hidden),
+            nn.Linear(hidden, hidden),
+        )
 
     def forward(self, features: Float[Tensor, "B P F"]) -> Float[Tensor, "B P H"]:
         """Patches as words."""
@@ -270,11 +352,17 @@ def _text(
     prompts: Int[Tensor, "B L"], lengths: Int[Tensor, " B"], tokens: int
 ) -> tuple[Int[Tensor, "B M"], Bool[Tensor, "B M"], Bool[Tensor, "B M"]]:
     """Prompt, K placeholders, stop, padding; where the placeholders are, whose embeddings are zero; and what isn't padding."""
-    places = torch.arange(prompts.shape[1] + tokens + 1, device=prompts.device).expand(len(prompts), -1)
+    places = torch.arange(prompts.shape[1] + tokens + 1, device=prompts.device).expand(
+        len(prompts), -1
+    )
     end = lengths.unsqueeze(1)
     empty = (places >= end) & (places < end + tokens)
     text = nn.functional.pad(prompts, (0, tokens + 1), value=PAD)
-    text = torch.where(empty, PLACEHOLDER, torch.where(places == end + tokens, STOP, torch.where(places > end + tokens, PAD, text)))
+    text = torch.where(
+        empty,
+        PLACEHOLDER,
+        torch.where(places == end + tokens, STOP, torch.where(places > end + tokens, PAD, text)),
+    )
     return text, empty, places <= end + tokens
 
 
@@ -305,7 +393,12 @@ class PatchPositions(Dinov2WithRegistersEmbeddings):
         self.mask_token = None
         self.position_embeddings = nn.Parameter(torch.zeros(1, PATCHES, config.hidden_size))
 
-    def interpolate_pos_encoding(self, embeddings: Float[Tensor, "B N W"], height: int, width: int) -> Float[Tensor, "1 N W"]:  # noqa: ARG002
+    def interpolate_pos_encoding(
+        self,
+        embeddings: Float[Tensor, "B N W"],  # noqa: ARG002
+        height: int,  # noqa: ARG002
+        width: int,  # noqa: ARG002
+    ) -> Float[Tensor, "1 N W"]:
         """None to interpolate: pictures have one size."""
         return nn.functional.pad(self.position_embeddings, (0, 0, 1, 0))
 

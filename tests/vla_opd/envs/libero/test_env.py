@@ -32,7 +32,9 @@ def _actions(steps: int = STEPS, seed: int = 0) -> Float32[np.ndarray, "S 7"]:
 
 
 def _params(**changes: Any) -> EnvironmentParams:
-    return EnvironmentParams(**{"family": "libero", "tasks": (BOWL, DRAWER), "cameras": CAMERAS, **changes})
+    return EnvironmentParams(
+        **{"family": "libero", "tasks": (BOWL, DRAWER), "cameras": CAMERAS, **changes}
+    )
 
 
 def _state(model: Any, data: Any) -> Float64[np.ndarray, "D"]:
@@ -41,10 +43,14 @@ def _state(model: Any, data: Any) -> Float64[np.ndarray, "D"]:
 
     state = np.empty(mujoco.mj_stateSize(model, mujoco.mjtState.mjSTATE_INTEGRATION))
     mujoco.mj_getState(model, data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
-    return np.concatenate([state, model.body_pos.ravel(), model.body_quat.ravel(), model.site_rgba.ravel()])
+    return np.concatenate(
+        [state, model.body_pos.ravel(), model.body_quat.ravel(), model.site_rgba.ravel()]
+    )
 
 
-def _episode(env: LiberoEnv, placement: Placement) -> tuple[list[Observation], list[Float64[np.ndarray, "D"]]]:
+def _episode(
+    env: LiberoEnv, placement: Placement
+) -> tuple[list[Observation], list[Float64[np.ndarray, "D"]]]:
     """What is seen at decisions, and the states there."""
     seen = [env.reset(placement)]
     states = [_state(env.model, env.data)]
@@ -68,7 +74,13 @@ def _stock_episode(placement: Placement) -> tuple[list[Any], list[Float64[np.nda
 
     task = find_task(placement.task)
     noise = {"initialization_noise": None if placement.split == "evaluation" else "default"}
-    env = OffScreenRenderEnv(bddl_file_name=str(task.bddl), camera_names=list(CAMERAS), camera_heights=128, camera_widths=128, **noise)
+    env = OffScreenRenderEnv(
+        bddl_file_name=str(task.bddl),
+        camera_names=list(CAMERAS),
+        camera_heights=128,
+        camera_widths=128,
+        **noise,
+    )
     env.seed(placement.seed)
     seen = env.env.reset()
     if placement.split == "evaluation":
@@ -103,7 +115,9 @@ def fast() -> Iterator[LiberoEnv]:
 @simulator
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # the stock environment renders every step
-@pytest.mark.parametrize("placement", [Placement(BOWL, "evaluation", 3), Placement(DRAWER, "training", 1)])
+@pytest.mark.parametrize(
+    "placement", [Placement(BOWL, "evaluation", 3), Placement(DRAWER, "training", 1)]
+)
 def test_exact_is_the_stock_environment_bit_for_bit(exact: LiberoEnv, placement: Placement) -> None:
     _disturb(exact)
     seen, states = _episode(exact, placement)
@@ -112,11 +126,15 @@ def test_exact_is_the_stock_environment_bit_for_bit(exact: LiberoEnv, placement:
     from robosuite.utils.transform_utils import quat2axisangle
 
     for mine, theirs in zip(seen, stock, strict=True):
-        assert np.array_equal(mine.frames, np.stack([theirs[f"{camera}_image"][::-1] for camera in CAMERAS]))
+        assert np.array_equal(
+            mine.frames, np.stack([theirs[f"{camera}_image"][::-1] for camera in CAMERAS])
+        )
         turn = quat2axisangle(theirs["robot0_eef_quat"].copy())
         proprio = np.concatenate([theirs["robot0_eef_pos"], turn, theirs["robot0_gripper_qpos"]])
         assert np.array_equal(mine.proprio, proprio.astype(np.float32))
-    assert all(np.array_equal(mine, theirs) for mine, theirs in zip(states, stock_states, strict=True))
+    assert all(
+        np.array_equal(mine, theirs) for mine, theirs in zip(states, stock_states, strict=True)
+    )
 
 
 @simulator
@@ -126,7 +144,10 @@ def test_an_episode_is_the_same_after_others(fast: LiberoEnv) -> None:
     _disturb(fast)
     again, states_again = _episode(fast, placement)
     assert all(np.array_equal(a, b) for a, b in zip(states, states_again, strict=True))
-    assert all(np.array_equal(a.frames, b.frames) and np.array_equal(a.proprio, b.proprio) for a, b in zip(first, again, strict=True))
+    assert all(
+        np.array_equal(a.frames, b.frames) and np.array_equal(a.proprio, b.proprio)
+        for a, b in zip(first, again, strict=True)
+    )
 
 
 @simulator
@@ -141,7 +162,9 @@ def test_an_episode_is_the_same_in_a_fresh_process(fast: LiberoEnv) -> None:
         f"seen, states = t._episode(env, t.Placement({placement.task!r}, {placement.split!r}, {placement.index}))\n"
         "print(t._digest(seen, states)); env.close()\n"
     )
-    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    child = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert child.stdout.strip() == _digest(seen, states)
     assert child.stderr == ""
 
@@ -180,7 +203,10 @@ def test_the_slim_model_has_the_same_physics(exact: LiberoEnv) -> None:
     for mine, theirs in zip(seen, stock, strict=True):
         difference = np.abs(mine.frames.astype(float) - theirs.frames)
         assert 0 < difference.mean() < 20
-        assert all(np.corrcoef(a.ravel(), b.ravel())[0, 1] > 0.9 for a, b in zip(mine.frames, theirs.frames, strict=True))
+        assert all(
+            np.corrcoef(a.ravel(), b.ravel())[0, 1] > 0.9
+            for a, b in zip(mine.frames, theirs.frames, strict=True)
+        )
     slim.close()
 
 
@@ -189,11 +215,18 @@ def test_frames_and_instruction(fast: LiberoEnv) -> None:
     seen = fast.reset(Placement(BOWL, "evaluation", 0))
     assert (seen.frames.shape, seen.frames.dtype) == ((2, 128, 128, 3), np.uint8)
     assert seen.frames.flags.c_contiguous
-    assert seen.instruction == "pick the akita black bowl between the plate and the ramekin and place it on the plate"
+    assert (
+        seen.instruction
+        == "pick the akita black bowl between the plate and the ramekin and place it on the plate"
+    )
     assert (seen.proprio.shape, seen.proprio.dtype) == ((8,), np.float32)
-    assert seen.proprio[3] == pytest.approx(np.pi, abs=0.01), "the hand points down: half a turn about x"
+    assert seen.proprio[3] == pytest.approx(np.pi, abs=0.01), (
+        "the hand points down: half a turn about x"
+    )
     agentview = seen.frames[0].astype(float).mean(axis=2)
-    assert agentview[:30].mean() < agentview[-30:].mean() - 10, "upright: the grey wall above, the light table below"
+    assert agentview[:30].mean() < agentview[-30:].mean() - 10, (
+        "upright: the grey wall above, the light table below"
+    )
 
 
 @simulator
@@ -230,11 +263,16 @@ def test_the_callers_random_numbers_are_left_alone(fast: LiberoEnv) -> None:
 
 @simulator
 def test_mistakes_are_named(fast: LiberoEnv) -> None:
-    with pytest.raises(ValueError, match=r"environment.tasks has 'libero_object/10'; expected libero_object/0 ... libero_object/9"):
+    with pytest.raises(
+        ValueError,
+        match=r"environment.tasks has 'libero_object/10'; expected libero_object/0 ... libero_object/9",
+    ):
         make(_params(tasks=("libero_object/10",)))
     with pytest.raises(ValueError, match="no suite 'libero_nine'"):
         fast.reset(Placement("libero_nine/0", "training", 0))
-    with pytest.raises(ValueError, match=r"placement.index is 50; libero_spatial/0 has initial states 0 ... 49"):
+    with pytest.raises(
+        ValueError, match=r"placement.index is 50; libero_spatial/0 has initial states 0 ... 49"
+    ):
         fast.reset(Placement(BOWL, "evaluation", 50))
     fast.reset(Placement(BOWL, "evaluation", 0))
     with pytest.raises(ValueError, match=r"actions has shape \(2, 6\)"):
@@ -245,7 +283,9 @@ def test_mistakes_are_named(fast: LiberoEnv) -> None:
 
 @simulator
 def test_an_unknown_camera_is_named() -> None:
-    with pytest.raises(ValueError, match=r"environment.cameras has 'sideview2'; expected some of agentview"):
+    with pytest.raises(
+        ValueError, match=r"environment.cameras has 'sideview2'; expected some of agentview"
+    ):
         make(_params(cameras=("sideview2",)))
 
 
@@ -261,27 +301,56 @@ def test_describe_tells_versions_and_choices(fast: LiberoEnv) -> None:
 @simulator
 def test_catalogue() -> None:
     assert len(task_names("libero_90")) == 90
-    assert {"libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_object_swap"} <= set(suites())
-    assert find_task("libero_object/0").instruction() == "pick the alphabet soup and place it in the basket"
+    assert {
+        "libero_spatial",
+        "libero_object",
+        "libero_goal",
+        "libero_10",
+        "libero_object_swap",
+    } <= set(suites())
+    assert (
+        find_task("libero_object/0").instruction()
+        == "pick the alphabet soup and place it in the basket"
+    )
 
 
 @simulator
 def test_the_benchmarks_wording_is_its_own() -> None:
-    from libero.libero.benchmark import grab_language_from_filename  # imports far more than one function
+    from libero.libero.benchmark import (
+        grab_language_from_filename,
+    )  # imports far more than one function
 
-    for name in (*task_names("libero_object"), *task_names("libero_goal"), *task_names("libero_10"), *task_names("libero_90")):
+    for name in (
+        *task_names("libero_object"),
+        *task_names("libero_goal"),
+        *task_names("libero_10"),
+        *task_names("libero_90"),
+    ):
         task = find_task(name)
         assert task.instruction("benchmark") == grab_language_from_filename(task.bddl.name)
-    assert find_task("libero_object/0").instruction("benchmark") == "pick up the alphabet soup and place it in the basket"
-    for other in ("libero_object_task/0", "libero_goal_lan/0", "libero_study_table/0"):  # whose files are called otherwise
-        with pytest.raises(ValueError, match=rf"environment\.wording is benchmark, and a task is {other}; expected bddl, or tasks of libero_spatial"):
+    assert (
+        find_task("libero_object/0").instruction("benchmark")
+        == "pick up the alphabet soup and place it in the basket"
+    )
+    for other in (
+        "libero_object_task/0",
+        "libero_goal_lan/0",
+        "libero_study_table/0",
+    ):  # whose files are called otherwise
+        with pytest.raises(
+            ValueError,
+            match=rf"environment\.wording is benchmark, and a task is {other}; expected bddl, or tasks of libero_spatial",
+        ):
             find_task(other).instruction("benchmark")
     env = make(_params(tasks=(BOWL,), wording="benchmark"))
     try:
         seen = env.reset(Placement(BOWL, "training", 0))
     finally:
         env.close()
-    assert seen.instruction == "pick up the black bowl between the plate and the ramekin and place it on the plate"
+    assert (
+        seen.instruction
+        == "pick up the black bowl between the plate and the ramekin and place it on the plate"
+    )
     assert find_task("libero_object/0").initial_states().shape[0] == 50
 
 
@@ -291,14 +360,25 @@ def test_importing_starts_nothing() -> None:
         "heavy = [name for name in ('mujoco', 'robosuite', 'libero', 'torch', 'OpenGL') if name in sys.modules]\n"
         "print(json.dumps([heavy, dict(os.environ) == before]))"
     )
-    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    child = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert json.loads(child.stdout) == [[], True]
 
 
 @simulator
 def test_a_simulator_writes_nothing_at_home_and_says_nothing(tmp_path: Path) -> None:
     script = "from tests.vla_opd.envs import test_libero as t; t.make(t._params()).close()"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "MPL"))} | {"HOME": str(tmp_path)}
-    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment, stdin=subprocess.DEVNULL)
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "MPL"))
+    } | {"HOME": str(tmp_path)}
+    child = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+    )
     assert (child.stdout, child.stderr) == ("", "")
     assert list(tmp_path.iterdir()) == []

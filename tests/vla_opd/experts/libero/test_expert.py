@@ -13,7 +13,14 @@ from vla_opd.params.stages import EnvironmentParams
 
 pytestmark = pytest.mark.simulator
 
-TASKS = ("libero_object/3", "libero_spatial/0", "libero_goal/5", "libero_goal/6", "libero_goal/3", "libero_goal/7")
+TASKS = (
+    "libero_object/3",
+    "libero_spatial/0",
+    "libero_goal/5",
+    "libero_goal/6",
+    "libero_goal/3",
+    "libero_goal/7",
+)
 BOWLS = ("libero_spatial/1", "libero_spatial/2")
 
 
@@ -34,7 +41,11 @@ def solve(env: Env, placement: Placement, noise: float = 0.0) -> tuple[bool, np.
     for _ in range(200):
         action = scripted.act()
         actions.append(action)
-        executed = action + np.append(rng.normal(0, noise, 3), np.zeros(4)).astype(np.float32) if noise else action
+        executed = (
+            action + np.append(rng.normal(0, noise, 3), np.zeros(4)).astype(np.float32)
+            if noise
+            else action
+        )
         if env.advance(np.clip(executed, -1, 1)[None], observe_every=0).success:
             return True, np.array(actions)
     return False, np.array(actions)
@@ -57,15 +68,26 @@ def test_expert_corrects_what_was_executed_instead(env: Env) -> None:
     assert success
 
 
-@pytest.mark.parametrize("placement", [Placement("libero_goal/5", "evaluation", 4), Placement("libero_goal/6", "evaluation", 3)])
+@pytest.mark.parametrize(
+    "placement",
+    [Placement("libero_goal/5", "evaluation", 4), Placement("libero_goal/6", "evaluation", 3)],
+)
 def test_thin_rims_and_narrow_gaps_are_grasped(env: Env, placement: Placement) -> None:
     success, actions = solve(env, placement)
     assert success
     assert len(actions) < 130
 
 
-@pytest.mark.parametrize("placement", [Placement("libero_spatial/0", "training", 101), Placement("libero_spatial/1", "training", 104)])
-def test_a_load_that_tilts_the_hand_is_let_go_before_the_arm_stands_still(env: Env, placement: Placement) -> None:
+@pytest.mark.parametrize(
+    "placement",
+    [
+        Placement("libero_spatial/0", "training", 101),
+        Placement("libero_spatial/1", "training", 104),
+    ],
+)
+def test_a_load_that_tilts_the_hand_is_let_go_before_the_arm_stands_still(
+    env: Env, placement: Placement
+) -> None:
     env.reset(placement)
     scripted = expert.make(env)  # pyright: ignore[reportArgumentType]
     scripted.reset()
@@ -76,7 +98,9 @@ def test_a_load_that_tilts_the_hand_is_let_go_before_the_arm_stands_still(env: E
     assert 1 <= phases.count("lower") <= 5  # 13 and 14 where it waited
 
 
-def test_a_bowl_comes_to_rest_where_only_the_corners_of_its_rectangle_would_meet_another(env: Env) -> None:
+def test_a_bowl_comes_to_rest_where_only_the_corners_of_its_rectangle_would_meet_another(
+    env: Env,
+) -> None:
     placement = Placement("libero_spatial/2", "evaluation", 0)
     env.reset(placement)
     scene = Scene(env)  # pyright: ignore[reportArgumentType]
@@ -101,9 +125,13 @@ def test_a_bowl_is_taken_by_the_same_side_wherever_it_stands(env: Env) -> None:
     assert set(sides) == {1.0}
 
 
-def test_expert_looks_again_where_it_found_no_grasp(env: Env, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_expert_looks_again_where_it_found_no_grasp(
+    env: Env, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make_plan, refused = expert.make_plan, [True, True]
-    monkeypatch.setattr(expert, "make_plan", lambda *scene: None if refused and refused.pop() else make_plan(*scene))
+    monkeypatch.setattr(
+        expert, "make_plan", lambda *scene: None if refused and refused.pop() else make_plan(*scene)
+    )
     success, actions = solve(env, Placement(TASKS[0], "evaluation", 0))
     assert success
     assert not actions[: 2 * expert.PATIENCE, :6].any()

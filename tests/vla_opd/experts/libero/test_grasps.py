@@ -16,7 +16,9 @@ def turn(yaw: float) -> np.ndarray:
     return np.array([[c, -s, 0.0], [s, c, 0.0], [0.0, 0.0, 1.0]])
 
 
-def box(size_mm: tuple[float, float, float], yaw: float = 0.0, at: tuple[float, float] = (0.0, 0.0)) -> Boxes:
+def box(
+    size_mm: tuple[float, float, float], yaw: float = 0.0, at: tuple[float, float] = (0.0, 0.0)
+) -> Boxes:
     """A box that stands on the floor."""
     half = np.array(size_mm) / 2000
     return Boxes(np.array([[*at, half[2]]]), turn(yaw)[None], half[None])
@@ -25,14 +27,23 @@ def box(size_mm: tuple[float, float, float], yaw: float = 0.0, at: tuple[float, 
 def ring(radius: float, height: float, number: int = 24) -> Boxes:
     """A wall of upright boxes around the origin, 4 mm thick."""
     yaws = 2 * np.pi * np.arange(number) / number
-    centres = np.column_stack([radius * np.cos(yaws), radius * np.sin(yaws), np.full(number, height / 2)])
+    centres = np.column_stack(
+        [radius * np.cos(yaws), radius * np.sin(yaws), np.full(number, height / 2)]
+    )
     halves = np.tile([0.002, np.pi * radius / number, height / 2], (number, 1))
     return Boxes(centres, np.stack([turn(yaw) for yaw in yaws]), halves)
 
 
-def grasp(boxes: Boxes, obstacles: np.ndarray = NOTHING, yaw: float = ALONG_Y, avoid: tuple[Grasp, ...] = ()) -> Grasp | None:
+def grasp(
+    boxes: Boxes,
+    obstacles: np.ndarray = NOTHING,
+    yaw: float = ALONG_Y,
+    avoid: tuple[Grasp, ...] = (),
+) -> Grasp | None:
     centre = boxes.centres[:, :2].mean(axis=0)
-    return grasps.best(Task(boxes.surface(grasps.SPACING), obstacles, 0.0, centre, BASE, yaw, avoid))
+    return grasps.best(
+        Task(boxes.surface(grasps.SPACING), obstacles, 0.0, centre, BASE, yaw, avoid)
+    )
 
 
 @pytest.mark.parametrize("yaw", [0.0, np.pi / 6, np.pi / 2, -np.pi / 4])
@@ -58,7 +69,10 @@ def test_narrow_gap_beside_a_taller_neighbour_is_found() -> None:
     neighbour = ring(0.0515, 0.05).surface(0.002) + np.array([-0.034, -0.109, 0.0])
     found = grasp(box((81, 43, 18)), neighbour)
     assert found is not None
-    assert grasps.lowest_tip(neighbour, found.position[:2], found.yaw) <= found.position[2] - grasps.SITE_ABOVE_TIP + 1e-9
+    assert (
+        grasps.lowest_tip(neighbour, found.position[:2], found.yaw)
+        <= found.position[2] - grasps.SITE_ABOVE_TIP + 1e-9
+    )
 
 
 @pytest.mark.parametrize(("height", "overlap"), [(0.012, 0.0045), (0.016, 0.0085), (0.08, 0.016)])
@@ -91,7 +105,11 @@ def test_bowl_is_grasped_at_its_wall_along_a_radius(yaw: float) -> None:
 
 def test_neighbour_is_not_touched() -> None:
     """Two walls leave room for the fingers along x only."""
-    walls = Boxes(np.array([[0, 0.035, 0.05], [0, -0.035, 0.05]]), np.stack([np.eye(3)] * 2), np.array([[0.1, 0.004, 0.05]] * 2))
+    walls = Boxes(
+        np.array([[0, 0.035, 0.05], [0, -0.035, 0.05]]),
+        np.stack([np.eye(3)] * 2),
+        np.array([[0.1, 0.004, 0.05]] * 2),
+    )
     alone, hemmed = grasp(box((40, 40, 60))), grasp(box((40, 40, 60)), walls.roof(0.004))
     assert alone is not None
     assert alone.yaw == ALONG_Y
@@ -109,7 +127,10 @@ def test_failed_grasp_is_not_proposed_again() -> None:
     assert first is not None
     second = grasp(ring(0.055, 0.04), avoid=(first,))
     assert second is not None
-    assert np.linalg.norm(first.position[:2] - second.position[:2]) > 0.012 or abs(grasps.angle(first.yaw, second.yaw)) > 0.3
+    assert (
+        np.linalg.norm(first.position[:2] - second.position[:2]) > 0.012
+        or abs(grasps.angle(first.yaw, second.yaw)) > 0.3
+    )
 
 
 def test_search_is_deterministic_and_steady() -> None:
@@ -130,7 +151,11 @@ def test_gable_is_not_grasped_where_it_narrows_upward() -> None:
     lean = np.radians(35)
     c, s = np.cos(lean), np.sin(lean)
     planes = [np.array([[1, 0, 0], [0, c, sign * s], [0, -sign * s, c]]) for sign in (1, -1)]
-    roof = Boxes(np.array([[0, 0.016, 0.02], [0, -0.016, 0.02]]), np.stack([planes[1], planes[0]]), np.array([[0.05, 0.001, 0.02]] * 2))
+    roof = Boxes(
+        np.array([[0, 0.016, 0.02], [0, -0.016, 0.02]]),
+        np.stack([planes[1], planes[0]]),
+        np.array([[0.05, 0.001, 0.02]] * 2),
+    )
     found = grasp(roof)
     assert found is None or abs(grasps.angle(found.yaw, ALONG_Y)) > 0.3
 
@@ -140,7 +165,9 @@ def test_lowest_tip() -> None:
     assert grasps.lowest_tip(post, np.zeros(2), 0.0) == pytest.approx(0.05 + grasps.CLEARANCE)
     assert grasps.lowest_tip(post, np.zeros(2), np.pi / 2) == -np.inf
     beam = box((10, 10, 50), at=(0.08, 0.0)).roof(0.004)
-    assert grasps.lowest_tip(beam, np.zeros(2), 0.0) == pytest.approx(0.05 - grasps.PALM_ABOVE_TIP + grasps.CLEARANCE)
+    assert grasps.lowest_tip(beam, np.zeros(2), 0.0) == pytest.approx(
+        0.05 - grasps.PALM_ABOVE_TIP + grasps.CLEARANCE
+    )
 
 
 def test_angle_knows_that_half_a_turn_is_nothing() -> None:
