@@ -1,6 +1,9 @@
-"""For how many shapes of a linear layer the bits depend on where its operands lie in memory: `python -m benchmarks.alignment`.
+"""How many shapes of a linear layer have bits that depend on memory alignment.
 
-Run it as it is, and with `MKL_CBWR=AUTO,STRICT`, which stages ask for: MKL's default kernels may sum in another order for another alignment.
+`python -m benchmarks.alignment`
+
+Run it as it is, and with `MKL_CBWR=AUTO,STRICT`, which stages set: MKL's default kernels may sum in
+another order at another alignment.
 """
 
 import itertools
@@ -9,49 +12,44 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-ROWS, INPUTS, OUTPUTS = (
-    (1, 3, 28, 56, 64, 150, 256, 1000),
-    (32, 64, 96, 192, 576),
-    (32, 64, 256, 576),
-)
-OFFSETS = (
-    (4, 0),
-    (0, 4),
-    (1, 0),
-    (0, 1),
-    (8, 8),
-    (3, 5),
-)  # of input and weights, in floats from a 64-byte boundary
+ROWS = (1, 3, 28, 56, 64, 150, 256, 1000)
+INPUTS = (32, 64, 96, 192, 576)
+OUTPUTS = (32, 64, 256, 576)
+# Of input and weights, in floats from a 64-byte boundary.
+OFFSETS = ((4, 0), (0, 4), (1, 0), (0, 1), (8, 8), (3, 5))
 LINE = 16  # floats in 64 bytes
 
 
 def main() -> None:
-    """Print the count."""
+    """Print how many of the shapes depend on alignment."""
     shapes = list(itertools.product(ROWS, INPUTS, OUTPUTS))
-    dependent = sum(depends(*shape) for shape in shapes)
+    dependent = sum(depends_on_alignment(*shape) for shape in shapes)
     print(f"{dependent} of {len(shapes)} shapes have other bits at another alignment")
 
 
-def depends(rows: int, inputs: int, outputs: int) -> bool:
-    """Whether a product differs at any of the alignments that are tried."""
+def depends_on_alignment(rows: int, inputs: int, outputs: int) -> bool:
+    """Return whether a layer's output differs at any of `OFFSETS` from the aligned one."""
     torch.manual_seed(0)
-    given, weights, bias = (
-        torch.randn(rows, inputs),
-        torch.randn(outputs, inputs),
-        torch.randn(outputs),
-    )
-    aligned = linear(placed(given, 0), placed(weights, 0), bias)
-    others = (
-        linear(placed(given, ours), placed(weights, theirs), bias) for ours, theirs in OFFSETS
-    )
-    return not all(torch.equal(aligned, other) for other in others)
+    batch = torch.randn(rows, inputs)
+    weights = torch.randn(outputs, inputs)
+    bias = torch.randn(outputs)
+    outputs_aligned = linear(copy_to_offset(batch, 0), copy_to_offset(weights, 0), bias)
+    for batch_offset, weights_offset in OFFSETS:
+        moved_batch = copy_to_offset(batch, batch_offset)
+        moved_weights = copy_to_offset(weights, weights_offset)
+        outputs_moved = linear(moved_batch, moved_weights, bias)
+        if not torch.equal(outputs_aligned, outputs_moved):
+            return True
+    return False
 
 
-def placed(values: Tensor, offset: int) -> Tensor:
-    """A copy that begins so many floats after a 64-byte boundary."""
-    room = torch.empty(values.numel() + 2 * LINE)
-    boundary = -(room.data_ptr() // room.element_size()) % LINE
-    copy = room[boundary + offset :][: values.numel()].view(values.shape)
+def copy_to_offset(values: Tensor, offset: int) -> Tensor:
+    """Copy a tensor to memory that begins `offset` floats after a 64-byte boundary."""
+    count = values.numel()
+    room = torch.empty(count + 2 * LINE)
+    address = room.data_ptr() // room.element_size()
+    start = -address % LINE + offset
+    copy = room[start : start + count].view(values.shape)
     return copy.copy_(values)
 
 

@@ -1,16 +1,20 @@
-"""Several objectives on one recorded batch: where each would move the student, and what one step of equal length does.
+"""Objectives compared on one recorded batch: their gradients, and one step of equal length.
 
-`python -m benchmarks.directions it001`, after the stages `sample` and `label` of that iteration; with a `sample.group` of 2 or more,
-GRPO is compared too.
+`python -m benchmarks.directions it001`, after the stages `sample` and `label` of that iteration;
+with a `sample.group` of 2 or more, GRPO is compared too.
 
-All objectives are asked at the states at which the rollout decided, with student and teacher at the rollout's temperature; GRPO learns from those of
-groups with enough of both outcomes, and `states` says how many these are. A direction is the mean gradient, divided by its length. Printed are
+All objectives see the states at which the rollout decided, with student and teacher at the
+rollout's temperature. GRPO learns from those of groups with enough of both outcomes; the column
+`states` has their number. A direction is the mean gradient, divided by its length. The columns:
 
-* how well two halves agree (cosine): how much of a direction is signal. A half is every second group, or a random half of the groups, whole, since an
-  advantage is one over the others of its group: the mean over 1,000 such splits, and between which values 90 % of them lie;
-* the cosine with the exact reverse KL's direction, over all the states, with an interval of 95 % by a bootstrap over groups;
-* after a step of `--length` times the length of the weights along one half's direction, measured on the other half, in nats a token: the change of
-  the reverse KL, of the forward KL, of the hard cross-entropy, and of the student's entropy; the mean of both ways round.
+* halves agree: the cosine between two halves of the batch, i.e. how much of a direction is signal.
+  A half is a random half of the groups (an advantage is relative to the other episodes of its
+  group): the mean of 1,000 such splits, and the range of the middle 90 %.
+* with reverse KL: the cosine with the direction of the exact reverse KL over all the states, with
+  a 95 % bootstrap interval over groups.
+* reverse KL, forward KL, hard CE, entropy: their changes, in nats per token, after a step along the
+  direction of one half (every second group), measured on the other half; the mean of both ways.
+  The step's length is `--length` times that of the weights.
 """
 
 import argparse
@@ -26,13 +30,16 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from stages.optimize import Labelled, _loss, _on_policy, _read, _token_batch
+from vla_opd.artifacts.layout import Layout
+from vla_opd.learning import distillation
+from vla_opd.learning.distillation import DistillationBatch, DistillationLoss
 from vla_opd.learning.objectives import OBJECTIVES, ON_DECISIONS, entropy
 from vla_opd.params.load import load
 from vla_opd.params.objective import OptimizeParams
 from vla_opd.params.run import Params
 from vla_opd.policies.checkpoint import open_checkpoint
-from vla_opd.policies.load import Policy, load_policy
+from vla_opd.policies.load import load_policy
+from vla_opd.policies.policy import Policy
 
 ARMS: dict[str, dict[str, Any]] = {
     "reverse_kl": {},
@@ -44,43 +51,74 @@ ARMS: dict[str, dict[str, Any]] = {
     "hard_ce": {"objective": "hard_ce"},
     "grpo": {"objective": "mixed", "distill": 0.0},
 }
-CHUNK = 64  # states of one forward pass, where nothing is learnt
+CHUNK = 64  # states of one forward pass without gradients
 SPLITS = 1000
 MEASURED = ("reverse_kl", "forward_kl", "hard_ce", "student_entropy")
+COLUMNS = (
+    "objective",
+    "states",
+    "halves agree",
+    "with reverse KL",
+    "reverse KL",
+    "forward KL",
+    "hard CE",
+    "entropy",
+)
 
 
 @dataclass(frozen=True)
-class Batch:
-    """The recorded batch: what the stage `optimize` reads of it, the run's settings, and the rows of every group that decided something."""
+class RecordedBatch:
+    """A recorded batch as the stage `optimize` reads it, and the rows of every group in it.
 
-    params: Params
+    groups: only states at which the rollout decided.
+    """
+
     policy: Policy
-    data: Labelled
+    data: DistillationBatch
     groups: list[np.ndarray]
+    temperature: float
 
-    def of(self, arm: str) -> tuple[Params, Labelled]:
-        """As an objective sees it."""
-        temperature = self.params.sample.temperature
-        opt = OptimizeParams.model_validate({"temperature": temperature, **ARMS[arm]})
-        assert self.data.on_policy is not None
-        decisions = self.data.on_policy.decisions
-        data = replace(self.data, on_policy=None, mask=self.data.mask & decisions.decided[:, None])
-        if opt.objective in ON_DECISIONS:
-            data = replace(data, on_policy=_on_policy(data, decisions, opt, temperature))
-        return self.params.model_copy(update={"optimize": opt}), data
+    def select_objective(self, arm: str) -> tuple[OptimizeParams, DistillationBatch]:
+        """Return an objective's settings, and the batch as it sees it."""
+        settings = OptimizeParams.model_validate({"temperature": self.temperature, **ARMS[arm]})
+        assert self.data.decisions is not None
+        decisions = self.data.decisions.decisions
+        mask = self.data.mask & decisions.decided[:, None]
+        data = replace(self.data, decisions=None, mask=mask)
+        if settings.objective in ON_DECISIONS:
+            data = distillation.with_decisions(data, decisions, settings, self.temperature)
+        return settings, data
 
 
 @dataclass(frozen=True)
 class Direction:
-    """Of an objective: the gradient of its sum over each group's tokens, downhill [G, P], and how many states it is learnt from."""
+    """An objective's descent direction.
+
+    by_group: the negative gradient of its sum over each group's tokens, [G, P].
+    states:   how many states it is learned from.
+    """
 
     by_group: Tensor
     states: int
 
-    def along(self, groups: Sequence[int]) -> Tensor:
-        """Of the mean over some groups, of length 1."""
-        whole = self.by_group[list(groups)].sum(0).double()
-        return whole / whole.norm()
+    def average(self, groups: Sequence[int]) -> Tensor:
+        """Return the mean over some groups, scaled to length 1."""
+        total = self.by_group[list(groups)].sum(0).double()
+        return total / total.norm()
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What every objective is compared with.
+
+    halves: the groups of either half. before: `MEASURED` on either half, before a step.
+    exact:  the direction of the exact reverse KL. length: of a step.
+    """
+
+    halves: tuple[list[int], list[int]]
+    before: tuple[dict[str, float], dict[str, float]]
+    exact: Direction
+    length: Tensor
 
 
 def main() -> None:
@@ -90,171 +128,205 @@ def main() -> None:
     )
     parser.add_argument("iteration")
     parser.add_argument(
-        "--length", type=float, default=1e-4, help="of the step, in lengths of all weights together"
+        "--length", type=float, default=1e-4, help="length of the step, relative to all weights'"
     )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    batch = _recorded(load("params.yaml"), arguments.iteration)
-    rows = list(_compared(batch, arguments.length))
+    batch = read_recorded_batch(load("params.yaml"), arguments.iteration)
+    rows = list(compare_objectives(batch, arguments.length))
     if arguments.json:
-        arguments.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    print(
-        "| objective | states | halves agree | with reverse KL | reverse KL | forward KL | hard CE | entropy |\n|---|---|---|---|---|---|---|---|"
-    )
+        lines = [json.dumps(row) + "\n" for row in rows]
+        arguments.json.write_text("".join(lines))
+    print(f"| {' | '.join(COLUMNS)} |")
+    print("|---" * len(COLUMNS) + "|")
     for row in rows:
-        moved = " | ".join("" if row[name] is None else f"{row[name]:+.4f}" for name in MEASURED)
-        agreement, cosine = (
-            "{:+.2f} [{:+.2f}, {:+.2f}]".format(*row[name]) for name in ("agreement", "cosine")
-        )
-        print(f"| {row['objective']} | {row['states']:,} | {agreement} | {cosine} | {moved} |")
+        print(format_row(row))
 
 
-def _recorded(params: Params, iteration: str) -> Batch:
-    root = Path("artifacts") / params.run.name
-    student = open_checkpoint(root / "checkpoints" / params.iterations[iteration])
-    trajectories, logits = root / "trajectories" / iteration, root / "logits" / iteration
-    opt = OptimizeParams(objective="reverse_kl_rollout", temperature=params.sample.temperature)
-    data = _read(opt, trajectories, logits, student.facts.action_space)
-    assert data.on_policy is not None
-    of = data.on_policy.decisions.group
-    return Batch(
-        params,
-        load_policy(student, "cpu"),
-        data,
-        [np.flatnonzero((of == group) & data.on_policy.there) for group in np.unique(of)],
+def format_row(row: dict[str, Any]) -> str:
+    """Format a row of the table."""
+    cells = [row["objective"], f"{row['states']:,}"]
+    for name in ("agreement", "cosine"):
+        value, low, high = row[name]
+        cells.append(f"{value:+.2f} [{low:+.2f}, {high:+.2f}]")
+    for name in MEASURED:
+        change = row[name]
+        cells.append("" if change is None else f"{change:+.4f}")
+    return f"| {' | '.join(cells)} |"
+
+
+def read_recorded_batch(params: Params, iteration: str) -> RecordedBatch:
+    """Read the states and labels of an iteration, and the student that sampled them."""
+    layout = Layout.of_run(params.run.name)
+    student = open_checkpoint(layout.checkpoint(params.iterations[iteration]))
+    temperature = params.sample.temperature
+    settings = OptimizeParams(objective="reverse_kl_rollout", temperature=temperature)
+    data = distillation.read_batch(
+        layout.trajectories(iteration),
+        layout.labels(iteration),
+        student.facts.action_space,
+        settings,
     )
+    assert data.decisions is not None
+    usable = data.decisions.usable
+    groups = data.decisions.decisions.group
+    rows = [np.flatnonzero((groups == group) & usable) for group in np.unique(groups)]
+    return RecordedBatch(load_policy(student, "cpu"), data, rows, temperature)
 
 
-def _compared(batch: Batch, length: float) -> Iterator[dict[str, Any]]:
-    halves = [list(range(half, len(batch.groups), 2)) for half in (0, 1)]
-    before = [_measured(batch, batch.policy, half) for half in halves]
-    size = length * parameters_to_vector(batch.policy.parameters()).detach().norm()
-    exact = _direction(batch, "reverse_kl")
+def compare_objectives(batch: RecordedBatch, length: float) -> Iterator[dict[str, Any]]:
+    """Yield a row per objective that has enough states to learn from."""
+    count = len(batch.groups)
+    halves = list(range(0, count, 2)), list(range(1, count, 2))
+    weights = parameters_to_vector(batch.policy.parameters()).detach()
+    reference = Reference(
+        halves=halves,
+        before=(
+            measure(batch, batch.policy, halves[0]),
+            measure(batch, batch.policy, halves[1]),
+        ),
+        exact=compute_direction(batch, "reverse_kl"),
+        length=length * weights.norm(),
+    )
     for arm in ARMS:
         try:
-            its = _direction(batch, arm)
-        except ValueError as error:  # for GRPO nothing to prefer
+            direction = compute_direction(batch, arm)
+        except ValueError as error:  # for GRPO, no group with both outcomes
             print(f"{arm}: {error}")
             continue
         yield {
             "objective": arm,
-            "states": its.states,
-            "agreement": _agreement(its),
-            "cosine": _cosine(its, exact),
-            **_stepped(batch, its, size, halves, before),
+            "states": direction.states,
+            "agreement": agreement_of_halves(direction),
+            "cosine": cosine_with_exact(direction, reference.exact),
+            **changes_by_step(batch, direction, reference),
         }
 
 
-def _stepped(
-    batch: Batch,
-    its: Direction,
-    size: Tensor,
-    halves: Sequence[list[int]],
-    before: Sequence[dict[str, float]],
+def changes_by_step(
+    batch: RecordedBatch, direction: Direction, reference: Reference
 ) -> dict[str, float | None]:
-    """What a step along one half's direction changes on the other, both ways round; None if a half has no group to learn from."""
-    if not all(its.by_group[half].any() for half in halves):
+    """Return how a step along one half's direction changes `MEASURED` on the other half.
+
+    The mean of both ways; None if a half has no group to learn from.
+    """
+    if not all(direction.by_group[half].any() for half in reference.halves):
         return dict.fromkeys(MEASURED)
-    moved = [_moved(batch.policy, (its.along(half) * size).float()) for half in halves]
-    after = [_measured(batch, one, half) for one, half in zip(moved, reversed(halves), strict=True)]
-    return {
-        name: float(
-            np.mean([a[name] - b[name] for a, b in zip(after, reversed(before), strict=True)])
-        )
-        for name in MEASURED
-    }
+    changes: dict[str, list[float]] = {name: [] for name in MEASURED}
+    for trained, tested in ((0, 1), (1, 0)):
+        unit = direction.average(reference.halves[trained])
+        step = (unit * reference.length).float()
+        policy = move_weights(batch.policy, step)
+        before = reference.before[tested]
+        after = measure(batch, policy, reference.halves[tested])
+        for name in MEASURED:
+            change = after[name] - before[name]
+            changes[name].append(change)
+    return {name: float(np.mean(values)) for name, values in changes.items()}
 
 
-def _direction(batch: Batch, arm: str) -> Direction:
-    params, data = batch.of(arm)
-    if len(data.usable) < CHUNK:
-        raise ValueError(f"{len(data.usable)} states to learn from; expected at least {CHUNK}")
-    found = [
-        _summed(batch.policy, params, data, rows[np.isin(rows, data.usable)], seed)
-        for seed, rows in enumerate(batch.groups)
-    ]
-    return Direction(-torch.stack(found), len(data.usable))
+def compute_direction(batch: RecordedBatch, arm: str) -> Direction:
+    """Compute an objective's direction. ValueError if it has too few states to learn from."""
+    settings, data = batch.select_objective(arm)
+    usable = data.usable
+    if len(usable) < CHUNK:
+        raise ValueError(f"{len(usable)} states to learn from; expected at least {CHUNK}")
+    gradients: list[Tensor] = []
+    for seed, group in enumerate(batch.groups):
+        rows = group[np.isin(group, usable)]
+        gradients.append(sum_gradient(batch.policy, settings, data, rows, seed))
+    return Direction(-torch.stack(gradients), len(usable))
 
 
-def _summed(policy: Policy, params: Params, data: Labelled, rows: np.ndarray, seed: int) -> Tensor:
-    """The gradient of the sum of an objective over the tokens of some states, in one pass; zero of none."""
+def sum_gradient(
+    policy: Policy, settings: OptimizeParams, data: DistillationBatch, rows: np.ndarray, seed: int
+) -> Tensor:
+    """Return the gradient of an objective's sum over the tokens of some states; zero of none."""
     policy.zero_grad()
     if len(rows):
-        kept = np.zeros(len(data.mask), np.bool_)
-        kept[rows] = True
-        opt = params.optimize.model_copy(update={"batch_size": len(rows)})
-        means = _loss(replace(data, kept=kept), params.model_copy(update={"optimize": opt}), seed)(
-            policy, 0
-        )
+        selected = np.zeros(len(data.mask), np.bool_)
+        selected[rows] = True
+        one_batch = settings.model_copy(update={"batch_size": len(rows)})
+        loss = DistillationLoss(replace(data, selected=selected), one_batch, seed)
+        means = loss(policy, 0)
         (means.loss * means.tokens).backward()
-    return torch.cat(
-        [
-            torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()
-            for p in policy.parameters()
-        ]
-    )
+    gradients: list[Tensor] = []
+    for parameter in policy.parameters():
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        gradients.append(gradient.flatten())
+    return torch.cat(gradients)
 
 
-def _agreement(its: Direction) -> tuple[float, float, float]:
-    """The cosine between the directions of two random halves of the groups: its mean over `SPLITS` of them, and the middle 90 %."""
-    gram, count, random = (
-        (its.by_group.double() @ its.by_group.double().T).numpy(),
-        len(its.by_group),
-        np.random.default_rng(0),
-    )
-    found = []
+def agreement_of_halves(direction: Direction) -> tuple[float, float, float]:
+    """Return the cosine between two random halves of the groups: mean, 5 % and 95 % quantiles."""
+    by_group = direction.by_group.double()
+    gram = (by_group @ by_group.T).numpy()
+    count = len(by_group)
+    random = np.random.default_rng(0)
+    cosines: list[float] = []
     for _ in range(SPLITS):
-        one = np.zeros(count)
-        one[random.permutation(count)[: count // 2]] = 1
-        other = 1 - one
-        if (
-            lengths := (one @ gram @ one) * (other @ gram @ other)
-        ) > 0:  # a half may have no group to learn from
-            found.append(one @ gram @ other / lengths**0.5)
-    return float(np.mean(found)), *(float(value) for value in np.quantile(found, [0.05, 0.95]))
+        order = random.permutation(count)
+        first = np.zeros(count)
+        first[order[: count // 2]] = 1
+        second = 1 - first
+        first_squared = first @ gram @ first
+        second_squared = second @ gram @ second
+        lengths = first_squared * second_squared
+        if lengths > 0:  # zero if a half has no group to learn from
+            cosine = first @ gram @ second / lengths**0.5
+            cosines.append(float(cosine))
+    low, high = np.quantile(cosines, [0.05, 0.95])
+    return float(np.mean(cosines)), float(low), float(high)
 
 
-def _cosine(its: Direction, exact: Direction) -> tuple[float, float, float]:
-    """With the exact reverse KL's direction, and its interval of 95 %."""
-    one, other = its.by_group.double(), exact.by_group.double()
-    own, theirs, cross = ((a @ b.T).numpy() for a, b in ((one, one), (other, other), (one, other)))
-    count = len(one)
-    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), SPLITS)
+def cosine_with_exact(direction: Direction, exact: Direction) -> tuple[float, float, float]:
+    """Return the cosine with the exact reverse KL's direction, and its 95 % interval."""
+    by_group = direction.by_group.double()
+    exact_by_group = exact.by_group.double()
+    gram = (by_group @ by_group.T).numpy()
+    exact_gram = (exact_by_group @ exact_by_group.T).numpy()
+    cross = (by_group @ exact_by_group.T).numpy()
+    count = len(by_group)
+    random = np.random.default_rng(0)
+    resamples = random.multinomial(count, np.full(count, 1 / count), SPLITS)
 
-    def cosine(w: np.ndarray) -> float:
-        return float(w @ cross @ w / ((w @ own @ w) * (w @ theirs @ w)) ** 0.5)
+    def cosine(counts: np.ndarray) -> float:
+        squared = counts @ gram @ counts
+        exact_squared = counts @ exact_gram @ counts
+        product = counts @ cross @ counts
+        return float(product / (squared * exact_squared) ** 0.5)
 
-    low, high = np.quantile(
-        [cosine(w) for w in drawn if w @ own @ w > 0], [0.025, 0.975]
-    )  # without a group to learn from there is no direction
+    # A resample without a group to learn from has no direction.
+    cosines = [cosine(counts) for counts in resamples if counts @ gram @ counts > 0]
+    low, high = np.quantile(cosines, [0.025, 0.975])
     return cosine(np.ones(count)), float(low), float(high)
 
 
-def _moved(policy: Policy, step: Tensor) -> Policy:
+def move_weights(policy: Policy, step: Tensor) -> Policy:
+    """Return a copy of the policy, moved by a step in the space of all weights."""
     moved = copy.deepcopy(policy)
-    vector_to_parameters(
-        parameters_to_vector(policy.parameters()).detach() + step, moved.parameters()
-    )
+    weights = parameters_to_vector(policy.parameters()).detach()
+    vector_to_parameters(weights + step, moved.parameters())
     return moved
 
 
-def _measured(batch: Batch, policy: Policy, half: Sequence[int]) -> dict[str, float]:
-    """Distance to the teacher over the states of some groups."""
-    (params, data), rows = (
-        batch.of("reverse_kl"),
-        np.concatenate([batch.groups[group] for group in half]),
-    )
-    sums, tokens = dict.fromkeys(MEASURED, 0.0), 0
+def measure(batch: RecordedBatch, policy: Policy, groups: Sequence[int]) -> dict[str, float]:
+    """Return `MEASURED` over the states of some groups, in nats per token."""
+    settings, data = batch.select_objective("reverse_kl")
+    rows = np.concatenate([batch.groups[group] for group in groups])
+    sums = dict.fromkeys(MEASURED, 0.0)
+    count = 0
     with torch.inference_mode():
-        for some in np.array_split(rows, -(-len(rows) // CHUNK)):
-            seen, mask = _token_batch(policy, data, some, params.optimize, 0)
-            values = {name: OBJECTIVES[name](seen) for name in MEASURED[:-1]} | {
-                "student_entropy": entropy(seen.student)
-            }
-            sums = {name: total + float(values[name][mask].sum()) for name, total in sums.items()}
-            tokens += int(mask.sum())
-    return {name: total / tokens for name, total in sums.items()}
+        for part in np.array_split(rows, -(-len(rows) // CHUNK)):
+            tokens, mask = distillation.token_batch(policy, data, part, settings, 0)
+            values = {name: OBJECTIVES[name](tokens) for name in MEASURED[:-1]}
+            values["student_entropy"] = entropy(tokens.student)
+            for name, value in values.items():
+                valid = value[mask]
+                sums[name] += float(valid.sum())
+            count += int(mask.sum())
+    return {name: total / count for name, total in sums.items()}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How often LIBERO's scripted expert succeeds, by the benchmark's own predicate, and in how many steps.
+"""Success rate and steps of LIBERO's scripted expert, by the benchmark's own success predicate.
 
 `python -m benchmarks.expert_success libero_object --states 10 --workers 2 --noise 0.15 --bursts`
 """
@@ -6,7 +6,6 @@
 import argparse
 import multiprocessing
 import statistics
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,7 +32,11 @@ class Work:
 
 @dataclass(frozen=True)
 class Result:
-    """Steps of every successful episode of one task, the initial states of the others, or why the task isn't covered."""
+    """Outcomes of one task.
+
+    steps: of every successful episode. failures: the initial states of the others.
+    refusal: why the expert does not cover the task.
+    """
 
     task: str
     steps: tuple[int, ...] = ()
@@ -41,48 +44,45 @@ class Result:
     refusal: str = ""
 
     def row(self) -> str:
-        """One line of the table."""
+        """Format one line of the table."""
         if self.refusal:
             return f"{self.task:<18} not covered: {self.refusal}"
-        spread = (
-            f"median {statistics.median(self.steps):5.1f}  max {max(self.steps)}"
-            if self.steps
-            else ""
-        )
-        failed = f"  failed {list(self.failures)}" if self.failures else ""
-        return f"{self.task:<18} {len(self.steps):>3}/{len(self.steps) + len(self.failures):<3} {spread}{failed}"
+        episodes = len(self.steps) + len(self.failures)
+        cells = f"{self.task:<18} {len(self.steps):>3}/{episodes:<3} "
+        if self.steps:
+            cells += f"median {statistics.median(self.steps):5.1f}  max {max(self.steps)}"
+        if self.failures:
+            cells += f"  failed {list(self.failures)}"
+        return cells
 
 
 def main() -> None:
     """Run the expert on a suite and print the table."""
-    arguments = _parsed()
-    work = [
+    arguments = parse_arguments()
+    jobs = [
         Work(
-            f"{arguments.suite}/{task}",
-            arguments.split,
-            arguments.states,
-            arguments.horizon,
-            arguments.noise,
-            arguments.bursts,
-            arguments.seed,
+            task=f"{arguments.suite}/{task}",
+            split=arguments.split,
+            states=arguments.states,
+            horizon=arguments.horizon,
+            noise=arguments.noise,
+            bursts=arguments.bursts,
+            seed=arguments.seed,
         )
         for task in arguments.tasks
     ]
-    results: list[Result] = []
+    steps: list[int] = []
+    failures: list[int] = []
     with multiprocessing.get_context("spawn").Pool(arguments.workers, maxtasksperchild=1) as pool:
-        for result in pool.imap(run, work):
+        for result in pool.imap(run, jobs):
             print(result.row(), flush=True)
-            results.append(result)
-    steps = tuple(step for result in results for step in result.steps)
-    print(
-        Result(
-            arguments.suite, steps, tuple(state for result in results for state in result.failures)
-        ).row()
-    )
+            steps.extend(result.steps)
+            failures.extend(result.failures)
+    print(Result(arguments.suite, tuple(steps), tuple(failures)).row())
 
 
 def run(work: Work) -> Result:
-    """All episodes of one task, in a process of its own."""
+    """Run all episodes of one task, in a process of its own."""
     env = make_env(EnvironmentParams(tasks=(work.task,), stepping="fast"))
     expert = make_expert("libero", env)
     steps: list[int] = []
@@ -91,8 +91,11 @@ def run(work: Work) -> Result:
         for state in range(work.states):
             env.reset(Placement(work.task, work.split, state))
             expert.reset()
-            taken = _episode(env, expert, work, np.random.default_rng([work.seed, state]))
-            failures.append(state) if taken is None else steps.append(taken)
+            count = run_episode(env, expert, work, np.random.default_rng([work.seed, state]))
+            if count is None:
+                failures.append(state)
+            else:
+                steps.append(count)
     except ValueError as refusal:
         return Result(work.task, refusal=str(refusal))
     finally:
@@ -100,38 +103,37 @@ def run(work: Work) -> Result:
     return Result(work.task, tuple(steps), tuple(failures))
 
 
-def _episode(env: Env, expert: Expert, work: Work, rng: np.random.Generator) -> int | None:
-    """Steps to success, or None."""
-    disturbed = _bursts(rng) if work.bursts else set[int]()
+def run_episode(env: Env, expert: Expert, work: Work, random: np.random.Generator) -> int | None:
+    """Return the steps to success, or None."""
+    disturbed = draw_bursts(random) if work.bursts else set[int]()
     for step in range(work.horizon):
         action = expert.act().copy()
-        action[:3] += rng.normal(0, work.noise, 3) if work.noise else 0
+        action[:3] += random.normal(0, work.noise, 3) if work.noise else 0
         if step in disturbed:
-            action = rng.uniform(-1, 1, len(action)).astype(np.float32)
-        if env.advance(_row(action), observe_every=0).success:
+            action = random.uniform(-1, 1, len(action)).astype(np.float32)
+        if env.advance(_clip(action), observe_every=0).success:
             return step + 1
     return None
 
 
-def _bursts(rng: np.random.Generator) -> set[int]:
-    """The steps of two bursts of 4 to 8 random actions."""
-    return {
-        step
-        for start in rng.integers(5, 80, 2)
-        for step in range(start, start + rng.integers(4, 9))
-    }
+def draw_bursts(random: np.random.Generator) -> set[int]:
+    """Draw the steps of two bursts of 4 to 8 random actions."""
+    steps: set[int] = set()
+    for start in random.integers(5, 80, 2):
+        steps.update(range(start, start + random.integers(4, 9)))
+    return steps
 
 
-def _row(action: Float32[np.ndarray, "A"]) -> Float32[np.ndarray, "1 A"]:
+def _clip(action: Float32[np.ndarray, "A"]) -> Float32[np.ndarray, "1 A"]:
     return np.clip(action, -1, 1).astype(np.float32)[None]
 
 
-def _parsed() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("suite")
-    parser.add_argument("--tasks", type=_numbers, default=range(10), help="as in 0-9 or 2,5")
+    parser.add_argument("--tasks", type=parse_numbers, default=range(10), help="as in 0-9 or 2,5")
     parser.add_argument("--states", type=int, default=10)
     parser.add_argument("--split", choices=("evaluation", "training"), default="evaluation")
     parser.add_argument("--workers", type=int, default=2)
@@ -140,20 +142,19 @@ def _parsed() -> argparse.Namespace:
         "--noise", type=float, default=0.0, help="standard deviation added to the translation"
     )
     parser.add_argument(
-        "--bursts", action="store_true", help="two bursts of 4 to 8 random actions an episode"
+        "--bursts", action="store_true", help="two bursts of 4 to 8 random actions per episode"
     )
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 
-def _numbers(text: str) -> list[int]:
-    return list(_expanded(text))
-
-
-def _expanded(text: str) -> Iterator[int]:
+def parse_numbers(text: str) -> list[int]:
+    """Return the numbers of `0-9` or `2,5`."""
+    numbers: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
-        yield from range(int(first), int(last or first) + 1)
+        numbers.extend(range(int(first), int(last or first) + 1))
+    return numbers
 
 
 if __name__ == "__main__":

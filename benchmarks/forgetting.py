@@ -1,12 +1,14 @@
-"""What is left of the unseen tasks at equal success on the seen ones, from a study's table alone.
+r"""Success on unseen tasks at equal success on the seen ones, from a study's table.
 
-`python -m benchmarks.forgetting artifacts/metaworld-forgetting/studies/forgetting --level 0.9 sft=sft_50,sft_150,sft_400 reverse_kl gentle`
+`python -m benchmarks.forgetting artifacts/metaworld-forgetting/studies/forgetting --level 0.9 \
+    sft=sft_50,sft_150,sft_400 reverse_kl gentle`
 
-A path is an arm's checkpoints from the start on; of several arms (`name=arm,arm`), as of fine-tuning for longer and longer, one after the other.
-Where its success on the seen tasks first comes to the level, by a straight line between two points, its success on the unseen ones is read off.
-Intervals of 95 % are those of `vla_opd.analysis.bootstrap`:
-seeds and initial states drawn again, those of the seen tasks apart from those of the unseen.
-Paths of the same seeds share the draws, so the difference of such from the first one is paired; of others it isn't told.
+A path is an arm's checkpoints from the start on, or those of several arms (`name=arm,arm`), such as
+longer and longer fine-tuning. The success on the unseen tasks is read off where that on the seen
+ones first reaches the level, on a straight line between two points. The 95 % intervals are those of
+`vla_opd.analysis.bootstrap`: seeds and initial states are resampled, those of seen and unseen tasks
+apart. Paths of the same seeds share the resamples, so their difference from the first path is
+paired; for other seeds it is left out.
 """
 
 import argparse
@@ -32,83 +34,98 @@ def main() -> None:
     parser.add_argument("paths", nargs="+", metavar="ARM | NAME=ARM,ARM...")
     parser.add_argument("--level", type=float, default=0.9, help="success on the seen tasks")
     arguments = parser.parse_args()
-    names = Params.model_validate(
-        open_artifact(arguments.table, "study").params["parameters"]
-    ).report
+    settings = open_artifact(arguments.table, "study").params["parameters"]
+    report = Params.model_validate(settings).report
     rows = read(arguments.table)
-    seen, unseen = (
-        read_study(rows, names.start, names.teacher, seen=which) for which in (True, False)
-    )
-    print(
-        f"| | unseen at {arguments.level:.0%} of the seen | against the first | comes so far in |\n|---|---|---|---|"
-    )
-    paths = {
-        name or arms: arms.split(",")
-        for name, _, arms in (path.rpartition("=") for path in arguments.paths)
-    }
-    lefts = {name: at_level(seen, unseen, arms, arguments.level) for name, arms in paths.items()}
-    first = next(iter(lefts.values()))
-    for name, left in lefts.items():
-        further = (
-            left.minus(first).told("") if left is not first and left.seeds == first.seeds else ""
-        )
-        print(
-            f"| {name} | {left.told('never')} | {further} | {np.isfinite(left.resampled).mean():.0%} of the resamples |"
-        )
+    seen = read_study(rows, report.start, report.teacher, seen=True)
+    unseen = read_study(rows, report.start, report.teacher, seen=False)
+    level = arguments.level
+    paths = parse_paths(arguments.paths)
+    retained = {name: at_level(seen, unseen, arms, level) for name, arms in paths.items()}
+    print(f"| | unseen at {level:.0%} of the seen | against the first | reaches the level in |")
+    print("|---|---|---|---|")
+    first = next(iter(retained.values()))
+    for name, path in retained.items():
+        difference = ""
+        if path is not first and path.seeds == first.seeds:
+            difference = path.minus(first).format("")
+        success = path.format("never")
+        reached = np.isfinite(path.resampled).mean()
+        print(f"| {name} | {success} | {difference} | {reached:.0%} of the resamples |")
+
+
+def parse_paths(words: Sequence[str]) -> dict[str, list[str]]:
+    """Return the arms of each path by its name, of `arm` or `name=arm,arm`."""
+    paths: dict[str, list[str]] = {}
+    for word in words:
+        name, _, arms = word.rpartition("=")
+        paths[name or arms] = arms.split(",")
+    return paths
 
 
 @dataclass(frozen=True)
-class Left:
-    """Success on the unseen tasks, or a difference of two: the mean's over seeds, and each resample's. Not finite where the level isn't reached.
+class Retained:
+    """Success on the unseen tasks, or a difference of two; infinite where the level isn't reached.
 
-    seeds: of every arm along the path. Only paths of the same seeds share all draws.
+    seeds:     of every arm of the path. Only paths of the same seeds share all resamples.
+    value:     the mean over seeds. resampled: that of each resample.
     """
 
     seeds: tuple[tuple[int, ...], ...]
     value: float
     resampled: Float[np.ndarray, " R"]
 
-    def minus(self, other: "Left") -> "Left":
-        """The paired difference."""
-        with np.errstate(invalid="ignore"):  # neither comes so far
-            return Left(self.seeds, self.value - other.value, self.resampled - other.resampled)
+    def minus(self, reference: "Retained") -> "Retained":
+        """Return the paired difference."""
+        with np.errstate(invalid="ignore"):  # neither may reach the level
+            resampled = self.resampled - reference.resampled
+        return Retained(self.seeds, self.value - reference.value, resampled)
 
     def estimate(self) -> Estimate:
-        """The interval is that of the resamples that come so far."""
-        return Estimate.of(self.value, self.resampled[np.isfinite(self.resampled)])
+        """Return the value with the interval of the resamples that reach the level."""
+        return Estimate.from_resamples(self.value, self.resampled[np.isfinite(self.resampled)])
 
-    def told(self, otherwise: str) -> str:
-        """In percent; `otherwise` where the level isn't reached."""
+    def format(self, otherwise: str) -> str:
+        """Format in percent; `otherwise` where the level isn't reached."""
         if not np.isfinite(self.value):
             return otherwise
-        its = self.estimate()
-        return f"{its.value:.1%} [{its.low:.1%}, {its.high:.1%}]"
+        estimate = self.estimate()
+        return f"{estimate.value:.1%} [{estimate.low:.1%}, {estimate.high:.1%}]"
 
 
-def at_level(seen: Study, unseen: Study, arms: Sequence[str], level: float) -> Left:
-    """Success on the unseen tasks where that on the seen ones first is `level`; infinite where it never is."""
-    along = [_path(study, arms) for study in (seen, unseen)]
-    (found,) = crossing(*(means[None] for means, _ in along), np.array([level]))
+def at_level(seen: Study, unseen: Study, arms: Sequence[str], level: float) -> Retained:
+    """Return the success on the unseen tasks where that on the seen ones first is `level`.
+
+    Infinite where it never is.
+    """
+    seen_means, seen_resampled = success_along(seen, arms)
+    unseen_means, unseen_resampled = success_along(unseen, arms)
+    (value,) = crossing(seen_means[None], unseen_means[None], np.array([level]))
+    levels = np.full(RESAMPLES, level)
     seeds = {curve.seeds for curve in seen.curves if curve.arm in arms}
-    return Left(
-        tuple(sorted(seeds)),
-        float(found),
-        crossing(*(resampled for _, resampled in along), np.full(RESAMPLES, level)),
+    return Retained(
+        seeds=tuple(sorted(seeds)),
+        value=float(value),
+        resampled=crossing(seen_resampled, unseen_resampled, levels),
     )
 
 
-def _path(
+def success_along(
     study: Study, arms: Sequence[str]
 ) -> tuple[Float[np.ndarray, " P"], Float[np.ndarray, "R P"]]:
-    """Success along a path, the mean over seeds: as it was, and in each resample."""
-    by_name = {curve.arm: curve for curve in study.curves}
-    if missing := [arm for arm in arms if arm not in by_name]:
-        raise SystemExit(f"the table has no arm {missing[0]!r}; expected some of {sorted(by_name)}")
-    means, resampled = [study.start.mean(keepdims=True)], [study.resampled_start[:, None]]
-    for curve in map(by_name.__getitem__, arms):
-        own = slice(int(curve.checkpoints[0] == "start"), None)  # the start is there already
-        means.append(curve.outcomes.mean((0, 2))[own])
-        resampled.append(study.resampled(curve)[:, own])
+    """Return the mean success over seeds at the points of a path, and that of each resample."""
+    curves = {curve.arm: curve for curve in study.curves}
+    means = [study.start.mean(keepdims=True)]
+    resampled = [study.resampled_start[:, None]]
+    for arm in arms:
+        if arm not in curves:
+            raise SystemExit(f"the table has no arm {arm!r}; expected some of {sorted(curves)}")
+        curve = curves[arm]
+        first = 1 if curve.checkpoints[0] == "start" else 0  # the path has the start already
+        curve_means = curve.outcomes.mean((0, 2))
+        curve_resampled = study.resampled(curve)
+        means.append(curve_means[first:])
+        resampled.append(curve_resampled[:, first:])
     return np.concatenate(means), np.concatenate(resampled, axis=1)
 
 

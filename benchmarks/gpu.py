@@ -1,17 +1,18 @@
-"""How well a device is used by an OpenVLA-OFT of seven and a half billion random weights: rollouts' decisions, labels and optimiser steps.
+"""How well a GPU is used by an OpenVLA-OFT of 7.5 B random weights: rollouts, labels, updates.
 
-`python -m benchmarks.gpu --batch 16` (`--tiny` for a look at a CPU)
+`python -m benchmarks.gpu --batch 16` (`--tiny` to try it on a CPU)
 
-For a forward pass, as rollouts and labels make it, for an optimiser's step on an adapter, and for a pass of one row alone, as it is and as a captured
-graph (`OPD_GRAPHS`): sequence tokens a second, model FLOPs utilisation (the
-products of one forward and one backward pass, nothing counted twice for what is computed again), the share of the time in which the device waits for
-pictures, and the peak of its memory beside what `opd plan --memory` says.
+Passes: `forward` as in rollouts and labels; `alone`, of one row; `graphs`, the same as a captured
+CUDA graph (`OPD_GRAPHS`); `step`, an optimizer's step on an adapter. Columns: sequence tokens per
+second; model FLOPs utilization (one forward and one backward pass; recomputed activations count
+once); the share of time in which the device waits for image preprocessing; the peak of its memory,
+and what `opd plan --memory` expects.
 """
 
 import argparse
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,60 +38,67 @@ from vla_opd.policies.openvla_oft.files import TOKENIZER, read_tokenizer
 from vla_opd.policies.openvla_oft.layout import QUESTION, Architecture, Tower
 from vla_opd.policies.openvla_oft.model import LONGEST, PATCHES, SIZE, OpenVLAOFT, of_facts
 
-DENSE = {
-    "H100": 989e12,
-    "H200": 989e12,
-    "A100": 312e12,
-}  # bfloat16 products a second, by their data sheets
+# Dense bfloat16 operations per second, from the data sheets.
+DENSE = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 SPACE = ActionSpace(q01=(-1.0,) * 7, q99=(1.0,) * 7, normalised=(True,) * 6 + (False,), chunk=8)
 ENVIRONMENT = EnvironmentParams(
     tasks=("libero_object/0",), image_size=256, render="exact", wording="benchmark"
 )
 COLOURS = {"mean": (0.484, 0.455, 0.406), "std": (0.229, 0.224, 0.225)}
-SMALL = {"dino": Tower(width=32, depth=2, heads=4), "siglip": Tower(width=48, depth=2, heads=4)}
-Answer = Callable[[], Float[Tensor, "B K V"]]
+SMALL = {
+    "dino": Tower(width=32, depth=2, heads=4),
+    "siglip": Tower(width=48, depth=2, heads=4),
+    "hidden": 64,
+    "intermediate": 128,
+    "layers": 2,
+    "heads": 4,
+    "key_value_heads": 4,
+}
 SEQUENCE = PATCHES + LONGEST + SPACE.tokens + 1
+Forward = Callable[[], Float[Tensor, "B K V"]]
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Seconds of a pass, whole and without its pictures, and the most memory in bytes."""
+class Timing:
+    """Seconds of a pass, in total and without image preprocessing, and its peak memory in bytes.
 
-    whole: float
+    peak: 0 on a CPU.
+    """
+
+    total: float
     device: float
     peak: int
 
 
 def main() -> None:
-    """Measure, and print a line for each kind of pass."""
+    """Measure, and print a line per kind of pass."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    print(
-        f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, batch {options.batch}, sequences of {SEQUENCE}, {dtype}"
-    )
+    device = torch.device("cpu")
+    dtype = torch.float32
+    name = "CPU"
+    if torch.cuda.is_available():
+        device = torch.device("cuda")
+        dtype = torch.bfloat16
+        name = torch.cuda.get_device_name()
+    print(f"{name}, batch {options.batch}, sequences of {SEQUENCE}, {dtype}")
     with TemporaryDirectory() as folder:
-        checkpoint = described(Path(folder), tiny=options.tiny, dtype=dtype)
-        for name, line in lines(checkpoint, options.batch, options.repeats, device).items():
-            print(f"  {name:<8} {line}")
+        checkpoint = describe(Path(folder), tiny=options.tiny, dtype=dtype)
+        for kind, line in measure_passes(checkpoint, options.batch, options.repeats, device):
+            print(f"  {kind:<8} {line}")
 
 
-def described(folder: Path, *, tiny: bool, dtype: torch.dtype) -> Described:
-    """The policy, by its sizes, and in `folder` a tokenizer that knows no words."""
+def describe(folder: Path, *, tiny: bool, dtype: torch.dtype) -> Described:
+    """Describe a policy by its sizes, and write to `folder` a tokenizer that knows no words."""
     words = Tokenizer(WordLevel({"<unk>": 0, "<s>": 1}, unk_token="<unk>"))  # noqa: S106 - no password
     words.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     words.save(str(folder / TOKENIZER))
-    small = (
-        {**SMALL, "hidden": 64, "intermediate": 128, "layers": 2, "heads": 4, "key_value_heads": 4}
-        if tiny
-        else {}
-    )
+    sizes = SMALL if tiny else {}
     facts = CheckpointFacts(
-        policy=Architecture.model_validate({**COLOURS, **small}),
+        policy=Architecture.model_validate({**COLOURS, **sizes}),
         action_space=SPACE,
         environment=ENVIRONMENT,
         prompt=QUESTION,
@@ -98,110 +106,107 @@ def described(folder: Path, *, tiny: bool, dtype: torch.dtype) -> Described:
     return Described(facts, dtype, folder)
 
 
-def lines(checkpoint: Described, batch: int, repeats: int, device: torch.device) -> dict[str, str]:
-    """What is said of each kind of pass."""
-    return _asked(checkpoint, batch, repeats, device) | _trained(checkpoint, batch, repeats, device)
-
-
-def _asked(checkpoint: Described, batch: int, repeats: int, device: torch.device) -> dict[str, str]:
-    policy, said = built(checkpoint, device), dict[str, str]()
-    for name, rows in {
-        "forward": batch,
-        "alone": 1,
-        **({"graphs": 1} if device.type == "cuda" else {}),
-    }.items():
+def measure_passes(
+    checkpoint: Described, batch: int, repeats: int, device: torch.device
+) -> Iterator[tuple[str, str]]:
+    """Yield the name of each kind of pass, and a line about it."""
+    policy = build(checkpoint, device)
+    passes = {"forward": batch, "alone": 1}
+    if device.type == "cuda":
+        passes["graphs"] = 1
+    for name, rows in passes.items():
         if name == "graphs":
             policy.capture()
-        its = measured(policy, _black(rows), _ask, repeats)
-        said[name] = _line(
-            its,
-            checkpoint,
-            rows,
-            memory_estimate.inference(name, checkpoint, rows),
-            products(checkpoint, rows),
-        )
-    return said
+        timing = measure(policy, _black_frames(rows), _infer, repeats)
+        planned = memory_estimate.inference(name, checkpoint, rows)
+        operations = count_operations(checkpoint, rows)
+        yield name, _format_line(timing, checkpoint, rows, planned, operations)
+    del policy
+    yield "step", _measure_step(checkpoint, batch, repeats, device)
 
 
-def _trained(
-    checkpoint: Described, batch: int, repeats: int, device: torch.device
-) -> dict[str, str]:
+def _measure_step(checkpoint: Described, batch: int, repeats: int, device: torch.device) -> str:
     gc.collect()  # a captured policy refers to itself
     settings = OptimizeParams(lora_rank=32, gradient_checkpointing=True, batch_size=batch)
-    policy = built(checkpoint, device)
+    policy = build(checkpoint, device)
     lora.prepare(policy, settings.lora, 0, "optimize")
-    optimizer = torch.optim.AdamW([one for one in policy.parameters() if one.requires_grad])
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+
+    def step(forward: Forward) -> None:
+        optimizer.zero_grad()
+        forward().log_softmax(-1)[..., 0].mean().neg().backward()
+        optimizer.step()
+
     with lora.recomputing(policy, wanted=True):
-        step = measured(policy, _black(batch), lambda answer: _step(answer, optimizer), repeats)
-    return {
-        "step": _line(
-            step,
-            checkpoint,
-            batch,
-            memory_estimate.update("step", checkpoint, settings),
-            products(checkpoint, batch, settings),
-        )
-    }
+        timing = measure(policy, _black_frames(batch), step, repeats)
+    planned = memory_estimate.update("step", checkpoint, settings)
+    operations = count_operations(checkpoint, batch, settings)
+    return _format_line(timing, checkpoint, batch, planned, operations)
 
 
-def _black(rows: int) -> Observations:
-    return Observations(
-        np.zeros((rows, 1, 256, 256, 3), np.uint8), np.zeros((rows, 8), np.float32), ("",) * rows
-    )
+def _infer(forward: Forward) -> None:
+    with torch.inference_mode():
+        forward().argmax(-1).cpu()
 
 
-def built(checkpoint: Described, device: torch.device) -> OpenVLAOFT:
-    """Random weights, drawn on the device."""
+def _black_frames(rows: int) -> Observations:
+    frames = np.zeros((rows, 1, 256, 256, 3), np.uint8)
+    proprio = np.zeros((rows, 8), np.float32)
+    return Observations(frames, proprio, ("",) * rows)
+
+
+def build(checkpoint: Described, device: torch.device) -> OpenVLAOFT:
+    """Build the policy with random weights, drawn on the device."""
     with device:
         policy = of_facts(checkpoint.facts).to(checkpoint.dtype).eval()
     policy.tokenizer = read_tokenizer(checkpoint.source)
     return policy
 
 
-def measured(
-    policy: OpenVLAOFT, seen: Observations, work: Callable[[Answer], None], repeats: int
-) -> Measured:
-    """`work` on observations, and on pixels that are on the device already; the first two times are not counted."""
-    pixels = policy.pixels(seen.frames[:, 0])
-    _seconds(lambda: work(lambda: policy.logits(seen)), 2)
-    if policy.device.type == "cuda":
+def measure(
+    policy: OpenVLAOFT, batch: Observations, work: Callable[[Forward], None], repeats: int
+) -> Timing:
+    """Time `work` with forward passes on observations, and on pixels already on the device.
+
+    The first two runs are not counted.
+    """
+    pixels = policy.pixels(batch.frames[:, 0])
+
+    def run() -> None:
+        work(lambda: policy.logits(batch))
+
+    def run_on_device() -> None:
+        work(lambda: policy.answers(pixels, batch.instructions))
+
+    _seconds(run, 2)
+    on_gpu = policy.device.type == "cuda"
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    whole = _seconds(lambda: work(lambda: policy.logits(seen)), repeats)
-    peak = torch.cuda.max_memory_allocated() if policy.device.type == "cuda" else 0
-    return Measured(
-        whole,
-        _seconds(lambda: work(lambda: policy.answers(pixels, seen.instructions)), repeats),
-        peak,
-    )
+    total = _seconds(run, repeats)
+    peak = torch.cuda.max_memory_allocated() if on_gpu else 0
+    return Timing(total, _seconds(run_on_device, repeats), peak)
 
 
-def products(checkpoint: Described, batch: int, settings: OptimizeParams | None = None) -> int:
-    """Floating-point operations of a forward pass, and of a backward pass for what is trained; on torch's meta device, where nothing is computed."""
+def count_operations(
+    checkpoint: Described, batch: int, settings: OptimizeParams | None = None
+) -> int:
+    """Count floating-point operations of a forward pass, and of a backward pass with settings.
+
+    They are counted on torch's meta device, where nothing is computed.
+    """
     with torch.device("meta"):
         policy = of_facts(checkpoint.facts).to(checkpoint.dtype).eval()
         if settings is not None:
             lora.prepare(policy, settings.lora, 0, "optimize")
-        prompts, lengths = (
-            torch.ones(batch, LONGEST, dtype=torch.long),
-            torch.full((batch,), LONGEST),
-        )
+        prompts = torch.ones(batch, LONGEST, dtype=torch.long)
+        lengths = torch.full((batch,), LONGEST)
         pixels = torch.zeros(batch, 6, SIZE, SIZE, dtype=checkpoint.dtype)
-    with FlopCounterMode(display=False) as counted, torch.set_grad_enabled(settings is not None):
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(settings is not None):
         logits = policy(pixels, prompts, lengths)
         if settings is not None:
             logits.log_softmax(-1).mean().backward()
-    return counted.get_total_flops()
-
-
-def _ask(answer: Answer) -> None:
-    with torch.inference_mode():
-        answer().argmax(-1).cpu()
-
-
-def _step(answer: Answer, optimizer: torch.optim.Optimizer) -> None:
-    optimizer.zero_grad()
-    answer().log_softmax(-1)[..., 0].mean().neg().backward()
-    optimizer.step()
+    return counter.get_total_flops()
 
 
 def _seconds(work: Callable[[], None], repeats: int) -> float:
@@ -215,24 +220,28 @@ def _seconds(work: Callable[[], None], repeats: int) -> float:
     return (time.perf_counter() - began) / repeats
 
 
-def _line(its: Measured, checkpoint: Described, batch: int, planned: Need, operations: int) -> str:
-    speed = next(
-        (
-            speed
-            for name, speed in DENSE.items()
-            if torch.cuda.is_available() and name in torch.cuda.get_device_name()
-        ),
-        None,
+def _format_line(
+    timing: Timing, checkpoint: Described, batch: int, planned: Need, operations: int
+) -> str:
+    speed = _data_sheet_speed()
+    utilization = "unknown"
+    if speed is not None and checkpoint.dtype == torch.bfloat16:
+        utilization = f"{operations / timing.total / speed:.1%}"
+    tokens_per_second = batch * SEQUENCE / timing.total
+    waits = max(0.0, 1 - timing.device / timing.total)
+    peak = f"{timing.peak / 1e9:.2f} GB" if timing.peak else "not measured"
+    return (
+        f"{tokens_per_second:,.0f} tokens/s, utilization {utilization} "
+        f"({operations / 1e12:.3f} TFLOP), waits {waits:.0%}, "
+        f"peak {peak}, planned {planned.total / 1e9:.2f} GB"
     )
-    used = (
-        "unknown"
-        if speed is None or checkpoint.dtype != torch.bfloat16
-        else f"{operations / its.whole / speed:.1%}"
-    )
-    peak = f"{its.peak / 1e9:.2f} GB" if its.peak else "not measured"
-    waits = max(0.0, 1 - its.device / its.whole)
-    fast = f"{batch * SEQUENCE / its.whole:,.0f} tokens/s, utilisation {used} ({operations / 1e12:.3f} TFLOP), waits {waits:.0%}"
-    return f"{fast}, peak {peak}, planned {planned.total / 1e9:.2f} GB"
+
+
+def _data_sheet_speed() -> float | None:
+    if not torch.cuda.is_available():
+        return None
+    device = torch.cuda.get_device_name()
+    return next((speed for name, speed in DENSE.items() if name in device), None)
 
 
 if __name__ == "__main__":

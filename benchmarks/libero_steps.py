@@ -1,6 +1,8 @@
-"""What LIBERO's settings buy, as ratios of medians: `python -m benchmarks.libero_steps [task ...] [--absolute]`. Takes some minutes.
+"""Speed of LIBERO's settings, as ratios of medians. Takes some minutes.
 
-Seconds of processor time are compared, not of the clock, so that other load on the machine matters less.
+`python -m benchmarks.libero_steps [task ...] [--absolute]`
+
+Compared are seconds of processor time, not of the clock, so that other load matters less.
 """
 
 import resource
@@ -24,51 +26,57 @@ Mode = Literal["exact", "fast"]
 
 
 def main() -> None:
-    """Print the ratios of every task named, and the memory of a process that only ever ran `fast`."""
+    """Print the ratios of every task, and the memory of a process that only ever ran `fast`."""
     tasks = tuple(argument for argument in sys.argv[1:] if not argument.startswith("-")) or TASKS
     fast = _environment(tasks, "fast", "fast")
     for task in tasks:
         fast.reset(Placement(task, "evaluation", 0))
     fast.close()
-    print(
-        f"peak memory, fast, MB (more where slim models are made) {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000:6d}"
-    )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000
+    print(f"peak memory, fast, MB (more where slim models are made) {peak:6d}")
     for task in tasks:
-        print_ratios(task)
+        print_ratios(task, absolute="--absolute" in sys.argv)
 
 
-def print_ratios(task: str) -> None:
-    """How many times the left one's time the right one takes; and what a chunk of 8 steps costs besides its steps."""
-    exact, mixed, fast = (
-        _environment((task,), *modes)
-        for modes in (("exact", "exact"), ("exact", "fast"), ("fast", "fast"))
-    )
+def print_ratios(task: str, *, absolute: bool) -> None:
+    """Print the ratios of one task.
+
+    `a, b : c` is how many times the time of c in setting b is that of a. The last ones are the cost
+    of a frame, a reset and another task, in control steps.
+    """
+    exact = _environment((task,), "exact", "exact")
+    mixed = _environment((task,), "exact", "fast")
+    fast = _environment((task,), "fast", "fast")
     placement = Placement(task, "evaluation", 0)
-    reset = {env: _median(lambda env=env: env.reset(placement)) for env in (exact, mixed, fast)}
-    blind, slow_blind = _advance(fast, placement, 0), _advance(mixed, placement, 0)
-    frame = {env: _median(env._observe, repeats=5 * REPEATS) for env in (exact, fast)}  # noqa: SLF001 (there is no public way to draw twice)
+    exact_reset = _median(lambda: exact.reset(placement))
+    fast_reset = _median(lambda: fast.reset(placement))
+    fast_blind = _advance(fast, placement, 0)
+    exact_blind = _advance(mixed, placement, 0)
+    exact_frame = _median(exact._observe, repeats=5 * REPEATS)  # noqa: SLF001 - not public
+    fast_frame = _median(fast._observe, repeats=5 * REPEATS)  # noqa: SLF001
+    exact_every_frame = _advance(exact, placement, 1)
+    exact_swap = _median(lambda: _swap(exact, task))
+    fast_swap = _median(lambda: _swap(fast, task))
+    step = fast_blind / STEPS
+    ratios = {
+        "stepping without frames, exact : fast": exact_blind / fast_blind,
+        "a frame, exact : fast": exact_frame / fast_frame,
+        "exact, a frame every step : one in 8": exact_every_frame / _advance(exact, placement, 8),
+        "a frame every step, exact : one in 8, fast": exact_every_frame
+        / _advance(fast, placement, 8),
+        "reset and settle, exact : fast": exact_reset / fast_reset,
+        "another task, exact : fast": exact_swap / fast_swap,
+        "fast, in control steps: a frame": fast_frame / step,
+        "fast, in control steps: reset and settle": fast_reset / step,
+        "fast, in control steps: another task": fast_swap / step,
+    }
     print(f"\n{task}")
-    print(f"stepping without frames, exact : fast              {slow_blind / blind:6.1f}")
-    print(f"a frame, exact : fast                              {frame[exact] / frame[fast]:6.1f}")
-    print(
-        f"exact, a frame every step : one in 8               {_advance(exact, placement, 1) / _advance(exact, placement, 8):6.1f}"
-    )
-    print(
-        f"a frame every step, exact : one in 8, fast         {_advance(exact, placement, 1) / _advance(fast, placement, 8):6.1f}"
-    )
-    print(f"reset and settle, exact : fast                     {reset[exact] / reset[fast]:6.1f}")
-    print(
-        f"another task, exact : fast                         {_median(lambda: _swap(exact, task)) / _median(lambda: _swap(fast, task)):6.1f}"
-    )
-    print(f"fast, in control steps: a frame                    {frame[fast] / blind * STEPS:6.1f}")
-    print(f"fast, in control steps: reset and settle           {reset[fast] / blind * STEPS:6.1f}")
-    print(
-        f"fast, in control steps: another task               {_median(lambda: _swap(fast, task)) / blind * STEPS:6.1f}",
-        flush=True,
-    )
-    if "--absolute" in sys.argv:
+    for name, ratio in ratios.items():
+        print(f"{name:<50} {ratio:6.1f}", flush=True)
+    if absolute:
         print(
-            f"steps/s {STEPS / blind:.0f}, ms a frame {frame[fast] * 1e3:.1f}, ms a reset {reset[fast] * 1e3:.0f}"
+            f"steps/s {1 / step:.0f}, ms per frame {fast_frame * 1e3:.1f}, "
+            f"ms per reset {fast_reset * 1e3:.0f}"
         )
     for env in (exact, mixed, fast):
         env.close()
@@ -79,13 +87,13 @@ def _environment(tasks: tuple[str, ...], stepping: Mode, render: Mode) -> Libero
 
 
 def _swap(env: LiberoEnv, task: str) -> None:
-    """Build the task's simulator, as if another task's had been there."""
-    env._drop()  # noqa: SLF001 (a second task would do too, but take the same time)
+    """Build the task's simulator, as after another task's."""
+    env._drop()  # noqa: SLF001 - a second task would take the same time
     env._load(task)  # noqa: SLF001
 
 
 def _advance(env: LiberoEnv, placement: Placement, observe_every: int) -> float:
-    """Seconds for `STEPS` gentle random steps from `placement`."""
+    """Return the seconds of `STEPS` small random steps from `placement`."""
     actions = np.random.default_rng(0).uniform(-0.3, 0.3, (STEPS, 7)).astype(np.float32)
     times: list[float] = []
     for _ in range(REPEATS):

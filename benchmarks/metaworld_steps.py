@@ -1,4 +1,7 @@
-"""What Meta-World's settings buy, as ratios, and how its scripted experts fare: `python -m benchmarks.metaworld_steps [--experts]`."""
+"""Speed of Meta-World's settings, as ratios, and success of its scripted experts.
+
+`python -m benchmarks.metaworld_steps [--experts]`
+"""
 
 import argparse
 import time
@@ -19,13 +22,15 @@ STEPS = 48
 
 @dataclass(frozen=True)
 class Outcome:
-    """Episodes of one task: how many succeeded, and the steps that those took."""
+    """Episodes of one task: how many of 10 succeeded, and the steps that those took."""
 
     successes: int
     steps: tuple[int, ...]
 
     def __str__(self) -> str:
-        return f"{self.successes:>2}/10 {median(self.steps or (0,)):>6.0f} {max(self.steps, default=0):>5}"
+        middle = median(self.steps or (0,))
+        longest = max(self.steps, default=0)
+        return f"{self.successes:>2}/10 {middle:>6.0f} {longest:>5}"
 
 
 def main() -> None:
@@ -36,53 +41,55 @@ def main() -> None:
         action="store_true",
         help="10 evaluation placements of every task, without and with noise",
     )
-    wanted = parser.parse_args()
+    arguments = parser.parse_args()
     print_ratios()
-    if wanted.experts:
+    if arguments.experts:
         print_experts()
 
 
 def print_ratios() -> None:
-    """Time of an episode of `STEPS` steps, relative to another setting's."""
-    fast, exact = (_environment(render) for render in ("fast", "exact"))
-    drawn = _seconds(fast, 1) - _seconds(fast, 0)
-    stock = _seconds(exact, 1) - _seconds(exact, 0)
-    print(f"a frame, exact : fast                            {stock / drawn:6.1f}")
-    print(
-        f"an episode, every frame : one in 8 (fast)        {_seconds(fast, 1) / _seconds(fast, 8):6.1f}"
-    )
-    print(
-        f"an episode, every frame : one in 8 (exact)       {_seconds(exact, 1) / _seconds(exact, 8):6.1f}"
-    )
-    print(
-        f"an episode, exact every frame : fast one in 8    {_seconds(exact, 1) / _seconds(fast, 8):6.1f}"
-    )
-    print(f"a frame (fast) : a control step                  {drawn / _seconds(fast, 0):6.1f}")
+    """Print how long an episode of `STEPS` steps takes, relative to another setting."""
+    fast = _environment("fast")
+    exact = _environment("exact")
+    fast_blind = _seconds(fast, 0)
+    fast_frame = _seconds(fast, 1) - fast_blind
+    exact_frame = _seconds(exact, 1) - _seconds(exact, 0)
+    ratios = {
+        "a frame, exact : fast": exact_frame / fast_frame,
+        "an episode, every frame : one in 8 (fast)": _seconds(fast, 1) / _seconds(fast, 8),
+        "an episode, every frame : one in 8 (exact)": _seconds(exact, 1) / _seconds(exact, 8),
+        "an episode, exact every frame : fast one in 8": _seconds(exact, 1) / _seconds(fast, 8),
+        "a frame (fast) : a control step": fast_frame / fast_blind,
+    }
+    for name, ratio in ratios.items():
+        print(f"{name:<48} {ratio:6.1f}")
     fast.close()
     exact.close()
 
 
 def print_experts() -> None:
-    """Successes, median and greatest number of steps, without and with Gaussian noise on x, y and z."""
+    """Print successes, median and maximum of steps, without and with noise on x, y and z.
+
+    The noise is Gaussian.
+    """
     env = _environment("fast")
     print(f"\n{'task':30} {'no noise':>18} {'sigma 0.2':>18}")
     for task in TASKS:
-        print(
-            f"{task:30} {_expert(env, task, 0.0)!s:>18} {_expert(env, task, 0.2)!s:>18}", flush=True
-        )
+        quiet = run_expert(env, task, 0.0)
+        noisy = run_expert(env, task, 0.2)
+        print(f"{task:30} {quiet!s:>18} {noisy!s:>18}", flush=True)
     env.close()
 
 
 def _environment(render: Literal["fast", "exact"]) -> MetaworldEnv:
-    return make(
-        EnvironmentParams(
-            family="metaworld", tasks=(TASK,), cameras=("corner4",), image_size=128, render=render
-        )
+    params = EnvironmentParams(
+        family="metaworld", tasks=(TASK,), cameras=("corner4",), image_size=128, render=render
     )
+    return make(params)
 
 
 def _seconds(env: MetaworldEnv, observe_every: int) -> float:
-    """Seconds that `STEPS` random steps take after the reset: the least of three times, as other load only adds."""
+    """Return the seconds of `STEPS` random steps: the least of three times, as load only adds."""
     actions = np.random.default_rng(0).uniform(-1, 1, (STEPS, 4)).astype(np.float32)
     times: list[float] = []
     for _ in range(3):
@@ -93,15 +100,18 @@ def _seconds(env: MetaworldEnv, observe_every: int) -> float:
     return min(times)
 
 
-def _expert(env: MetaworldEnv, task: str, noise: float) -> Outcome:
-    steps = [_solve(env, Placement(task, "evaluation", index), noise) for index in range(10)]
+def run_expert(env: MetaworldEnv, task: str, noise: float) -> Outcome:
+    """Run the expert on the 10 first evaluation placements of a task."""
+    placements = [Placement(task, "evaluation", index) for index in range(10)]
+    steps = [_solve(env, placement, noise) for placement in placements]
     solved = tuple(count for count in steps if count is not None)
     return Outcome(len(solved), solved)
 
 
 def _solve(env: MetaworldEnv, placement: Placement, noise: float, horizon: int = 250) -> int | None:
     env.reset(placement)
-    expert, generator = make_expert(env), np.random.default_rng(placement.seed)
+    expert = make_expert(env)
+    generator = np.random.default_rng(placement.seed)
     expert.reset()
     for step in range(horizon):
         action = expert.act()

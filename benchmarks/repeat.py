@@ -1,8 +1,11 @@
-"""Whether a stage makes the same bytes again and again while the machine is busy: `python -m benchmarks.repeat label@it001 --times 100`.
+"""Check that a stage makes the same bytes every time while the machine is busy.
 
-Each repetition is the stage's own command in a folder of its own, on the run's own inputs, beside processes that keep every core busy.
-A folder that differs from the first is kept, and the arrays, settings and facts that differ in it are listed: where, and by how much.
-Exit code 1 if any repetition differed or failed.
+`python -m benchmarks.repeat label@it001 --times 100`
+
+Each repetition is the stage's own command in a folder of its own, on the run's own inputs, beside
+processes that keep every core busy. A folder that differs from the first is kept, and the arrays,
+settings and facts that differ in it are listed with place and size of the difference. Exit code 1
+if any repetition differed or failed.
 """
 
 import argparse
@@ -13,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,18 +27,25 @@ import numpy as np
 import safetensors.numpy
 
 from flows import pipeline
-from stages.__main__ import VERBS
-from vla_opd.artifacts.manifest import MANIFEST, Manifest, flat
+from stages.catalog import BEHIND, STAGES
+from vla_opd.artifacts.manifest import MANIFEST, Manifest, flatten
 from vla_opd.data import zarr_zip
 
 SPIN = "while True: pass"
+ARRAYS: dict[str, Callable[[Path], Mapping[str, np.ndarray]]] = {
+    ".zip": lambda path: zarr_zip.read(path)[0],
+    ".safetensors": safetensors.numpy.load_file,
+}
 LINKED = ("flows", "stages", "vla_opd", "tests", "params.yaml")
-FINETUNED = ("pretrain", "finetune")  # in dvc.yaml two stages, in `stages` one
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What to repeat: the stage's command, the folder that it makes, relative to the project, and where repetitions run."""
+    """What to repeat.
+
+    command: the stage's. out: the folder that it makes, relative to the project.
+    scratch: where repetitions run.
+    """
 
     command: tuple[str, ...]
     out: Path
@@ -67,55 +77,57 @@ def main() -> None:
     arguments = parser.parse_args()
 
     trial = Trial(
-        command(arguments.stage, arguments.set), made_by(arguments.stage), arguments.scratch
+        command=stage_command(arguments.stage, arguments.set),
+        out=stage_output(arguments.stage),
+        scratch=arguments.scratch,
     )
-    with busy(arguments.load):
+    with keep_busy(arguments.load):
         digests, failures = repeat(trial, arguments.times, arguments.parallel)
     same = digests.count(digests[0]) if digests else 0
     print(
-        f"{arguments.stage}: {same} of {arguments.times} have the digest of the first, {failures} failed"
+        f"{arguments.stage}: {same} of {arguments.times} have the digest of the first, "
+        f"{failures} failed"
     )
     raise SystemExit(same != arguments.times)
 
 
-def command(stage: str, settings: Sequence[str]) -> tuple[str, ...]:
-    """The stage's own command line."""
+def stage_command(stage: str, settings: Sequence[str]) -> tuple[str, ...]:
+    """Return the stage's own command line."""
     name, _, key = stage.partition("@")
-    verb = "finetune" if name in FINETUNED else name
-    option = VERBS[verb]
-    chosen = (option, key) if option else ()
+    verb = BEHIND[name]
+    option = STAGES[verb].option
+    item = (option, key) if option else ()
     overrides = [word for setting in settings for word in ("--set", setting)]
-    return (sys.executable, "-m", "stages", verb, *chosen, *overrides, "--tracking", "none")
+    return (sys.executable, "-m", "stages", verb, *item, *overrides, "--tracking", "none")
 
 
-def made_by(stage: str) -> Path:
-    """The folder that the stage makes, by dvc.yaml."""
+def stage_output(stage: str) -> Path:
+    """Return the folder that the stage makes, by dvc.yaml."""
     plan = pipeline.plan([stage])
     step = next(step for step in plan if step.name == stage)
     return Path(step.outs[0])
 
 
 @contextmanager
-def busy(processes: int) -> Generator[None]:
-    """Keep that many processes busy."""
-    spinning = [subprocess.Popen([sys.executable, "-c", SPIN]) for _ in range(processes)]  # noqa: S603 - our own text
+def keep_busy(count: int) -> Generator[None]:
+    """Keep that many processes busy while the context lasts."""
+    processes = [subprocess.Popen([sys.executable, "-c", SPIN]) for _ in range(count)]  # noqa: S603
     try:
         yield
     finally:
-        for process in spinning:
+        for process in processes:
             process.kill()
             process.wait()
 
 
 def repeat(trial: Trial, times: int, parallel: int) -> tuple[list[str], int]:
-    """The digests of the repetitions that ended well, and how many did not."""
+    """Return the digests of the repetitions that succeeded, and how many failed."""
     digests: list[str] = []
     failures = 0
     first: Path | None = None
     with ThreadPoolExecutor(parallel) as pool:
-        for number, folder in enumerate(
-            pool.map(lambda number: attempt(trial, number), range(times)), 1
-        ):
+        folders = pool.map(lambda number: attempt(trial, number), range(times))
+        for number, folder in enumerate(folders, 1):
             if folder is None:
                 failures += 1
                 continue
@@ -132,7 +144,7 @@ def repeat(trial: Trial, times: int, parallel: int) -> tuple[list[str], int]:
 
 
 def attempt(trial: Trial, number: int) -> Path | None:
-    """The folder of one repetition; None, with its last words printed, if the stage failed."""
+    """Run one repetition and return its folder; None, with its last output printed, if it fails."""
     folder = trial.scratch / f"{number:04d}"
     shutil.rmtree(folder, ignore_errors=True)
     lay_out(folder, trial.out)
@@ -140,9 +152,9 @@ def attempt(trial: Trial, number: int) -> Path | None:
     stage = subprocess.run(trial.command, cwd=folder, capture_output=True, text=True, check=False)  # noqa: S603
     if stage.returncode == 0:
         return folder
+    seconds = time.monotonic() - began
     print(
-        f"repetition {number + 1} failed after {time.monotonic() - began:.0f} s:\n{stage.stderr[-2000:]}",
-        flush=True,
+        f"repetition {number + 1} failed after {seconds:.0f} s:\n{stage.stderr[-2000:]}", flush=True
     )
     return None
 
@@ -161,53 +173,46 @@ def lay_out(folder: Path, out: Path) -> None:
 
 
 def read(artifact: Path) -> Manifest:
-    """An artifact's manifest."""
+    """Read an artifact's manifest."""
     return Manifest.model_validate_json((artifact / MANIFEST).read_text())
 
 
 def differences(first: Path, second: Path) -> Iterator[str]:
-    """What differs between two artifacts, a line each: parents, settings and facts by name, files by their arrays."""
-    ours, theirs = (
-        read(artifact).model_dump(include={"parents", "params", "facts"})
-        for artifact in (first, second)
+    """Yield a line per difference: parents, settings and facts by name, files by their arrays."""
+    described = {"parents", "params", "facts"}
+    before = read(first)
+    after = read(second)
+    yield from differing_values(
+        "manifest",
+        flatten(before.model_dump(include=described)),
+        flatten(after.model_dump(include=described)),
     )
-    yield from differing_values("manifest", flat(ours), flat(theirs))
-    before = read(first).files
-    after = read(second).files
-    for name in dict.fromkeys([*before, *after]):
-        if name not in before or name not in after:
+    for name in dict.fromkeys([*before.files, *after.files]):
+        if name not in before.files or name not in after.files:
             yield f"{name}: only in one of them"
-        elif before[name] != after[name]:
+        elif before.files[name] != after.files[name]:
             yield from differing_file(first / name, second / name)
 
 
 def differing_file(first: Path, second: Path) -> Iterator[str]:
-    """What differs between two files: arrays of shards and weights, values of JSON."""
-    match first.suffix:
-        case ".zip":
-            yield from differing_arrays(
-                first.name, zarr_zip.read(first)[0], zarr_zip.read(second)[0]
-            )
-        case ".safetensors":
-            yield from differing_arrays(
-                first.name, safetensors.numpy.load_file(first), safetensors.numpy.load_file(second)
-            )
-        case ".json":
-            values = [flat({"": json.loads(path.read_text())}) for path in (first, second)]
-            yield from differing_values(first.name, *values)
-        case _:
-            lines = [path.read_bytes().splitlines() for path in (first, second)]
-            number = next(
-                (i for i, pair in enumerate(zip(*lines, strict=False)) if pair[0] != pair[1]),
-                "the last",
-            )
-            yield f"{first.name}: differs from line {number} on"
+    """Yield a line per difference of two files: arrays of shards and weights, values of JSON."""
+    read_arrays = ARRAYS.get(first.suffix)
+    if read_arrays is not None:
+        yield from differing_arrays(first.name, read_arrays(first), read_arrays(second))
+    elif first.suffix == ".json":
+        before = flatten({"": json.loads(first.read_text())})
+        after = flatten({"": json.loads(second.read_text())})
+        yield from differing_values(first.name, before, after)
+    else:
+        lines = zip(first.read_bytes().splitlines(), second.read_bytes().splitlines(), strict=False)
+        numbers = (number for number, (before, after) in enumerate(lines) if before != after)
+        yield f"{first.name}: differs from line {next(numbers, 'the last')} on"
 
 
 def differing_values(
     where: str, first: Mapping[str, Any], second: Mapping[str, Any]
 ) -> Iterator[str]:
-    """Names whose values differ, with both."""
+    """Yield a line per name whose values differ."""
     for name in dict.fromkeys([*first, *second]):
         if first.get(name) != second.get(name):
             yield f"{where}: {name} is {first.get(name)} and {second.get(name)}"
@@ -216,18 +221,24 @@ def differing_values(
 def differing_arrays(
     where: str, first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray]
 ) -> Iterator[str]:
-    """Arrays that differ: how many of their values, the first row, and the largest difference."""
+    """Yield a line per array that differs: in how many values, by how much, and where first."""
     for name in dict.fromkeys([*first, *second]):
         if name not in first or name not in second or first[name].shape != second[name].shape:
             yield f"{where}: {name} is of another shape or only in one of them"
             continue
-        differing = first[name] != second[name]
+        before = first[name]
+        after = second[name]
+        differing = before != after
         if not differing.any():
             continue
         places = np.argwhere(differing)
         rows = len(np.unique(places[:, 0])) if differing.ndim else 1
-        largest = np.abs(first[name].astype(np.float64) - second[name].astype(np.float64)).max()
-        yield f"{where}: {name} {list(differing.shape)}: {len(places)} values in {rows} rows, by at most {largest:.3g}, first at {places[0].tolist()}"
+        distance = before.astype(np.float64) - after.astype(np.float64)
+        largest = np.abs(distance).max()
+        yield (
+            f"{where}: {name} {list(differing.shape)}: {len(places)} values in {rows} rows, "
+            f"by at most {largest:.3g}, first at {places[0].tolist()}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""The members of a study: for each arm and seed a project of its own, cloned from this one at its reference.
+"""A study's members: for each arm and seed a project of its own, with this project's reference.
 
-A member lies in `artifacts/.studies/<study>/<arm>/<seed>`, with its own params.yaml, dvc.lock and artifacts, and this project's code. What can be
-done with a run can be done with it, from its folder: `dvc repro`, `opd run`, `opd lineage`.
+A member lies in `artifacts/.studies/<study>/<arm>/<seed>`, with its own params.yaml, dvc.lock and
+artifacts, and this project's code. Every command on a run works in its folder: `dvc repro`,
+`opd run`, `opd lineage`.
 """
 
 import os
 import shutil
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -18,24 +18,23 @@ from ruamel.yaml import YAML
 from vla_opd.analysis.finished_run import DISCARDED
 from vla_opd.analysis.study_table import read
 from vla_opd.artifacts.files import link
-from vla_opd.artifacts.manifest import MANIFEST, canonical, read_manifest, sha256
+from vla_opd.artifacts.manifest import MANIFEST, canonical_json, read_manifest, sha256
 from vla_opd.lineage.store import ROOT
 from vla_opd.params.load import load
 from vla_opd.params.run import Params
-from vla_opd.params.stages import START
+from vla_opd.params.stages import INITIAL_STUDENT
 from vla_opd.params.study import StudyParams
 
 STUDIES = ROOT / ".studies"
 COPIED = ("dvc.yaml", ".dvcignore")
 LOCK = "dvc.lock"
-DONE = ".done"  # in a member's folder, while its last process has come to its end: the fingerprint of what it is made from
-MADE_BEFORE = (
-    "demonstrations",
-    "pretrained",
-    "finetuned",
-    "adopt",
-)  # the sections of what is there before a member
+PARAMS = "params.yaml"
+DONE = (
+    ".done"  # in a member's folder once it has finished: the fingerprint of what it was made from
+)
+ORIGINS = ("demonstrations", "pretrained", "finetuned", "adopt")  # sections of the reference
 TABLE = "table"  # in a member's folder: its rows of the study's table
+DVC_CONFIG = "[core]\n    no_scm = true\n    analytics = false\n    check_update = false\n"
 
 
 @dataclass(frozen=True)
@@ -50,344 +49,442 @@ class Member:
     def folder(self) -> Path:
         return STUDIES / self.study / self.arm / str(self.seed)
 
-    def before(self, study: StudyParams) -> "Member | None":
-        """The member that it goes on from."""
+    def predecessor(self, study: StudyParams) -> "Member | None":
+        """Return the member that this one continues, if any."""
         after = study.arms[self.arm].after
-        return None if after is None else Member(self.study, after, self.seed)
+        if after is None:
+            return None
+        return Member(self.study, after, self.seed)
 
     def lineage(self, study: StudyParams) -> "list[Member]":
-        """Itself, and all that it goes on from."""
-        before = self.before(study)
-        return [self, *(before.lineage(study) if before else [])]
+        """Return the member and all that it continues, the latest first."""
+        predecessor = self.predecessor(study)
+        return [self, *(predecessor.lineage(study) if predecessor else [])]
 
     def __str__(self) -> str:
         return f"{self.arm}, seed {self.seed}"
 
 
-def members(
+def select_members(
     study: str, run: Params, arms: Iterable[str] = (), seeds: Iterable[int] = ()
 ) -> tuple[Member, ...]:
-    """The members, seed by seed, so that a study that was stopped has all arms of some seeds. ValueError names an unknown arm or seed."""
+    """Return a study's members (of all arms and seeds if none are named), seed by seed.
+
+    So a study that is stopped early has all arms of some seeds. ValueError names an unknown study,
+    arm or seed, or a setting that a study does not allow.
+    """
+    _require_study(study, run)
+    all_arms = list(run.studies[study].arms)
+    all_seeds = list(run.studies[study].seeds)
+    chosen_arms = list(arms) or all_arms
+    chosen_seeds = list(seeds) or all_seeds
+    _require_known(f"studies.{study}.arms", chosen_arms, all_arms)
+    _require_known(f"studies.{study}.seeds", chosen_seeds, all_seeds)
+    members: list[Member] = []
+    for seed in chosen_seeds:
+        members += [Member(study, arm, seed) for arm in chosen_arms]
+    return tuple(members)
+
+
+def _require_study(study: str, run: Params) -> None:
     if study not in run.studies:
         raise ValueError(f"studies has no {study!r}; expected one of {sorted(run.studies)}")
     if run.evaluate.decide is not None:
         raise ValueError(
-            f"evaluate.decide is {list(run.evaluate.decide)}; expected null in a study: its evaluations are compared episode by episode"
+            f"evaluate.decide is {list(run.evaluate.decide)}; expected null in a study: "
+            "its evaluations are compared episode by episode"
         )
     if run.label.teacher not in run.origins:
         raise ValueError(
-            f"label.teacher is {run.label.teacher!r}; expected one of {sorted(run.origins)}: what iterations make, members don't share"
+            f"label.teacher is {run.label.teacher!r}; expected one of {sorted(run.origins)}: "
+            "members share no checkpoint that an iteration made"
         )
-    its = run.studies[study]
-    wanted_arms, wanted_seeds = list(arms) or list(its.arms), list(seeds) or list(its.seeds)
-    for field, wanted, known in (
-        ("arms", wanted_arms, list(its.arms)),
-        ("seeds", wanted_seeds, list(its.seeds)),
-    ):
-        if unknown := [one for one in wanted if one not in known]:
-            raise ValueError(
-                f"studies.{study}.{field} has no {unknown[0]!r}; expected some of {known}"
-            )
-    return tuple(Member(study, arm, seed) for seed in wanted_seeds for arm in wanted_arms)
 
 
-def reference(run: Params) -> list[str]:
-    """The stages of the run that all members share: what no iteration makes, and the evaluations of it."""
-    return [*run.origins.values(), *(f"evaluate@{name}" for name in run.reference)]
+def _require_known(field: str, chosen: Sequence[object], available: Sequence[object]) -> None:
+    for name in chosen:
+        if name not in available:
+            raise ValueError(f"{field} has no {name!r}; expected some of {available}")
+
+
+def reference_stages(run: Params) -> list[str]:
+    """Return the stages that all members share: the origins, and the evaluations of those."""
+    stages = list(run.origins.values())
+    stages += [f"evaluate@{name}" for name in run.reference_evaluations]
+    return stages
 
 
 def prepare(member: Member, run: Params) -> Path:
-    """Lay the member's folder out, or bring it up to this project's settings; what it has made stays. Returns the folder.
+    """Lay out a member's folder, or bring it up to this project's settings; return the folder.
 
-    ValueError if the arm's settings make no valid run.
+    Artifacts that the member has made stay. ValueError if the arm's settings make no valid run.
     """
     folder = member.folder
     (folder / ".dvc").mkdir(parents=True, exist_ok=True)
-    (folder / ".dvc/config").write_text(
-        "[core]\n    no_scm = true\n    analytics = false\n    check_update = false\n"
-    )
+    (folder / ".dvc/config").write_text(DVC_CONFIG)
     for name in COPIED:
         shutil.copyfile(name, folder / name)
-    for package in _code():
-        (folder / package).unlink(missing_ok=True)  # it may lead to where this project was before
-        (folder / package).symlink_to(Path(package).resolve(), target_is_directory=True)
-    _settings(member, run)
+    for package in _code_folders():
+        link_to_code = folder / package
+        link_to_code.unlink(missing_ok=True)  # this project may have been moved since
+        link_to_code.symlink_to(Path(package).resolve(), target_is_directory=True)
+    _write_params(member, run)
     return folder
 
 
-def hand_over(member: Member, run: Params) -> None:
-    """Give a prepared member the reference: copies of what it made, and what dvc.lock says of how."""
-    _take(
-        Path(), member.folder, _handed(run), data=run.studies[member.study].own_student(member.arm)
-    )
+def share_reference(member: Member, run: Params) -> None:
+    """Give a prepared member the reference: its artifacts, and their entries of dvc.lock."""
+    study = run.studies[member.study]
+    stages = _shared_stages(run)
+    _copy_stages(Path(), member.folder, stages, demonstrations=study.own_student(member.arm))
 
 
-def _handed(run: Params) -> set[str]:
-    return {*reference(run), *(f"demonstrate@{name}" for name in run.demonstrations)}
+def _shared_stages(run: Params) -> set[str]:
+    demonstrations = {f"demonstrate@{name}" for name in run.demonstrations}
+    return demonstrations.union(reference_stages(run))
 
 
-def go_on(member: Member, run: Params) -> None:
-    """Give a prepared member all that the one before it, if there is one, has made, and what is known of discarded rollouts.
+def continue_predecessor(member: Member, run: Params) -> None:
+    """Give a prepared member all that its predecessor, if any, has made.
 
-    ValueError if where to switch is a question of what that one made, and it isn't done.
+    That includes the manifests of rollouts that were discarded. ValueError if the arm switches at
+    a success rate of the predecessor, and that one is not done.
     """
     study = run.studies[member.study]
-    if (before := member.before(study)) is None:
+    predecessor = member.predecessor(study)
+    if predecessor is None:
         return
     if study.arms[member.arm].switch is not None:
-        if not is_done(before, run):
+        if not is_done(predecessor, run):
             raise ValueError(
-                f"{member} switches by the rollouts of {before}, which isn't done; expected it first"
+                f"{member} switches at a success rate of {predecessor}, which is not done; "
+                f"expected {predecessor} to be done first"
             )
-        _settings(member, run)  # where it switches is known by now
-    source, target = before.folder, member.folder
-    theirs = _locked(source / LOCK)
-    own = (
-        theirs.keys()
-        - _holding(
-            {name: entry for name, entry in theirs.items() if name in _handed(run)},
-            _parsed(target / "params.yaml"),
-        ).keys()
-    )
-    _take(source, target, own, data=True)
-    known = ROOT / run.run.name / DISCARDED
-    if (source / known).is_dir():
-        shutil.copytree(source / known, target / known, dirs_exist_ok=True)
+        _write_params(member, run)  # where to switch is known now
+    source = predecessor.folder
+    target = member.folder
+    _copy_stages(source, target, _own_stages(source, target, run), demonstrations=True)
+    discarded = ROOT / run.run.name / DISCARDED
+    if (source / discarded).is_dir():
+        shutil.copytree(source / discarded, target / discarded, dirs_exist_ok=True)
+
+
+def _own_stages(source: Path, target: Path, run: Params) -> set[str]:
+    """Return the stages of a predecessor's dvc.lock that it doesn't have from the reference."""
+    locked = _read_lock(source)
+    settings = _read_yaml(target / PARAMS)
+    shared = _shared_stages(run)
+    reference = {name: entry for name, entry in locked.items() if name in shared}
+    reference = _select_valid(reference, settings)
+    return locked.keys() - reference.keys()
 
 
 def fingerprint(member: Member, run: Params) -> str:
-    """Of what a member is made from: its settings, and the checkpoints of the reference."""
-    made = [ROOT / run.run.name / "checkpoints" / name for name in run.origins]
+    """Return a hash of a member's settings and of the reference's checkpoints."""
+    checkpoints = [ROOT / run.run.name / "checkpoints" / name for name in run.origins]
     digests = [
         read_manifest(folder, "checkpoint").digest
-        for folder in made
+        for folder in checkpoints
         if (folder / MANIFEST).is_file()
     ]
-    return sha256(canonical([_yaml(tree(member, run)), digests]))
+    return sha256(canonical_json([_to_yaml(member_settings(member, run)), digests]))
 
 
-def environment(member: Member, run: Params, parallel: int) -> dict[str, str | None]:
-    """What a member's process is told: its share of the cores, where this folder's modules are, and what W&B is to call its runs."""
+def process_environment(member: Member, run: Params, parallel: int) -> dict[str, str | None]:
+    """Return the variables of a member's process: its workers, this folder's modules, W&B's group.
+
+    parallel: the members that share this machine's cores.
+    """
     cores = len(os.sched_getaffinity(0))
+    modules = [str(Path.cwd())]
+    if os.environ.get("PYTHONPATH"):
+        modules.append(os.environ["PYTHONPATH"])
     return {
         "OPD_WORKERS": os.environ.get("OPD_WORKERS") or str(max(1, cores // parallel)),
-        "PYTHONPATH": os.pathsep.join(
-            [str(Path.cwd()), *filter(None, [os.environ.get("PYTHONPATH")])]
-        ),
+        "PYTHONPATH": os.pathsep.join(modules),
         "WANDB_RUN_GROUP": f"{run.run.name}/{member.study}/{member.arm}/{member.seed}",
     }
 
 
-def crowded(run: Params, parallel: int) -> str | None:
-    """What to say if members at the same time would fight for the cores: threads are a setting, for results depend on them, and aren't shared out."""
-    cores, threads = (
-        len(os.sched_getaffinity(0)),
-        {
-            f"{name}.threads": getattr(run, name).threads
-            for name in ("label", "optimize", "reinforce")
-        },
-    )
+def oversubscription_warning(run: Params, parallel: int) -> str | None:
+    """Return a warning if members side by side need more cores than there are, else None.
+
+    Results depend on the number of threads, so threads are a setting and not divided by members.
+    """
+    cores = len(os.sched_getaffinity(0))
+    threads = {
+        "label.threads": run.label.threads,
+        "optimize.threads": run.optimize.threads,
+        "reinforce.threads": run.reinforce.threads,
+    }
     if parallel == 1 or max(threads.values()) * parallel <= cores:
         return None
-    told = ", ".join(f"{field} is {count}" for field, count in threads.items())
-    return f"{parallel} members at the same time on {cores} cores, but {told}: they get in each other's way. Expect less of it than of --parallel 1"
+    settings = ", ".join(f"{field} is {count}" for field, count in threads.items())
+    return (
+        f"{parallel} members at the same time on {cores} cores, but {settings}: "
+        "this oversubscribes the CPU and will be slower than --parallel 1"
+    )
 
 
 def is_done(member: Member, run: Params) -> bool:
-    """Whether it has come to its end, made from what it would be made from now."""
+    """Return whether a member has finished, from the settings and checkpoints of today."""
     mark = member.folder / DONE
     return mark.is_file() and mark.read_text() == fingerprint(member, run)
 
 
-def _code() -> set[str]:
-    """The top-level folders of the code that dvc.yaml names."""
-    stages = _parsed(Path("dvc.yaml"))["stages"].values()
-    deps = {
-        Path(dep).parts[0]
-        for stage in stages
-        for dep in stage.get("do", stage)["deps"]
-        if not dep.startswith("${")
-    }
-    return deps - {ROOT.name}
+def _code_folders() -> set[str]:
+    """Return the top-level folders of the code that dvc.yaml names."""
+    folders: set[str] = set()
+    stages = _read_yaml(Path("dvc.yaml"))["stages"]
+    for stage in stages.values():
+        template = stage.get("do", stage)
+        for dep in template["deps"]:
+            if not dep.startswith("${"):
+                folders.add(Path(dep).parts[0])
+    return folders - {ROOT.name}
 
 
-def _settings(member: Member, run: Params) -> None:
-    """The member's params.yaml; written only if it is another, under a temporary name until it is found valid."""
-    path = member.folder / "params.yaml"
-    text = _yaml(tree(member, run))
+def _write_params(member: Member, run: Params) -> None:
+    """Write the member's params.yaml if it differs; under a temporary name until it is valid."""
+    path = member.folder / PARAMS
+    text = _to_yaml(member_settings(member, run))
     if path.is_file() and path.read_text() == text:
         return
-    new = path.with_name(".params.yaml")
-    new.write_text(text)
+    temporary = path.with_name(f".{PARAMS}")
+    temporary.write_text(text)
     try:
-        load(new)
+        load(temporary)
     except ValueError as error:
         raise ValueError(f"studies.{member.study}.arms.{member.arm}: {error}") from error
-    new.rename(path)
+    temporary.rename(path)
 
 
-def made_alike(member: Member, run: Params, earlier: Params) -> bool:
-    """Whether an earlier run made this member as this one would. What this one has besides, seeds, arms, checkpoints, makes no difference.
+def has_same_recipe(member: Member, run: Params, earlier: Params) -> bool:
+    """Return whether an earlier run made this member with the same settings as this run would.
 
-    Nor does where adopted files lie, or the report; that the checkpoints are the same is for who asks to know.
+    Seeds, arms and checkpoints that this run has in addition make no difference, nor do the report
+    and the folders of adopted files. Whether the checkpoints are the same is for the caller to
+    check.
     """
-    if member.study not in earlier.studies or member not in members(member.study, earlier):
+    if member.study not in earlier.studies:
         return False
-    ours, theirs = _makings(member, run), _makings(member, earlier)
-    return (
-        ours | {name: {key: ours[name].get(key) for key in theirs[name]} for name in MADE_BEFORE}
-        == theirs
-    )
+    if member not in select_members(member.study, earlier):
+        return False
+    recipe = _recipe(member, run)
+    earlier_recipe = _recipe(member, earlier)
+    for section in ORIGINS:
+        items = recipe[section]
+        recipe[section] = {name: items.get(name) for name in earlier_recipe[section]}
+    return recipe == earlier_recipe
 
 
-def _makings(member: Member, run: Params) -> dict[str, Any]:
-    """All settings that say something of a member's rows."""
+def _recipe(member: Member, run: Params) -> dict[str, Any]:
+    """Return all settings that a member's rows depend on."""
     study = run.studies[member.study]
-    its = Params.model_validate(tree(member, run)).model_dump(
-        exclude={"report": True, "adopt": {"__all__": {"folder"}}}
-    )
-    own = (
-        {START} if study.own_student(member.arm) else set[str]()
-    )  # its rows are its student's, too
-    its["evaluations"] = {
-        name: what
-        for name, what in its["evaluations"].items()
-        if name not in run.reference or what in own
-    }
-    return its | {"switch": [arm.switch for arm in study.lineage(member.arm)]}
+    params = Params.model_validate(member_settings(member, run))
+    recipe = params.model_dump(exclude={"report": True, "adopt": {"__all__": {"folder"}}})
+    own_student = study.own_student(member.arm)
+    evaluations: dict[str, str] = {}
+    for name, checkpoint in params.evaluations.items():
+        retrained = own_student and checkpoint == INITIAL_STUDENT
+        if retrained or name not in run.reference_evaluations:
+            evaluations[name] = checkpoint
+    recipe["evaluations"] = evaluations
+    recipe["switch"] = [arm.switch for arm in study.lineage(member.arm)]
+    return recipe
 
 
-def tree(member: Member, run: Params) -> dict[str, Any]:
-    """What the member's params.yaml says: this run, with the arm's settings, its chain of iterations, the seed, and what is to be scored."""
+def member_settings(member: Member, run: Params) -> dict[str, Any]:
+    """Return the contents of a member's params.yaml.
+
+    They are the run's, with the arm's settings, its chain of iterations, the seed, and the
+    checkpoints to score.
+    """
     settings = run.model_dump(mode="json", exclude={"studies"}, exclude_unset=True)
     study = run.studies[member.study]
-    arms = study.lineage(member.arm)
-    for dotted, value in (one for arm in arms for one in arm.settings.items()):
-        *sections, key = dotted.split(".")
-        reduce(lambda node, section: node.setdefault(section, {}), sections, settings)[key] = value
-    settings["run"]["learning_seed"] = member.seed
-    names, scored = chain(member, study)
-    if (
-        any(not arm.distill + arm.reinforce for arm in arms) and member.seed != run.run.seed
-    ):  # by which it is drawn if nothing is said
-        settings["finetuned"][START]["seed"] = member.seed
-    starts = dict(zip(names, [START, *names], strict=False))
-    evaluations = run.reference | {name: name for name in scored}
-    for section, prefix in (("iterations", "it"), ("reinforcements", "rl")):
-        settings[section] = {
-            name: start for name, start in starts.items() if name.startswith(prefix)
-        }
+    fine_tuned_only = False
+    for arm in study.lineage(member.arm):
+        if arm.distill + arm.reinforce == 0:
+            fine_tuned_only = True
+        for dotted, value in arm.settings.items():
+            _assign(settings, dotted, value)
+    _assign(settings, "run.learning_seed", member.seed)
+    if fine_tuned_only and member.seed != run.run.seed:  # run.seed is the default
+        _assign(settings, f"finetuned.{INITIAL_STUDENT}.seed", member.seed)
+
+    names, scored = plan_iterations(member, study)
+    settings["iterations"] = _starts(names, "it")
+    settings["reinforcements"] = _starts(names, "rl")
+    evaluations = dict(run.reference_evaluations)
+    evaluations.update((name, name) for name in scored)
     settings["evaluations"] = evaluations
-    settings["report"] = {**settings.get("report", {}), "final": list(evaluations)[-1]}
+    _assign(settings, "report.final", list(evaluations)[-1])
     return settings
 
 
-def chain(member: Member, study: StudyParams) -> tuple[list[str], list[str]]:
-    """The names of its iterations, from the student on, and those of them that are scored: every so many of a stretch of one kind, and its last."""
-    its, before = study.arms[member.arm], member.before(study)
-    names, scored = chain(before, study) if before else ([], [])
-    if before and its.switch is not None:
-        names = names[: _switched(before, its.switch)]
-        scored = [name for name in scored if name in names[:-1]] + names[-1:]
-    for prefix, count in (("it", its.distill), ("rl", its.reinforce)):
+def _assign(settings: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set `settings["section"]["key"]` for `section.key`."""
+    *sections, key = dotted.split(".")
+    node = settings
+    for section in sections:
+        node = node.setdefault(section, {})
+    node[key] = value
+
+
+def _starts(names: Sequence[str], prefix: str) -> dict[str, str]:
+    """Return for every iteration of one kind the checkpoint that it starts from."""
+    starts: dict[str, str] = {}
+    checkpoint = INITIAL_STUDENT
+    for name in names:
+        if name.startswith(prefix):
+            starts[name] = checkpoint
+        checkpoint = name
+    return starts
+
+
+def plan_iterations(member: Member, study: StudyParams) -> tuple[list[str], list[str]]:
+    """Return the names of a member's iterations in order, and of those that are scored.
+
+    Of each stretch of one kind, every `every`-th iteration is scored, and the last.
+    """
+    arm = study.arms[member.arm]
+    names, scored = _plan_predecessor(member, study)
+    for prefix, count in (("it", arm.distill), ("rl", arm.reinforce)):
         done = sum(name.startswith(prefix) for name in names)
-        stretch = [f"{prefix}{number:03d}" for number in range(done + 1, done + count + 1)]
-        names = names + stretch
-        scored = scored + [
-            name
-            for number, name in enumerate(stretch, 1)
-            if number in (*range(study.every, count, study.every), count)
-        ]
+        for number in range(1, count + 1):
+            name = f"{prefix}{done + number:03d}"
+            is_last = number == count
+            names.append(name)
+            if is_last or number % study.every == 0:
+                scored.append(name)
     return names, scored
 
 
-def _switched(before: Member, success: float) -> int | None:
-    """How many iterations it had made when the rollouts of one first had that success; None if they never had, or it has made none yet."""
-    if not (before.folder / TABLE).is_dir():
-        return None
-    updates = sorted(read(before.folder / TABLE).updates, key=lambda row: row.position)
-    return next((row.position for row in updates if row.success >= success), None)
+def _plan_predecessor(member: Member, study: StudyParams) -> tuple[list[str], list[str]]:
+    """Return the predecessor's iterations up to the switch; the one at the switch is scored."""
+    predecessor = member.predecessor(study)
+    if predecessor is None:
+        return [], []
+    names, scored = plan_iterations(predecessor, study)
+    success = study.arms[member.arm].switch
+    if success is None:
+        return names, scored
+    names = names[: _switch_position(predecessor, success)]
+    before_last = names[:-1]
+    scored = [name for name in scored if name in before_last]
+    return names, scored + names[-1:]
 
 
-def _take(source: Path, target: Path, wanted: Container[str], *, data: bool = False) -> None:
-    """Give one project the outs of some of another's stages, and what its dvc.lock says of how they were made; not what its settings make otherwise.
+def _switch_position(predecessor: Member, success: float) -> int | None:
+    """Return how many iterations were made when the rollouts of one first had that success rate.
 
-    data: the demonstrations too. What is large, they and checkpoints, is never written to, and linked.
+    None if they never had, or none was made yet.
     """
-    theirs, ours = _locked(target / LOCK), _locked(source / LOCK)
-    shared = _holding(
-        {name: entry for name, entry in ours.items() if name in wanted},
-        _parsed(target / "params.yaml"),
-    )
-    for out in (Path(out["path"]) for entry in shared.values() for out in entry["outs"]):
-        if (
-            (source / out / MANIFEST).is_file()
-            and (data or "demonstrations" not in out.parts)
-            and not _same(source / out, target / out)
-        ):
-            _copy(source / out, target / out)
-    if any(theirs.get(name) != entry for name, entry in shared.items()):
-        new = target / f".{LOCK}"
-        new.write_text(_yaml({"schema": "2.0", "stages": theirs | shared}))
-        new.rename(target / LOCK)
+    table = predecessor.folder / TABLE
+    if not table.is_dir():
+        return None
+    updates = read(table).updates
+    positions = [row.position for row in updates if row.success >= success]
+    return min(positions, default=None)
 
 
-def _copy(source: Path, target: Path) -> None:
-    """By links, and under a hidden name first: whoever is killed meanwhile leaves nothing that looks whole."""
+def _copy_stages(
+    source: Path, target: Path, stages: Container[str], *, demonstrations: bool
+) -> None:
+    """Copy some stages' artifacts and entries of dvc.lock from one project to another.
+
+    Stages that the target's settings would make otherwise are left out. Checkpoints and
+    demonstrations, which are large and never written to, are linked.
+
+    demonstrations: copy those too; their entries of dvc.lock are copied in any case.
+    """
+    settings = _read_yaml(target / PARAMS)
+    locked = _read_lock(source)
+    chosen = {name: entry for name, entry in locked.items() if name in stages}
+    valid = _select_valid(chosen, settings)
+    for entry in valid.values():
+        for out in _paths(entry, "outs"):
+            if demonstrations or "demonstrations" not in Path(out).parts:
+                _copy_artifact(source / out, target / out)
+    _add_to_lock(target, valid)
+
+
+def _add_to_lock(project: Path, entries: dict[str, Any]) -> None:
+    """Add entries to a project's dvc.lock, or replace them there; at once."""
+    locked = _read_lock(project)
+    if all(locked.get(name) == entry for name, entry in entries.items()):
+        return
+    stages = locked | entries
+    temporary = project / f".{LOCK}"
+    temporary.write_text(_to_yaml({"schema": "2.0", "stages": stages}))
+    temporary.rename(project / LOCK)
+
+
+def _copy_artifact(source: Path, target: Path) -> None:
+    """Copy a published artifact, by links, unless it is there already.
+
+    It has a hidden name until it is whole, so a kill leaves no partial artifact.
+    """
+    published = source / MANIFEST
+    copied = target / MANIFEST
+    if not published.is_file():
+        return
+    if copied.is_file() and copied.read_bytes() == published.read_bytes():
+        return
     hidden = target.with_name(f".{target.name}.taken")
     shutil.rmtree(hidden, ignore_errors=True)
-    shutil.copytree(source, hidden, copy_function=lambda one, other: link(Path(one), Path(other)))
+    shutil.copytree(source, hidden, copy_function=_link_file)
     shutil.rmtree(target, ignore_errors=True)
     hidden.rename(target)
 
 
-def _holding(entries: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Of dvc.lock's entries those that these settings would make too, and so would all that they depend on."""
-    other = {
-        name
-        for name, entry in entries.items()
-        if any(_at(settings, key) != value for key, value in _params(entry).items())
-    }
-    while True:
-        made = {out["path"] for name in other for out in entries[name]["outs"]}
-        more = {
-            name
-            for name, entry in entries.items()
-            if any(dep["path"] in made for dep in entry.get("deps", ()))
-        } - other
-        if not more:
-            return {name: entry for name, entry in entries.items() if name not in other}
-        other |= more
+def _link_file(source: str, target: str) -> None:
+    link(Path(source), Path(target))
 
 
-def _params(entry: dict[str, Any]) -> dict[str, Any]:
-    return entry.get("params", {}).get("params.yaml", {})
+def _select_valid(entries: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Select the entries of dvc.lock that hold under these settings, as do all they depend on."""
+    valid = {name: entry for name, entry in entries.items() if _matches(entry, settings)}
+    stale = entries.keys() - valid.keys()
+    while stale:
+        outs = {path for name in stale for path in _paths(entries[name], "outs")}
+        stale = {name for name, entry in valid.items() if outs.intersection(_paths(entry, "deps"))}
+        for name in stale:
+            del valid[name]
+    return valid
 
 
-def _at(settings: Any, dotted: str) -> Any:
-    """`settings["section"]["key"]` for `section.key`; None where there is nothing."""
+def _matches(entry: dict[str, Any], settings: dict[str, Any]) -> bool:
+    """Return whether these settings have the values that an entry of dvc.lock was made with."""
+    params = entry.get("params", {}).get(PARAMS, {})
+    return all(_look_up(settings, dotted) == value for dotted, value in params.items())
+
+
+def _paths(entry: dict[str, Any], role: str) -> list[str]:
+    """Return the paths of an entry's `outs` or `deps`."""
+    return [file["path"] for file in entry.get(role, ())]
+
+
+def _look_up(settings: Any, dotted: str) -> Any:
+    """Return `settings["section"]["key"]` for `section.key`; None if it is missing."""
     for key in dotted.split("."):
         settings = settings.get(key) if isinstance(settings, dict) else None
     return settings
 
 
-def _yaml(tree: dict[str, Any]) -> str:
-    stream, yaml = StringIO(), YAML(typ="safe")
+def _to_yaml(tree: dict[str, Any]) -> str:
+    stream = StringIO()
+    yaml = YAML(typ="safe")
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]
     yaml.dump(tree, stream)
     return stream.getvalue()
 
 
-def _same(one: Path, other: Path) -> bool:
-    return (other / MANIFEST).is_file() and (one / MANIFEST).read_bytes() == (
-        other / MANIFEST
-    ).read_bytes()
+def _read_lock(project: Path) -> dict[str, Any]:
+    path = project / LOCK
+    return _read_yaml(path)["stages"] if path.is_file() else {}
 
 
-def _locked(path: Path) -> dict[str, Any]:
-    return _parsed(path)["stages"] if path.is_file() else {}
-
-
-def _parsed(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path) -> dict[str, Any]:
     return YAML(typ="safe").load(path.read_text())

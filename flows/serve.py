@@ -1,36 +1,35 @@
-"""`python -m flows.serve`: the Prefect server, the deployment `opd/train` and its runner, in one command.
+"""`python -m flows.serve`: the Prefect server, the deployment `opd/train` and its runner.
 
-A run that nobody runs any more is first declared crashed, so that `prefect flow-run retry` can take it up again.
+Runs whose processes are gone are first declared crashed, so that `prefect flow-run retry` can
+resume them.
 """
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from flows.prefect_server import liveness, server
 from vla_opd import mistakes
 from vla_opd.machine import checkout
 
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+
 DEPLOYMENT = "train"
 LOCK = Path(".prefect/serve.lock")
 
 
 def main() -> int:
-    """Serve until interrupted. Returns the exit code: 1 if another process serves this folder already."""
+    """Serve until interrupted. Return the exit code: 1 if another process serves this folder."""
+    # Two runners of one folder would each take runs of the same artifacts.
+    occupied = f"{LOCK} is held: opd/{DEPLOYMENT} is being served from this folder already"
     try:
         checkout.require_own_code()
-        # Two runners of one folder would each take runs of the same artifacts.
-        with (
-            liveness.locked(
-                LOCK, f"{LOCK} is held: opd/{DEPLOYMENT} is being served from this folder already"
-            ),
-            server.in_use() as url,
-        ):
+        with liveness.hold_lock(LOCK, occupied), server.use_server() as url:
             for run in crash_orphans():
-                print(
-                    f"  {run}: its process is gone, so it is now Crashed; go on with  prefect flow-run retry {run}"
-                )
+                print(f"  {run}: its process is gone, so it is now Crashed")
+                print(f"  resume it with  prefect flow-run retry {run}")
             _serve(url)
     except (ValueError, RuntimeError) as error:
         print(f"\n{mistakes.message(error)}\n", file=sys.stderr)
@@ -39,60 +38,72 @@ def main() -> int:
 
 
 def crash_orphans() -> list[str]:
-    """Declare crashed what the server holds for under way although no process is: runs that died, their iterations, and runs that never began.
+    """Declare runs crashed that are under way by the server, but have no process.
 
-    A run that died as it began, or at its very end, has left no trace in this folder: it is one of the deployment's that no process of this machine
-    has. On another server than this folder's own such runs are left as they are, for they may be another's. Returns the ids of the runs, without
-    their iterations.
+    These are runs that died, with their iterations, and runs that never began. Return the ids of
+    the runs, without those of their iterations.
     """
     from prefect.client.orchestration import get_client
-    from prefect.client.schemas.filters import DeploymentFilter, FlowRunFilter
     from prefect.states import Crashed
 
-    states = ["PENDING", "RUNNING"] if server.is_ours() else ["PENDING"]
-    under_way = {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}}
+    died = liveness.abandoned_runs()
     with get_client(sync_client=True) as client:
-
-        def found(**which: Any) -> list[UUID]:
-            runs = client.read_flow_runs(
-                flow_run_filter=FlowRunFilter.model_validate(under_way | which)
-            )
-            return [run.id for run in runs]
-
-        died = liveness.abandoned()
-        orphans = found(id={"any_": [UUID(run) for run in died]}) if died else []
-        deployed = client.read_flow_runs(
-            flow_run_filter=FlowRunFilter.model_validate({"state": {"type": {"any_": states}}}),
-            deployment_filter=DeploymentFilter.model_validate({"name": {"any_": [DEPLOYMENT]}}),
-        )
-        orphans += [
-            run.id for run in deployed if run.id not in orphans and not liveness.alive(str(run.id))
-        ]
-        below = [orphans]
-        while below[
-            -1
-        ]:  # iterations; of a study its members, their runs, and the iterations of those
-            below.append(found(parent_flow_run_id={"any_": below[-1]}))
-        for run in [run for level in reversed(below) for run in level]:
-            client.set_flow_run_state(run, Crashed(message="its process is gone"), force=True)
+        orphans: list[UUID] = []
+        if died:
+            orphans = _read_runs_under_way(client, id={"any_": [UUID(run) for run in died]})
+        orphans += [run for run in _read_runs_without_trace(client) if run not in orphans]
+        # Subflows: iterations; of a study its members, their runs, and the iterations of those.
+        generations = [orphans]
+        while generations[-1]:
+            parents = {"any_": generations[-1]}
+            generations.append(_read_runs_under_way(client, parent_flow_run_id=parents))
+        for generation in reversed(generations):
+            for run in generation:
+                client.set_flow_run_state(run, Crashed(message="its process is gone"), force=True)
     for run in died:
-        liveness.forget(run)
+        liveness.forget_run(run)
     return [str(run) for run in orphans]
 
 
-def _nightly() -> bool:
-    """Whether someone has turned the schedule on: serving again must leave it so."""
+def _read_runs_under_way(client: "SyncPrefectClient", **conditions: Any) -> list[UUID]:
+    """Return the ids of the runs that are under way by the server, and meet the conditions."""
+    from prefect.client.schemas.filters import FlowRunFilter
+
+    state = {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}
+    runs = client.read_flow_runs(
+        flow_run_filter=FlowRunFilter.model_validate({"state": state, **conditions})
+    )
+    return [run.id for run in runs]
+
+
+def _read_runs_without_trace(client: "SyncPrefectClient") -> list[UUID]:
+    """Return the ids of the deployment's runs that no process of this machine has.
+
+    A run that died as it began, or at its very end, has left no trace in this folder. On a server
+    that was not started here, RUNNING runs may be those of another machine: only PENDING ones
+    count.
+    """
+    from prefect.client.schemas.filters import DeploymentFilter, FlowRunFilter
+
+    states = ["PENDING", "RUNNING"] if server.is_own_server() else ["PENDING"]
+    deployed = client.read_flow_runs(
+        flow_run_filter=FlowRunFilter.model_validate({"state": {"type": {"any_": states}}}),
+        deployment_filter=DeploymentFilter.model_validate({"name": {"any_": [DEPLOYMENT]}}),
+    )
+    return [run.id for run in deployed if not liveness.is_alive(str(run.id))]
+
+
+def _schedule_is_on() -> bool:
+    """Return whether someone has turned the schedule on: serving again must not turn it off."""
     from prefect.client.orchestration import get_client
     from prefect.exceptions import ObjectNotFound
 
     with get_client(sync_client=True) as client:
         try:
-            return any(
-                schedule.active
-                for schedule in client.read_deployment_by_name(f"opd/{DEPLOYMENT}").schedules
-            )
+            deployment = client.read_deployment_by_name(f"opd/{DEPLOYMENT}")
         except ObjectNotFound:
             return False
+    return any(schedule.active for schedule in deployment.schedules)
 
 
 def _serve(url: str) -> None:
@@ -101,11 +112,10 @@ def _serve(url: str) -> None:
     from flows.train import opd
 
     print(f"  serving opd/{DEPLOYMENT}; runs are shown at {url.removesuffix('/api')}")
-    elsewhere = "" if url == server.LOCAL else f"PREFECT_API_URL={url} "
-    print(f"  start one with  {elsewhere}prefect deployment run opd/{DEPLOYMENT} --watch")
-    nightly = Cron(
-        "0 2 * * *", slug="nightly", active=_nightly()
-    )  # off until someone turns it on, in the interface or by `prefect deployment schedule`
+    variable = "" if url == server.LOCAL else f"PREFECT_API_URL={url} "
+    print(f"  start one with  {variable}prefect deployment run opd/{DEPLOYMENT} --watch")
+    # Off until someone turns it on, in the interface or by `prefect deployment schedule`.
+    nightly = Cron("0 2 * * *", slug="nightly", active=_schedule_is_on())
     opd.serve(
         name=DEPLOYMENT,
         limit=1,

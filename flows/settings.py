@@ -1,4 +1,4 @@
-"""`params.yaml`, changed by command: validated first, then written in place with its comments kept."""
+"""Changes of `params.yaml` by command: validated, then written in place; comments are kept."""
 
 import os
 import shutil
@@ -9,39 +9,40 @@ from tempfile import NamedTemporaryFile
 from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import AfterValidator, Field, WithJsonSchema, create_model
+from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
 
 from flows.prefect_server import liveness
-from vla_opd.params.load import load, read_text, text
+from vla_opd.params.load import format_value, load, read_text
 from vla_opd.params.run import Params
 from vla_opd.params.section import Section
 
 
 def _fields() -> Iterator[tuple[str, Any]]:
-    """`section.key` for every key of every section of the schema that has fixed keys, with the key's own type and constraints."""
+    """Yield a field `section.key` for every key of the schema's sections that have fixed keys.
+
+    It has the key's own type and constraints.
+    """
     for section, field in Params.model_fields.items():
-        annotated = (
-            ()
-            if get_origin(field.annotation) is Mapping
-            else (field.annotation, *get_args(field.annotation))
-        )  # of a mapping the keys are free
-        kinds = [kind for kind in annotated if isinstance(kind, type) and issubclass(kind, Section)]
-        for key, info in kinds[0].model_fields.items() if kinds else ():
-            kind = (
-                Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
+        for key, info in _keys(field.annotation).items():
+            kind: Any = info.annotation
+            if info.metadata:
+                kind = Annotated[(kind, *info.metadata)]
+            dotted = f"{section}.{key}"
+            described = Field(
+                default=None, alias=dotted, title=dotted, description=info.description
             )
-            yield (
-                f"{section}__{key}",
-                (
-                    kind,
-                    Field(
-                        default=None,
-                        alias=f"{section}.{key}",
-                        title=f"{section}.{key}",
-                        description=info.description,
-                    ),
-                ),
-            )
+            yield f"{section}__{key}", (kind, described)
+
+
+def _keys(annotation: Any) -> dict[str, FieldInfo]:
+    """Return the keys of a section by its annotation: of `Section` or `Section | None`."""
+    if get_origin(annotation) is Mapping:  # its keys are names that the user chooses
+        return {}
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, Section):
+            return kind.model_fields
+    return {}
 
 
 _MODEL = create_model("Settings", __base__=Section, **dict(_fields()))
@@ -54,43 +55,54 @@ def _checked(changes: dict[str, Any]) -> dict[str, Any]:
 Settings = Annotated[
     dict[str, Any], WithJsonSchema(_MODEL.model_json_schema()), AfterValidator(_checked)
 ]
-"""`{"section.key": value}`, as a type: its JSON schema is made from that of params.yaml, so a wrong one is refused before there is a run."""
+"""`{"section.key": value}`, as a type whose JSON schema follows from that of params.yaml.
+
+So Prefect refuses a wrong setting before there is a run."""
 
 
 def write(changes: Mapping[str, Any], path: Path | str = "params.yaml", run: str = "") -> None:
     """Write `{"section.key": value}` into `path`, which must be a valid run even without changes.
 
-    Nothing is written, and it's a ValueError, if the result isn't a valid run; a RuntimeError, if another flow run than `run` is at work here: its
-    later stages would be made with settings that are not its own.
+    run: the flow run that asks for it, if any. Nothing is written when an error is raised:
+    ValueError if the result is no valid run; RuntimeError if another flow run is at work in this
+    folder, whose later stages would use the new settings.
     """
     source = Path(path)
-    load(source, [f"{dotted}={text(value)}" for dotted, value in changes.items()])
+    load(source, [f"{dotted}={format_value(value)}" for dotted, value in changes.items()])
     if not changes:
         return
+    before = read_text(source)
+    after = _apply(changes, before)
+    if after == before:
+        return
+    others_at_work = liveness.other_living_runs(run)
+    if others_at_work:
+        raise RuntimeError(
+            f"{path} is in use by flow run {', '.join(others_at_work)}; "
+            "change settings after it has ended, or in another checkout"
+        )
+    _replace(source.resolve(), after)
+
+
+def _apply(changes: Mapping[str, Any], before: str) -> str:
+    """Return the text of a params.yaml with changes, its comments and quotes kept."""
     yaml = YAML()
     yaml.preserve_quotes = True
     yaml.width = 4096
-    before = read_text(source)
     tree: Any = yaml.load(before)
     for dotted, value in changes.items():
         *sections, key = dotted.split(".")
         node = tree
         for section in sections:
             node = node.setdefault(section, {})
-        node[key] = yaml.load(text(value))
-    new = StringIO()
-    yaml.dump(tree, new)
-    if new.getvalue() == before:
-        return
-    if others := liveness.others(run):
-        raise RuntimeError(
-            f"{path} is in use by flow run {', '.join(others)}; expected other settings once that has ended, or in another checkout"
-        )
-    _replace(source.resolve(), new.getvalue())
+        node[key] = yaml.load(format_value(value))
+    stream = StringIO()
+    yaml.dump(tree, stream)
+    return stream.getvalue()
 
 
 def _replace(path: Path, new: str) -> None:
-    """Give the file a new text at once: whoever is killed meanwhile leaves the old one whole."""
+    """Replace a file's text atomically: a kill leaves the old file whole."""
     with NamedTemporaryFile(
         "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
     ) as file:
@@ -106,23 +118,31 @@ def _replace(path: Path, new: str) -> None:
 
 
 def extension(iterations: int, path: Path | str = "params.yaml") -> dict[str, str]:
-    """The changes that give the run of `path` so many iterations: each goes on from the one before, the first from the checkpoint scored as final.
+    """Return the changes that give the run of `path` that many iterations.
 
-    What is there stays, so nothing is repeated. ValueError if the run has more already, or a name is taken.
+    Each new one starts from the one before; the first from the checkpoint scored as final.
+    Iterations that exist stay, so nothing is repeated. ValueError if the run has more already, or
+    a name is taken.
     """
     run = load(path)
-    there = len(run.iterations)
-    if iterations < there:
+    present = len(run.iterations)
+    if iterations < present:
         raise ValueError(
-            f"iterations is {iterations}; expected at least the {there} that {path} has (take some out there)"
+            f"iterations is {iterations}; expected at least the {present} that {path} has "
+            "(remove some there)"
         )
-    tip, changes = run.evaluations[run.report.final], dict[str, str]()
-    for number in range(there + 1, iterations + 1):
+    if iterations == present:
+        return {}
+    start = run.evaluations[run.report.final]
+    changes: dict[str, str] = {}
+    for number in range(present + 1, iterations + 1):
         name = f"it{number:03d}"
         if name in run.iterations:
             raise ValueError(
-                f"iterations: {name} is taken in {path}; expected iterations numbered it001 ... it{there:03d}"
+                f"iterations: {name} is taken in {path}; "
+                f"expected iterations numbered it001 ... it{present:03d}"
             )
-        changes[f"iterations.{name}"] = tip
-        tip = name
-    return changes | {f"evaluations.{run.report.final}": tip} if changes else {}
+        changes[f"iterations.{name}"] = start
+        start = name
+    changes[f"evaluations.{run.report.final}"] = start
+    return changes

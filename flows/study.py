@@ -1,7 +1,8 @@
-"""The flow `study`: every arm with every seed a subflow of its own, from the same teacher and student, then one table of all of them.
+"""The flow `study`: every arm with every seed as a subflow, then one table of all of them.
 
-Each member is brought up to date by the flow `opd` in a folder and a process of its own (see `flows.projects`), so a study that is stopped goes on
-where it was, and members can run side by side.
+Each member is brought up to date by the flow `opd` in a folder and a process of its own (see
+`flows.projects`), so a study that was stopped resumes where it was, and members can run side by
+side.
 """
 
 import multiprocessing
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Annotated
@@ -27,27 +29,27 @@ from flows.projects import (
     DONE,
     TABLE,
     Member,
-    crowded,
-    environment,
+    continue_predecessor,
     fingerprint,
-    go_on,
-    hand_over,
+    has_same_recipe,
     is_done,
-    made_alike,
-    members,
+    oversubscription_warning,
     prepare,
-    reference,
+    process_environment,
+    reference_stages,
+    select_members,
+    share_reference,
 )
 from flows.train import opd
 from vla_opd.analysis import study_page
 from vla_opd.analysis.finished_run import discard, read_run
-from vla_opd.analysis.study_table import Table, joined, member_rows, read, shared_rows, write
+from vla_opd.analysis.study_table import Table, concatenate, member_rows, read, shared_rows, write
 from vla_opd.artifacts.draft import BusyError, Draft, draft
 from vla_opd.artifacts.manifest import MANIFEST, Manifest, open_artifact
 from vla_opd.lineage.store import ROOT
 from vla_opd.machine.host import METRICS
 from vla_opd.machine.parent_death import die_with_parent
-from vla_opd.machine.tracking import executions
+from vla_opd.machine.tracking import read_executions
 from vla_opd.params.load import load
 from vla_opd.params.run import Params
 
@@ -61,93 +63,122 @@ def study(
     seeds: list[int] | None = None,
     parallel: Annotated[int, Field(ge=1)] = 1,
 ) -> None:
-    """Bring a study of params.yaml up to date, and its table of what is done.
+    """Bring a study of params.yaml up to date, and the table of its finished members.
 
     Args:
-        name: of the study.
-        arms: only these; all if none are named.
-        seeds: only these.
-        parallel: members that run at the same time; each gets its share of the cores for its simulators, unless OPD_WORKERS says otherwise.
+        name: the study.
+        arms: bring only these up to date; all if None or empty.
+        seeds: bring only these up to date; all if None or empty.
+        parallel: members that run at the same time. Each gets an equal share of the cores for its
+            simulators, unless OPD_WORKERS is set.
 
     Raises:
-        ValueError: if there is no such study, arm or seed, or an arm's settings make no valid run; nothing is run then.
-        RuntimeError: names the members that failed; the others are done.
+        ValueError: the study, an arm or a seed does not exist, or an arm's settings make no valid
+            run; nothing is run then.
+        RuntimeError: some members failed, which it names; the others are done.
     """
     run = load()
-    wanted = members(name, run, arms or (), seeds or ())
-    for member in wanted:  # before anything is made: a mistake in the last of them is one now
+    members = select_members(name, run, arms or (), seeds or ())
+    for member in members:  # all of them first: a mistake in the last is found before any runs
         prepare(member, run)
-    if told := crowded(run, parallel):
-        print(f"  {told}", file=sys.stderr)
-    with liveness.held(str(flow_run.get_id())):
-        opd.with_options(flow_run_name="reference")(targets=reference(run))
-        for member in wanted:
-            hand_over(member, run)
-        with closing(_side_by_side(wanted, run, parallel)) as ended:
-            failed = [member for member in ended if not _noted(member, run)]
-    if failed:
-        raise RuntimeError(
-            f"{len(failed)} of {len(wanted)} members failed: {'; '.join(f'{one} (see {one.folder / LOG})' for one in failed)}"
-        )
+    warning = oversubscription_warning(run, parallel)
+    if warning is not None:
+        print(f"  {warning}", file=sys.stderr)
+    with liveness.hold_run(str(flow_run.get_id())):
+        opd.with_options(flow_run_name="reference")(targets=reference_stages(run))
+        for member in members:
+            share_reference(member, run)
+        with closing(_run_side_by_side(members, run, parallel)) as ended:
+            failures = [member for member in ended if not _update_table(member, run)]
+    if failures:
+        logs = "; ".join(f"{member} (see {member.folder / LOG})" for member in failures)
+        raise RuntimeError(f"{len(failures)} of {len(members)} members failed: {logs}")
 
 
-def _noted(member: Member, run: Params) -> bool:
-    """Bring table and page up to date once a member has ended. Whether it is done."""
+def _update_table(member: Member, run: Params) -> bool:
+    """Bring table and page up to date after a member has ended; return whether it is done."""
     try:
-        if tabulate.with_options(task_run_name="table")(member.study, run).facts["members"]:
+        manifest = tabulate.with_options(task_run_name="table")(member.study, run)
+        if manifest.facts["members"]:
             page.with_options(task_run_name="page")(member.study, run)
-    except BusyError as error:  # another command of this study: it has the members that are done, and so will the next
+    except BusyError as error:  # another command is writing this study's table; the next one will
         print(f"  {error}", file=sys.stderr)
     return is_done(member, run)
 
 
-def _side_by_side(wanted: Sequence[Member], run: Params, parallel: int) -> Generator[Member]:
-    """Each member once its process has ended, well or not. One that goes on from another waits for it. Closed early, it ends the processes."""
-    its = run.studies[wanted[0].study]
-    waiting, running = list(wanted), dict[Member, tuple[SpawnProcess | None, float]]()
+@dataclass(frozen=True)
+class MemberProcess:
+    """A member's process, and when it began; no process if the member could not be started."""
+
+    process: SpawnProcess | None
+    began: float
+
+    @property
+    def has_ended(self) -> bool:
+        return self.process is None or self.process.exitcode is not None
+
+    def terminate(self) -> None:
+        if self.process is not None:
+            self.process.terminate()
+
+
+def _run_side_by_side(members: Sequence[Member], run: Params, parallel: int) -> Generator[Member]:
+    """Run the members, and yield each once its process has ended, successfully or not.
+
+    A member that continues another waits for it. Closing the generator ends the processes.
+    """
+    study = run.studies[members[0].study]
+    waiting = list(members)
+    running: dict[Member, MemberProcess] = {}
     try:
         while waiting or running:
-            ready = [one for one in waiting if one.before(its) not in (*waiting, *running)]
+            pending = {*waiting, *running}
+            ready = [member for member in waiting if member.predecessor(study) not in pending]
             for member in ready[: parallel - len(running)]:
                 waiting.remove(member)
-                running[member] = _started(member, run, parallel), time.monotonic()
+                process = _start(member, run, parallel)
+                running[member] = MemberProcess(process, time.monotonic())
             time.sleep(0.2)
-            for member, (process, began) in list(running.items()):
-                if process is None or process.exitcode is not None:
+            for member, process in list(running.items()):
+                if process.has_ended:
                     del running[member]
-                    mark, took = (
-                        "✓" if is_done(member, run) else "✗",
-                        terminal.clock(time.monotonic() - began),
-                    )
-                    print(f"  {mark} {member!s:<32} {took:>7}", flush=True)
+                    _print_end(member, run, process)
                     yield member
     finally:
-        for process, _ in running.values():
-            if process is not None:
-                process.terminate()
+        for process in running.values():
+            process.terminate()
 
 
-def _started(member: Member, run: Params, parallel: int) -> SpawnProcess | None:
-    """The process that brings a member up to date; none, and a line in its log, if what it is to go on from isn't there."""
+def _print_end(member: Member, run: Params, process: MemberProcess) -> None:
+    mark = "✓" if is_done(member, run) else "✗"
+    duration = terminal.format_duration(time.monotonic() - process.began)
+    print(f"  {mark} {member!s:<32} {duration:>7}", flush=True)
+
+
+def _start(member: Member, run: Params, parallel: int) -> SpawnProcess | None:
+    """Start the process that brings a member up to date.
+
+    If its predecessor isn't done, return None and write that into the member's log.
+    """
     (member.folder / DONE).unlink(missing_ok=True)
     try:
-        go_on(member, run)
+        continue_predecessor(member, run)
     except ValueError as error:
         (member.folder / LOG).write_text(f"{error}\n")
         return None
-    its = run.studies[member.study]
+    study = run.studies[member.study]
     parameters = {
-        "folders": [str(one.folder.resolve()) for one in member.lineage(its)],
+        "folders": [str(ancestor.folder.resolve()) for ancestor in member.lineage(study)],
         "arm": member.arm,
         "seed": member.seed,
-        "own_student": its.own_student(member.arm),
-        "keep_rollouts": its.keep_rollouts,
+        "own_student": study.own_student(member.arm),
+        "keep_rollouts": study.keep_rollouts,
         "made_from": fingerprint(member, run),
     }
     return run_flow_in_subprocess(
         member_run.with_options(flow_run_name=str(member)),
         parameters=parameters,
-        env=environment(member, run, parallel),
+        env=process_environment(member, run, parallel),
     )
 
 
@@ -161,10 +192,14 @@ def member_run(
     keep_rollouts: bool,
     made_from: str,
 ) -> None:
-    """Bring one member up to date, and note its rows of the study's table. What it says goes to `study.log` in its folder.
+    """Bring one member up to date, and write its rows of the study's table.
 
-    folders: its own, then those of the members that it goes on from, which know how long their stages took.
-    made_from: its fingerprint, which is left behind at the end: Prefect ends a process whose flow has failed with exit code 0.
+    Its output goes to `study.log` in its folder.
+
+    folders: the member's, then those of the members it continues, whose executions are recorded
+        there.
+    made_from: the member's fingerprint, written at the very end. Without it the member has failed:
+        Prefect ends the process of a failed flow with exit code 0.
     """
     starter = multiprocessing.parent_process()
     die_with_parent(parent=starter.pid if starter else None)
@@ -175,9 +210,11 @@ def member_run(
     run = load()
     opd(targets=[f"evaluate@{name}" for name in run.evaluations])
     root = ROOT / run.run.name
-    seconds = _seconds(run, *map(Path, folders))
+    finished_run = read_run(run, root)
+    seconds = _read_seconds(run, *map(Path, folders))
+    rows = member_rows(finished_run, arm, seed, seconds, own_student=own_student)
     temporary = Path(f".{TABLE}")
-    write(member_rows(read_run(run, root), arm, seed, seconds, own_student=own_student), temporary)
+    write(rows, temporary)
     shutil.rmtree(TABLE, ignore_errors=True)
     temporary.rename(TABLE)
     if not keep_rollouts:
@@ -185,14 +222,17 @@ def member_run(
     Path(DONE).write_text(made_from)
 
 
-def _seconds(run: Params, *folders: Path) -> dict[str, float]:
-    """How long the making of artifacts took, by their digests, as these projects' records of executions say."""
-    known = [one for folder in folders for one in executions(folder / METRICS / run.run.name)]
-    return {one.digest: (one.ended - one.began).total_seconds() for one in known}
+def _read_seconds(run: Params, *projects: Path) -> dict[str, float]:
+    """Return how long artifacts took to make, by digest, from the projects' executions."""
+    seconds: dict[str, float] = {}
+    for project in projects:
+        for execution in read_executions(project / METRICS / run.run.name):
+            seconds[execution.digest] = (execution.ended - execution.began).total_seconds()
+    return seconds
 
 
 def _discard_rollouts(root: Path) -> None:
-    """What the iterations saw, and the labels, in the folder and in DVC's cache, which is this member's own."""
+    """Remove trajectories and labels, and DVC's cache, which is this member's alone."""
     for kind in ("trajectories", "logits"):
         for folder in sorted((root / kind).glob("[!.]*")):
             discard(root, kind, folder.name)
@@ -201,67 +241,74 @@ def _discard_rollouts(root: Path) -> None:
 
 @task(cache_policy=NO_CACHE)
 def tabulate(name: str, run: Params) -> Manifest:
-    """`artifacts/<run>/studies/<name>`: the rows of all members that are done, in the order of arms and seeds, and those of what they share.
+    """Publish `artifacts/<run>/studies/<name>`: the rows of all finished members.
 
-    Of members that aren't, say because another machine has them, the rows stay that the table has which is there, if they are of the same checkpoints
-    and settings; `members_kept` counts them, as other code may have made them.
+    Their order is that of arms, then seeds; the rows of what members share come before them. For
+    members that are not done here (another machine has them, say), the rows of the present table
+    are kept if they come from the same checkpoints and settings. The fact `members_kept` counts
+    those, since other code may have made them.
     """
-    root, its = ROOT / run.run.name, run.studies[name]
-    shared = read_run(
-        run.model_copy(
-            update={"iterations": {}, "reinforcements": {}, "evaluations": run.reference}
-        ),
-        root,
-    )
+    root = ROOT / run.run.name
+    shared = read_run(_without_iterations(run), root)
     parents = {
         f"checkpoints/{checkpoint}": manifest.digest
         for checkpoint, manifest in shared.checkpoints.items()
     }
-    parameters = run.model_copy(update={"studies": {name: its}}).model_dump(mode="json")
+    this_study = run.model_copy(update={"studies": {name: run.studies[name]}})
+    parameters = this_study.model_dump(mode="json")
     with draft(root / "studies" / name, "study", parents, {"parameters": parameters}) as work:
-        every = [member for arm in its.arms for member in members(name, run, [arm])]
-        before, earlier = _before(work)
-        done = {member: read(member.folder / TABLE) for member in every if is_done(member, run)}
-        missing = [
-            member
-            for member in every
-            if member not in done and earlier is not None and made_alike(member, run, earlier)
-        ]
-        kept = {
-            member: rows
-            for member in missing
-            if (rows := before.of(member.arm, member.seed)).episodes
-        }
-        table = joined(
-            (done | kept)[member] for member in every if member in done or member in kept
-        )
-        write(table.with_shared(shared_rows(shared, _seconds(run, Path()))), work.folder)
-        facts = {"members_kept": len(kept)} if kept else {}
-        return work.publish(
-            {
-                **facts,
-                "members": len(done) + len(kept),
-                "episodes": len(table.episodes),
-                "iterations": len(table.updates),
-            }
-        )
+        tables, kept = _read_member_tables(name, run, work)
+        table = concatenate(tables.values())
+        rows = shared_rows(shared, _read_seconds(run, Path()))
+        write(table.with_shared(rows), work.folder)
+        facts = {"members_kept": kept} if kept else {}
+        facts["members"] = len(tables)
+        facts["episodes"] = len(table.episodes)
+        facts["iterations"] = len(table.updates)
+        return work.publish(facts)
 
 
-def _before(work: Draft) -> tuple[Table, Params | None]:
-    """What stands where a table is to be published, and by which settings, if it is one of these checkpoints, of all or some of them."""
-    nothing = Table((), ()), None
+def _without_iterations(run: Params) -> Params:
+    """Return the run without its iterations: its origins, and the evaluations of those."""
+    changes = {"iterations": {}, "reinforcements": {}, "evaluations": run.reference_evaluations}
+    return run.model_copy(update=changes)
+
+
+def _read_member_tables(name: str, run: Params, work: Draft) -> tuple[dict[Member, Table], int]:
+    """Return each member's rows, and how many members' are kept from the present table."""
+    present, settings = _read_present_table(work)
+    tables: dict[Member, Table] = {}
+    kept = 0
+    for arm in run.studies[name].arms:
+        for member in select_members(name, run, [arm]):
+            if is_done(member, run):
+                tables[member] = read(member.folder / TABLE)
+            elif settings is not None and has_same_recipe(member, run, settings):
+                rows = present.select(member.arm, member.seed)
+                if rows.episodes:
+                    tables[member] = rows
+                    kept += 1
+    return tables, kept
+
+
+def _read_present_table(work: Draft) -> tuple[Table, Params | None]:
+    """Return the table that is about to be replaced, and its settings.
+
+    An empty table and None if there is none, or its checkpoints are not among those of `work`.
+    """
+    empty = Table((), ())
     if not (work.target / MANIFEST).is_file():
-        return nothing
-    there = open_artifact(work.target, "study")
-    if not there.parents.items() <= work.parents.items():
-        return nothing
+        return empty, None
+    manifest = open_artifact(work.target, "study")
+    if not manifest.parents.items() <= work.parents.items():
+        return empty, None
     try:
-        return read(work.target), Params.model_validate(there.params["parameters"])
-    except ValidationError:  # settings have other names by now
-        return nothing
+        return read(work.target), Params.model_validate(manifest.params["parameters"])
+    except ValidationError:  # an older version, whose settings had other names
+        return empty, None
 
 
 @task(cache_policy=NO_CACHE)
 def page(name: str, run: Params) -> Manifest:
-    """`artifacts/<run>/report/<name>`: the page of the table."""
+    """Publish `artifacts/<run>/report/<name>`: the page of the table."""
     return study_page.run(ROOT / run.run.name, name)

@@ -1,4 +1,4 @@
-"""What the person at the terminal sees: one line a stage, a table at the end."""
+"""Output on the terminal: one line per stage, and a table at the end."""
 
 import shutil
 import sys
@@ -10,13 +10,14 @@ from typing import Any, TextIO
 from flows.dvc_runner.process import Line
 
 ROWS = (("before", "start"), ("after", "final"), ("teacher", "teacher"))
-PASSING_EVERY = 15.0  # seconds between progress lines where they can't be rewritten in place
+PASSING_EVERY = 15.0  # seconds between progress lines that cannot be rewritten in place
 
 
 class StageLine:
-    """The line of one stage: its progress while it runs, how it ended and how long it took after that.
+    """The line of one stage: its progress while it runs, then its outcome and duration.
 
-    On a terminal the line is rewritten in place; elsewhere (a log file) progress appears now and then.
+    On a terminal the line is rewritten in place; in a log file, progress appears every
+    `PASSING_EVERY` seconds.
     """
 
     def __init__(self, name: str, stream: TextIO | None = None) -> None:
@@ -25,39 +26,44 @@ class StageLine:
         self._live = self._stream.isatty()
         self._began = time.monotonic()
         self._last_passing = self._began
-        self._said = ""
+        self._last_output = ""
 
-    def tell(self, line: Line) -> None:
-        """Show a line of the stage's output; DVC's own chatter is left out."""
+    def show(self, line: Line) -> None:
+        """Show a line of the stage's output, unless it is DVC's."""
         if line.chatter:
             return
-        self._said = line.text.strip()
+        self._last_output = line.text.strip()
+        text = f"  ▸ {self.name:<20} {self._last_output}"
         now = time.monotonic()
         if self._live:
-            self._rewrite(f"  ▸ {self.name:<20} {self._said}")
+            self._rewrite(text)
         elif not line.passing or now - self._last_passing > PASSING_EVERY:
             self._last_passing = now
-            self._write(f"  ▸ {self.name:<20} {self._said}\n")
+            self._write(text + "\n")
 
-    def ran(self) -> None:
-        """The stage ran and succeeded; its last words stand as its result."""
-        self._end(
-            "✓", f"{clock(time.monotonic() - self._began):>7}  {self._said if self._live else ''}"
-        )
+    def succeed(self) -> None:
+        """End the line of a stage that ran; its last output stays as its result."""
+        result = self._last_output if self._live else ""
+        self._end("✓", f"{self._duration():>7}  {result}")
 
-    def unchanged(self, why: str) -> None:
-        """Nothing had to be done."""
-        self._end("·", f"{'':>7}  {why}")
+    def skip(self, reason: str) -> None:
+        """End the line of a stage that did not have to run."""
+        self._end("·", f"{'':>7}  {reason}")
 
-    def failed(self) -> None:
-        """The stage failed."""
-        self._end("✗", f"{clock(time.monotonic() - self._began):>7}  failed")
+    def fail(self) -> None:
+        """End the line of a stage that failed."""
+        self._end("✗", f"{self._duration():>7}  failed")
+
+    def _duration(self) -> str:
+        return format_duration(time.monotonic() - self._began)
 
     def _end(self, mark: str, text: str) -> None:
         line = f"  {mark} {self.name:<20} {text}".rstrip()
         if self._live:
             self._rewrite(line)
-        self._write("\n" if self._live else line + "\n")
+            self._write("\n")
+        else:
+            self._write(line + "\n")
 
     def _rewrite(self, text: str) -> None:
         width = shutil.get_terminal_size().columns
@@ -68,45 +74,57 @@ class StageLine:
         self._stream.flush()
 
 
-def heading(text: str) -> None:
-    """A line of its own above a group of stages; nothing but an empty line for a group without a name."""
+def print_heading(text: str) -> None:
+    """Print a line above a group of stages; an empty line for a group without a name."""
     print(f"\n{text}" if text else "", flush=True)
 
 
 def last_lines(lines: Iterable[str], count: int = 15) -> str:
-    """The last `count` lines that say something, indented."""
-    return "\n".join(f"    {line}" for line in [line for line in lines if line.strip()][-count:])
+    """Return the last `count` lines that are not blank, indented."""
+    written = [line for line in lines if line.strip()]
+    return "\n".join(f"    {line}" for line in written[-count:])
 
 
-def table(summary: dict[str, Any]) -> str:
-    """Before, after and teacher of a `summary.json`, each with its interval and number of episodes."""
-    head = f"  {'':<10}{'success':>9}{'interval':>18}{'episodes':>10}"
-    return "\n".join([head, *(_row(label, summary[key]) for label, key in ROWS if key in summary)])
+def results_table(summary: dict[str, Any]) -> str:
+    """Format before, after and teacher of a `summary.json`, with intervals and episodes."""
+    lines = [f"  {'':<10}{'success':>9}{'interval':>18}{'episodes':>10}"]
+    for label, key in ROWS:
+        if key in summary:
+            lines.append(_row(label, summary[key]))
+    return "\n".join(lines)
 
 
 def _row(label: str, score: dict[str, float]) -> str:
-    interval = f"{score['low']:.1%} - {score['high']:.1%}"
-    return f"  {label:<10}{score['success']:>9.1%}{interval:>18}{int(score['episodes']):>10}"
+    success = score["success"]
+    low = score["low"]
+    high = score["high"]
+    interval = f"{low:.1%} - {high:.1%}"
+    episodes = int(score["episodes"])
+    return f"  {label:<10}{success:>9.1%}{interval:>18}{episodes:>10}"
 
 
-def closing(folder: Path, summary: dict[str, Any], interface: str) -> str:
-    """What stands at the end of a run: the table, what it cost, where the report is, and what one may do next."""
-    cost = f"{summary['env_steps']:,} environment steps and {summary['teacher_queries']:,} teacher queries in {clock(summary['seconds'])}"
-    return "\n".join(
-        [
-            f"\n{folder.name}: before, after, teacher\n{table(summary)}\n",
-            f"  cost       {cost}",
-            f"  report     {folder / 'report' / 'page' / 'index.html'}",
-            f"  runs       {interface}",
-            "\n  next       make run                                      again: reuses all of it",
-            '             make run ARGS="--set optimize.steps=120"       with another setting: only what depends on it',
-            "             .venv/bin/opd plan                            what is up to date and what is not",
-            f"             .venv/bin/opd lineage {folder.name}/report/page",
-            "             make stop                                     stop the server that shows the runs",
-        ]
+def closing_message(folder: Path, summary: dict[str, Any], interface: str) -> str:
+    """Format the end of a run: results, cost, where the report is, and commands to try next."""
+    cost = (
+        f"{summary['env_steps']:,} environment steps and "
+        f"{summary['teacher_queries']:,} teacher queries in {format_duration(summary['seconds'])}"
     )
+    return f"""
+{folder.name}: before, after, teacher
+{results_table(summary)}
+
+  cost       {cost}
+  report     {folder / "report" / "page" / "index.html"}
+  runs       {interface}
+
+  next       make run                                   run again: every artifact is reused
+             make run ARGS="--set optimize.steps=120"   change a setting: only dependent stages run
+             .venv/bin/opd plan                         list stages that are up to date or to do
+             .venv/bin/opd lineage {folder.name}/report/page
+             make stop                                  stop the server that shows the runs"""
 
 
-def clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d}"
+def format_duration(seconds: float) -> str:
+    """Format seconds as `m:ss`."""
+    minutes, remainder = divmod(round(seconds), 60)
+    return f"{minutes}:{remainder:02d}"

@@ -1,7 +1,9 @@
-"""`python -m stages VERB ...`: run one stage of the run that `params.yaml` describes. This is what `dvc.yaml` runs.
+"""`python -m stages VERB ...`: run one stage of the run that `params.yaml` describes.
 
-Nothing here is part of `params.yaml`: `--workers`, `--device`, `--graphs`, `--processes` and `--tracking` (or OPD_WORKERS, OPD_DEVICE, OPD_GRAPHS,
-OPD_PROCESSES, OPD_TRACKING) say how this machine does the work. Manifests name the device and graphs, on which the last bits of logits depend.
+dvc.yaml runs this. Nothing here is part of `params.yaml`: `--workers`, `--device`, `--graphs`,
+`--processes` and `--tracking` (or OPD_WORKERS, OPD_DEVICE, OPD_GRAPHS, OPD_PROCESSES, OPD_TRACKING)
+say how this machine does the work. Manifests name the device and graphs, because the last bits of
+logits depend on them.
 """
 
 import argparse
@@ -13,11 +15,11 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
+from stages.catalog import STAGES, Stage, arguments
 from vla_opd import mistakes
 from vla_opd.artifacts.draft import Share
-from vla_opd.artifacts.manifest import Manifest
+from vla_opd.artifacts.layout import Layout
 from vla_opd.envs import ENVS
 from vla_opd.envs.graphics import use_backend
 from vla_opd.machine import checkout
@@ -25,95 +27,55 @@ from vla_opd.machine.host import (
     LAUNCH,
     METRICS,
     Host,
-    on_or_off,
-    processes,
+    parse_flag,
+    parse_processes,
     require_equal_bits,
     require_equal_shares,
-    this_host,
+    resolve_host,
 )
 from vla_opd.machine.parent_death import STARTED_BY, die_with_parent
-from vla_opd.machine.tracking import execution
+from vla_opd.machine.tracking import start_execution
 from vla_opd.params.load import load
 from vla_opd.params.run import Params
-from vla_opd.params.stages import START
-from vla_opd.plugins import named_function
 
-VERBS = {
-    "demonstrate": "--name",
-    "finetune": "--name",
-    "adopt": "--name",
-    "sample": "--iteration",
-    "label": "--iteration",
-    "optimize": "--iteration",
-    "explore": "--iteration",
-    "reinforce": "--iteration",
-    "evaluate": "--name",
-    "report": None,
-}
-SIMULATED = ("demonstrate", "sample", "explore", "evaluate")
-SHARED = ("sample", "label", "explore", "evaluate")
-ROLLED_OUT = ("sample", "explore", "evaluate")
-TRAINED = ("finetune", "optimize", "reinforce")
-FIRST_SPEAKS = 3.0  # seconds
-LAUNCHED = "TORCHELASTIC_RUN_ID"  # the environment variable by which torchrun's processes are known
+FIRST_REPORTS = 3.0  # seconds
+TORCHRUN = "TORCHELASTIC_RUN_ID"  # the environment variable that torchrun's processes have
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a stage. What its user or the machine has to put right is one message on stderr, with the exit code of `vla_opd.mistakes`."""
-    options = _parser().parse_args(arguments)
-    if (
-        "DVC_STAGE" in os.environ
-    ):  # by hand, a stage may outlive its terminal; DVC's, whose lock dies with DVC, must not be met by the next one
+def main(words: Sequence[str] | None = None) -> int:
+    """Run a stage. A mistake is one message on stderr, with the exit code of `mistakes`."""
+    options = _parser().parse_args(words)
+    # By hand a stage may outlive its terminal. DVC's lock dies with DVC, so DVC's stage must, too.
+    if "DVC_STAGE" in os.environ:
         die_with_parent()
-    elif (parent := os.environ.get(STARTED_BY)) is not None:
-        die_with_parent(parent=int(parent))
+    elif STARTED_BY in os.environ:
+        die_with_parent(parent=int(os.environ[STARTED_BY]))
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        return _obey(options, sys.argv[1:] if arguments is None else arguments)
+        return _obey(options, sys.argv[1:] if words is None else words)
     except Exception as error:
         code = mistakes.exit_code(error)
         if code is None:
             raise
-        return _say(code, options.verb, mistakes.message(error))
+        return _report_mistake(code, options.verb, mistakes.message(error))
 
 
-def _obey(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    """Run the stage, or have it run as several processes. The exit code. Errors as they come."""
+def _obey(options: argparse.Namespace, words: Sequence[str]) -> int:
+    """Run the stage, or start the processes that run it together. Returns the exit code."""
     checkout.require_own_code()
     require_equal_bits()
-    params, count = load("params.yaml", options.set), processes(options.processes)
+    params = load("params.yaml", options.set)
     if "DVC_STAGE" in os.environ:
-        checkout.require_no_links(Path("artifacts") / params.run.name)
-    if LAUNCHED in os.environ:
-        count = int(os.environ["WORLD_SIZE"])
-    if count > 1 and options.verb not in TRAINED:
-        raise ValueError(
-            f"{count} processes; expected one, as of every stage but {', '.join(TRAINED)}"
-        )
-    if options.verb in TRAINED:
-        require_equal_shares(
-            {f"{options.verb}.batch_size": getattr(params, options.verb).batch_size}, count
-        )
-    if count > 1 and LAUNCHED not in os.environ:
+        checkout.require_no_links(Layout.of_run(params.run.name).root)
+    count = _process_count(options, params)
+    if count > 1 and TORCHRUN not in os.environ:
         from vla_opd.learning import fsdp
 
-        return fsdp.launch(count, "stages", arguments)
-    rank = int(os.environ["RANK"]) if LAUNCHED in os.environ else 0
-    graphs = on_or_off("OPD_GRAPHS, or --graphs,", options.graphs)
-    host = this_host(
-        options.workers,
-        options.device,
-        options.tracking if rank == 0 else "none",
-        METRICS,
-        graphs=graphs,
-    )
-    host = replace(host, share=Share.parse(options.share, os.environ.get(LAUNCH, "")))
-    finished = execution(host, params.run.name, options.verb, options.key or options.verb)
-    digest = (
-        _report_study(params, options.study)
-        if options.study
-        else _made(options.verb, options.key, params, host)
-    )
+        return fsdp.launch(count, "stages", words)
+    rank = int(os.environ["RANK"]) if TORCHRUN in os.environ else 0
+    host = _host(options, rank)
+    finished = start_execution(host, params.run.name, options.verb, options.key or options.verb)
+    digest = _make(options, params, host)
     if digest is None:
         print(f"{options.verb}: share {host.share} is made")
     elif rank == 0:
@@ -122,23 +84,76 @@ def _obey(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     return 0
 
 
-def _say(code: int, verb: str, what: str) -> int:
-    """The exit code, once it is said what went wrong. Of processes that train together the first of each machine says it for all of them."""
-    if LAUNCHED in os.environ and os.environ["LOCAL_RANK"] != "0":
-        time.sleep(FIRST_SPEAKS)  # torchrun ends the others as soon as one has ended
+def _process_count(options: argparse.Namespace, params: Params) -> int:
+    """Return how many processes train together. ValueError if stage or batch do not allow it."""
+    count = parse_processes(options.processes)
+    if TORCHRUN in os.environ:
+        count = int(os.environ["WORLD_SIZE"])
+    if STAGES[options.verb].trains:
+        batch_size = getattr(params, options.verb).batch_size
+        require_equal_shares({f"{options.verb}.batch_size": batch_size}, count)
+    elif count > 1:
+        trained = ", ".join(verb for verb, stage in STAGES.items() if stage.trains)
+        raise ValueError(f"{count} processes; expected one, as of every stage but {trained}")
+    return count
+
+
+def _host(options: argparse.Namespace, rank: int) -> Host:
+    host = resolve_host(
+        options.workers,
+        options.device,
+        options.tracking if rank == 0 else "none",
+        METRICS,
+        graphs=parse_flag("OPD_GRAPHS, or --graphs,", options.graphs),
+    )
+    return replace(host, share=Share.parse(options.share, os.environ.get(LAUNCH, "")))
+
+
+def _report_mistake(code: int, verb: str, message: str) -> int:
+    """Print what went wrong and return the exit code.
+
+    Of processes that train together, the first on each machine prints it for all of them.
+    """
+    if TORCHRUN in os.environ and os.environ["LOCAL_RANK"] != "0":
+        time.sleep(FIRST_REPORTS)  # torchrun ends the others as soon as one has ended
     else:
-        print(f"{verb}: {what}", file=sys.stderr, flush=True)
+        print(f"{verb}: {message}", file=sys.stderr, flush=True)
     return code
 
 
-def _made(verb: str, key: str | None, params: Params, host: Host) -> str | None:
-    """The digest of what a stage made, alone or together with others; None if that is a share of something."""
-    if LAUNCHED not in os.environ:
-        return _run(verb, key, params, host)
+def _make(options: argparse.Namespace, params: Params, host: Host) -> str | None:
+    """Make the artifact, alone or together with other processes. Returns its digest.
+
+    None after a share of it.
+    """
+    if options.study:
+        from vla_opd.analysis import study_page
+
+        return study_page.run(Layout.of_run(params.run.name).root, options.study).digest
+    if TORCHRUN not in os.environ:
+        return _run(options.verb, options.key, params, host)
     from vla_opd.learning import fsdp
 
     with fsdp.together(host.device):
-        return _run(verb, key, params, host)
+        return _run(options.verb, options.key, params, host)
+
+
+def _run(verb: str, key: str | None, params: Params, host: Host) -> str | None:
+    """Run the stage on its inputs. Returns the digest of its artifact; None after a share."""
+    inputs = arguments(verb, params, key or "")
+    if STAGES[verb].simulates(params) and params.environment.family in ENVS:
+        use_backend()  # once for all simulators, which inherit it
+    if verb == "sample":
+        from vla_opd.learning import preflight  # these bring torch, which --help can do without
+
+        preflight.check_sample(params, inputs["student"], inputs["teacher"])
+    elif verb == "explore":
+        from vla_opd.learning import preflight
+
+        preflight.check_explore(params, inputs["student"])
+    stage = importlib.import_module(f"stages.{verb}")
+    manifest = stage.run(**inputs, host=host)
+    return None if manifest is None else manifest.digest
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -147,195 +162,65 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.set_defaults(key=None, study=None, share="1/1", processes="1", graphs="0")
     verbs = parser.add_subparsers(dest="verb", required=True)
-    for verb, key in VERBS.items():
+    for verb, stage in STAGES.items():
         command = verbs.add_parser(verb)
-        if key:
-            command.add_argument(key, dest="key", required=True)
+        if stage.option:
+            command.add_argument(stage.option, dest="key", required=True)
         if verb == "report":
-            command.add_argument(
-                "--study", metavar="NAME", help="of this study's table, not of the run"
-            )
-        command.add_argument(
-            "--set",
-            action="append",
-            default=[],
-            metavar="section.key=value",
-            help="override a setting of params.yaml",
-        )
-        command.add_argument(
-            "--workers",
-            type=int,
-            default=os.environ.get("OPD_WORKERS", "0"),
-            help="simulator processes (0: one a core)",
-        )
-        command.add_argument(
-            "--device",
-            default=os.environ.get("OPD_DEVICE", "auto"),
-            help="torch device (auto: a GPU if there is one)",
-        )
-        if verb in ROLLED_OUT:
-            said = os.environ.get("OPD_GRAPHS", "0")
-            command.add_argument(
-                "--graphs",
-                nargs="?",
-                const="1",
-                default=said,
-                help="capture forward passes as CUDA graphs (OpenVLA-OFT)",
-            )
-        if verb in SHARED:
-            command.add_argument(
-                "--share",
-                metavar="NUMBER/COUNT",
-                default="1/1",
-                help="of the shards; whoever runs the stage without it then puts them together",
-            )
-        if verb in TRAINED:
-            command.add_argument(
-                "--processes",
-                default=os.environ.get("OPD_PROCESSES", "1"),
-                help="that train together, each on its own GPU if there are any",
-            )
-        command.add_argument(
-            "--tracking",
-            choices=("wandb", "jsonl", "none"),
-            default=os.environ.get("OPD_TRACKING", "wandb"),
-        )
+            command.add_argument("--study", metavar="NAME", help="of this study, not of the run")
+        _add_common(command)
+        _add_special(command, stage)
     return parser
 
 
-def _run(verb: str, key: str | None, params: Params, host: Host) -> str | None:
-    """Find the stage's inputs and output by the layout of `artifacts/<run>/`, and run it. Returns the digest of what it made; None of a share."""
-    simulated = verb in SIMULATED or (verb == "label" and params.label.simulates)
-    if simulated and params.environment.family in ENVS:
-        use_backend()  # once, here: the simulators inherit it, and need not find out each for itself
-    stage = importlib.import_module(f"stages.{verb}")
-    root = Path("artifacts") / params.run.name
-    checkpoints = root / "checkpoints"
-    match verb:
-        case "demonstrate":
-            name = _known(key, params.demonstrations, "demonstrations")
-            made = stage.run(params, name, root / "demonstrations" / name, host)
-        case "finetune":
-            name = _known(key, params.trained, "checkpoint")
-            parent = (
-                checkpoints / params.finetuned[name].parent if name in params.finetuned else None
-            )
-            made = stage.run(
-                params,
-                name,
-                root / "demonstrations" / params.trained[name].demonstrations,
-                parent,
-                checkpoints / name,
-                host,
-            )
-        case "adopt":
-            name = _known(key, params.adopt, "adopt")
-            made = stage.run(params, name, checkpoints / name, host)
-        case "evaluate":
-            name = _known(key, params.evaluations, "evaluations")
-            made = stage.run(
-                params, checkpoints / params.evaluations[name], root / "evaluations" / name, host
-            )
-        case "report":
-            made = stage.run(params, root, root / "report" / "page", host)
-        case "explore" | "reinforce":
-            made = _run_reinforcement(
-                verb, _known(key, params.reinforcements, "reinforcements"), params, root, host
-            )
-        case _:
-            made = _run_iteration(
-                verb, _known(key, params.iterations, "iterations"), params, root, host
-            )
-    return None if made is None else made.digest
-
-
-def _report_study(params: Params, study: str) -> str:
-    from vla_opd.analysis import study_page
-
-    return study_page.run(Path("artifacts") / params.run.name, study).digest
-
-
-def _run_iteration(
-    verb: str, iteration: str, params: Params, root: Path, host: Host
-) -> Manifest | None:
-    stage = importlib.import_module(f"stages.{verb}")
-    checkpoints, trajectories, logits = (
-        root / "checkpoints",
-        root / "trajectories" / iteration,
-        root / "logits" / iteration,
+def _add_common(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="section.key=value",
+        help="override a setting of params.yaml",
     )
-    student = checkpoints / params.iterations[iteration]
-    match verb:
-        case "sample":
-            teacher = checkpoints / params.label.teacher
-            _check_what_follows(params, student, teacher)
-            return stage.run(params, iteration, student, teacher, trajectories, host)
-        case "label":
-            return stage.run(params, checkpoints / params.label.teacher, trajectories, logits, host)
-        case _:
-            return stage.run(
-                params,
-                iteration,
-                student,
-                trajectories,
-                logits,
-                checkpoints / START,
-                checkpoints / iteration,
-                host,
-            )
-
-
-def _run_reinforcement(
-    verb: str, iteration: str, params: Params, root: Path, host: Host
-) -> Manifest | None:
-    stage = importlib.import_module(f"stages.{verb}")
-    checkpoints, trajectories = root / "checkpoints", root / "trajectories" / iteration
-    student = checkpoints / params.reinforcements[iteration]
-    if verb == "reinforce":
-        return stage.run(params, iteration, student, trajectories, checkpoints / iteration, host)
-    _require_trainable(params, "reinforce", student)
-    return stage.run(params, iteration, student, trajectories, host)
-
-
-def _check_what_follows(params: Params, student: Path, teacher: Path) -> None:
-    """ValueError, before any rollout, for what `label` and `optimize` would refuse after it."""
-    from vla_opd.experts import EXPERTS
-    from vla_opd.learning.bin_transfer import require_actions
-    from vla_opd.learning.objectives import OBJECTIVES, ON_DECISIONS
-    from vla_opd.policies.checkpoint import (
-        glance,
-        open_checkpoint,
-        require_environment,
-    )  # these bring torch, and --help can do without
-
-    named_function(params.optimize.objective, {**OBJECTIVES, **ON_DECISIONS}, "optimize.objective")
-    if params.label.expert is not None:
-        named_function(params.label.expert, EXPERTS, "label.expert")
-    facts = open_checkpoint(
-        teacher
-    ).facts  # its bytes too: nobody reads them before `label`. The student's, the stage checks
-    require_environment(facts, params.environment, str(teacher))
-    require_actions(
-        glance(student).facts, facts.action_space, str(teacher), transfer=params.label.transfer
+    command.add_argument(
+        "--workers",
+        type=int,
+        default=os.environ.get("OPD_WORKERS", "0"),
+        help="simulator processes (0: one per core)",
     )
-    _require_trainable(params, "optimize", student)
-
-
-def _require_trainable(params: Params, verb: str, student: Path) -> None:
-    """ValueError, before any rollout, for an adapter that can't be trained on the student, or a student that can't be trained without."""
-    from vla_opd.policies import lora
-    from vla_opd.policies.checkpoint import glance
-
-    lora.require_trainable(
-        getattr(params, verb).lora, lora.beside(student), glance(student).dtypes, verb
+    command.add_argument(
+        "--device",
+        default=os.environ.get("OPD_DEVICE", "auto"),
+        help="torch device (auto: a GPU if there is one)",
+    )
+    command.add_argument(
+        "--tracking",
+        choices=("wandb", "jsonl", "none"),
+        default=os.environ.get("OPD_TRACKING", "wandb"),
     )
 
 
-def _known(key: str | None, choices: object, field: str) -> str:
-    names = sorted(choices)  # pyright: ignore[reportArgumentType, reportUnknownVariableType]
-    if key not in names:
-        raise ValueError(f"{field} is {key!r}; expected one of {names}")
-    return str(key)
+def _add_special(command: argparse.ArgumentParser, stage: Stage) -> None:
+    if stage.rolls_out:
+        command.add_argument(
+            "--graphs",
+            nargs="?",
+            const="1",
+            default=os.environ.get("OPD_GRAPHS", "0"),
+            help="capture forward passes as CUDA graphs (OpenVLA-OFT)",
+        )
+    if stage.shares:
+        command.add_argument(
+            "--share",
+            metavar="NUMBER/COUNT",
+            default="1/1",
+            help="make only this share of the shards; the stage without --share puts them together",
+        )
+    if stage.trains:
+        command.add_argument(
+            "--processes",
+            default=os.environ.get("OPD_PROCESSES", "1"),
+            help="processes that train together, each on its own GPU if there are any",
+        )
 
 
 if __name__ == "__main__":
@@ -344,5 +229,5 @@ if __name__ == "__main__":
     except KeyboardInterrupt as interrupt:
         print(f"\n{mistakes.message(interrupt)}", file=sys.stderr)
         code = mistakes.exit_code(interrupt)
-    gc.freeze()  # what torch and transformers leave need not be looked through once more: most of a second of each stage
+    gc.freeze()  # skips a last collection of what torch and transformers leave: up to a second
     sys.exit(code)

@@ -1,4 +1,7 @@
-"""evaluate: checkpoint -> evaluation. Greedy, from the benchmark's fixed initial states, every episode recorded."""
+"""evaluate: checkpoint -> evaluation.
+
+Greedy rollouts from the benchmark's fixed initial states, every episode recorded.
+"""
 
 import json
 import secrets
@@ -20,144 +23,163 @@ from vla_opd.data.trajectory import Episode
 from vla_opd.envs.protocol import Placement
 from vla_opd.machine.host import Host
 from vla_opd.machine.tracking import track
-from vla_opd.params.run import Params
-from vla_opd.params.stages import EvaluateParams
+from vla_opd.params.stages import EnvironmentParams, EvaluateParams
 from vla_opd.policies.checkpoint import open_checkpoint, require_environment
-from vla_opd.policies.load import Policy, load_policy
+from vla_opd.policies.load import load_policy
+from vla_opd.policies.policy import Policy
 from vla_opd.seeds import derive
-from vla_opd.simulation.rollout import Job, PoolSettings, RolloutSettings, Tally, rollout
+from vla_opd.simulation.rollout import Job, PoolSettings, RolloutSettings, SimulationStats, rollout
+
+State = tuple[str, int]  # a task, and the number of one of its initial states
 
 
-def run(params: Params, checkpoint: Path, out: Path, host: Host) -> Manifest | None:
-    """Score a checkpoint: `episodes.jsonl` holds a record an episode, the manifest the success per task and overall with Wilson intervals.
+def run(
+    *,
+    run: str,
+    seed: int,
+    settings: EvaluateParams,
+    environment: EnvironmentParams,
+    checkpoint: Path,
+    out: Path,
+    host: Host,
+) -> Manifest | None:
+    """Score a checkpoint.
 
-    Overall are the run's own tasks; those of `evaluate.unseen` have a score of their own. With `evaluate.decide` it stops as soon as that is decided.
-    None once a share of the episodes is played.
+    `episodes.jsonl` has one record per episode, the manifest the success per task and overall with
+    Wilson intervals. Overall are the run's own tasks; those of `unseen` have a score of their own.
+    With `decide`, it stops as soon as the episodes decide.
+    Returns None after one share of the episodes.
     """
-    policy, how = open_checkpoint(checkpoint), params.evaluate
-    if not how.allow_mismatch:
-        require_environment(policy.facts, params.environment, str(checkpoint))
-    settings = {
-        "seed": params.run.seed,
-        "evaluate": how.model_dump(exclude_none=True),
-        "environment": params.environment.model_dump(),
-        **host.computes,
+    policy = open_checkpoint(checkpoint)
+    if not settings.allow_mismatch:
+        require_environment(policy.facts, environment, str(checkpoint))
+    recorded = {
+        "seed": seed,
+        "evaluate": settings.model_dump(exclude_none=True),
+        "environment": environment.model_dump(),
+        **host.compute_params,
     }
-    tally = Tally()
+    unseen = settings.unseen or ()
+    evaluated = environment.model_copy(update={"tasks": (*environment.tasks, *unseen)})
+    stats = SimulationStats()
     with (
-        draft(out, "evaluation", {"checkpoint": policy.digest}, settings, host.share) as work,
-        track(host, params.run.name, "evaluate", out.name, settings) as log,
+        draft(out, "evaluation", {"checkpoint": policy.digest}, recorded, host.share) as work,
+        track(host, run, "evaluate", out.name, recorded) as log,
     ):
-        records, decided = _records(
-            params, load_policy(policy, host.device, graphs=host.graphs), work, host, tally
-        )
+        model = load_policy(policy, host.device, graphs=host.graphs)
+        records, decided = _play(model, settings, evaluated, work, host, stats)
         if not host.share.whole:
-            log(tally.as_metrics(), 0)
+            log(stats.as_metrics(), 0)
             return None
         with work.part(EPISODES) as path:
             path.write_text("".join(_line(record) for record in records))
-        by_task = {task: [r.success for r in records if r.task == task] for task in _tasks(params)}
-        tasks = {
-            task: score(outcomes, how.confidence).model_dump()
-            for task, outcomes in by_task.items()
-            if outcomes
-        }
-        overall = score(
-            (r.success for r in records if r.task in params.environment.tasks), how.confidence
-        ).model_dump()
-        log({**overall, **tally.as_metrics()}, 0)
-        facts: dict[str, Any] = {
-            "overall": overall,
-            "tasks": tasks,
-            "env_steps": sum(r.steps for r in records),
-            "horizon": how.horizon,
-        }
-        if how.unseen:
-            facts["unseen"] = score(
-                (r.success for r in records if r.task in how.unseen), how.confidence
-            ).model_dump()
-        if how.decide:
+        facts = _score(records, settings, evaluated.tasks, environment.tasks)
+        if settings.decide:
             facts["decided"] = decided
+        log({**facts["overall"], **stats.as_metrics()}, 0)
         return work.publish(facts)
 
 
-def _tasks(params: Params) -> tuple[str, ...]:
-    """Those of the run, then those that it doesn't train on."""
-    return (*params.environment.tasks, *(params.evaluate.unseen or ()))
+def _score(
+    records: Sequence[Record],
+    settings: EvaluateParams,
+    tasks: Sequence[str],
+    trained: Sequence[str],
+) -> dict[str, Any]:
+    """Return the success per task, overall, and on the unseen tasks. trained: the run's tasks."""
 
+    def success(names: Sequence[str]) -> dict[str, float]:
+        outcomes = [record.success for record in records if record.task in names]
+        return score(outcomes, settings.confidence).model_dump()
 
-def _records(
-    params: Params, policy: Policy, work: Draft, host: Host, tally: Tally
-) -> tuple[list[Record], float | None]:
-    """All records in order of task and state, and no decision; or those up to a decision, and for which rate it was, if there came one.
-
-    Finished episodes, of a killed run or of those who have shares, are read from the journals in the draft.
-    """
-    how, tasks = params.evaluate, _tasks(params)
-    journal, wanted = (
-        work.scratch / f"journal-{secrets.token_hex(4)}.jsonl",
-        host.share.of(_wanted(how, tasks)),
-    )
-    mine = set(wanted)
-    known = {
-        (r.task, r.state): r for r in _read_journals(work.scratch) if (r.task, r.state) in mine
+    played = {record.task for record in records}
+    facts: dict[str, Any] = {
+        "overall": success(trained),
+        "tasks": {task: success([task]) for task in tasks if task in played},
+        "env_steps": sum(record.steps for record in records),
+        "horizon": settings.horizon,
     }
-    if known:
-        print(
-            f"{work.target.name}: reusing {len(known)} of {len(wanted)} episodes", file=sys.stderr
-        )
-    if (decision := _decision(how, wanted, known)) is not None:
+    if settings.unseen:
+        facts["unseen"] = success(settings.unseen)
+    return facts
+
+
+def _play(
+    policy: Policy,
+    settings: EvaluateParams,
+    environment: EnvironmentParams,
+    work: Draft,
+    host: Host,
+    stats: SimulationStats,
+) -> tuple[list[Record], float | None]:
+    """Return all records in order of task and state, or those up to a decision, and its rate.
+
+    Finished episodes, of a killed run or of other shares, are read from the journals in the draft.
+    """
+    planned = host.share.select(plan_states(settings, environment.tasks))
+    in_share = set(planned)
+    journals = _read_journals(work.scratch)
+    records = {state: record for state, record in journals if state in in_share}
+    if records:
+        count = len(records)
+        print(f"{work.target.name}: reusing {count} of {len(planned)} episodes", file=sys.stderr)
+    decision = decide(settings, planned, records)
+    if decision is not None:
         return decision
     jobs = [
         Job(Placement(task, "evaluation", state), 0, derive(task, state))
-        for task, state in wanted
-        if (task, state) not in known
+        for task, state in planned
+        if (task, state) not in records
     ]
-    settings = RolloutSettings(how.horizon, None, None, how.inference_batch)
-    environment = params.environment.model_copy(update={"tasks": tasks})
-    episodes = rollout(
-        policy, jobs, environment, settings, PoolSettings(host.workers, host.timeout_s), tally
+    greedy = RolloutSettings(settings.horizon, None, None, settings.inference_batch)
+    pool = PoolSettings(host.workers, host.timeout_s)
+    episodes = rollout(policy, jobs, environment, greedy, pool, stats)
+    progress = tqdm(
+        episodes,
+        total=len(planned),
+        initial=len(records),
+        desc="evaluate",
+        unit="episode",
+        mininterval=5,
     )
+    journal = work.scratch / f"journal-{secrets.token_hex(4)}.jsonl"
     with journal.open("a") as stream, closing(episodes):
-        for episode in tqdm(
-            episodes,
-            total=len(wanted),
-            initial=len(known),
-            desc="evaluate",
-            unit="episode",
-            mininterval=5,
-        ):
-            work.remember(tally.environment)
+        for episode in progress:
+            work.record_made_with(stats.environment)
             record = _record(episode)
-            known[record.task, record.state] = record
+            records[record.task, record.state] = record
             stream.write(_line(record))
             stream.flush()
-            if (decision := _decision(how, wanted, known)) is not None:
+            decision = decide(settings, planned, records)
+            if decision is not None:
                 return decision
-    return [known[key] for key in wanted], None
+    return [records[state] for state in planned], None
 
 
-def _wanted(how: EvaluateParams, tasks: Sequence[str]) -> list[tuple[str, int]]:
-    """Tasks and states: task after task; for a decision, state after state, so that every task has its say early."""
-    states = range(how.first_state, how.first_state + how.episodes)
-    return (
-        [(task, state) for state in states for task in tasks]
-        if how.decide
-        else [(task, state) for task in tasks for state in states]
-    )
+def plan_states(settings: EvaluateParams, tasks: Sequence[str]) -> list[State]:
+    """Return the states to play, task after task.
+
+    For a decision, state after state, so that every task contributes early.
+    """
+    states = range(settings.first_state, settings.first_state + settings.episodes)
+    if settings.decide:
+        return [(task, state) for state in states for task in tasks]
+    return [(task, state) for task in tasks for state in states]
 
 
-def _decision(
-    how: EvaluateParams, wanted: Sequence[tuple[str, int]], known: Mapping[tuple[str, int], Record]
+def decide(
+    settings: EvaluateParams, planned: Sequence[State], records: Mapping[State, Record]
 ) -> tuple[list[Record], float] | None:
-    """The records that decide, and for which rate, if they do: the first ones that are wanted, whichever others are there too."""
-    if how.decide is None:
+    """Return the records that decide, and the rate they decide for; None if they do not.
+
+    The first planned ones are used, whichever others have been played.
+    """
+    if settings.decide is None:
         return None
-    there = [known[key] for key in takewhile(known.__contains__, wanted)]
-    rate, count = SequentialTest(*how.decide, how.confidence).decide(
-        record.success for record in there
-    )
-    return None if rate is None else (there[:count], rate)
+    first = [records[state] for state in takewhile(records.__contains__, planned)]
+    test = SequentialTest(*settings.decide, settings.confidence)
+    rate, count = test.decide(record.success for record in first)
+    return None if rate is None else (first[:count], rate)
 
 
 def _record(episode: Episode) -> Record:
@@ -174,9 +196,10 @@ def _line(record: Record) -> str:
     return json.dumps(record.model_dump(), sort_keys=True) + "\n"
 
 
-def _read_journals(folder: Path) -> Iterator[Record]:
-    """The records of whole lines, each process's of its own; a line cut by a kill is passed over, and its episode run again."""
+def _read_journals(folder: Path) -> Iterator[tuple[State, Record]]:
+    """Yield the records of complete lines; an episode whose line a kill cut off is played again."""
     for path in sorted(folder.glob("journal-*.jsonl")):
         for line in path.read_text().splitlines():
             with suppress(ValidationError):
-                yield Record.model_validate_json(line)
+                record = Record.model_validate_json(line)
+                yield (record.task, record.state), record

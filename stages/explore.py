@@ -1,4 +1,7 @@
-"""explore: student -> trajectories for GRPO, eq. (2): for each task `prompts` placements, from each G = `group` episodes; a group is a shard."""
+"""explore: student -> trajectories for GRPO, eq. (2).
+
+For each task `prompts` placements, and G = `group` episodes from each; a group is a shard.
+"""
 
 from pathlib import Path
 
@@ -8,81 +11,87 @@ from vla_opd.data.trajectory import Episode, read_shard, shard_name
 from vla_opd.envs.protocol import Placement
 from vla_opd.machine.host import Host
 from vla_opd.machine.tracking import track
-from vla_opd.params.run import Params
+from vla_opd.params.stages import EnvironmentParams, ExploreParams
 from vla_opd.policies.checkpoint import open_checkpoint, require_environment
 from vla_opd.policies.load import load_policy
 from vla_opd.seeds import derive
-from vla_opd.simulation.collect import counts, fill
-from vla_opd.simulation.rollout import Job, RolloutSettings, Tally
+from vla_opd.simulation.collect import group_jobs, summarize_episodes, write_groups
+from vla_opd.simulation.rollout import Job, RolloutSettings, SimulationStats
 
 
-def run(params: Params, iteration: str, student: Path, out: Path, host: Host) -> Manifest | None:
-    """Roll the student out from seeded placements, round after round until there are groups enough to learn from; groups of one outcome stay too.
+def run(
+    *,
+    run: str,
+    seed: int,
+    settings: ExploreParams,
+    environment: EnvironmentParams,
+    iteration: str,
+    student: Path,
+    out: Path,
+    host: Host,
+) -> Manifest | None:
+    """Roll the student out from seeded placements, in rounds, until enough groups are useful.
 
-    None once a share of the first round is made: whether there is another depends on all of that one.
+    Groups of one outcome are kept, too. Returns None after one share of the first round: a second
+    round depends on the whole of the first.
     """
-    checkpoint, its = open_checkpoint(student), params.explore
-    require_environment(checkpoint.facts, params.environment, str(student))
-    settings = {
-        "seed": params.run.learning_seed,
+    checkpoint = open_checkpoint(student)
+    require_environment(checkpoint.facts, environment, str(student))
+    recorded = {
+        "seed": seed,
         "iteration": iteration,
-        "explore": its.model_dump(),
-        "environment": params.environment.model_dump(),
-        **host.computes,
+        "explore": settings.model_dump(),
+        "environment": environment.model_dump(),
+        **host.compute_params,
     }
-    tally, wanted = Tally(), its.prompts * len(params.environment.tasks)
+    stats = SimulationStats()
+    parents = {"student": checkpoint.digest}
     with (
-        draft(out, "trajectories", {"student": checkpoint.digest}, settings, host.share) as work,
-        track(host, params.run.name, "explore", iteration, settings) as log,
+        draft(out, "trajectories", parents, recorded, host.share) as work,
+        track(host, run, "explore", iteration, recorded) as log,
     ):
         policy = load_policy(checkpoint, host.device, graphs=host.graphs)
-        rolled = RolloutSettings(its.horizon, its.temperature, policy.chunk, its.inference_batch)
-        groups, useful = list[tuple[Episode, ...]](), 0
-        for number in range(its.rounds):
-            tried = _round(params, iteration, number)
-            fill(
-                tried,
-                policy,
-                params.environment,
-                rolled,
-                work,
-                host,
-                tally,
-                f"explore, round {number + 1}",
-            )
+        rollout = RolloutSettings(
+            settings.horizon, settings.temperature, policy.chunk, settings.inference_batch
+        )
+        groups: list[tuple[Episode, ...]] = []
+        useful = 0
+        for number in range(settings.rounds):
+            jobs = plan_round(settings, environment.tasks, seed, iteration, number)
+            label = f"explore, round {number + 1}"
+            write_groups(jobs, policy, environment, rollout, work, host, stats, label)
             if not host.share.whole:
-                log(tally.as_metrics(), 0)
+                log(stats.as_metrics(), 0)
                 return None
-            groups += [
-                read_shard(work.folder / shard) for shard in tried
-            ]  # not what a killed attempt left of later rounds
-            useful = sum(
-                its.keeps(sum(episode.success for episode in group) / len(group))
-                for group in groups
-            )
-            if useful >= wanted:
+            # Not every shard of the draft: a killed attempt may have left some of later rounds.
+            groups += [read_shard(work.folder / shard) for shard in jobs]
+            useful = sum(settings.keeps(success_rate(group)) for group in groups)
+            if useful >= settings.prompts * len(environment.tasks):
                 break
         facts = {
-            **counts([episode for group in groups for episode in group]),
+            **summarize_episodes([episode for group in groups for episode in group]),
             "groups": len(groups),
             "useful_groups": useful,
         }
-        log({**facts, **tally.as_metrics()}, 0)
-        return work.publish(
-            {**facts, "protocol": "held-out", "action_space": checkpoint.facts.action_space.digest}
-        )
+        log({**facts, **stats.as_metrics()}, 0)
+        space = checkpoint.facts.action_space.digest
+        return work.publish({**facts, "protocol": "held-out", "action_space": space})
 
 
-def _round(params: Params, iteration: str, number: int) -> dict[str, list[Job]]:
-    """The jobs of every shard of a round."""
+def success_rate(group: tuple[Episode, ...]) -> float:
+    """Return the mean success of a group."""
+    return sum(episode.success for episode in group) / len(group)
+
+
+def plan_round(
+    settings: ExploreParams, tasks: tuple[str, ...], seed: int, iteration: str, number: int
+) -> dict[str, list[Job]]:
+    """Return the jobs of every shard of a round."""
     groups: dict[str, list[Job]] = {}
-    prompts = params.explore.prompts
-    for index, task in enumerate(params.environment.tasks):
-        for prompt in range(number * prompts, (number + 1) * prompts):
-            seed = derive(params.run.learning_seed, "explore", iteration, task, prompt)
-            placement = Placement(task, "training", seed)
-            groups[shard_name(index, prompt)] = [
-                Job(placement, member, derive(seed, "member", member))
-                for member in range(params.explore.group)
-            ]
+    for index, task in enumerate(tasks):
+        for prompt in range(number * settings.prompts, (number + 1) * settings.prompts):
+            group_seed = derive(seed, "explore", iteration, task, prompt)
+            placement = Placement(task, "training", group_seed)
+            jobs = group_jobs(placement, settings.group, group_seed)
+            groups[shard_name(index, prompt)] = jobs
     return groups

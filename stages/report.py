@@ -17,7 +17,7 @@ from vla_opd.analysis.finished_run import (
     Iteration,
     IterationResult,
     Run,
-    Step,
+    StepMetrics,
     read_run,
 )
 from vla_opd.analysis.html import DRAWN_WITH, GRID, MUTED, PAPER, STUDENT, TEACHER, draw, percent
@@ -41,25 +41,26 @@ HORIZONS = (
 )  # control steps: OpenVLA-OFT's of Spatial, Object, Goal and Long; SimpleVLA-RL's 512 of every suite
 
 
-def run(params: Params, root: Path, out: Path, host: Host) -> Manifest:
+def run(*, run: str, params: Params, root: Path, out: Path, host: Host) -> Manifest:
     """Write `index.html` and `results.json` of the run in `root`.
 
-    ValueError names an artifact that is missing or does not belong to the others, or an evaluation that `report` names and that does not exist.
+    ValueError names an artifact that is missing or does not belong to the others, or an evaluation
+    that `report` names and that does not exist.
     """
     _require_names(params)
-    found = read_run(params, root)
-    results = found.results
-    settings = {"parameters": params.model_dump(mode="json", exclude={"studies"})}
+    finished = read_run(params, root)
+    results = finished.results
+    recorded = {"parameters": params.model_dump(mode="json", exclude={"studies"})}
     with (
-        draft(out, "report", found.parents, settings) as work,
-        track(host, params.run.name, "report", out.name, settings) as log,
+        draft(out, "report", finished.parents, recorded) as work,
+        track(host, run, "report", out.name, recorded) as log,
     ):
         log({role: getattr(results, role).success for role in ("start", "final", "teacher")}, 0)
         with work.part("results.json") as path:
             path.write_text(results.model_dump_json(indent=2) + "\n", encoding="utf-8")
         with work.part("index.html") as path:
-            path.write_text(render(found), encoding="utf-8")
-        work.remember({name: version(name) for name in DRAWN_WITH})
+            path.write_text(render(finished), encoding="utf-8")
+        work.record_made_with({name: version(name) for name in DRAWN_WITH})
         return work.publish(results.model_dump(mode="json"))
 
 
@@ -467,7 +468,7 @@ def _stepped(run: Run) -> list[Iteration]:
     return [one for one in run.iterations if one.steps]
 
 
-def _ends(run: Run, value: Callable[[Step], float]) -> str:
+def _ends(run: Run, value: Callable[[StepMetrics], float]) -> str:
     steps = [step for one in run.iterations for step in one.steps]
     first, last = steps[0], steps[-1]
     return f"{value(first):.3f} at the first step, {value(last):.3f} at the last"

@@ -1,4 +1,7 @@
-"""sample: student -> trajectories, eq. (3). For each task `prompts` placements, from each G = `group` episodes; a group is a shard."""
+"""sample: student -> trajectories, eq. (3).
+
+For each task `prompts` placements, and G = `group` episodes from each; a group is a shard.
+"""
 
 from pathlib import Path
 
@@ -11,95 +14,89 @@ from vla_opd.data.trajectory import read_shard, shard_name, shards
 from vla_opd.envs.protocol import Placement
 from vla_opd.machine.host import Host
 from vla_opd.machine.tracking import track
-from vla_opd.params.run import Params
 from vla_opd.params.section import EVALUATION_STATES
+from vla_opd.params.stages import EnvironmentParams, SampleParams
 from vla_opd.policies.checkpoint import open_checkpoint, require_environment
 from vla_opd.policies.load import load_policy
 from vla_opd.seeds import derive
-from vla_opd.simulation.collect import counts, fill
-from vla_opd.simulation.rollout import Job, RolloutSettings, Tally
+from vla_opd.simulation.collect import group_jobs, summarize_episodes, write_groups
+from vla_opd.simulation.rollout import Job, RolloutSettings, SimulationStats
 
 
 def run(
-    params: Params, iteration: str, student: Path, teacher: Path, out: Path, host: Host
+    *,
+    run: str,
+    seed: int,
+    settings: SampleParams,
+    environment: EnvironmentParams,
+    iteration: str,
+    student: Path,
+    teacher: Path,
+    out: Path,
+    host: Host,
 ) -> Manifest | None:
-    """Roll the student out. Its placements are seeded resets, never the evaluation's initial states, unless `sample.protocol` says `benchmark`.
+    """Roll the student out from seeded placements.
 
-    None once a share of the shards is made.
-    teacher: acts in the student's place if `sample.visited_by` says so, and is a parent then; not opened otherwise.
+    These are never the evaluation's initial states, unless `protocol` is `benchmark`.
+    teacher: acts instead if `visited_by` says so, and is then a parent; not opened otherwise.
+    Returns None after one share of the shards.
     """
     checkpoint = open_checkpoint(student)
-    by_teacher = params.sample.visited_by == "teacher"
-    actor = open_checkpoint(teacher) if by_teacher else checkpoint
-    parents = {"student": checkpoint.digest} | ({"teacher": actor.digest} if by_teacher else {})
-    require_environment(actor.facts, params.environment, str(actor.folder))
-    settings = {
-        "seed": params.run.learning_seed,
+    actor = checkpoint
+    parents = {"student": checkpoint.digest}
+    if settings.visited_by == "teacher":
+        actor = open_checkpoint(teacher)
+        parents["teacher"] = actor.digest
+    require_environment(actor.facts, environment, str(actor.folder))
+    recorded = {
+        "seed": seed,
         "iteration": iteration,
-        "sample": params.sample.model_dump(),
-        "environment": params.environment.model_dump(),
-        **host.computes,
+        "sample": settings.model_dump(),
+        "environment": environment.model_dump(),
+        **host.compute_params,
     }
-    groups = _groups(params, iteration)
-    tally = Tally()
+    groups = plan_groups(settings, environment.tasks, seed, iteration)
+    stats = SimulationStats()
     with (
-        draft(out, "trajectories", parents, settings, host.share) as work,
-        track(host, params.run.name, "sample", iteration, settings) as log,
+        draft(out, "trajectories", parents, recorded, host.share) as work,
+        track(host, run, "sample", iteration, recorded) as log,
     ):
-        its = params.sample
-        rolled = RolloutSettings(
-            its.horizon, its.temperature, its.observe_every, its.inference_batch
+        policy = load_policy(actor, host.device, graphs=host.graphs)
+        rollout = RolloutSettings(
+            settings.horizon, settings.temperature, settings.observe_every, settings.inference_batch
         )
-        fill(
-            groups,
-            load_policy(actor, host.device, graphs=host.graphs),
-            params.environment,
-            rolled,
-            work,
-            host,
-            tally,
-            "sample",
-        )
+        write_groups(groups, policy, environment, rollout, work, host, stats, "sample")
         if not host.share.whole:
-            log(tally.as_metrics(), 0)
+            log(stats.as_metrics(), 0)
             return None
-        found = counts([episode for shard in shards(work.folder) for episode in read_shard(shard)])
-        log({**found, **tally.as_metrics()}, 0)
-        return work.publish(
-            {
-                **found,
-                "protocol": params.sample.protocol,
-                "action_space": checkpoint.facts.action_space.digest,
-            }
-        )
+        episodes = [episode for shard in shards(work.folder) for episode in read_shard(shard)]
+        facts = summarize_episodes(episodes)
+        log({**facts, **stats.as_metrics()}, 0)
+        space = checkpoint.facts.action_space.digest
+        return work.publish({**facts, "protocol": settings.protocol, "action_space": space})
 
 
-def _groups(params: Params, iteration: str) -> dict[str, list[Job]]:
-    """The jobs of every shard."""
+def plan_groups(
+    settings: SampleParams, tasks: tuple[str, ...], seed: int, iteration: str
+) -> dict[str, list[Job]]:
+    """Return the jobs of every shard."""
     groups: dict[str, list[Job]] = {}
-    for number, task in enumerate(params.environment.tasks):
-        states = (
-            _benchmark_states(params, iteration, task)
-            if params.sample.protocol == "benchmark"
-            else None
-        )
-        for prompt in range(params.sample.prompts):
-            index = derive(params.run.learning_seed, "sample", iteration, task, prompt)
-            placement = (
-                Placement(task, "training", index)
-                if states is None
-                else Placement(task, "evaluation", int(states[prompt]))
-            )
-            jobs = [
-                Job(placement, member, derive(index, "member", member))
-                for member in range(params.sample.group)
-            ]
-            groups[shard_name(number, prompt)] = jobs
+    for number, task in enumerate(tasks):
+        states = shuffle_states(seed, iteration, task)
+        for prompt in range(settings.prompts):
+            index = derive(seed, "sample", iteration, task, prompt)
+            if settings.protocol == "benchmark":
+                placement = Placement(task, "evaluation", int(states[prompt]))
+            else:
+                placement = Placement(task, "training", index)
+            groups[shard_name(number, prompt)] = group_jobs(placement, settings.group, index)
     return groups
 
 
-def _benchmark_states(params: Params, iteration: str, task: str) -> Int[np.ndarray, " S"]:
-    """The evaluation's own initial states in random order: no two prompts of an iteration share one."""
-    return np.random.default_rng(
-        derive(params.run.learning_seed, "sample", iteration, task, "states")
-    ).permutation(EVALUATION_STATES)
+def shuffle_states(seed: int, iteration: str, task: str) -> Int[np.ndarray, " S"]:
+    """Return the evaluation's initial states in random order, for `protocol: benchmark`.
+
+    No two prompts of an iteration share a state.
+    """
+    random = np.random.default_rng(derive(seed, "sample", iteration, task, "states"))
+    return random.permutation(EVALUATION_STATES)

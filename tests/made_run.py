@@ -12,7 +12,7 @@ from vla_opd.params.run import Params
 TASKS = ("libero_object/0", "libero_object/1")
 ITERATIONS = ("it001", "it002", "it003")
 EPISODES = 10
-# Of each task's ten episodes, how many succeed; a success comes at 70 + 20 * state control steps.
+# How many of each task's episodes succeed; a success comes after 70 + 20 * state control steps.
 SUCCESSES = {"start": (1, 3), "it002": (5, 6), "final": (8, 8), "teacher": (10, 10)}
 TREE = {
     "run": {"name": "small", "seed": 3},
@@ -48,20 +48,23 @@ def score(outcomes: list[bool]) -> dict[str, float]:
     }
 
 
+def record(task: str, state: int, successes: int, horizon: int) -> dict[str, object]:
+    success = state < successes
+    return {
+        "task": task,
+        "instruction": f"solve {task}",
+        "state": state,
+        "success": success,
+        "steps": 70 + 20 * state if success else horizon,
+    }
+
+
 def publish_evaluation(
     folder: Path, checkpoint: Manifest, successes: tuple[int, ...], horizon: int = 280
 ) -> None:
-    records = [
-        {
-            "task": task,
-            "instruction": f"solve {task}",
-            "state": state,
-            "success": state < count,
-            "steps": 70 + 20 * state if state < count else horizon,
-        }
-        for task, count in zip(TASKS, successes, strict=True)
-        for state in range(EPISODES)
-    ]
+    records: list[dict[str, object]] = []
+    for task, count in zip(TASKS, successes, strict=True):
+        records += [record(task, state, count, horizon) for state in range(EPISODES)]
     by_task = {task: score([r["success"] for r in records if r["task"] == task]) for task in TASKS}
     facts = {
         "overall": score([r["success"] for r in records]),
@@ -69,33 +72,45 @@ def publish_evaluation(
         "env_steps": sum(r["steps"] for r in records),
         "horizon": horizon,
     }
-    with draft(
-        folder,
-        "evaluation",
-        {"checkpoint": checkpoint.digest},
-        {"seed": 3, "evaluate": {"confidence": 0.95, "horizon": horizon}},
-    ) as work:
+    lines = [json.dumps(row, sort_keys=True) + "\n" for row in records]
+    settings = {"seed": 3, "evaluate": {"confidence": 0.95, "horizon": horizon}}
+    with draft(folder, "evaluation", {"checkpoint": checkpoint.digest}, settings) as work:
         with work.part("episodes.jsonl") as path:
-            path.write_text(
-                "".join(json.dumps(record, sort_keys=True) + "\n" for record in records)
-            )
+            path.write_text("".join(lines))
         work.publish(facts)
 
 
 def publish_finetuned(folder: Path) -> Manifest:
-    with draft(
-        folder, "checkpoint", {"demonstrations": "d" * 64}, {"seed": 3, "name": folder.name}
-    ) as work:
+    settings = {"seed": 3, "name": folder.name}
+    with draft(folder, "checkpoint", {"demonstrations": "d" * 64}, settings) as work:
         with work.part("model.safetensors") as path:
             path.write_bytes(folder.name.encode())
-        work.remember({"backend": "egl"})
+        work.record_made_with({"backend": "egl"})
         return work.publish({"checkpoint": {}, "states": 50, "episodes": 5})
+
+
+def publish_trajectories(
+    root: Path, iteration: str, student: Manifest, facts: dict[str, object]
+) -> Manifest:
+    folder = root / "trajectories" / iteration
+    parents = {"student": student.digest}
+    with draft(folder, "trajectories", parents, {"iteration": iteration}) as work:
+        return work.publish(facts)
+
+
+def publish_labels(
+    root: Path, iteration: str, teacher: Manifest, trajectories: Manifest, queries: int
+) -> Manifest:
+    folder = root / "logits" / iteration
+    parents = {"teacher": teacher.digest, "trajectories": trajectories.digest}
+    with draft(folder, "logits", parents, {"label": {}}) as work:
+        return work.publish({"teacher_queries": queries, "action_space": {}})
 
 
 def publish_iteration(
     root: Path, name: str, depth: int, student: Manifest, teacher: Manifest
 ) -> Manifest:
-    sampled = {
+    sampled: dict[str, object] = {
         "episodes": 8,
         "success": (2 + 2 * depth) / 8,
         "env_steps": 1100 - 100 * depth,
@@ -103,64 +118,49 @@ def publish_iteration(
         "protocol": "held-out",
         "action_space": "a",
     }
-    with draft(
-        root / "trajectories" / name,
-        "trajectories",
-        {"student": student.digest},
-        {"iteration": name},
-    ) as work:
-        trajectories = work.publish(sampled)
-    with draft(
-        root / "logits" / name,
-        "logits",
-        {"teacher": teacher.digest, "trajectories": trajectories.digest},
-        {"label": {}},
-    ) as work:
-        logits = work.publish({"teacher_queries": 550 + depth, "action_space": {}})
+    trajectories = publish_trajectories(root, name, student, sampled)
+    labels = publish_labels(root, name, teacher, trajectories, 550 + depth)
     parents = {
         "student": student.digest,
         "trajectories": trajectories.digest,
-        "logits": logits.digest,
+        "logits": labels.digest,
     }
-    before, after = 1.9 / (depth + 1), 1.1 / (depth + 1)
-    rows = [
-        {
-            "loss": before + (after - before) * i / 19 + 0.05 * (i % 3),
-            "student_entropy": 2.5 + depth / 4 + i / 80,
-            "gradient_norm": 1.0,
-            "learning_rate": 1e-3,
-        }
-        for i in range(20)
-    ]
-    with draft(
-        root / "checkpoints" / name,
-        "checkpoint",
-        parents,
-        {"iteration": name, "optimize": {"steps": 20}},
-    ) as work:
-        for part, text in {
-            "model.safetensors": name,
-            "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in rows),
-        }.items():
-            with work.part(part) as path:
-                path.write_text(text)
-        probes = {
-            "before": distance(before, 2.5 + depth / 4),
-            "after": distance(after, 2.75 + depth / 4),
-        }
+    before = 1.9 / (depth + 1)
+    after = 1.1 / (depth + 1)
+    settings = {"iteration": name, "optimize": {"steps": 20}}
+    with draft(root / "checkpoints" / name, "checkpoint", parents, settings) as work:
+        with work.part("model.safetensors") as path:
+            path.write_text(name)
+        with work.part("metrics.jsonl") as path:
+            path.write_text(metrics(depth, before, after))
         return work.publish(
             {
                 "checkpoint": {},
                 "depth": depth,
                 "states": 560,
                 "failed_share": 0.6 - depth / 10,
-                **probes,
+                "before": distance(before, 2.5 + depth / 4),
+                "after": distance(after, 2.75 + depth / 4),
             }
         )
 
 
+def metrics(depth: int, before: float, after: float) -> str:
+    """Return the rows of 20 optimizer steps, whose loss falls from `before` to `after`."""
+    lines: list[str] = []
+    for step in range(20):
+        row = {
+            "loss": before + (after - before) * step / 19 + 0.05 * (step % 3),
+            "student_entropy": 2.5 + depth / 4 + step / 80,
+            "gradient_norm": 1.0,
+            "learning_rate": 1e-3,
+        }
+        lines.append(json.dumps(row) + "\n")
+    return "".join(lines)
+
+
 def distance(reverse_kl: float, entropy: float) -> dict[str, object]:
-    """Of a student to its teacher; in the second action of three no token is valid."""
+    """Return divergences of a student; in the second action of three no token is valid."""
     kl = {
         "reverse_kl": [reverse_kl, None, reverse_kl / 2],
         "forward_kl": [2 * reverse_kl, None, reverse_kl],
@@ -179,7 +179,7 @@ def distance(reverse_kl: float, entropy: float) -> dict[str, object]:
 
 
 def publish_reinforcement(root: Path, name: str, student: Manifest) -> Manifest:
-    rolled = {
+    explored: dict[str, object] = {
         "episodes": 32,
         "success": 0.5,
         "env_steps": 3100,
@@ -187,20 +187,12 @@ def publish_reinforcement(root: Path, name: str, student: Manifest) -> Manifest:
         "groups": 4,
         "useful_groups": 3,
     }
-    with draft(
-        root / "trajectories" / name,
-        "trajectories",
-        {"student": student.digest},
-        {"iteration": name},
-    ) as work:
-        trajectories = work.publish(rolled)
+    trajectories = publish_trajectories(root, name, student, explored)
     parents = {"student": student.digest, "trajectories": trajectories.digest}
+    row = {"loss": 0.1, "student_entropy": 4.0, "gradient_norm": 0.25, "clip_fraction": 0.125}
     with draft(root / "checkpoints" / name, "checkpoint", parents, {"iteration": name}) as work:
         with work.part("metrics.jsonl") as path:
-            path.write_text(
-                '{"loss": 0.1, "student_entropy": 4.0, "gradient_norm": 0.25, "clip_fraction": 0.125}\n'
-                * 7
-            )
+            path.write_text((json.dumps(row) + "\n") * 7)
         return work.publish(
             {
                 "checkpoint": {},
@@ -212,9 +204,18 @@ def publish_reinforcement(root: Path, name: str, student: Manifest) -> Manifest:
 
 
 def publish_run(root: Path) -> None:
-    """A run in which only the manifests of trajectories and logits are there, as after a checkout without their data."""
-    made = {name: publish_finetuned(root / "checkpoints" / name) for name in ("teacher", "student")}
-    for depth, (name, parent) in enumerate(params().iterations.items()):
-        made[name] = publish_iteration(root, name, depth, made[parent], made["teacher"])
-    for name, checkpoint in params().evaluations.items():
-        publish_evaluation(root / "evaluations" / name, made[checkpoint], SUCCESSES[name])
+    """Publish a run of whose trajectories and labels only the manifests exist.
+
+    So it is after a checkout without their data.
+    """
+    run = params()
+    checkpoints: dict[str, Manifest] = {}
+    for name in ("teacher", "student"):
+        checkpoints[name] = publish_finetuned(root / "checkpoints" / name)
+    for depth, (name, parent) in enumerate(run.iterations.items()):
+        checkpoints[name] = publish_iteration(
+            root, name, depth, checkpoints[parent], checkpoints["teacher"]
+        )
+    for name, checkpoint in run.evaluations.items():
+        folder = root / "evaluations" / name
+        publish_evaluation(folder, checkpoints[checkpoint], SUCCESSES[name])

@@ -1,7 +1,7 @@
-"""A family that the package does not know, as a user would add one: `environment.family: tests.out_of_tree:make`.
+"""An environment from outside the package: `environment.family: tests.out_of_tree:make`.
 
-A white square walks on a table on which three coloured squares lie; the instruction says which of them it is to reach. Pure numpy, a few
-microseconds a step, a few dozen steps an episode.
+A white square moves on a table with three colored squares; the instruction names the one to reach.
+Pure numpy, a few microseconds per step, a few dozen steps per episode.
 """
 
 from collections.abc import Mapping
@@ -21,18 +21,19 @@ EVALUATION_STATES = 50
 
 
 def make(params: EnvironmentParams) -> "PointMass":
-    """ValueError for a task that is not a colour, or a camera that does not exist."""
-    for field, wanted, known in (
+    """Make the environment. ValueError for a task that is no color, or an unknown camera."""
+    for field, names, expected in (
         ("tasks", params.tasks, tuple(COLOURS)),
         ("cameras", params.cameras, CAMERAS),
     ):
-        if unknown := set(wanted) - set(known):
-            raise ValueError(f"environment.{field} has {sorted(unknown)}; expected some of {known}")
+        unknown = sorted(set(names) - set(expected))
+        if unknown:
+            raise ValueError(f"environment.{field} has {unknown}; expected some of {expected}")
     return PointMass(params)
 
 
 def expert(env: "PointMass") -> "Straight":
-    """The straight line to the square that the instruction names."""
+    """Make the expert that moves straight to the square that the instruction names."""
     return Straight(env)
 
 
@@ -51,7 +52,7 @@ class PointMass:
 
     @property
     def offset(self) -> Point:
-        """From the hand to the square that is wanted."""
+        """The vector from the hand to the square to reach."""
         return self.squares[self.task] - self.hand
 
     def reset(self, placement: Placement) -> Observation:
@@ -66,7 +67,8 @@ class PointMass:
                 f"placement.index is {placement.index}; expected 0 ... {EVALUATION_STATES - 1}"
             )
         generator = np.random.default_rng(placement.seed)
-        self.task, self._step = placement.task, 0
+        self.task = placement.task
+        self._step = 0
         self.hand = np.array([0.0, -0.8]) + generator.uniform(-0.1, 0.1, 2)
         columns = generator.permutation([-0.65, 0.0, 0.65])  # apart, whatever the jitter
         self.squares = {
@@ -79,14 +81,13 @@ class PointMass:
         if actions.ndim != 2 or actions.shape[1] != self.action_dim:
             raise ValueError(f"actions have shape {actions.shape}; expected [S, {self.action_dim}]")
         observations: list[Observation] = []
-        done, success = 0, False
+        done = 0
+        success = False
         for action in actions:
             self.hand = np.clip(self.hand + STRIDE * np.clip(action, -1, 1), -1, 1)
-            done, self._step, success = (
-                done + 1,
-                self._step + 1,
-                bool(np.abs(self.offset).max() < NEAR),
-            )
+            self._step += 1
+            done += 1
+            success = bool(np.abs(self.offset).max() < NEAR)
             if observe_every and self._step % observe_every == 0:
                 observations.append(self._observe())
             if success:
@@ -103,21 +104,22 @@ class PointMass:
         """Nothing to release."""
 
     def _observe(self) -> Observation:
-        frame = self._picture()
-        frames = [
-            frame if camera == "agentview" else frame[:, ::-1] for camera in self._params.cameras
-        ]
+        image = self._draw()
+        views = {"agentview": image, "mirrored": image[:, ::-1]}
+        frames = [views[camera] for camera in self._params.cameras]
         return Observation(
-            np.stack(frames), self.hand.astype(np.float32), f"move to the {self.task} square"
+            frames=np.stack(frames),
+            proprio=self.hand.astype(np.float32),
+            instruction=f"move to the {self.task} square",
         )
 
-    def _picture(self) -> UInt8[np.ndarray, "H W 3"]:
+    def _draw(self) -> UInt8[np.ndarray, "H W 3"]:
         size = self._params.image_size
-        picture = np.full((size, size, 3), 90, np.uint8)
+        image = np.full((size, size, 3), 90, np.uint8)
         for name, centre in self.squares.items():
-            _fill(picture, centre, COLOURS[name], half=0.12)
-        _fill(picture, self.hand, (255, 255, 255), half=0.08)
-        return picture
+            _fill(image, centre, COLOURS[name], half=0.12)
+        _fill(image, self.hand, (255, 255, 255), half=0.08)
+        return image
 
 
 class Straight:
@@ -134,13 +136,19 @@ class Straight:
 
 
 def _fill(
-    picture: UInt8[np.ndarray, "H W 3"], centre: Point, colour: tuple[int, int, int], half: float
+    image: UInt8[np.ndarray, "H W 3"], centre: Point, colour: tuple[int, int, int], half: float
 ) -> None:
     """Draw a square of half width `half` around `centre`; y points up."""
-    size = len(picture)
-    x, y = (
-        (centre * (1, -1) * 0.85 + 1) / 2 * size
-    )  # a margin, so that a centre crop still sees the table
+    size = len(image)
+    # A margin, so that a center crop still shows the table.
+    x, y = (centre * (1, -1) * 0.85 + 1) / 2 * size
     reach = half * size / 2
-    rows, columns = (slice(max(round(c - reach), 0), max(round(c + reach), 0)) for c in (y, x))
-    picture[rows, columns] = colour
+    rows = _pixels(y, reach)
+    columns = _pixels(x, reach)
+    image[rows, columns] = colour
+
+
+def _pixels(middle: float, reach: float) -> slice:
+    first = max(round(middle - reach), 0)
+    last = max(round(middle + reach), 0)
+    return slice(first, last)

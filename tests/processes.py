@@ -1,19 +1,21 @@
-"""Watching processes end."""
+"""Whether processes live and end."""
 
 import time
 from pathlib import Path
 
 
 def alive(pid: int) -> bool:
-    """Whether the process is there, and no zombie."""
+    """Return whether the process exists and is no zombie."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        stat = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return False
+    state, *_ = stat.rpartition(")")[2].split()
+    return state != "Z"
 
 
 def dies(pid: int, within_s: float = 5.0) -> bool:
-    """Whether the process ends within so many seconds."""
+    """Return whether the process ends within so many seconds."""
     deadline = time.monotonic() + within_s
     while alive(pid) and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -1,5 +1,6 @@
-"""The smallest whole run, every stage for real, on an environment from outside the package."""
+"""The smallest whole run of the real stages, on an environment from outside the package."""
 
+from collections.abc import Sequence
 from contextlib import chdir
 from pathlib import Path
 
@@ -12,7 +13,8 @@ policy: {chunk: 4, bins: 32, crop: 32, width: 32, layers: 1, heads: 2, channels:
 demonstrations: {main: {episodes: 12}}
 demonstrate: {expert: "tests.out_of_tree:expert", horizon: 60}
 pretrained: {teacher: {demonstrations: main, steps: 30, learning_rate: 2.0e-3}}
-finetuned: {student: {parent: teacher, demonstrations: main, per_task: 1, steps: 24, learning_rate: 2.5e-4}}
+finetuned:
+  student: {parent: teacher, demonstrations: main, per_task: 1, steps: 24, learning_rate: 2.5e-4}
 finetune: {save_every: 3, batch_size: 16, threads: 1}
 sample: {group: 3, horizon: 40, prompts: 4}
 optimize: {steps: 24, save_every: 3, schedule_iterations: 1, batch_size: 16, threads: 1}
@@ -40,15 +42,40 @@ STAGES = {
 HOST = ["--device", "cpu", "--tracking", "none"]
 
 
-def run_stage(folder: Path, arguments: list[str], workers: int) -> None:
-    """A stage by its command line, in this process."""
+def call_stage(arguments: Sequence[str], *settings: str) -> int:
+    """Run a stage in this process, in the working directory. Returns its exit code.
+
+    settings: overrides of params.yaml, each `section.key=value`.
+    """
+    return command.main([*arguments, *HOST, *(f"--set={setting}" for setting in settings)])
+
+
+def run_stage(folder: Path, arguments: Sequence[str], workers: int) -> None:
+    """Run a stage in this process, in a folder, to a good end."""
     with chdir(folder):
-        assert command.main([*arguments, "--workers", str(workers), *HOST]) == 0
+        assert call_stage([*arguments, "--workers", str(workers)]) == 0
 
 
 def make_run(folder: Path) -> Path:
-    """The whole run, by one worker. Returns the folder."""
+    """Make the whole run with one worker; return the folder."""
     (folder / "params.yaml").write_text(PARAMS)
     for arguments in STAGES.values():
         run_stage(folder, arguments, workers=1)
     return folder
+
+
+def lay_out_without(artifact: str, undisturbed: Path, folder: Path) -> Path:
+    """Link every artifact of the whole run but one into a folder. Returns where that one goes."""
+    root = folder / "artifacts/small"
+    (folder / "params.yaml").write_text(PARAMS)
+    for name in STAGES:
+        if name != artifact:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).symlink_to(undisturbed / "artifacts/small" / name)
+    return root / artifact
+
+
+def read_bytes(folder: Path) -> dict[str, bytes]:
+    """Return the contents of every file in a folder, by its path in it."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}

@@ -1,4 +1,4 @@
-"""Benchmarks that need machines which a test hasn't: that they run, and count right."""
+"""The benchmark of a GPU: here only that it runs and counts operations right."""
 
 from pathlib import Path
 
@@ -9,37 +9,34 @@ from benchmarks import gpu
 from vla_opd.params.objective import OptimizeParams
 
 
-def test_what_a_device_does_is_counted_and_said(tmp_path: Path) -> None:
-    checkpoint = gpu.described(tmp_path, tiny=True, dtype=torch.float32)
-    said = gpu.lines(checkpoint, 1, 1, torch.device("cpu"))
-    assert list(said) == ["forward", "alone", "step"]
-    assert all(
-        "tokens/s, utilisation unknown" in line and "peak not measured, planned 0.0" in line
-        for line in said.values()
-    )
+def test_every_kind_of_pass_is_measured(tmp_path: Path) -> None:
+    checkpoint = gpu.describe(tmp_path, tiny=True, dtype=torch.float32)
+    lines = dict(gpu.measure_passes(checkpoint, 1, 1, torch.device("cpu")))
+    assert list(lines) == ["forward", "alone", "step"]
+    for line in lines.values():
+        assert "tokens/s, utilization unknown" in line
+        assert "peak not measured, planned 0.0" in line
 
 
-def test_products_are_two_for_each_weight_and_token(tmp_path: Path) -> None:
-    """Of seven billion, forward: the towers' weights meet patches, the language model's everything. Backward, with frozen weights, as many again."""
-    checkpoint = gpu.described(tmp_path, tiny=False, dtype=torch.bfloat16)
+def test_operations_are_two_per_weight_and_token(tmp_path: Path) -> None:
+    """Forward, with 7.5 B weights: the towers' meet patches, the language model's all tokens.
+
+    Backward, with frozen weights, as many again.
+    """
+    checkpoint = gpu.describe(tmp_path, tiny=False, dtype=torch.bfloat16)
     with torch.device("meta"):
         policy = gpu.of_facts(checkpoint.facts)
 
     def weights(module: torch.nn.Module) -> int:
-        return sum(
-            one.weight.numel() for one in module.modules() if isinstance(one, torch.nn.Linear)
-        )
+        layers = [layer for layer in module.modules() if isinstance(layer, torch.nn.Linear)]
+        return sum(layer.weight.numel() for layer in layers)
 
     towers = weights(policy.dino) + weights(policy.siglip) + weights(policy.projector)
-    expected = 2 * (
-        towers * gpu.PATCHES
-        + weights(policy.language_model) * gpu.SEQUENCE
-        + weights(policy.head) * 56
-    )
-    forward = gpu.products(checkpoint, 1)
-    assert forward == pytest.approx(
-        expected, rel=0.03
-    )  # and attention, and the pictures' first convolution
-    assert gpu.products(checkpoint, 1, OptimizeParams(lora_rank=32)) == pytest.approx(
-        2 * forward, rel=0.1
-    )
+    products = towers * gpu.PATCHES
+    products += weights(policy.language_model) * gpu.SEQUENCE
+    products += weights(policy.head) * 56
+    forward = gpu.count_operations(checkpoint, 1)
+    # Attention and the first convolution are not counted here.
+    assert forward == pytest.approx(2 * products, rel=0.03)
+    step = gpu.count_operations(checkpoint, 1, OptimizeParams(lora_rank=32))
+    assert step == pytest.approx(2 * forward, rel=0.1)

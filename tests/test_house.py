@@ -1,6 +1,8 @@
 """The laws of the house, checked: names, sizes, what dvc.yaml says about the code, what must never be in a tracked file."""
 
 import ast
+import importlib
+import inspect
 import re
 import statistics
 import subprocess
@@ -12,16 +14,14 @@ from typing import Any, get_args
 import pytest
 from ruamel.yaml import YAML
 
-from flows import shares
 from flows.cli.app import app
-from flows.train import TARGET
-from stages.__main__ import SHARED, VERBS
+from stages.catalog import BEHIND, STAGES, arguments
+from tests.readability import Readability, measure
 from vla_opd.params.load import load
 from vla_opd.params.run import Params
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("flows", "stages", "vla_opd")
-VERB = {"pretrain": "finetune"}  # behind stages of dvc.yaml that are called otherwise
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "base"}
 # What these do is in no result (law 4): the machine, and where curves go.
 NOT_IN_RESULTS = {"vla_opd/machine"}
@@ -73,54 +73,92 @@ def pipeline() -> dict[str, Any]:
     }
 
 
-def verb(name: str) -> str:
-    """The stages file behind a stage of dvc.yaml."""
-    return VERB.get(name, name)
-
-
 def run_sections() -> dict[str, Any]:
     return YAML(typ="safe").load((ROOT / "params.yaml").read_text())
 
 
-# One name, four places
+# One name, four places, and the catalog
 
 
-def test_every_verb_has_its_stage_its_file_and_its_section() -> None:
-    in_dvc = {verb(name) for name in pipeline()}
-    in_files = {path.stem for path in (ROOT / "stages").glob("[!_]*.py")}
-    assert in_dvc == in_files == set(VERBS)
-    for name in in_dvc:
+def test_every_stage_has_its_row_its_file_and_its_section() -> None:
+    in_files = {path.stem for path in (ROOT / "stages").glob("[!_]*.py")} - {"catalog"}
+    assert in_files == set(STAGES)
+    assert set(pipeline()) == set(BEHIND)
+    for name in STAGES:
         field = Params.model_fields[name]
         assert field.annotation is not None
-        section = (
-            get_args(field.annotation)[-1] if name == "adopt" else field.annotation
-        )  # of which there are several, by name
+        # of `adopt` there are several, by name
+        section = get_args(field.annotation)[-1] if name == "adopt" else field.annotation
         assert section.__name__ == f"{name.capitalize()}Params"
 
 
-def test_params_has_a_section_for_every_verb_and_every_foreach() -> None:
-    assert {
-        *VERBS,
-        *(stage["foreach"][2:-1] for stage in pipeline().values() if stage["foreach"]),
-    } <= set(run_sections())
+def test_params_has_a_section_for_every_stage_and_every_foreach() -> None:
+    items = {section for stage in STAGES.values() for section in stage.items.values() if section}
+    assert {*STAGES, *items} <= set(run_sections())
 
 
-def test_the_deployment_knows_the_stages_by_name() -> None:
-    names = re.findall(r"\w+", TARGET.partition("(@")[0])
-    assert set(names) == set(pipeline())
+@pytest.mark.parametrize("name", sorted(BEHIND))
+def test_dvc_yaml_repeats_and_runs_a_stage_as_its_row_says(name: str) -> None:
+    row, stage = STAGES[BEHIND[name]], pipeline()[name]
+    items = row.items[name]
+    assert stage["foreach"] == (None if items is None else f"${{{items}}}")
+    option = "" if row.option is None else f" {row.option} ${{key}}"
+    assert stage["cmd"] == f"exec python -m stages {BEHIND[name]}{option}"
 
 
-def test_the_commands_of_dvc_yaml_are_the_stages_own() -> None:
-    for name, stage in pipeline().items():
-        option = VERBS[verb(name)]
-        item = {"--name": "${key}", "--iteration": "${key}", None: ""}[option]
-        assert stage["cmd"] == " ".join(
-            filter(None, ["exec python -m stages", verb(name), option, item])
-        )
+@pytest.mark.parametrize("name", sorted(BEHIND))
+def test_run_takes_what_the_row_gives(name: str) -> None:
+    """`run` has keyword parameters only: the run's name, seed, sections, inputs, output and host."""
+    run = inspect.signature(importlib.import_module(f"stages.{BEHIND[name]}").run)
+    assert {one.kind for one in run.parameters.values()} == {inspect.Parameter.KEYWORD_ONLY}
+    given = arguments(BEHIND[name], EVERYTHING, ITEMS[name])
+    assert set(run.parameters) == {*given, "host"}
 
 
-def test_shares_are_asked_for_by_the_stages_own_options() -> None:
-    assert {verb: VERBS[verb] for verb in SHARED} == shares.SHARED
+@pytest.mark.parametrize("name", sorted(set(BEHIND) - {"report"}))
+def test_dvc_yaml_lists_the_artifacts_and_sections_of_the_row(name: str) -> None:
+    """`report` reads whatever there is; what `finetune` makes has no architecture of its own."""
+    row, stage = STAGES[BEHIND[name]], pipeline()[name]
+    given = arguments(BEHIND[name], EVERYTHING, ITEMS[name])
+    paths = {str(value) for value in given.values() if isinstance(value, Path)}
+    outs = [out if isinstance(out, str) else next(iter(out)) for out in stage["outs"]]
+    written = [_filled(entry, name) for entry in [*stage["deps"], *outs]]
+    assert paths == {entry for entry in written if entry.startswith("artifacts/")}
+    sections = set(row.sections) - ({"policy"} if name == "finetune" else set())
+    seed = {f"run.{row.seed}"} if row.seed else set()
+    chunk = {"policy.chunk"} if name == "demonstrate" else set()
+    # An iteration's labels depend on its trajectories alone, not on what it starts from.
+    items = set() if name == "label" else {f"{row.items[name]}.${{key}}"}
+    assert set(stage["params"]) == sections | seed | chunk | items
+
+
+EVERYTHING = load(
+    ROOT / "params.yaml", ["adopt.public={folder: /public}", "reinforcements.rl001=it001"]
+)
+ITEMS = {
+    "demonstrate": "main",
+    "pretrain": "base",
+    "finetune": "student",
+    "adopt": "public",
+    "sample": "it002",
+    "label": "it002",
+    "optimize": "it002",
+    "explore": "rl001",
+    "reinforce": "rl001",
+    "evaluate": "final",
+    "report": "",
+}
+
+
+def _filled(entry: str, name: str) -> str:
+    """A path of dvc.yaml for the stage's item."""
+    item = EVERYTHING.model_dump().get(STAGES[BEHIND[name]].items[name], {}).get(ITEMS[name])
+    fields = item if isinstance(item, dict) else {}
+    entry = entry.replace("${run.name}", EVERYTHING.run.name).replace("${key}", ITEMS[name])
+    entry = entry.replace("${label.teacher}", EVERYTHING.label.teacher).replace(
+        "${item}", str(item)
+    )
+    return re.sub(r"\$\{item\.(\w+)\}", lambda match: str(fields[match[1]]), entry)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +202,7 @@ def direct_imports(path: Path) -> frozenset[Path]:
 
 def files_of(name: str) -> set[Path]:
     """The stage's own file and every project file that it imports, directly or not."""
-    todo, seen = [ROOT / "stages" / f"{verb(name)}.py"], set[Path]()
+    todo, seen = [ROOT / "stages" / f"{BEHIND[name]}.py"], set[Path]()
     while todo:
         path = todo.pop()
         if path not in seen:
@@ -182,7 +220,7 @@ def room(path: Path) -> str:
 def test_code_deps_are_the_rooms_that_the_stage_imports_from(name: str) -> None:
     empty = {package / "__init__.py" for package in (ROOT / "stages", ROOT / "vla_opd")}
     imported = {room(path) for path in files_of(name) - empty} - NOT_IN_RESULTS
-    templates = {room(path) for path in (ROOT / "stages").glob(f"{verb(name)}.*.jinja")}
+    templates = {room(path) for path in (ROOT / "stages").glob(f"{BEHIND[name]}.*.jinja")}
     listed = {dep for dep in pipeline()[name]["deps"] if dep.startswith(("stages/", "vla_opd/"))}
     assert listed == imported | templates, (
         "dvc.yaml: deps of this stage differ from what it imports"
@@ -201,30 +239,6 @@ def test_what_dvc_ignores_changes_no_artifact() -> None:
     assert {name: files_of(name) & ignored for name in pipeline() if files_of(name) & ignored} == {}
 
 
-@pytest.mark.parametrize("name", sorted(pipeline()))
-def test_params_deps_are_what_the_stage_reads(name: str) -> None:
-    """Every section that the stage's file reads as `params.<section>` is among its params, whole or for its own item."""
-    text = "".join(
-        path.read_text() for path in (ROOT / "stages").glob(f"{verb(name)}.*")
-    )  # its template too, if it has one
-    read = set(re.findall(r"\bparams\.([a-z_]+)", text)) & set(Params.model_fields)
-    seed = {"run"} if re.search(r"params\.run\.(learning_)?seed", text) else set()
-    wanted = (read - {"run"}) | seed
-    if name == "finetune":
-        wanted -= {"policy"}  # its parent's
-    listed = {entry.partition(".")[0] for entry in pipeline()[name]["params"]}
-    assert listed >= wanted, (
-        f"dvc.yaml: {name} reads {sorted(wanted - listed)} and doesn't list them"
-    )
-    assert listed <= wanted | {
-        "pretrained",
-        "finetuned",
-        "iterations",
-        "reinforcements",
-        "evaluations",
-    }, f"dvc.yaml: {name} lists {sorted(listed - wanted)} and doesn't read them"
-
-
 # Sizes and names
 
 
@@ -241,6 +255,76 @@ def test_no_module_has_a_name_that_says_nothing() -> None:
         for path in sources()
         if path.stem in FORBIDDEN_NAMES or path.parent.name in FORBIDDEN_NAMES
     ] == []
+
+
+# Lines
+
+
+LIMITS = {  # the aims are 9.5, 0.01, 3.5, 1.5 and 0.01; the rooms below are still to be rewritten
+    "flows": Readability(9.6, 0.01, 3.5, 1.5, 0.01, ()),
+    "stages": Readability(9.5, 0.015, 4.7, 1.5, 0.05, ()),
+    "vla_opd": Readability(9.9, 0.011, 3.5, 1.5, 0.016, ()),
+}
+STILL_WIDE = ("policies", "learning")  # rooms of vla_opd, and stages/report.py
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_line_says_one_thing(package: str) -> None:
+    found = measure((ROOT / package).rglob("*.py"))
+    limit = LIMITS[package]
+    assert found.nodes_per_line <= limit.nodes_per_line
+    assert found.tuple_assignments <= limit.tuple_assignments
+    assert found.comprehensions <= limit.comprehensions
+    assert found.conditionals <= limit.conditionals
+    assert found.vague_names <= limit.vague_names
+
+
+def test_no_line_is_wide() -> None:
+    spared = {ROOT / "vla_opd" / room for room in STILL_WIDE}
+    paths = [path for path in sources() if not spared & set(path.parents)]
+    wide = measure(paths).wide_lines
+    assert [line for line in wide if "stages/report.py" not in line] == []
+
+
+def test_a_folder_is_seen_at_a_glance() -> None:
+    """At most sixteen modules in a folder."""
+    folders = {path.parent for path in sources()}
+    sizes = {folder: len(list(folder.glob("[!_]*.py"))) for folder in folders}
+    assert {folder: size for folder, size in sizes.items() if size > 16} == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "nodes", "tuples", "vague"),
+    [
+        ("def f():\n    return 1\n", 2, 0, 0),
+        ("def f():\n    a, b = 1, 2\n", 11, 1, 0),
+        ("def f():\n    (a, b) = pair\n", 9, 0, 0),
+        ("def f():\n    # a comment\n    its = 1\n\n", 4, 0, 1),
+        ('def f():\n    """Say."""\n    return [one for one in x if one]\n', 11, 0, 1),
+    ],
+)
+def test_the_measures_are_counted_as_by_hand(
+    tmp_path: Path, text: str, nodes: int, tuples: int, vague: int
+) -> None:
+    path = tmp_path / "module.py"
+    path.write_text(text)
+    found = measure([path])
+    assert (found.nodes_per_line, found.tuple_assignments, found.vague_names) == (
+        nodes,
+        tuples,
+        vague,
+    )
+
+
+def test_the_reliability_page_names_tests_that_exist() -> None:
+    """It names a test by the beginning of its name, or a file of tests."""
+    page = (ROOT / "docs/reliability.md").read_text()
+    tests = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        tests.update(re.findall(r"def (test_\w+)", path.read_text()))
+    cited = set(re.findall(r"`(test_\w+)`", page))
+    assert cited
+    assert {name for name in cited if not any(test.startswith(name) for test in tests)} == set()
 
 
 # What must never be in a tracked file
@@ -338,7 +422,7 @@ def test_readme_commands_exist(command: str) -> None:
         assert words[1] in make_targets(), command
     if match := re.search(r"(?:python -m )?(opd|stages) (\w+)", command):
         known = (
-            set(VERBS)
+            set(STAGES)
             if match[1] == "stages"
             else {one.name or one.callback.__name__ for one in app.registered_commands}
         )

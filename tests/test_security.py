@@ -1,6 +1,7 @@
-"""Foreign files: what tries to run code, to exhaust the machine or to reach elsewhere is refused with a message, and nothing of it happens.
+"""Foreign files that try to run code, exhaust the machine or reach other files are refused.
 
-A manifest proves integrity, not good intentions: each artifact here is sound by its manifest, as its sender would make it.
+A manifest proves integrity, not good intentions: each artifact has a valid manifest here, as an
+attacker would make it.
 """
 
 import json
@@ -43,14 +44,14 @@ class Bomb:
 
 @pytest.fixture
 def trace(tmp_path: Path) -> Path:
-    """A file that is there once somebody's code has run."""
+    """A file that exists once foreign code has run."""
     return tmp_path / "pwned"
 
 
 def publish(
     folder: Path, kind: Kind, files: dict[str, bytes], facts: dict[str, object] | None = None
 ) -> Path:
-    """An artifact with these files, sound in itself."""
+    """Publish an artifact with these files and a valid manifest."""
     with draft(folder, kind, {}, {}) as work:
         for name, content in files.items():
             with work.part(name) as path:
@@ -69,9 +70,9 @@ def checkpoint(folder: Path, weights: bytes, **facts: object) -> Path:
 
 
 def test_a_pickle_in_the_place_of_weights_is_refused(tmp_path: Path, trace: Path) -> None:
-    found = open_checkpoint(checkpoint(tmp_path / "it", pickle.dumps(Bomb(trace))))
+    opened = open_checkpoint(checkpoint(tmp_path / "it", pickle.dumps(Bomb(trace))))
     with pytest.raises(ValueError, match=r"model\.safetensors: not safetensors"):
-        found.weights()
+        opened.weights()
     assert not trace.exists()
 
 
@@ -117,7 +118,7 @@ def test_a_header_that_is_larger_than_the_file_is_refused(tmp_path: Path, header
 
 
 def test_a_checkpoint_that_names_code_of_its_own_is_refused(tmp_path: Path) -> None:
-    """The custom of `auto_map` and `trust_remote_code`: a description may name nothing that this version doesn't know."""
+    """As with `auto_map` and `trust_remote_code`: keys that this version does not know."""
     with pytest.raises(ValueError, match="auto_map"):
         open_checkpoint(
             checkpoint(tmp_path / "it", b"", auto_map={"AutoModel": "modeling_evil.Evil"})
@@ -137,7 +138,7 @@ def chunked(*sizes: int) -> dict[str, object]:
 
 
 @pytest.mark.parametrize(
-    ("described", "told"),
+    ("described", "message"),
     [
         (
             {"shape": [10**12, 256, 256], "chunk_grid": chunked(16, 256, 256)},
@@ -176,24 +177,29 @@ def chunked(*sizes: int) -> dict[str, object]:
     ],
 )
 def test_an_array_that_would_fill_the_memory_or_is_not_of_numbers_is_refused(
-    tmp_path: Path, described: dict[str, object], told: str
+    tmp_path: Path, described: dict[str, object], message: str
 ) -> None:
     path = shard(tmp_path / "shard-000", **described)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ValueError, match=f"{re.escape(str(path))}.*{told}"):
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))}.*{message}"):
         read_shard(path, 1)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 50_000  # KiB
 
 
 def zeros(blocks: int, says_its_size: bool) -> bytes:
-    """A Zstandard frame of blocks of 128 KiB of zeros, four bytes each (RFC 8878: a block of one repeated byte)."""
-    size, block = (2**17 * blocks).to_bytes(4, "little"), 1 << 1 | 2**17 << 3
-    head = bytes([0b1000_0000, 0b0011_1000, *size]) if says_its_size else bytes([0, 0b0011_1000])
-    return (
-        bytes.fromhex("28b52ffd")
-        + head
-        + b"".join((block | (n == blocks - 1)).to_bytes(3, "little") + b"\0" for n in range(blocks))
-    )
+    """Return a Zstandard frame of blocks of 128 KiB of zeros, four bytes each.
+
+    RFC 8878: a block of one repeated byte.
+    """
+    magic = bytes.fromhex("28b52ffd")
+    header = bytes([0, 0b0011_1000])
+    if says_its_size:
+        size = (2**17 * blocks).to_bytes(4, "little")
+        header = bytes([0b1000_0000, 0b0011_1000, *size])
+    block = 1 << 1 | 2**17 << 3
+    last = block | 1
+    body = (block.to_bytes(3, "little") + b"\0") * (blocks - 1)
+    return magic + header + body + last.to_bytes(3, "little") + b"\0"
 
 
 @pytest.mark.parametrize("says_its_size", [True, False])
@@ -204,22 +210,18 @@ def test_a_chunk_that_unpacks_to_more_than_a_chunk_is_refused_before_there_is_ro
     path = tmp_path / "shard-000"
     write_shard(path, Labels(np.zeros((1, 2, 3), np.float16)))
     frame = zeros(8192, says_its_size)  # a gigabyte in 33 kB
-    rewrite(
-        path,
-        members(path)
-        | {"log_probs/c/0/0/0": frame + google_crc32c.value(frame).to_bytes(4, "little")},
-    )
+    checksum = google_crc32c.value(frame).to_bytes(4, "little")
+    rewrite(path, members(path) | {"log_probs/c/0/0/0": frame + checksum})
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(
-        ValueError,
-        match=rf"log_probs/c/0/0/0 unpacks to {2**30 if says_its_size else None} bytes, not 192",
-    ):
+    size = 2**30 if says_its_size else None
+    message = f"log_probs/c/0/0/0 unpacks to {size} bytes, not 192"
+    with pytest.raises(ValueError, match=message):
         read_shard(path, 1)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 50_000  # KiB
 
 
 def test_a_store_of_the_format_that_knows_pickles_is_refused(tmp_path: Path, trace: Path) -> None:
-    """Zarr's version 2 has a codec for them; whether it runs is left to another package there."""
+    """Zarr's version 2 has a codec for them, whose use another package decides."""
     array = {
         "zarr_format": 2,
         "shape": [1],
@@ -247,14 +249,14 @@ def test_a_manifest_that_names_files_elsewhere_is_refused(tmp_path: Path, name: 
     (tmp_path / "outside").write_bytes(b"secret")
     folder = publish(tmp_path / "it", "logits", {"file": b"secret"})
     sound = open_artifact(folder, "logits")
-    moved = sound.model_copy(update={"files": {name: sound.files["file"]}}).sealed()
+    moved = sound.model_copy(update={"files": {name: sound.files["file"]}}).with_seal()
     (folder / "file").unlink()
-    (folder / "manifest.json").write_text(moved.text())
+    (folder / "manifest.json").write_text(moved.to_json())
     with pytest.raises(ValueError, match="expected a path inside the artifact"):
         open_artifact(folder, "logits")
 
 
-def test_a_link_in_an_artifact_is_believed_only_if_it_leads_to_the_bytes_that_the_manifest_names(
+def test_a_link_in_an_artifact_is_trusted_only_if_it_leads_to_the_bytes_that_the_manifest_names(
     tmp_path: Path,
 ) -> None:
     """As it does where DVC's cache is linked into the workspace."""
@@ -269,16 +271,16 @@ def test_a_link_in_an_artifact_is_believed_only_if_it_leads_to_the_bytes_that_th
         open_artifact(folder, "logits")
 
 
-def test_what_a_link_leads_to_is_never_removed(tmp_path: Path) -> None:
-    """An artifact, its draft and what it replaces are links to somebody's folder."""
-    somebodys = tmp_path / "somebodys"
-    somebodys.mkdir()
-    (somebodys / "letter").write_text("dear")
+def test_the_target_of_a_link_is_never_removed(tmp_path: Path) -> None:
+    """An artifact, its draft and the artifact it replaces are links to a user's folder."""
+    users_folder = tmp_path / "users"
+    users_folder.mkdir()
+    (users_folder / "letter").write_text("dear")
     for name in ("it", ".it.old", ".it.draft"):
-        (tmp_path / name).symlink_to(somebodys)
+        (tmp_path / name).symlink_to(users_folder)
     publish(tmp_path / "it", "logits", {"file": b"weights"})
     open_artifact(tmp_path / "it", "logits")
-    assert (somebodys / "letter").read_text() == "dear"
+    assert (users_folder / "letter").read_text() == "dear"
     assert not (tmp_path / "it").is_symlink()
 
 
@@ -363,9 +365,8 @@ def test_secrets_in_the_environment_reach_nothing_that_a_stage_writes(
     shutil.rmtree(tmp_path / "artifacts/small/report")
     monkeypatch.chdir(tmp_path)
     for stage in (["evaluate", "--name", "final"], ["report"]):
-        assert (
-            command.main([*stage, "--workers", "1", "--device", "cpu", "--tracking", "jsonl"]) == 0
-        )
+        host = ["--workers", "1", "--device", "cpu", "--tracking", "jsonl"]
+        assert command.main([*stage, *host]) == 0
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert any(path.name == "executions.jsonl" for path in written)
     assert [path for path in written if secret.encode() in path.read_bytes()] == []

@@ -1,4 +1,4 @@
-"""Functions by name: one of ours, or `"package.module:function"`."""
+"""Functions by name: one of a literal dict, or `"package.module:function"`."""
 
 import importlib
 from collections.abc import Callable, Mapping
@@ -7,14 +7,17 @@ from typing import Any, TypeVar
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def named_function(name: str, known: Mapping[str, Function], field: str) -> Function:
-    """`known[name]`, or the function that `"package.module:function"` names. ValueError names the field and the choices."""
-    if name in known:
-        return known[name]
+def named_function(name: str, builtin: Mapping[str, Function], field: str) -> Function:
+    """Return `builtin[name]`, or import the function that `"package.module:function"` names.
+
+    ValueError names the field and the choices.
+    """
+    if name in builtin:
+        return builtin[name]
     module, colon, attribute = name.partition(":")
     if not colon:
         raise ValueError(
-            f'{field} is {name!r}; expected one of {sorted(known)} or "package.module:function"'
+            f'{field} is {name!r}; expected one of {sorted(builtin)} or "package.module:function"'
         )
     try:
         return getattr(importlib.import_module(module), attribute)

@@ -1,4 +1,4 @@
-"""Answers about artifacts as the person at the terminal sees them: histories, differences, findings, tables."""
+"""Text for the terminal: histories, differences, findings, comparisons and tables."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,119 +18,141 @@ from vla_opd.lineage.store import Artifact
 from vla_opd.lineage.verify import Finding
 
 
-def history(told: History) -> str:
-    """A history as a tree, and what all of it was made with: a setting that differs between artifacts of one kind with all its values."""
-    parts: list[RenderableType] = [tree(told)]
-    for kind, settings in told.settings.items():
-        parts += ["", f"[bold]{kind}[/]: settings", _pairs(settings)]
-    parts += ["", "[bold]versions[/]", _pairs(told.versions)]
-    if told.missing:
-        parts += [
-            "",
-            f"[yellow]{len(told.missing)} artifacts of this history aren't here; their digests are all that is known of them[/]",
-        ]
-    return _drawn(*parts)
+def history(artifact_history: History) -> str:
+    """Format a history as a tree, followed by its settings and versions."""
+    parts: list[RenderableType] = [tree(artifact_history)]
+    for kind, settings in artifact_history.settings.items():
+        parts += ["", f"[bold]{kind}[/]: settings", _values_table(settings)]
+    parts += ["", "[bold]versions[/]", _values_table(artifact_history.versions)]
+    count = len(artifact_history.missing)
+    if count:
+        message = f"{count} artifacts of this history are missing; only their digests are known"
+        parts += ["", f"[yellow]{message}[/]"]
+    return _render(*parts)
 
 
-def differences(found: Sequence[Difference]) -> str:
-    """What differs between two histories, a line each."""
-    return (
-        rows(
-            ["part", "what", "first", "second"],
-            [(d.part, d.what, d.first, d.second) for d in found],
-        )
-        if found
-        else "  nothing differs"
-    )
+def differences(items: Sequence[Difference]) -> str:
+    """Format the differences between two histories, one per line."""
+    if not items:
+        return "  nothing differs"
+    rows = [(item.part, item.field, item.first, item.second) for item in items]
+    return table(["part", "field", "first", "second"], rows)
 
 
-def findings(found: Sequence[Finding], checked: int) -> str:
-    """What is wrong, and what is void with it; or that nothing is."""
-    lines = [f"  {one.what}\n    void with it: {', '.join(one.void) or 'nothing'}" for one in found]
-    return "\n".join([*lines, f"  {checked} artifacts checked, {len(found)} damaged"])
+def findings(items: Sequence[Finding], checked: int) -> str:
+    """Format damaged artifacts with what they make void, and the number of artifacts checked."""
+    lines: list[str] = []
+    for item in items:
+        void = ", ".join(item.void) or "nothing"
+        lines.append(f"  {item.problem}\n    void with it: {void}")
+    lines.append(f"  {checked} artifacts checked, {len(items)} damaged")
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """An evaluation, opened: its name, the environment and the horizon that it ran with, and its episodes."""
+class OpenedEvaluation:
+    """An evaluation's name, its environment, its horizon in control steps, and its episodes."""
 
     name: str
     environment: Mapping[str, Any]
     horizon: int
     records: tuple[Record, ...]
 
+    def of_task(self, task: str) -> list[Record]:
+        """Return the episodes of one task."""
+        return [record for record in self.records if record.task == task]
 
-def evaluated(artifact: Artifact, horizon: int | None) -> Evaluated:
-    """Open an evaluation. ValueError if it is none, or ran for less than `horizon`."""
-    if artifact.manifest.kind != "evaluation":
-        raise ValueError(
-            f"{artifact.name}: is of kind {artifact.manifest.kind}; expected an evaluation"
-        )
+
+def open_evaluation(artifact: Artifact, horizon: int | None) -> OpenedEvaluation:
+    """Open an evaluation. ValueError if it is another kind of artifact, or ran for less steps."""
+    if artifact.kind != "evaluation":
+        raise ValueError(f"{artifact.name}: is of kind {artifact.kind}; expected an evaluation")
     manifest = open_artifact(artifact.folder, "evaluation")
-    ran = int(manifest.facts["horizon"])
-    if horizon is not None and horizon > ran:
+    recorded = int(manifest.facts["horizon"])
+    if horizon is not None and horizon > recorded:
         raise ValueError(
-            f"--horizon is {horizon}; expected at most {ran}, for which {artifact.name} ran"
+            f"--horizon is {horizon}; expected at most {recorded}, the horizon of {artifact.name}"
         )
-    return Evaluated(
-        artifact.name, manifest.params["environment"], ran, read_records(artifact.folder)
+    return OpenedEvaluation(
+        artifact.name,
+        manifest.params["environment"],
+        recorded,
+        read_records(artifact.folder),
     )
 
 
-def compared(first: Evaluated, second: Evaluated, confidence: float, horizon: int | None) -> str:
-    """The comparison of two evaluations, task by task and over all. ValueError unless they are of the same episodes, horizon and environment."""
-    for field, ours in first.environment.items():
-        if field != "tasks" and ours != second.environment[field]:
-            raise ValueError(
-                f"environment.{field} is {ours!r} in {first.name} and {second.environment[field]!r} in {second.name}; expected the same in both"
-            )
+def comparison(
+    first: OpenedEvaluation, second: OpenedEvaluation, confidence: float, horizon: int | None
+) -> str:
+    """Format the comparison of two evaluations, by task and overall.
+
+    ValueError unless they have the same episodes, horizon and environment.
+    """
+    _require_same_environment(first, second)
     if horizon is None and first.horizon != second.horizon:
         raise ValueError(
-            f"{first.name} ran for {first.horizon} control steps and {second.name} for {second.horizon}; expected --horizon"
+            f"the horizon of {first.name} is {first.horizon} control steps and that of "
+            f"{second.name} is {second.horizon}; expected --horizon"
         )
-    whole = compare(first.records, second.records, confidence, horizon)
-    shown: list[tuple[Any, ...]] = []
+    overall = compare(first.records, second.records, confidence, horizon)
+    rows: list[tuple[Any, ...]] = []
     for task in dict.fromkeys(record.task for record in first.records):
-        ours, theirs = (
-            [record for record in one.records if record.task == task] for one in (first, second)
-        )
-        shown.append(_compared(task, compare(ours, theirs, confidence, horizon)))
-    shown.append(_compared("all", whole))
+        of_task = compare(first.of_task(task), second.of_task(task), confidence, horizon)
+        rows.append(_comparison_row(task, of_task))
+    rows.append(_comparison_row("all", overall))
     columns = ["task", "episodes", first.name, second.name, "first only", "second only"]
-    told = (
-        f"  second - first: {whole.difference:+.1%}, {confidence:.0%} interval "
-        f"{whole.low:+.1%} ... {whole.high:+.1%} (paired bootstrap within tasks)"
+    interval = f"{overall.low:+.1%} ... {overall.high:+.1%}"
+    return (
+        f"{table(columns, rows)}\n"
+        f"  second - first: {overall.difference:+.1%}, {confidence:.0%} interval {interval} "
+        "(paired bootstrap within tasks)\n"
+        f"  McNemar's exact test: p = {overall.p:.3g}"
     )
-    return f"{rows(columns, shown)}\n{told}\n  McNemar's exact test: p = {whole.p:.3g}"
 
 
-def _compared(name: str, found: Comparison) -> tuple[Any, ...]:
-    successes = (
-        f"{(found.both + alone) / found.episodes:.1%}" for alone in (found.first, found.second)
+def _require_same_environment(first: OpenedEvaluation, second: OpenedEvaluation) -> None:
+    for field, value in first.environment.items():
+        if field != "tasks" and value != second.environment[field]:
+            raise ValueError(
+                f"environment.{field} is {value!r} in {first.name} and "
+                f"{second.environment[field]!r} in {second.name}; expected the same in both"
+            )
+
+
+def _comparison_row(name: str, outcome: Comparison) -> tuple[Any, ...]:
+    first_rate = (outcome.both + outcome.first) / outcome.episodes
+    second_rate = (outcome.both + outcome.second) / outcome.episodes
+    return (
+        name,
+        outcome.episodes,
+        f"{first_rate:.1%}",
+        f"{second_rate:.1%}",
+        outcome.first,
+        outcome.second,
     )
-    return (name, found.episodes, *successes, found.first, found.second)
 
 
-def rows(columns: Sequence[str], values: Sequence[Sequence[Any]]) -> str:
-    """A table."""
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Format a table with a header."""
     shown = Table(*columns, box=box.SIMPLE, header_style="bold", pad_edge=False)
-    for row in values:
+    for row in rows:
         shown.add_row(*(Text(str(value)) for value in row))
-    return _drawn(shown)
+    return _render(shown)
 
 
-def _pairs(values: dict[str, list[str]]) -> Table:
+def _values_table(values: Mapping[str, Sequence[str]]) -> Table:
     shown = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2))
-    for key, each in values.items():
-        shown.add_row(Text(f"  {key}"), Text(" | ".join(each)))
+    for key, distinct in values.items():
+        shown.add_row(Text(f"  {key}"), Text(" | ".join(distinct)))
     return shown
 
 
-def _drawn(*parts: RenderableType) -> str:
-    """As rich draws it: in colour and as wide as the terminal; elsewhere plain, and as wide as need be."""
+def _render(*parts: RenderableType) -> str:
+    """Render in colour and at the terminal's width, or elsewhere as plain lines of any width."""
     width = None if sys.stdout.isatty() else 4000
     console = Console(width=width, highlight=False)
     with console.capture() as captured:
         for part in parts:
             console.print(part)
-    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+    lines = captured.get().splitlines()
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,4 +1,4 @@
-"""What a run will take of a device's memory, of the host's and of the disk, as the person at the terminal sees it, and whether it fits."""
+"""The table of `opd plan --memory`: what a run needs of device and host memory and disk."""
 
 import os
 from collections.abc import Sequence
@@ -7,99 +7,105 @@ from pathlib import Path
 import psutil
 import torch
 
-from flows.cli.answers import rows
+from flows.cli.answers import table
 from vla_opd.learning import memory_estimate
 from vla_opd.lineage.store import ROOT
-from vla_opd.machine.host import this_host
+from vla_opd.machine.host import resolve_host
 from vla_opd.params.run import Params
-from vla_opd.params.stages import START
+from vla_opd.params.stages import INITIAL_STUDENT
 
-USABLE = 0.9  # of a device's memory: its driver, its libraries and what lies between the allocator's blocks take the rest
+USABLE = 0.9  # fraction of device memory; driver, libraries and fragmentation take the remainder
+COLUMNS = ["weights", "gradients", "moments", "activations", "together"]
+REMEDIES = {
+    "label": "a smaller label.batch_size",
+    "anchor": "optimize.anchor 0, or a smaller optimize.batch_size",
+    "optimize": (
+        "optimize.gradient_checkpointing, a smaller optimize.batch_size, "
+        "an adapter (optimize.lora_rank)"
+    ),
+    "reinforce": (
+        "reinforce.gradient_checkpointing, a smaller reinforce.batch_size, "
+        "an adapter (reinforce.lora_rank)"
+    ),
+}
 
 
 def plan(run: Params, capacity_gb: float | None, processes: int = 1) -> tuple[str, list[str]]:
-    """The table, and what doesn't fit. capacity_gb: of the device; that of the one that is here, if none is given.
+    """Return the tables of memory, and messages about what does not fit.
 
-    processes: that train together, each on such a device.
-    ValueError for a checkpoint of which nothing is known yet.
+    capacity_gb: the device's memory; by default that of this machine's device.
+    processes:   how many train together, each on a device of its own.
+    ValueError for a checkpoint that is not described anywhere yet.
     """
-    here, root = (
-        this_host(1, os.environ.get("OPD_DEVICE", "auto"), "none", Path()).device,
-        ROOT / run.run.name,
-    )
-    capacity = _capacity(here) if capacity_gb is None else round(capacity_gb * 1e9)
+    root = ROOT / run.run.name
+    device, capacity = _device(capacity_gb)
     needs = memory_estimate.device(run, root, processes)
-    table = rows(
+    start = memory_estimate.described(run, root, INITIAL_STUDENT)
+    stored = memory_estimate.stored(run, start.facts)
+    held = stored.held
+    if processes > 1:  # every process holds the whole policy, and again while it is sharded
+        held = processes * (stored.held + 2 * needs[0].weights)
+    text = "\n".join(
         [
-            "on the device" if processes == 1 else f"on each of {processes} devices",
-            "weights",
-            "gradients",
-            "moments",
-            "activations",
-            "together",
-        ],
-        [_row(need) for need in needs],
-    )
-    device = f"{here}: {_size(capacity)}" if capacity_gb is None else _size(capacity)
-    left = memory_estimate.stored(run, memory_estimate.described(run, root, START).facts)
-    held = (
-        left.held if processes == 1 else processes * (left.held + 2 * needs[0].weights)
-    )  # the policy whole, and what is cut up
-    where = (
-        "in the host's memory"
-        if processes == 1
-        else f"in the memory of a host of all {processes}, with the policy twice for each"
-    )
-    host = [("frames", _size(left.frames)), ("labels", _size(left.labels)), (where, _size(held))]
-    return "\n".join(
-        [
-            table,
-            f"  of {device} at most {USABLE:.0%} are to be had",
+            _device_table(needs, processes),
+            f"  of {device} at most {USABLE:.0%} can be used",
             "",
-            rows([f"of an iteration, {left.states} states at most", "before compression"], host),
-            f"  the host has {_size(psutil.virtual_memory().total)}",
+            _host_table(stored, held, processes),
+            f"  the host has {_format_size(psutil.virtual_memory().total)}",
         ]
-    ), _too_much(needs, capacity, held)
+    )
+    return text, _list_excesses(needs, capacity, held)
 
 
-def _too_much(needs: Sequence[memory_estimate.Need], capacity: int, held: int) -> list[str]:
-    usable, host = round(USABLE * capacity), psutil.virtual_memory().total
-    found = [
-        f"{one.stage} needs {_size(one.total)} on the device; expected at most {_size(usable)} ({_less(one.stage)})"
-        for one in needs
-        if one.total > usable
-    ]
+def _device(capacity_gb: float | None) -> tuple[str, int]:
+    """Return a description of the device, and its memory in bytes."""
+    name = resolve_host(1, os.environ.get("OPD_DEVICE", "auto"), "none", Path()).device
+    if capacity_gb is not None:
+        capacity = round(capacity_gb * 1e9)
+        return _format_size(capacity), capacity
+    capacity = psutil.virtual_memory().total
+    if name.startswith("cuda"):
+        capacity = torch.cuda.get_device_properties(name).total_memory
+    return f"{name}: {_format_size(capacity)}", capacity
+
+
+def _device_table(needs: Sequence[memory_estimate.Need], processes: int) -> str:
+    title = "on the device" if processes == 1 else f"on each of {processes} devices"
+    rows: list[tuple[str, ...]] = []
+    for need in needs:
+        parts = (need.weights, need.gradients, need.moments, need.activations, need.total)
+        rows.append((need.stage, *map(_format_size, parts)))
+    return table([title, *COLUMNS], rows)
+
+
+def _host_table(stored: memory_estimate.Stored, held: int, processes: int) -> str:
+    memory = "in the host's memory"
+    if processes > 1:
+        memory = f"in the memory of a host of all {processes}, with the policy twice for each"
+    sizes = {"frames": stored.frames, "labels": stored.labels, memory: held}
+    rows = [(name, _format_size(size)) for name, size in sizes.items()]
+    title = f"of an iteration, {stored.states} states at most"
+    return table([title, "before compression"], rows)
+
+
+def _list_excesses(needs: Sequence[memory_estimate.Need], capacity: int, held: int) -> list[str]:
+    usable = round(USABLE * capacity)
+    host = psutil.virtual_memory().total
+    messages: list[str] = []
+    for need in needs:
+        if need.total > usable:
+            default = f"a smaller {need.stage}.inference_batch"
+            messages.append(
+                f"{need.stage} needs {_format_size(need.total)} on the device; expected at most "
+                f"{_format_size(usable)} ({REMEDIES.get(need.stage, default)})"
+            )
     if held > host:
-        less = "fewer sample.prompts, a larger sample.observe_every"
-        found.append(
-            f"optimize needs {_size(held)} of the host's memory; expected at most {_size(host)} ({less})"
+        messages.append(
+            f"optimize needs {_format_size(held)} of the host's memory; expected at most "
+            f"{_format_size(host)} (fewer sample.prompts, a larger sample.observe_every)"
         )
-    return found
+    return messages
 
 
-def _less(stage: str) -> str:
-    return {
-        "label": "a smaller label.batch_size",
-        "anchor": "optimize.anchor 0, or a smaller optimize.batch_size",
-        "optimize": "optimize.gradient_checkpointing, a smaller optimize.batch_size, an adapter (optimize.lora_rank)",
-        "reinforce": "reinforce.gradient_checkpointing, a smaller reinforce.batch_size, an adapter (reinforce.lora_rank)",
-    }.get(stage, f"a smaller {stage}.inference_batch")
-
-
-def _capacity(device: str) -> int:
-    return (
-        torch.cuda.get_device_properties(device).total_memory
-        if device.startswith("cuda")
-        else psutil.virtual_memory().total
-    )
-
-
-def _row(need: memory_estimate.Need) -> tuple[str, ...]:
-    return need.stage, *(
-        _size(part)
-        for part in (need.weights, need.gradients, need.moments, need.activations, need.total)
-    )
-
-
-def _size(size: int) -> str:
+def _format_size(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

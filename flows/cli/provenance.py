@@ -1,4 +1,4 @@
-"""Commands on artifacts: where they came from, whether they are whole, what nobody needs any more."""
+"""Commands on artifacts: show lineage, compare, verify, query, sign, remove what is not needed."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -6,17 +6,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.cli.app import Out, Wanted, app, find_artifact
-from vla_opd.machine.host import METRICS, require_equal_bits, this_host
+from flows.cli.app import ArtifactName, Out, app, find_artifact, needs_lineage_extra
+from vla_opd.machine.host import METRICS, require_equal_bits, resolve_host
 from vla_opd.params.load import load
 
 if TYPE_CHECKING:
+    from vla_opd.lineage.garbage import Garbage
     from vla_opd.lineage.history import History
     from vla_opd.lineage.store import Artifact, Store
 
 
 class Form(StrEnum):
-    """How a history is written."""
+    """The formats of a history."""
 
     tree = "tree"
     mermaid = "mermaid"
@@ -27,61 +28,70 @@ class Form(StrEnum):
 
 
 @app.command("lineage")
-def lineage_(
-    artifact: Wanted, form: Annotated[Form, typer.Option("--as")] = Form.tree, out: Out = None
+def show_lineage(
+    artifact: ArtifactName,
+    form: Annotated[Form, typer.Option("--as")] = Form.tree,
+    out: Out = None,
 ) -> None:
-    """Everything that an artifact came from: parents, settings, seeds, code and its commit, versions, and who ran it when."""
-    from flows.cli import answers
-    from vla_opd.lineage import exports, history
-
-    told = _history(artifact)
-    match form:
-        case Form.tree:
-            text = answers.history(told)
-        case Form.mermaid:
-            text = history.mermaid(told)
-        case Form.html:
-            text = history.page(told)
-        case _:
-            text = exports.EXPORTS[form.value](told)
-    _write(text, out)
+    """Show what an artifact came from: parents, settings, seeds, code, versions, executions."""
+    _write(_format(_read_history(artifact), form), out)
 
 
-@app.command("diff")
-def diff_(first: Wanted, second: Wanted) -> None:
-    """What differs between the histories of two artifacts."""
+def _format(artifact_history: "History", form: Form) -> str:
     from flows.cli import answers
     from vla_opd.lineage import history
 
-    print(answers.differences(list(history.diff(_history(first), _history(second)))))
+    match form:
+        case Form.tree:
+            return answers.history(artifact_history)
+        case Form.mermaid:
+            return history.mermaid(artifact_history)
+        case Form.html:
+            return history.page(artifact_history)
+        case _:
+            with needs_lineage_extra(f"opd lineage --as {form.value}"):
+                from vla_opd.lineage.exports import EXPORTS
+            return EXPORTS[form.value](artifact_history)
 
 
-@app.command()
-def compare(
-    first: Wanted,
-    second: Wanted,
+@app.command("diff")
+def show_differences(first: ArtifactName, second: ArtifactName) -> None:
+    """Show in what the histories of two artifacts differ."""
+    from flows.cli import answers
+    from vla_opd.lineage.history import diff
+
+    differences = list(diff(_read_history(first), _read_history(second)))
+    print(answers.differences(differences))
+
+
+@app.command("compare")
+def compare_evaluations(
+    first: ArtifactName,
+    second: ArtifactName,
     horizon: Annotated[
         int | None,
-        typer.Option(min=1, help="control steps after which an episode is given up, in both"),
+        typer.Option(min=1, help="end every episode after this many control steps"),
     ] = None,
     confidence: Annotated[float, typer.Option(min=0.5, max=0.9999)] = 0.95,
 ) -> None:
-    """Two evaluations of the same initial states, pair by pair: the difference with its interval, McNemar's exact p, and every task."""
-    from flows.cli import answers
-    from vla_opd.lineage import store
+    """Compare two evaluations of the same initial states, episode by episode.
 
-    there = store.read_store()
-    one, other = (
-        answers.evaluated(find_artifact(there, name), horizon) for name in (first, second)
-    )
-    print(answers.compared(one, other, confidence, horizon))
+    Shows every task, the difference with its interval, and the p value of McNemar's exact test.
+    """
+    from flows.cli import answers
+    from vla_opd.lineage.store import read_store
+
+    store = read_store()
+    before = answers.open_evaluation(find_artifact(store, first), horizon)
+    after = answers.open_evaluation(find_artifact(store, second), horizon)
+    print(answers.comparison(before, after, confidence, horizon))
 
 
 @app.command("verify")
-def verify_(
-    artifacts: Annotated[
+def verify_artifacts(
+    names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[ARTIFACT]...", help="all that are here if none are named"),
+        typer.Argument(metavar="[ARTIFACT]...", help="all artifacts if none are named"),
     ] = None,
     deep: Annotated[
         bool,
@@ -94,111 +104,135 @@ def verify_(
         typer.Option(
             "--replay",
             metavar="SHARD",
-            help="make this shard of the one artifact again, and compare bytes",
+            help="make this shard of the artifact again, and compare the bytes",
         ),
     ] = None,
     signature: Annotated[
         Path | None,
-        typer.Option(
-            help="check this signature over the one artifact's history, which `opd sign` wrote"
-        ),
+        typer.Option(help="check this signature of the artifact's history, from `opd sign`"),
     ] = None,
-    key: Annotated[Path | None, typer.Option(help="the public key (PEM) of whoever signed")] = None,
+    key: Annotated[Path | None, typer.Option(help="the signer's public key (PEM)")] = None,
 ) -> None:
-    """Hash every file again. Exit code 1 if anything is not what was published; says what was made from it and is void."""
+    """Hash every file again. Exit code 1 if one has changed; lists the artifacts that are void."""
     from flows.cli import answers
-    from vla_opd.lineage import exports, history, store, verify
+    from vla_opd.lineage.store import read_store
+    from vla_opd.lineage.verify import verify
 
-    there = store.read_store()
-    wanted = [find_artifact(there, name) for name in artifacts] if artifacts else None
-    one = wanted[0] if wanted and len(wanted) == 1 else None
-    if ((shard or signature or key) and one is None) or bool(signature) != bool(key):
+    store = read_store()
+    artifacts = list(store.artifacts)
+    if names:
+        artifacts = [find_artifact(store, name) for name in names]
+    needs_artifact = bool(shard or signature or key)
+    if (needs_artifact and len(names or ()) != 1) or bool(signature) != bool(key):
         raise ValueError(
             "--replay, and --signature with --key, are for one artifact; expected its name"
         )
-    findings = list(verify.verify(there, wanted, deep=deep))
-    print(answers.findings(findings, len(wanted if wanted is not None else there.artifacts)))
+    findings = list(verify(store, artifacts if names else None, deep=deep))
+    print(answers.findings(findings, len(artifacts)))
     if findings:
         raise typer.Exit(1)
-    if one and signature and key:
-        exports.check(history.History(one, there), signature, key)
-        print(f"  {signature}: signed by the owner of {key}")
-    if one and shard:
-        _replay(there, one, shard)
+    if signature and key:
+        _check_signature(store, artifacts[0], signature, key)
+    if shard:
+        _replay(store, artifacts[0], shard)
 
 
-def _replay(there: "Store", one: "Artifact", shard: str) -> None:
-    from flows import replay
+def _check_signature(store: "Store", artifact: "Artifact", signature: Path, key: Path) -> None:
+    with needs_lineage_extra("opd verify --signature"):
+        from vla_opd.lineage.signatures import check_signature
+    from vla_opd.lineage.history import History
 
-    its = one.manifest.params
+    check_signature(History(artifact, store), signature, key)
+    print(f"  {signature}: signed by the owner of {key}")
+
+
+def _replay(store: "Store", artifact: "Artifact", shard: str) -> None:
+    from flows.replay import replay
+
     require_equal_bits()
-    host = this_host(
-        None, its.get("device", "cpu"), "none", METRICS, graphs=its.get("graphs", False)
-    )
-    again = replay.replay(there, one, shard, load(), host)
-    if again.differing:
+    settings = artifact.manifest.params
+    device = settings.get("device", "cpu")
+    graphs = settings.get("graphs", False)
+    host = resolve_host(None, device, "none", METRICS, graphs=graphs)
+    result = replay(store, artifact, shard, load(), host)
+    if result.differing:
         raise ValueError(
-            f"{again.name}/{again.shard}: made again, it came out differently: {', '.join(again.differing)}"
+            f"{result.name}/{result.shard}: differs after a replay in {', '.join(result.differing)}"
         )
-    print(f"  {again.name}/{again.shard}: made again, the same bytes")
+    print(f"  {result.name}/{result.shard}: made again, the same bytes")
 
 
 @app.command("audit")
-def audit_(
-    question: Annotated[
-        str, typer.Argument(help="in SQL; a wrong one is answered with the tables")
+def query_artifacts(
+    sql: Annotated[
+        str,
+        typer.Argument(
+            metavar="SQL", help="a query; one with a mistake is answered with all tables"
+        ),
     ],
 ) -> None:
-    """Ask anything of all manifests, evaluations and executions, in SQL."""
+    """Query all manifests, evaluations and executions in SQL."""
     from flows.cli import answers
-    from vla_opd.lineage import sql, store
+    from vla_opd.lineage.sql import query
+    from vla_opd.lineage.store import read_store
 
-    print(answers.rows(*sql.ask(store.read_store(), question)))
+    columns, rows = query(read_store(), sql)
+    print(answers.table(columns, rows))
 
 
-@app.command()
-def sign(
-    artifact: Wanted,
+@app.command("sign")
+def sign_history(
+    artifact: ArtifactName,
     key: Annotated[Path, typer.Option(help="an Ed25519 private key (PEM)")],
     out: Out = None,
 ) -> None:
-    """Sign an artifact's whole history."""
-    from vla_opd.lineage import exports
+    """Sign the history of an artifact."""
+    with needs_lineage_extra("opd sign"):
+        from vla_opd.lineage.signatures import sign
 
-    _write(exports.sign(_history(artifact), key), out)
+    _write(sign(_read_history(artifact), key), out)
 
 
-@app.command()
-def gc(
+@app.command("gc")
+def collect_garbage(
     keep: Annotated[
         list[str] | None,
-        typer.Option(metavar="ARTIFACT", help="keep this too, and all that it came from"),
+        typer.Option(metavar="ARTIFACT", help="also keep this artifact and what it came from"),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would go")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only list the artifacts")] = False,
 ) -> None:
-    """Remove the artifacts that neither the run of params.yaml nor what is named needs."""
-    from vla_opd.lineage import garbage, store
+    """Remove the artifacts that the run in params.yaml does not need."""
+    from vla_opd.lineage.garbage import find_garbage, remove
+    from vla_opd.lineage.store import read_store
 
-    there = store.read_store()
-    found = garbage.garbage(there, load(), [find_artifact(there, name) for name in keep or ()])
-    if not dry_run:
-        garbage.remove(found)
-    for artifact in found.artifacts:
+    store = read_store()
+    kept = [find_artifact(store, name) for name in keep or ()]
+    garbage = find_garbage(store, load(), kept)
+    if dry_run:
+        _print_garbage(garbage, "would be")
+    else:
+        remove(garbage)
+        _print_garbage(garbage, "were")
+
+
+def _print_garbage(garbage: "Garbage", verb: str) -> None:
+    for artifact in garbage.artifacts:
         print(f"  {artifact.name}")
-    print(
-        f"  {len(found.artifacts)} artifacts, {found.bytes / 1e6:.1f} MB {'would be' if dry_run else 'were'} removed"
-    )
-    if found.artifacts and Path(".dvc/cache").is_dir():
+    count = len(garbage.artifacts)
+    print(f"  {count} artifacts, {garbage.bytes / 1e6:.1f} MB {verb} removed")
+    if garbage.artifacts and Path(".dvc/cache").is_dir():
         print(
-            "  DVC's cache keeps its own of them, often the same bytes on the disk; `dvc gc --workspace` removes what the workspace no longer has"
+            "  DVC's cache still has them (often as the same bytes on disk); "
+            "`dvc gc --workspace` removes what the workspace no longer has"
         )
 
 
-def _history(name: str) -> "History":
-    from vla_opd.lineage import history, store
+def _read_history(name: str) -> "History":
+    from vla_opd.lineage.history import History
+    from vla_opd.lineage.store import read_store
 
-    there = store.read_store()
-    return history.History(find_artifact(there, name), there)
+    store = read_store()
+    return History(find_artifact(store, name), store)
 
 
 def _write(text: str, out: Path | None) -> None:

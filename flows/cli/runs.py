@@ -1,4 +1,4 @@
-"""Commands on runs: bring up to date, plan, extend, serve."""
+"""Commands on runs: run, plan, extend, serve, study, accept."""
 
 import os
 import signal
@@ -18,134 +18,133 @@ from flows.prefect_server import server
 from vla_opd.machine import host
 from vla_opd.params.load import load
 
-PREFECT = {  # the terminal is for the stages; Prefect's own log is in its interface. A server that is silent for 15 seconds (2 + 4 + 8) is lost
-    "PREFECT_CLIENT_MAX_RETRIES": "3",
-    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+PREFECT_ENVIRONMENT = {
+    "PREFECT_CLIENT_MAX_RETRIES": "3",  # a server that is silent for 2 + 4 + 8 s is lost
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the terminal shows the stages' output
     "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",
     "DO_NOT_TRACK": "1",
 }
-INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
-LOST = threading.Event()  # Prefect's server, in the middle of a run
+INTERRUPTED = 128 + signal.SIGINT
+TERMINATED = 128 + signal.SIGTERM
+SERVER_LOST = threading.Event()  # set when Prefect's server stops answering during a run
 
 Stages = Annotated[
     list[str] | None,
-    typer.Argument(
-        metavar="[STAGE]...", help="only what leads to these stages, e.g. evaluate@final"
-    ),
+    typer.Argument(metavar="[STAGE]...", help="these stages and their inputs only"),
 ]
 Changes = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="SECTION.KEY=VALUE", help="write a setting into params.yaml first"
+        "--set", metavar="SECTION.KEY=VALUE", help="first write a setting into params.yaml"
     ),
 ]
 
 
 @app.command()
 def run(targets: Stages = None, changes: Changes = None) -> None:
-    """Bring the run that params.yaml describes up to date, as a Prefect flow."""
-    _quiet()
-    settings.write(_changes(changes or ()))
-    with _interruptible("make run"), server.in_use() as url:
+    """Bring the run in params.yaml up to date, as a Prefect flow."""
+    _configure_prefect()
+    settings.write(_parse_changes(changes or ()))
+    stages = targets or []
+    with _interruptible("make run"), server.use_server() as url:
         from httpx import HTTPError
         from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
-        from flows.train import bring_alone, opd
+        from flows.train import opd, reproduce_without_server
 
         try:
-            # Who sits at the terminal sees a run end; the heartbeat's thread takes 1 s to.
+            # Nobody needs a heartbeat of a run at the terminal, and its thread takes 1 s to stop.
             with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
-                opd(targets=targets or [])
-        except HTTPError:  # the server was lost, and the end of the run could not be told to it
-            LOST.set()
-            bring_alone(targets or [])
+                opd(targets=stages)
+        except HTTPError:  # the server was lost and does not know how the run ended
+            SERVER_LOST.set()
+            reproduce_without_server(stages)
+    if not stages or "report" in stages:
+        _print_results(url.removesuffix("/api"))
+
+
+def _print_results(interface: str) -> None:
     folder = Path("artifacts") / load().run.name
-    if "report" in (targets or ["report"]) and (told := summary.read(folder)):
-        print(terminal.closing(folder, told, url.removesuffix("/api")))
+    results = summary.read(folder)
+    if results:
+        print(terminal.closing_message(folder, results, interface))
 
 
 @app.command()
 def study(
-    name: Annotated[str, typer.Argument(help="a study of params.yaml")],
+    name: Annotated[str, typer.Argument(help="a study in params.yaml")],
     arms: Annotated[
-        list[str] | None, typer.Option("--arm", help="only this arm; may be said again")
+        list[str] | None, typer.Option("--arm", help="only this arm; can be repeated")
     ] = None,
     seeds: Annotated[
-        list[int] | None, typer.Option("--seed", min=0, help="only this seed; may be said again")
+        list[int] | None, typer.Option("--seed", min=0, help="only this seed; can be repeated")
     ] = None,
     parallel: Annotated[
-        int, typer.Option(min=1, help="members at the same time; each gets its share of the cores")
+        int, typer.Option(min=1, help="members at the same time, which share the CPU cores")
     ] = 1,
 ) -> None:
     """Bring a study up to date: every arm with every seed, then its table and its page."""
-    run = load()
-    projects.members(
-        name, run, arms or (), seeds or ()
-    )  # a name that isn't there is refused before a server is started
-    _quiet()
-    with _interruptible(f"opd study {name}"), server.in_use():
+    params = load()
+    projects.select_members(name, params, arms or (), seeds or ())  # refuses unknown names early
+    _configure_prefect()
+    with _interruptible(f"opd study {name}"), server.use_server():
         from httpx import HTTPError
 
-        from flows.study import study as flow
+        from flows.study import study as study_flow
 
         try:
-            flow(name, arms, seeds, parallel)
+            study_flow(name, arms, seeds, parallel)
         except HTTPError as error:
-            LOST.set()
+            SERVER_LOST.set()
             raise RuntimeError(
-                f"Prefect's server does not answer any more ({error}); what is done stays, go on with  opd study {name}"
+                f"Prefect's server no longer answers ({error}); finished members are kept: "
+                f"resume with  opd study {name}"
             ) from error
-    folder = Path("artifacts") / run.run.name
-    print(
-        f"\n  table      {folder / 'studies' / name}\n  page       {folder / 'report' / name / 'index.html'}"
-    )
+    folder = Path("artifacts") / params.run.name
+    page = folder / "report" / name / "index.html"
+    print(f"\n  table      {folder / 'studies' / name}\n  page       {page}")
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM, taken for what Ctrl-C is."""
+    """SIGTERM, handled like Ctrl-C."""
 
 
 @contextmanager
-def _interruptible(again: str) -> Generator[None]:
-    """End on Ctrl-C and on SIGTERM with one sentence: by which command the run is resumed."""
+def _interruptible(resume: str) -> Generator[None]:
+    """On Ctrl-C and SIGTERM, print the command that resumes, and exit."""
 
     def terminate(*_: object) -> None:
         raise _Terminated
 
-    before = signal.signal(
-        signal.SIGTERM, terminate
-    )  # Prefect, which takes the signal first, hands it on when its run is ended
+    # Prefect installs a handler of its own, and calls this one when its run has ended.
+    previous = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
-    except KeyboardInterrupt as end:
-        print(f"\n\n  interrupted; what is done is kept: resume with  {again}", file=sys.stderr)
-        raise typer.Exit(TERMINATED if isinstance(end, _Terminated) else INTERRUPTED) from None
+    except KeyboardInterrupt as interrupt:
+        print(f"\n\n  interrupted; what is done is kept: resume with  {resume}", file=sys.stderr)
+        code = TERMINATED if isinstance(interrupt, _Terminated) else INTERRUPTED
+        raise typer.Exit(code) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)
 
 
-def _quiet() -> None:
-    """What Prefect is told where the terminal is for something else. It has to be there before Prefect is imported."""
-    for name, value in PREFECT.items():
+def _configure_prefect() -> None:
+    """Set Prefect's environment variables. Call this before Prefect is imported."""
+    for name, value in PREFECT_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
 
-@app.command()
-def plan(
+@app.command("plan")
+def show_plan(
     targets: Stages = None,
     memory: Annotated[
         bool,
-        typer.Option(
-            "--memory",
-            help="what the run will take of the memory, and whether it fits, in place of what is to do",
-        ),
+        typer.Option("--memory", help="estimate memory instead of listing stages"),
     ] = False,
     capacity: Annotated[
         float | None,
         typer.Option(
-            min=0,
-            metavar="GB",
-            help="with --memory: of the device, if it isn't the one that is here",
+            min=0, metavar="GB", help="with --memory: the device's memory, if it is another device"
         ),
     ] = None,
     processes: Annotated[
@@ -153,17 +152,21 @@ def plan(
         typer.Option(
             metavar="N",
             envvar="OPD_PROCESSES",
-            help="with --memory: that train together, each on a device of its own",
+            help="with --memory: how many train together, each on a device of its own",
         ),
     ] = "1",
 ) -> None:
-    """Say what is up to date and what is not; or, with --memory, what the run will need. Exit code 1 if that is more than there is."""
+    """List which stages are up to date; or, with --memory, estimate the memory of the run.
+
+    Exit code 1 if the run needs more memory than there is.
+    """
     if memory and not targets:
-        _plan_memory(capacity, processes)
+        _print_memory(capacity, processes)
         return
     if memory or capacity is not None:
         raise ValueError(
-            f"--memory with {targets or 'no stages'}, --capacity is {capacity}; expected --memory without stages, and --capacity with it only"
+            f"--memory with {targets or 'no stages'}, --capacity is {capacity}; "
+            "expected --memory without stages, and --capacity with it only"
         )
     for step in pipeline.inspect(targets or ()):
         print(f"  {step.name:<20} {_state(step)}")
@@ -179,45 +182,51 @@ def _state(step: Step) -> str:
     return "not needed" if step.missing else "up to date"
 
 
-def _plan_memory(capacity: float | None, processes: str) -> None:
-    from flows.cli import capacity as needed
+def _print_memory(capacity_gb: float | None, processes: str) -> None:
+    from flows.cli import capacity
 
-    told, too_much = needed.plan(load(), capacity, host.processes(processes))
-    print(told)
-    if too_much:
-        raise ValueError("\n".join(too_much))
+    count = host.parse_processes(processes)
+    text, excesses = capacity.plan(load(), capacity_gb, count)
+    print(text)
+    if excesses:
+        raise ValueError("\n".join(excesses))
 
 
 @app.command("serve")
-def serve_() -> None:
-    """Serve the deployment opd/train, and start a Prefect server if none answers."""
+def serve_deployment() -> None:
+    """Serve the deployment opd/train; starts a Prefect server if none answers."""
     raise typer.Exit(serve.main())
 
 
 @app.command()
-def extend(iterations: Annotated[int, typer.Option(min=1, help="how many more")]) -> None:
-    """Add iterations to the end of the run; `opd run` then makes them, and repeats nothing."""
+def extend(iterations: Annotated[int, typer.Option(min=1, help="how many to add")]) -> None:
+    """Add iterations to the end of the run; `opd run` then makes only these."""
     changes = settings.extension(len(load().iterations) + iterations)
     settings.write(changes)
     for field, value in changes.items():
         print(f"  {field}: {value}")
-    run = load()
-    decay = run.optimize.schedule_iterations
-    if run.depth(run.evaluations[run.report.final]) >= decay:
+    params = load()
+    decay = params.optimize.schedule_iterations
+    final = params.evaluations[params.report.final]
+    if params.depth(final) >= decay:
         print(
-            f"  the learning rate has decayed after iteration {decay} (optimize.schedule_iterations): later ones make small steps"
+            f"  the learning rate has decayed after iteration {decay} "
+            "(optimize.schedule_iterations): later iterations make small steps"
         )
 
 
 @app.command()
 def accept(stages: Annotated[list[str], typer.Argument(metavar="STAGE...")]) -> None:
-    """Declare that edits of code didn't change what these stages made."""
+    """Declare that edits of the code do not change the outputs of these stages."""
     for name in pipeline.accept(stages):
-        print(f"  {name}: dvc.lock now holds its code as it is; what it made stays as it was")
+        print(f"  {name}: dvc.lock now has the present code; the outputs are unchanged")
 
 
-def _changes(pairs: Sequence[str]) -> dict[str, str]:
+def _parse_changes(pairs: Sequence[str]) -> dict[str, str]:
+    changes: dict[str, str] = {}
     for pair in pairs:
-        if "=" not in pair:
+        key, separator, value = pair.partition("=")
+        if not separator:
             raise ValueError(f"--set {pair}: expected SECTION.KEY=VALUE, as in optimize.steps=120")
-    return dict(pair.split("=", 1) for pair in pairs)
+        changes[key] = value
+    return changes

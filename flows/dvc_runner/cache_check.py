@@ -1,7 +1,7 @@
-"""DVC's cache, hashed when something comes out of it.
+"""A check of DVC's cache: hash what is taken out of it.
 
-DVC hashes what goes in, makes it read-only, and believes a read-only file from then on: a bit that flips there would come back each time that the
-artifact is removed to be made again.
+DVC hashes what goes in, makes it read-only, and trusts a read-only file from then on: a bit that
+flips there would come back every time the artifact is removed to be made again.
 """
 
 import time
@@ -9,27 +9,30 @@ from pathlib import Path
 from typing import Any
 
 
-def distrust() -> None:
-    """Let DVC, in this process, hash what it finds in its cache, once, and remove what is no longer what was stored: it makes that again then.
+def hash_on_read() -> None:
+    """Make DVC, in this process, hash each file of its cache once when it reads it.
 
-    What was put there since this process began, by this process as a rule, has just been hashed on its way in.
+    A file whose hash is wrong is removed, so that DVC makes it again. Files that were stored since
+    the call, usually by this process, were hashed on the way in.
     """
     from dvc_data.hashfile.db.local import LocalHashFileDB
     from dvc_data.hashfile.hash import file_md5
     from dvc_objects.errors import ObjectFormatError
 
-    believe = LocalHashFileDB.check  # of dvc-data 3.18; a test tells when it is elsewhere
-    began, hashed = time.time(), dict[str, float]()
+    trusting_check = LocalHashFileDB.check  # of dvc-data 3.18; a test fails if it has moved
+    began = time.time()
+    hashed: dict[str, float] = {}  # the time of the last change, by path
 
     def check(self: Any, oid: str, *arguments: Any, **named: Any) -> Any:
-        meta = believe(self, oid, *arguments, **named)
+        meta = trusting_check(self, oid, *arguments, **named)
         path = self.oid_to_path(oid)
         changed = Path(path).stat().st_ctime
         if changed < began and hashed.get(path) != changed:
             if file_md5(path, self.fs) != oid.removesuffix(".dir"):
                 Path(path).unlink(missing_ok=True)
                 print(
-                    f"{path} was not what DVC had stored there, and is removed: what it belongs to is made again",
+                    f"{path} was not what DVC had stored there, and is removed: "
+                    "what it belongs to is made again",
                     flush=True,
                 )
                 raise ObjectFormatError(f"{path} is corrupted")

@@ -1,6 +1,6 @@
-"""One DVC process for stage after stage: a good part of what DVC takes for a single stage is its own start.
+"""One DVC process for stage after stage, since DVC's own start is much of a stage's cost.
 
-`main` repeats `dvc repro --single-item` for each request that it reads, a line of JSON.
+`main` runs `dvc repro --single-item` for each request that it reads, a line of JSON.
 """
 
 import json
@@ -25,53 +25,66 @@ from vla_opd.machine import proxies
 from vla_opd.machine.parent_death import die_with_parent
 
 CHATTER = re.compile(
-    r"Running stage |> |Stage '|Updating lock file|Generating lock file|To track the changes|\tgit add|To enable auto|\tdvc config|Use `dvc push`"
+    r"Running stage |> |Stage '|Updating lock file|Generating lock file|To track the changes"
+    r"|\tgit add|To enable auto|\tdvc config|Use `dvc push`"
 )
-NAME = "flows.dvc_runner.process"  # in the process's command line, for who looks at processes
-BOOT = "import sys; sys.path.insert(0, {root!r}); del sys.argv[1]; from flows.dvc_runner.process import main; main()"
-Tell = Callable[["Line"], object]
-PASSING_EVERY = 15.0  # seconds between a progress bar's lines that a run's log keeps
+NAME = "flows.dvc_runner.process"  # in the command line, for people who list processes
+BOOT = (
+    "import sys; sys.path.insert(0, {root!r}); del sys.argv[1]; "
+    "from flows.dvc_runner.process import main; main()"
+)
+LineHandler = Callable[["Line"], object]
+PASSING_EVERY_S = 15.0  # between the lines of a progress bar that a run's log keeps
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a stage's output; a `passing` one ended in a carriage return, as a progress bar's do."""
+    """One line of a stage's output.
+
+    passing: it ended in a carriage return, as a progress bar's lines do.
+    """
 
     text: str
     passing: bool = False
 
     @property
     def chatter(self) -> bool:
-        """Whether DVC said it, not the stage."""
+        """Return whether the line is empty or DVC's, not the stage's."""
         return not self.text.strip() or CHATTER.match(self.text) is not None
 
 
-class Kept:
-    """A stage's output in the log of the Prefect run: every line, and of progress bars one now and then."""
+class ThrottledLog:
+    """A stage's output in the log of the Prefect run: every line, but few of progress bars."""
 
     def __init__(self, logger: Any) -> None:
         self._logger = logger
         self._last_passing = float("-inf")
 
-    def tell(self, line: Line) -> None:
-        """Log one line, if it is to be kept; what DVC itself says of every stage isn't."""
+    def write(self, line: Line) -> None:
+        """Log a line, unless it is DVC's or follows another line of a progress bar closely."""
         now = time.monotonic()
-        if line.chatter or (line.passing and now - self._last_passing < PASSING_EVERY):
+        if line.chatter or (line.passing and now - self._last_passing < PASSING_EVERY_S):
             return
-        self._last_passing = now if line.passing else self._last_passing
+        if line.passing:
+            self._last_passing = now
         self._logger.info("%s", line.text.strip())
 
 
 class Dvc:
-    """The process: started at the first request, and again if it has died since. It dies with the process that started it."""
+    """The process, started at the first request and again after its death.
+
+    It dies with the process that started it.
+    """
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
 
-    def repro(self, stage: str, tell: Tell, environment: Mapping[str, str]) -> int:
-        """The exit code of `dvc repro --single-item STAGE`; minus the signal if the process dies of one. `tell` gets each line as it is said.
+    def repro(self, stage: str, on_line: LineHandler, environment: Mapping[str, str]) -> int:
+        """Run `dvc repro --single-item STAGE` and return its exit code.
 
-        environment: what the stage finds there besides this process's own.
+        It is minus the signal's number if the process dies of a signal.
+        on_line:     called with each line of output as it arrives.
+        environment: variables for the stage, in addition to this process's own.
         """
         process = self.start()
         assert process.stdin is not None
@@ -81,57 +94,58 @@ class Dvc:
         try:
             process.stdin.write(json.dumps(request).encode() + b"\n")
             process.stdin.flush()
-            for line in lines(process.stdout):
+            for line in read_lines(process.stdout):
                 if line.text.startswith(end):
                     return int(line.text.removeprefix(end))
-                tell(line)
-        except BaseException:  # nobody will read what the stage goes on to say
+                on_line(line)
+        except BaseException:  # nobody will read the rest of the stage's output
             process.terminate()
             raise
         return process.wait()
 
     def start(self) -> "subprocess.Popen[bytes]":
-        """The process, started if it isn't there: who will soon ask need not wait for it then."""
+        """Start the process if there is none, so that a later request need not wait for it."""
         if self._process is None or self._process.poll() is not None:
             self.close()
-            self._process = _started()
+            self._process = _start()
         return self._process
 
     def close(self) -> None:
-        """End the process, if there is one: it ends when nothing is asked of it any more."""
+        """End the process, if there is one, by closing its input."""
         if self._process is not None:
             self._process.__exit__(None, None, None)
             self._process = None
 
 
-_STAYING: ContextVar[Dvc | None] = ContextVar("staying", default=None)
+_CURRENT: ContextVar[Dvc | None] = ContextVar("dvc", default=None)
 
 
 @contextmanager
-def staying() -> Generator[Dvc]:
-    """The DVC process for as long as the context lasts; within another such context, that one's."""
-    outer = _STAYING.get()
+def shared_dvc() -> Generator[Dvc]:
+    """Yield a DVC process that lasts as long as the context; nested contexts share it."""
+    outer = _CURRENT.get()
     if outer is not None:
         yield outer
         return
-    own = Dvc()
-    token = _STAYING.set(own)
+    dvc = Dvc()
+    token = _CURRENT.set(dvc)
     try:
-        yield own
+        yield dvc
     finally:
-        _STAYING.reset(token)
-        own.close()
+        _CURRENT.reset(token)
+        dvc.close()
 
 
-def _started() -> "subprocess.Popen[bytes]":
-    """With this interpreter's folder first on PATH (dvc.yaml says `python`), and unbuffered.
+def _start() -> "subprocess.Popen[bytes]":
+    """Start the process, with this interpreter's folder first on PATH (dvc.yaml runs `python`).
 
-    By the last words of its command `locks.held` knows it from another process that got its number.
-    `-P`: whatever the folder of the run, or the environment, holds, this module is ours.
+    `stale_locks.is_held` recognises it by the last words of its command, in case another process
+    gets its number. `-P` imports this module from here, whatever the run's folder contains.
     """
     folder = str(Path(sys.executable).parent)
     path = {"PATH": folder + os.pathsep + os.environ.get("PATH", ""), "PYTHONUNBUFFERED": "1"}
-    environment = proxies.restored(os.environ | path)
+    environment = proxies.restore(os.environ | path)
+    end_with_parent = partial(die_with_parent, signal.SIGTERM, os.getpid())
     boot = BOOT.format(root=str(Path(__file__).resolve().parents[2]))
     return subprocess.Popen(
         [sys.executable, "-P", "-c", boot, NAME, "repro", "--single-item"],
@@ -139,33 +153,34 @@ def _started() -> "subprocess.Popen[bytes]":
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         env=environment,
-        preexec_fn=partial(die_with_parent, signal.SIGTERM, os.getpid()),  # noqa: PLW1509 - one system call, no locks taken
+        preexec_fn=end_with_parent,  # noqa: PLW1509 - one system call, no locks taken
     )
 
 
-def lines(stream: IO[bytes]) -> Iterator[Line]:
-    """Lines of a byte stream as they come; a carriage return ends a passing one."""
-    held = b""
+def read_lines(stream: IO[bytes]) -> Iterator[Line]:
+    """Yield the lines of a byte stream as they arrive; a carriage return ends a passing line."""
+    incomplete = b""
     while block := os.read(stream.fileno(), 65536):
-        *whole, held = re.split(rb"(?<=[\n\r])(?!\n)", held + block)
-        yield from (_line(piece) for piece in whole)
-    if held:
-        yield _line(held)
+        *complete, incomplete = re.split(rb"(?<=[\n\r])(?!\n)", incomplete + block)
+        for line in complete:
+            yield _decode(line)
+    if incomplete:
+        yield _decode(incomplete)
 
 
-def _line(piece: bytes) -> Line:
-    text = piece.decode(errors="replace")
+def _decode(line: bytes) -> Line:
+    text = line.decode(errors="replace")
     return Line(text.rstrip("\r\n"), passing=text.endswith("\r"))
 
 
 def main() -> None:
-    """Answer requests until there are no more, or until the terminal's interrupt."""
+    """Answer requests until there are no more, or until Ctrl-C in the terminal."""
     from dvc.cli import main as dvc
 
-    import_module("dvc.repo")  # now, not when the first stage waits for it
+    import_module("dvc.repo")  # now, so that the first stage need not wait for it
 
-    lock_file.remember()
-    cache_check.distrust()
+    lock_file.cache_lock_file()
+    cache_check.hash_on_read()
     requests = os.fdopen(os.dup(0), encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # a stage has no input
     try:

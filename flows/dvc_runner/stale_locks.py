@@ -1,7 +1,8 @@
-"""DVC's locks, freed from those who died with them.
+"""Locks of DVC that were left by dead processes.
 
-DVC drops an entry of `.dvc/tmp/rwlock` itself once its process is gone. A process that is a zombie, or another one that got the same number since,
-blocks it for ever; so does a file that was cut short when its writer was killed.
+DVC drops an entry of `.dvc/tmp/rwlock` itself once its process is gone. But a zombie, or another
+process that got the same number since, blocks DVC for ever; so does a lock file that was cut short
+when its writer was killed.
 """
 
 import json
@@ -13,8 +14,8 @@ import psutil
 TEMPORARY = Path(".dvc/tmp")
 
 
-def heal(folder: Path = TEMPORARY) -> tuple[str, ...]:
-    """Drop what nobody alive holds. Returns the commands whose locks were dropped."""
+def drop_stale_locks(folder: Path = TEMPORARY) -> tuple[str, ...]:
+    """Drop locks that no living process holds. Returns the commands that had taken them."""
     from dvc.fs import localfs
     from dvc.lock import LockError
     from dvc.rwlock import (
@@ -28,43 +29,48 @@ def heal(folder: Path = TEMPORARY) -> tuple[str, ...]:
     if not path.is_file():
         return ()
     try:
-        with _edit_rwlock(str(folder), localfs, hardlink=False) as opened:
-            lock = cast("dict[str, Any]", opened)
-            dead = [info for info in _holders(lock) if not held(info)]
-            lock["write"] = {name: info for name, info in lock["write"].items() if info not in dead}
-            left = {
-                name: [info for info in infos if info not in dead]
-                for name, infos in lock["read"].items()
-            }
-            lock["read"] = {name: infos for name, infos in left.items() if infos}
-    except LockError:  # somebody is writing the file at this moment, and sees to it
+        with _edit_rwlock(str(folder), localfs, hardlink=False) as lock:
+            stale = _drop_stale_entries(cast("dict[str, Any]", lock))
+    except LockError:  # another process is writing the file at this moment, and checks it
         return ()
     except (RWLockFileCorruptedError, RWLockFileFormatError):
         path.unlink(missing_ok=True)
         return (f"{path}, which was cut short",)
-    return tuple(dict.fromkeys(info["cmd"] for info in dead))
+    return tuple(dict.fromkeys(entry["cmd"] for entry in stale))
 
 
-def written(folder: Path = TEMPORARY) -> frozenset[Path]:
-    """What processes that are alive are writing now, as DVC's stages have said. Read only; nothing where it can't be read."""
+def _drop_stale_entries(lock: dict[str, Any]) -> list[dict[str, Any]]:
+    """Remove entries without a living process from a lock's data, and return them."""
+    entries = list(lock["write"].values())
+    for readers in lock["read"].values():
+        entries.extend(readers)
+    stale = [entry for entry in entries if not is_held(entry)]
+    lock["write"] = {name: entry for name, entry in lock["write"].items() if entry not in stale}
+    read: dict[str, Any] = {}
+    for name, readers in lock["read"].items():
+        alive = [entry for entry in readers if entry not in stale]
+        if alive:
+            read[name] = alive
+    lock["read"] = read
+    return stale
+
+
+def outputs_being_written(folder: Path = TEMPORARY) -> frozenset[Path]:
+    """Return the outputs that living processes are writing, by their locks; empty on any error."""
     try:
         entries = json.loads((folder / "rwlock").read_text())["write"]
-        return frozenset(Path(path) for path, info in entries.items() if held(info))
+        return frozenset(Path(path) for path, entry in entries.items() if is_held(entry))
     except (OSError, ValueError, KeyError):
         return frozenset()
 
 
-def held(info: dict[str, Any]) -> bool:
-    """Whether the process that an entry names is alive, no zombie, and still running the command that took the lock."""
-    arguments = " ".join(info["cmd"].split()[1:])
+def is_held(entry: dict[str, Any]) -> bool:
+    """Return whether an entry's process lives, is no zombie, and runs the command it locked for."""
+    arguments = " ".join(entry["cmd"].split()[1:])
     try:
-        process = psutil.Process(info["pid"])
-        return process.status() != psutil.STATUS_ZOMBIE and " ".join(process.cmdline()).endswith(
-            arguments
-        )
+        process = psutil.Process(entry["pid"])
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        return " ".join(process.cmdline()).endswith(arguments)
     except psutil.NoSuchProcess:
         return False
-
-
-def _holders(lock: dict[str, Any]) -> list[dict[str, Any]]:
-    return [*lock["write"].values(), *(info for infos in lock["read"].values() for info in infos)]

@@ -1,4 +1,7 @@
-"""One stage at a time on this machine's GPU, whichever flow run it belongs to: a concurrency limit of Prefect's, named after the machine."""
+"""One stage at a time on this machine's GPU, across flow runs.
+
+It is a global concurrency limit in Prefect, named after the machine.
+"""
 
 import os
 import platform
@@ -6,37 +9,42 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+from stages.catalog import BEHIND, STAGES
+
 LIMIT = f"opd-gpu-{platform.node()}"
-STAGES = (
-    "pretrain",
-    "finetune",
-    "sample",
-    "label",
-    "optimize",
-    "explore",
-    "reinforce",
-    "evaluate",
-)  # of dvc.yaml, those that run a policy
 DRIVER = Path("/proc/driver/nvidia/version")
 
 
-def needed(verb: str) -> bool:
-    """Whether a stage will use a GPU: `--device auto` takes one where there is one. Found out without importing torch."""
+def needs_gpu(verb: str) -> bool:
+    """Return whether a stage will use a GPU, without importing torch.
+
+    With `--device auto` it does if the machine has one.
+    """
+    if not STAGES[BEHIND[verb]].on_device:
+        return False
     device = os.environ.get("OPD_DEVICE", "auto")
-    return verb in STAGES and (device.startswith("cuda") or (device == "auto" and DRIVER.is_file()))
+    return device.startswith("cuda") or (device == "auto" and DRIVER.is_file())
 
 
-def devices() -> list[str]:
-    """The GPUs of this machine that a stage may see, as `CUDA_VISIBLE_DEVICES` names them. Found out without importing torch."""
-    if (told := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [one for one in told.split(",") if one]
-    return [str(number) for number, _ in enumerate(sorted(DRIVER.with_name("gpus").glob("*")))]
+def visible_gpus() -> list[str]:
+    """Return the GPUs that a stage may use, by their names in `CUDA_VISIBLE_DEVICES`.
+
+    Torch is not imported for it.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name]
+    count = len(list(DRIVER.with_name("gpus").glob("*")))
+    return [str(number) for number in range(count)]
 
 
 @contextmanager
-def held(verb: str) -> Generator[None]:
-    """Wait for the GPU if the stage needs it, and keep it for as long as the context lasts. The lease of a holder that dies runs out by itself."""
-    if not needed(verb):
+def hold_gpu(verb: str) -> Generator[None]:
+    """Wait for the GPU if the stage needs it, and hold it for the duration of the context.
+
+    The lease of a process that dies expires by itself.
+    """
+    if not needs_gpu(verb):
         yield
         return
     from prefect.concurrency.sync import concurrency
@@ -47,7 +55,10 @@ def held(verb: str) -> Generator[None]:
 
 
 def ensure_limit() -> None:
-    """Make the limit, of one stage, unless there is one: whoever has two GPUs sets it to 2 (`prefect gcl update NAME --limit 2`)."""
+    """Create the limit of one stage, unless it exists.
+
+    For two GPUs, set it to 2 with `prefect gcl update NAME --limit 2`.
+    """
     from prefect.client.orchestration import get_client
     from prefect.exceptions import ObjectNotFound
 

@@ -1,6 +1,7 @@
-"""Which flow runs have a living process: each holds a lock on a file named after it, and the kernel lets go of the lock when the process dies.
+"""Flow runs with a living process, by a lock on a file that is named after the run.
 
-Prefect alone can't tell: a run whose process and runner were both killed stays RUNNING on its server for good (its issue 16746).
+The kernel releases the lock when the process dies. Prefect alone can't tell: a run whose process
+and runner were both killed stays RUNNING on its server for good (Prefect's issue 16746).
 """
 
 import fcntl
@@ -15,62 +16,70 @@ RUNS = Path(".prefect/runs")
 
 
 @contextmanager
-def locked(path: Path, otherwise: str) -> Generator[None]:
-    """Hold the lock on a file, which is made if need be, for as long as the context lasts. RuntimeError(otherwise) if another process has it."""
+def hold_lock(path: Path, message: str) -> Generator[None]:
+    """Hold the lock on a file, which is created if missing, for the duration of the context.
+
+    RuntimeError(message) if another process holds it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RuntimeError(otherwise) from None
+            raise RuntimeError(message) from None
         yield
 
 
 @contextmanager
-def held(run: str) -> Generator[None]:
-    """Be the living process of a flow run for as long as the context lasts. RuntimeError if another process is."""
-    with orphaned(run):
+def hold_run(run: str) -> Generator[None]:
+    """Be the process of a flow run for the duration of the context.
+
+    RuntimeError if another process is.
+    """
+    with hold_unreported_run(run):
         try:
             yield
-        finally:  # a kill skips this: what is left behind is what `abandoned` finds
-            forget(run)
+        finally:  # skipped by a kill, so that `abandoned_runs` returns the run
+            forget_run(run)
 
 
 @contextmanager
-def orphaned(run: str) -> Generator[None]:
-    """The same for a run whose end can't be reported any more: it is left behind, for whoever serves this folder next to do so."""
+def hold_unreported_run(run: str) -> Generator[None]:
+    """Be the process of a flow run whose end can't be reported any more.
+
+    The run's file is kept, and the process that next serves this folder reports the end.
+    """
     path = RUNS / run
-    with locked(
-        path, f"flow run {run} has a process already, which holds {path}; wait for it, or end it"
-    ):
+    message = f"flow run {run} has a process already, which holds {path}; wait for it, or end it"
+    with hold_lock(path, message):
         yield
 
 
-def abandoned() -> tuple[str, ...]:
-    """The flow runs of this folder that were begun, and whose processes died."""
-    return tuple(sorted(path.name for path in RUNS.glob("*") if not _alive(path)))
+def abandoned_runs() -> tuple[str, ...]:
+    """Return the flow runs of this folder whose processes died."""
+    return tuple(sorted(path.name for path in RUNS.glob("*") if not _is_locked(path)))
 
 
-def alive(run: str) -> bool:
-    """Whether the flow run has a process, in this folder or in another where a process of this machine is at work."""
-    folders = {
-        Path(process.info["cwd"] or "/") for process in psutil.process_iter(["cwd"])
-    }  # of other users' processes it is not told
+def is_alive(run: str) -> bool:
+    """Return whether a flow run has a process on this machine, in any process's folder."""
+    # Other users' processes have no "cwd" here.
+    folders = {Path(process.info["cwd"] or "/") for process in psutil.process_iter(["cwd"])}
     files = {folder / RUNS / run for folder in (*folders, Path())}
-    return any(os.access(file, os.R_OK) and _alive(file) for file in files)
+    return any(os.access(file, os.R_OK) and _is_locked(file) for file in files)
 
 
-def others(own: str = "") -> tuple[str, ...]:
-    """The flow runs of this folder that have a process, but for our own."""
-    return tuple(sorted(path.name for path in RUNS.glob("*") if path.name != own and _alive(path)))
+def other_living_runs(current: str = "") -> tuple[str, ...]:
+    """Return the flow runs of this folder that have a process, except the current one."""
+    paths = [path for path in RUNS.glob("*") if path.name != current]
+    return tuple(sorted(path.name for path in paths if _is_locked(path)))
 
 
-def forget(run: str) -> None:
-    """Its end has been reported: it is no longer abandoned."""
+def forget_run(run: str) -> None:
+    """Remove a run whose end was reported: it is not abandoned."""
     (RUNS / run).unlink(missing_ok=True)
 
 
-def _alive(path: Path) -> bool:
+def _is_locked(path: Path) -> bool:
     with path.open() as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

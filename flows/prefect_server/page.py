@@ -1,6 +1,6 @@
-"""What a stage leaves on the page of its Prefect run: a table of what it made; of the report also a link to the page, and its pictures.
+"""A stage's artifact on the page of its Prefect run: a table; for the report also link and images.
 
-A view for whoever looks at the run. The record is the manifest, and nothing is read back from here.
+It is only a view: the record is the manifest, and nothing is read back from here.
 """
 
 import base64
@@ -12,55 +12,60 @@ from typing import Any
 from prefect.artifacts import create_image_artifact, create_link_artifact, create_table_artifact
 
 from flows.pipeline import Step
-from vla_opd.artifacts.manifest import MANIFEST, flat
+from vla_opd.artifacts.manifest import MANIFEST, flatten
 from vla_opd.lineage.store import SHORT, Artifact, read_artifact
 
-NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'  # which a drawing inside a page can do without
-PICTURE = re.compile(r"<figure.*?<svg(.*?</svg>).*?</figure>", re.DOTALL)
-COLOURS = re.compile(r":root \{.*?\}", re.DOTALL)  # the drawings name colours that the page decides
+# A drawing needs them outside of a page.
+NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+FIGURE = re.compile(r"<figure.*?<svg(.*?</svg>).*?</figure>", re.DOTALL)
+COLOURS = re.compile(r":root \{.*?\}", re.DOTALL)  # the page defines the drawings' colours
 
 
-def post(step: Step) -> None:
-    """Post what the stage's outs hold. A folder without a manifest posts nothing."""
+def post_outputs(step: Step) -> None:
+    """Post the artifacts in a stage's outputs. A folder without a manifest posts nothing."""
     key = _key(step.name)
-    for folder in [Path(out) for out in step.outs if (Path(out) / MANIFEST).is_file()]:
+    for folder in map(Path, step.outs):
+        if not (folder / MANIFEST).is_file():
+            continue
         artifact = read_artifact(folder, folder.as_posix())
-        create_table_artifact(rows(artifact), key=key, description=f"{folder}, made by {step.name}")
+        description = f"{folder}, made by {step.name}"
+        create_table_artifact(table_rows(artifact), key=key, description=description)
         if artifact.manifest.kind == "report":
-            page = folder / "index.html"
-            create_link_artifact(
-                page.resolve().as_uri(), link_text=str(page.resolve()), key=f"{key}-page"
-            )
-            for number, picture in enumerate(pictures(page.read_text(encoding="utf-8")), 1):
-                create_image_artifact(picture, key=f"{key}-picture-{number}")
+            _post_report(folder / "index.html", key)
 
 
-def rows(artifact: Artifact) -> list[dict[str, Any]]:
-    """Digest, parents, and every number that the manifest's facts have, one a row."""
+def _post_report(page: Path, key: str) -> None:
+    address = page.resolve()
+    create_link_artifact(address.as_uri(), link_text=str(address), key=f"{key}-page")
+    drawings = extract_drawings(page.read_text(encoding="utf-8"))
+    for number, drawing in enumerate(drawings, 1):
+        create_image_artifact(drawing, key=f"{key}-picture-{number}")
+
+
+def table_rows(artifact: Artifact) -> list[dict[str, Any]]:
+    """Return one row for the digest, for each parent, and for each number in the facts."""
     manifest = artifact.manifest
-    told: list[tuple[str, Any]] = [("digest", manifest.digest[:SHORT])]
-    told += [(f"parent: {role}", digest[:SHORT]) for role, digest in manifest.parents.items()]
-    told += [
-        (key, round(value, 4))
-        for key, value in flat(manifest.facts).items()
-        if isinstance(value, int | float) and not key.startswith("checkpoint.")
-    ]
-    told.append(("megabytes", round(artifact.size / 1e6, 2)))
-    return [{"what": what, "value": value} for what, value in told]
+    values: list[tuple[str, Any]] = [("digest", manifest.digest[:SHORT])]
+    for role, digest in manifest.parents.items():
+        values.append((f"parent: {role}", digest[:SHORT]))
+    for key, value in flatten(manifest.facts).items():
+        if isinstance(value, int | float) and not key.startswith("checkpoint."):
+            values.append((key, round(value, 4)))
+    values.append(("megabytes", round(artifact.size / 1e6, 2)))
+    return [{"what": name, "value": value} for name, value in values]
 
 
-def pictures(page: str) -> Iterator[str]:
-    """The drawings of a report as addresses that hold the picture itself, so that nothing needs to be served."""
+def extract_drawings(page: str) -> Iterator[str]:
+    """Yield a report's drawings as data URIs, so that nothing needs to be served."""
     colours = COLOURS.search(page)
-    for drawing in PICTURE.findall(page):
+    rules = colours[0] if colours else ""
+    style = f"<style>{rules} svg {{ background: var(--paper); }}</style>"
+    for drawing in FIGURE.findall(page):
         attributes, _, shapes = drawing.partition(">")
-        style = (
-            f"<style>{colours[0] if colours else ''} svg {{ background: var(--paper); }}</style>"
-        )
         svg = f"<svg {NAMESPACES}{attributes}>{style}{shapes}"
         yield f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
 
 
 def _key(text: str) -> str:
-    """Prefect's keys are of lower-case letters, digits and dashes."""
+    """Return a key of Prefect's, which has lower-case letters, digits and dashes only."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

@@ -20,35 +20,38 @@ import os, sys
 def watch(event, arguments):
     if event in ("socket.connect", "socket.sendto", "socket.getaddrinfo"):
         address = arguments[0] if event == "socket.getaddrinfo" else arguments[1]
-        host = address[0] if isinstance(address, tuple) else address  # a string is a path of this machine's
-        if not (host is None or str(host).startswith(("/", "127.", "::1", "localhost")) or str(host) in ("", "0.0.0.0")):
+        host = address[0] if isinstance(address, tuple) else address  # a string is a local path
+        local = host in (None, "", "0.0.0.0")
+        if not local and not str(host).startswith(("/", "127.", "::1", "localhost")):
             with open(os.environ["OPD_TEST_WATCH"], "a") as log:
                 log.write(f"{event} {address} by {sys.argv}\\n")
 sys.addaudithook(watch)
 """
 
 
+CHECKED_OUT = (
+    "flows/",
+    "stages/",
+    "vla_opd/",
+    ".dvc",
+    "dvc.yaml",
+    "prefect.yaml",
+    ".gitignore",
+    "artifacts/.gitignore",
+)
+
+
 def checkout(settings: str, folder: Path) -> Toy:
-    """What git has of this project, as it is in the working tree, but for the reference and its lock."""
-    files = subprocess.run(
-        ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout.split("\0")
-    for name in filter(None, files):
-        if (
-            name.startswith(
-                (
-                    "flows/",
-                    "stages/",
-                    "vla_opd/",
-                    ".dvc",
-                    "dvc.yaml",
-                    "prefect.yaml",
-                    ".gitignore",
-                    "artifacts/.gitignore",
-                )
-            )
-            and (ROOT / name).is_file()
-        ):
+    """Copy the working tree's code and DVC settings, without the reference and its lock."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    for name in listed.stdout.split("\0"):
+        if name.startswith(CHECKED_OUT) and (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
     (folder / "params.yaml").write_text(settings)
@@ -59,7 +62,10 @@ def checkout(settings: str, folder: Path) -> Toy:
 
 @dataclass
 class Served:
-    """A toy project, and a terminal in which it is served: every process of it carries a mark by which it can be found and killed."""
+    """A toy project, and a terminal in which it is served.
+
+    Every process of it carries a mark in its environment, by which it can be found and killed.
+    """
 
     toy: Toy
     port: int
@@ -68,20 +74,19 @@ class Served:
 
     @property
     def environment(self) -> dict[str, str]:
-        return (
-            os.environ
-            | {
-                "PREFECT_HOME": str(self.toy.folder / ".prefect"),
-                "PREFECT_API_URL": f"http://127.0.0.1:{self.port}/api",
-                "PYTHONPATH": f"{ROOT}{os.pathsep}{self.toy.folder / 'watch'}",
-                "OPD_TEST_WATCH": str(self.toy.folder / "elsewhere.log"),
-                "DO_NOT_TRACK": "1",
-                "PREFECT_CLIENT_MAX_RETRIES": "3",  # 14 seconds until a server is held for lost, not 62
-                "TOY_SLEEPS": "optimize it001",
-                "OPD_TEST_MARK": self.mark,
-                "SHELL": "/bin/sh",  # DVC's choice where there is no login shell; dash keeps standing between DVC and the stage
-            }
-        )
+        variables = {
+            "PREFECT_HOME": str(self.toy.folder / ".prefect"),
+            "PREFECT_API_URL": f"http://127.0.0.1:{self.port}/api",
+            "PREFECT_CLIENT_MAX_RETRIES": "3",  # a server is lost after 14 seconds, not 62
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{self.toy.folder / 'watch'}",
+            "OPD_TEST_WATCH": str(self.toy.folder / "elsewhere.log"),
+            "OPD_TEST_MARK": self.mark,
+            "TOY_SLEEPS": "optimize it001",
+            "DO_NOT_TRACK": "1",
+            # What DVC chooses where there is no login shell; dash stays between DVC and the stage.
+            "SHELL": "/bin/sh",
+        }
+        return os.environ | variables
 
     @property
     def log(self) -> str:
@@ -89,7 +94,7 @@ class Served:
         return path.read_text(errors="replace") if path.is_file() else ""
 
     def serve(self, *through: str) -> None:
-        """`python -m flows.serve`, until it says that it serves.
+        """Start `python -m flows.serve`, and wait until it says that it serves.
 
         through: a command that runs it, such as strace.
         """
@@ -111,17 +116,20 @@ class Served:
         )
 
     def state(self, run: str) -> str:
-        """The type of a flow run's state, from the server itself: Prefect's command takes seconds of a core to start."""
+        """Return the type of a flow run's state.
+
+        It comes from the server itself, since Prefect's command takes seconds to start.
+        """
         return self.ask(f"flow_runs/{run}")["state_type"]
 
     def ask(self, path: str, question: object = None) -> Any:
-        """What the server answers: to a GET, or to a POST of the question."""
+        """Return the server's answer to a GET, or to a POST of the question."""
         url = f"http://127.0.0.1:{self.port}/api/{path}"
         answer = httpx.get(url) if question is None else httpx.post(url, json=question)
         return answer.raise_for_status().json()
 
     def processes(self) -> list[int]:
-        """All of them: the server, the runner, the flow, dvc, the stage."""
+        """Return the ids of the server, the runner, the flow, dvc and the stage."""
         return [
             int(folder.name)
             for folder in Path("/proc").glob("[0-9]*")
@@ -129,19 +137,19 @@ class Served:
         ]
 
     def with_words(self, words: str) -> dict[int, str]:
-        """The processes of ours whose command lines have these words, and those lines."""
+        """Return the project's processes whose command lines have these words, and those lines."""
         return {pid: line for pid in self.processes() if words in (line := _command(pid))}
 
     def kill(self, words: str) -> None:
-        """SIGKILL the one process of ours whose command line has these words."""
-        found = self.with_words(words)
-        assert len(found) == 1, [_command(pid) for pid in self.processes()]
-        os.kill(next(iter(found)), signal.SIGKILL)
+        """SIGKILL the one process of the project whose command line has these words."""
+        victims = list(self.with_words(words))
+        assert len(victims) == 1, [_command(pid) for pid in self.processes()]
+        os.kill(victims[0], signal.SIGKILL)
 
     def kill_everything(self) -> int:
         killed = 0
-        while found := self.processes():
-            for pid in found:
+        while victims := self.processes():
+            for pid in victims:
                 try:
                     os.kill(pid, signal.SIGKILL)
                 except ProcessLookupError:
@@ -168,8 +176,8 @@ def _command(pid: int) -> str:
         return ""
 
 
-def wait_for(what: Callable[[], bool], seconds: float, why: Callable[[], str]) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float, explain: Callable[[], str]) -> None:
     deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, why()
+    while not condition():
+        assert time.monotonic() < deadline, explain()
         time.sleep(0.3)

@@ -1,4 +1,4 @@
-"""What DVC's plan, locks and missing data do, on the real dvc.yaml over toy stages."""
+"""DVC's plan, locks and missing data, with the real dvc.yaml and toy stages."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ from vla_opd.params.load import load
 if TYPE_CHECKING:
     from flows.dvc_runner.process import Line
 
-MADE = [
+ORIGINS = [
     "demonstrate@pre",
     "pretrain@base",
     "demonstrate@main",
@@ -28,7 +28,7 @@ MADE = [
 ]
 EACH = ["sample", "label", "optimize"]
 ITERATIONS = [f"{verb}@{iteration}" for iteration in ("it001", "it002") for verb in EACH]
-PLAN = [*MADE, *ITERATIONS, "evaluate@final", "evaluate@teacher", "report"]
+PLAN = [*ORIGINS, *ITERATIONS, "evaluate@final", "evaluate@teacher", "report"]
 
 
 def due(steps: tuple[Step, ...]) -> list[str]:
@@ -60,23 +60,23 @@ def test_an_iteration_of_grpo_has_no_labels(toy: Toy) -> None:
     toy.edit("params.yaml", "reinforcements: {}", "reinforcements: {rl001: it002, rl002: rl001}")
     toy.edit("params.yaml", "final: it002", "final: rl002")
     plan = pipeline.plan()
-    own = {step.name: step.iteration for step in plan if "rl" in (step.iteration or "")}
-    assert own == {
+    iterations = {step.name: step.iteration for step in plan if "rl" in (step.iteration or "")}
+    assert iterations == {
         "explore@rl001": "rl001",
         "reinforce@rl001": "rl001",
         "explore@rl002": "rl002",
         "reinforce@rl002": "rl002",
         "evaluate@final": "rl002",
     }
-    said = toy.dvc("repro", "reinforce@rl002")
-    assert [name for name in ran(said) if name.endswith(("rl001", "rl002"))] == list(own)[:4]
+    names = ran(toy.dvc("repro", "reinforce@rl002"))
+    assert [name for name in names if name.endswith(("rl001", "rl002"))] == list(iterations)[:4]
     assert toy.has("checkpoints/rl002", "trajectories/rl002")
     assert not toy.has("logits/rl001")
     assert due(pipeline.plan(["reinforce@rl002"])) == []
 
 
 def test_a_teacher_may_be_made_by_grpo(toy: Toy) -> None:
-    """As the paper's was: fine-tuned, then reinforced; whoever labels comes after that."""
+    """As the paper's was: fine-tuned, then reinforced; the stage `label` comes after that."""
     toy.edit("params.yaml", "reinforcements: {}", "reinforcements: {rl001: teacher, rl002: rl001}")
     toy.edit("params.yaml", "label: {teacher: teacher}", "label: {teacher: rl002}")
     names = [step.name for step in pipeline.plan(["optimize@it001"])]
@@ -104,31 +104,30 @@ def test_the_plan_to_a_target_ends_there(toy: Toy) -> None:
     "path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name
 )
 def test_an_example_is_a_run_of_dvc_yaml(toy: Toy, path: Path) -> None:
-    """As `make run` begins: every reference in dvc.yaml resolves, and every section that a stage depends on is there."""
+    """Every reference in dvc.yaml resolves, and every section that a stage depends on exists."""
     shutil.copy(path, toy.folder / "params.yaml")
     assert {*load(path).origins.values(), "report"} <= set(due(pipeline.plan()))
 
 
 def test_a_section_that_a_stage_depends_on_is_asked_for_before_any_stage(toy: Toy) -> None:
     toy.edit("params.yaml", "finetune: {batch_size: 4}\n", "")
-    with pytest.raises(
-        ValueError,
-        match=r"stage pretrain@base depends on \['finetune'\]; expected these sections \(finetune: {} for the defaults\)",
-    ):
+    message = (
+        r"stage pretrain@base depends on \['finetune'\]; "
+        r"expected these sections \(finetune: {} for the defaults\)"
+    )
+    with pytest.raises(ValueError, match=message):
         pipeline.plan()
 
 
 @pytest.mark.parametrize(
-    ("there", "absent"),
+    ("line", "absent"),
     [("adopt: {}\n", "adopt"), ("label: {teacher: teacher}\n", "label.teacher")],
 )
-def test_what_dvc_yaml_reads_is_asked_for_by_name(toy: Toy, there: str, absent: str) -> None:
-    """DVC itself says where in dvc.yaml it couldn't find something."""
-    toy.edit("params.yaml", there, "")
-    with pytest.raises(
-        ValueError,
-        match=rf"params\.yaml: missing {absent}, which dvc\.yaml reads \(add it, if only as {{}} or its default\)",
-    ):
+def test_a_missing_key_that_dvc_yaml_reads_is_named(toy: Toy, line: str, absent: str) -> None:
+    """DVC's own message names the place in dvc.yaml."""
+    toy.edit("params.yaml", line, "")
+    message = rf"params\.yaml: missing {absent}, which dvc\.yaml reads \(add `{absent}"
+    with pytest.raises(ValueError, match=message):
         pipeline.plan()
 
 
@@ -136,40 +135,38 @@ def test_what_dvc_yaml_reads_is_asked_for_by_name(toy: Toy, there: str, absent: 
 
 
 @pytest.mark.parametrize(
-    ("what", "hostile"),
+    ("text", "hostile"),
     [
         ("iterations: {it001: student", 'iterations: {"it001$(touch PWNED)": student'),
         ("run: {name: toy", 'run: {name: "../victim"'),
     ],
 )
 def test_a_hostile_params_yaml_is_refused_before_dvc_reads_it(
-    toy: Toy, monkeypatch: pytest.MonkeyPatch, what: str, hostile: str
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, text: str, hostile: str
 ) -> None:
-    toy.edit("params.yaml", what, hostile)
+    toy.edit("params.yaml", text, hostile)
     monkeypatch.setattr(pipeline, "_survey", lambda *_: pytest.fail("DVC has read it"))
     with pytest.raises(ValueError, match=r"params\.yaml"):
         pipeline.plan()
 
 
-def test_a_clone_without_demonstrations_goes_on_from_the_reference(clone: Toy) -> None:
-    rest = [*ITERATIONS, "evaluate@final", "report"]
-    assert due(pipeline.plan()) == rest
-    assert ran(clone.dvc("repro", "--allow-missing")) == rest
+def test_a_clone_without_demonstrations_starts_from_the_reference(clone: Toy) -> None:
+    expected = [*ITERATIONS, "evaluate@final", "report"]
+    assert due(pipeline.plan()) == expected
+    assert ran(clone.dvc("repro", "--allow-missing")) == expected
     assert not clone.has("demonstrations")
 
 
 def test_a_clone_remakes_demonstrations_only_for_a_checkpoint_that_needs_them(clone: Toy) -> None:
     clone.edit("params.yaml", "steps: 3", "steps: 5")
     steps = due(pipeline.plan())
-    assert steps[:2] == [
-        "demonstrate@main",
-        "finetune@student",
-    ]  # the student may be due, if the demonstrations come out different
+    # The student may be due, if the demonstrations come out different.
+    assert steps[:2] == ["demonstrate@main", "finetune@student"]
     assert "finetune@teacher" in steps
     assert not {"demonstrate@pre", "pretrain@base"} & set(steps)
-    assert "failed to reproduce 'finetune@teacher'" in clone.dvc(
-        "repro", "--allow-missing", check=False
-    )  # DVC alone has to be told
+    # DVC alone has to be asked for it.
+    output = clone.dvc("repro", "--allow-missing", check=False)
+    assert "failed to reproduce 'finetune@teacher'" in output
     assert set(ran(clone.dvc("repro", "finetune@teacher"))) == {
         "demonstrate@pre",
         "demonstrate@main",
@@ -178,19 +175,14 @@ def test_a_clone_remakes_demonstrations_only_for_a_checkpoint_that_needs_them(cl
 
 
 def test_dvc_repro_teacher_student_rebuilds_the_reference(clone: Toy) -> None:
-    """With targets, DVC's own order varies from process to process (it walks a set); without, it is that of dvc.yaml."""
+    """With targets, DVC's order varies from process to process; without, it is dvc.yaml's."""
     before = clone.lock
+    targets = ("finetune@teacher", "finetune@student")
     demonstrations = {"demonstrate@pre", "demonstrate@main"}
-    assert (
-        set(ran(clone.dvc("repro", "finetune@teacher", "finetune@student"))) == demonstrations
-    )  # they are the same, and so the checkpoints
-    assert set(
-        ran(clone.dvc("repro", "--force", "finetune@teacher", "finetune@student"))
-    ) == demonstrations | {
-        "pretrain@base",
-        "finetune@teacher",
-        "finetune@student",
-    }
+    # Demonstrations come out the same, so checkpoints need not be made again.
+    assert set(ran(clone.dvc("repro", *targets))) == demonstrations
+    forced = set(ran(clone.dvc("repro", "--force", *targets)))
+    assert forced == {*demonstrations, "pretrain@base", *targets}
     assert clone.lock == before
 
 
@@ -241,99 +233,99 @@ def test_due_is_what_is_needed() -> None:
 
 
 def test_bring_streams_and_says_whether_it_ran(toy: Toy) -> None:
-    heard: list[Line] = []
-    assert pipeline.bring("demonstrate@main", heard.append)
-    said = [line.text for line in heard if not line.chatter]
-    assert said == ["demonstrate main: from 0 inputs", "demonstrate: 1/2", "demonstrate: 2/2"]
-    assert [line.text for line in heard if line.passing] == ["demonstrate: 1/2", "demonstrate: 2/2"]
-    assert not pipeline.bring("demonstrate@main", heard.append)
+    lines: list[Line] = []
+    assert pipeline.reproduce("demonstrate@main", lines.append)
+    texts = [line.text for line in lines if not line.chatter]
+    assert texts == ["demonstrate main: from 0 inputs", "demonstrate: 1/2", "demonstrate: 2/2"]
+    assert [line.text for line in lines if line.passing] == ["demonstrate: 1/2", "demonstrate: 2/2"]
+    assert not pipeline.reproduce("demonstrate@main", lines.append)
 
 
 @pytest.mark.parametrize("way", ["the flow's", "dvc repro"])
-def test_an_artifact_that_came_from_the_cache_and_was_spoilt_is_made_good(
+def test_an_artifact_that_came_from_the_cache_and_was_corrupted_is_restored(
     toy: Toy, way: str
 ) -> None:
-    """What lies in the workspace must not be the cache's own file: DVC trusts that one, and would leave it as it is."""
+    """A file in the workspace must not be the cache's: DVC trusts that one, and would keep it."""
     for old, new in (("0.1", "0.1"), ("0.1", "0.2"), ("0.2", "0.1")):
         toy.edit("params.yaml", f"noise: {old}", f"noise: {new}")
         toy.dvc("repro", "demonstrate@main")
-    spoilt = toy.folder / "artifacts/toy/demonstrations/main/digest"
-    good, mode = spoilt.read_bytes(), spoilt.stat().st_mode
-    spoilt.chmod(0o644)
-    with spoilt.open("r+b") as file:
+    corrupted = toy.folder / "artifacts/toy/demonstrations/main/digest"
+    good = corrupted.read_bytes()
+    mode = corrupted.stat().st_mode
+    corrupted.chmod(0o644)
+    with corrupted.open("r+b") as file:
         file.write(bytes([good[0] ^ 1]))
-    spoilt.chmod(mode)
+    corrupted.chmod(mode)
     if way == "dvc repro":
         toy.dvc("repro", "demonstrate@main")
     else:
-        pipeline.bring("demonstrate@main", lambda _: None)
-    assert spoilt.read_bytes() == good
+        pipeline.reproduce("demonstrate@main", lambda _: None)
+    assert corrupted.read_bytes() == good
 
 
 @pytest.mark.parametrize("kind", ["a file", "a list of files"])
 def test_a_cache_that_was_spoilt_is_not_believed(toy: Toy, kind: str) -> None:
     toy.dvc("repro", "demonstrate@main")
-    made = toy.folder / "artifacts/toy/demonstrations/main"
-    good, lock = (made / "digest").read_bytes(), toy.lock
-    (spoilt,) = [
+    folder = toy.folder / "artifacts/toy/demonstrations/main"
+    good = (folder / "digest").read_bytes()
+    lock = toy.lock
+    (corrupted,) = [
         path
         for path in (toy.folder / ".dvc/cache/files").rglob("*")
         if path.is_file() and (path.suffix == ".dir") == (kind != "a file")
     ]
-    mode = spoilt.stat().st_mode
-    spoilt.chmod(0o644)
-    spoilt.write_bytes(
-        spoilt.read_bytes().replace(good[:1], b"x")
-        if kind == "a file"
-        else spoilt.read_bytes().replace(b"digest", b"digesT")
-    )
-    spoilt.chmod(mode)
-    shutil.rmtree(made)
-    heard: list[Line] = []
-    assert pipeline.bring("demonstrate@main", heard.append)
-    assert (made / "digest").read_bytes() == good
+    mode = corrupted.stat().st_mode
+    corrupted.chmod(0o644)
+    content = corrupted.read_bytes()
+    if kind == "a file":
+        corrupted.write_bytes(content.replace(good[:1], b"x"))
+    else:
+        corrupted.write_bytes(content.replace(b"digest", b"digesT"))
+    corrupted.chmod(mode)
+    shutil.rmtree(folder)
+    lines: list[Line] = []
+    assert pipeline.reproduce("demonstrate@main", lines.append)
+    assert (folder / "digest").read_bytes() == good
     assert toy.lock == lock
-    (told,) = [line.text for line in heard if "was not what DVC had stored" in line.text]
-    assert spoilt.relative_to(toy.folder).as_posix() in told
-    shutil.rmtree(made)
-    assert not pipeline.bring(
-        "demonstrate@main", heard.append
-    )  # from the cache, which is whole again
-    assert (made / "digest").read_bytes() == good
+    (warning,) = [line.text for line in lines if "was not what DVC had stored" in line.text]
+    assert corrupted.relative_to(toy.folder).as_posix() in warning
+    shutil.rmtree(folder)
+    assert not pipeline.reproduce("demonstrate@main", lines.append), "the cache is whole again"
+    assert (folder / "digest").read_bytes() == good
 
 
-def test_a_failing_stage_hands_back_its_last_words(
+def test_the_last_lines_of_a_failing_stage_are_reported(
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TOY_FAILS", "demonstrate main")
     with pytest.raises(StageFailed) as failure:
-        pipeline.bring("demonstrate@main", lambda _: None)
-    assert "demonstrate main: no luck" in failure.value.said
+        pipeline.reproduce("demonstrate@main", lambda _: None)
+    assert "demonstrate main: no luck" in failure.value.output
 
 
 def test_a_dvc_repro_by_hand_that_is_at_work_is_left_to_it_and_its_work_is_used(toy: Toy) -> None:
-    with toy.started("repro", "demonstrate@main", TOY_SLEEPS="demonstrate main") as other:
-        assert other.stdout is not None
-        assert any(line == "demonstrate main: from 0 inputs\n" for line in other.stdout)
+    with toy.started("repro", "demonstrate@main", TOY_SLEEPS="demonstrate main") as repro:
+        assert repro.stdout is not None
+        assert any(line == "demonstrate main: from 0 inputs\n" for line in repro.stdout)
         with pytest.raises(Busy):
             pipeline.plan(patience=0)
         with pytest.raises(Busy):
-            pipeline.bring("demonstrate@main", lambda _: None)
-        other.stdout.read()
-    assert other.returncode == 0
-    assert not pipeline.bring("demonstrate@main", lambda _: None)
+            pipeline.reproduce("demonstrate@main", lambda _: None)
+        repro.stdout.read()
+    assert repro.returncode == 0
+    assert not pipeline.reproduce("demonstrate@main", lambda _: None)
 
 
 def test_a_question_is_answered_while_a_stage_is_at_work(toy: Toy) -> None:
-    with toy.started("repro", "demonstrate@main", TOY_SLEEPS="demonstrate main") as other:
-        assert other.stdout is not None
-        assert any(line == "demonstrate main: from 0 inputs\n" for line in other.stdout)
+    with toy.started("repro", "demonstrate@main", TOY_SLEEPS="demonstrate main") as repro:
+        assert repro.stdout is not None
+        assert any(line == "demonstrate main: from 0 inputs\n" for line in repro.stdout)
         began = time.monotonic()
         states = {step.name: step for step in pipeline.inspect()}
         assert time.monotonic() - began < 4
         assert states["demonstrate@main"].at_work
         assert not states["demonstrate@pre"].at_work
-        other.stdout.read()
+        repro.stdout.read()
     assert not any(step.at_work for step in pipeline.inspect())
 
 
@@ -351,11 +343,19 @@ def test_a_read_only_checkout_can_be_planned(toy: Toy) -> None:
     toy.dvc("repro", "finetune@teacher")
     expected = [f"{step.name} {step.due}" for step in pipeline.inspect()]
     shutil.rmtree(toy.folder / ".dvc/tmp")
-    asked = "from flows import pipeline; print(*(f'{step.name} {step.due}' for step in pipeline.inspect()), sep='\\n')"
-    mount = f'mount --bind {toy.folder} {toy.folder} && mount -o remount,ro,bind {toy.folder} && cd {toy.folder} && exec {sys.executable} -P -c "$0"'
+    program = """
+from flows import pipeline
+for step in pipeline.inspect():
+    print(f"{step.name} {step.due}")
+"""
+    folder = toy.folder
+    mount = (
+        f"mount --bind {folder} {folder} && mount -o remount,ro,bind {folder} && cd {folder} && "
+        f'exec {sys.executable} -P -c "$0"'
+    )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        ["unshare", "-m", "bash", "-c", mount, asked],
+        ["unshare", "-m", "bash", "-c", mount, program],
         env=environment,
         capture_output=True,
         text=True,
@@ -366,14 +366,14 @@ def test_a_read_only_checkout_can_be_planned(toy: Toy) -> None:
     assert done.stdout.splitlines() == expected, done.stderr
 
 
-def test_a_folder_without_git_is_told_what_to_do(toy: Toy) -> None:
+def test_a_folder_without_git_is_refused_with_the_remedy(toy: Toy) -> None:
     shutil.rmtree(toy.folder / ".git")
-    for ask in (pipeline.plan, pipeline.inspect, lambda: pipeline.accept(["report"])):
-        with pytest.raises(
-            ValueError,
-            match=r"is not a git repository; expected a git repository.*`git init`.*core\.no_scm true",
-        ):
-            ask()
+    message = (
+        r"is not a git repository; DVC expects a git repository.*`git init`.*core\.no_scm true"
+    )
+    for command in (pipeline.plan, pipeline.inspect, lambda: pipeline.accept(["report"])):
+        with pytest.raises(ValueError, match=message):
+            command()
     toy.dvc("config", "--local", "core.no_scm", "true")
     assert pipeline.plan()
 

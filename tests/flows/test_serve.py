@@ -1,4 +1,4 @@
-"""The deployment on a real Prefect server: started by command, killed whole in the middle of a stage, served again, retried, finished."""
+"""The deployment on a real Prefect server: runs are killed in the middle of a stage and retried."""
 
 import json
 import os
@@ -25,16 +25,15 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("served")
     project = Served(make_toy(folder), free_port())
     (folder / "watch").mkdir()
-    (folder / "watch/sitecustomize.py").write_text(
-        WATCH
-    )  # every Python process of the project runs it first
+    # Every Python process of the project runs it first.
+    (folder / "watch/sitecustomize.py").write_text(WATCH)
     project.serve()
     yield project
     project.kill_everything()
 
 
 @pytest.mark.parametrize(
-    ("parameter", "said"),
+    ("parameter", "message"),
     [
         ('settings={"optimize.lr": 0.1}', "'optimize.lr' was unexpected"),
         ('settings={"optimize.steps": "many"}', "'many' is not of type 'integer'"),
@@ -44,16 +43,16 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     ],
 )
 def test_wrong_parameters_are_refused_before_there_is_a_run(
-    served: Served, parameter: str, said: str
+    served: Served, parameter: str, message: str
 ) -> None:
     refused = served.prefect("deployment", "run", "opd/train", "-p", parameter)
     assert refused.returncode == 1
-    assert said in " ".join((refused.stdout + refused.stderr).split())
+    assert message in " ".join((refused.stdout + refused.stderr).split())
     assert served.ask("flow_runs/count", {}) == 0
 
 
 def test_the_server_writes_in_batches(served: Served) -> None:
-    """One by one, states and events keep its database so busy that it refuses every other start of an iteration, for two seconds each."""
+    """Written singly, states and events keep its database too busy for iterations to start."""
     services = served.ask("admin/settings")["server"]["services"]
     assert services["task_run_recorder"]["batch_size"] == 100
     assert services["task_run_recorder"]["flush_interval"] == 1
@@ -70,9 +69,13 @@ def test_the_schedule_is_off_until_someone_turns_it_on(served: Served) -> None:
 
 
 def test_a_worker_of_a_pool_loads_the_flow_and_finds_dvc_itself() -> None:
-    """Loaded as a file, the flow would have its own folder searched first, where dvc.py is ours."""
+    """Loaded as a file, the flow would have modules of its own folder hide others of that name."""
     (deployment,) = YAML(typ="safe").load((ROOT / "prefect.yaml").read_text())["deployments"]
-    load = f"from prefect.flows import load_flow_from_entrypoint as load; print(load({deployment['entrypoint']!r}).name); import dvc.exceptions"
+    load = f"""
+import dvc.exceptions
+from prefect.flows import load_flow_from_entrypoint
+print(load_flow_from_entrypoint({deployment["entrypoint"]!r}).name)
+"""
     loaded = subprocess.run(
         [sys.executable, "-c", load], cwd=ROOT, text=True, capture_output=True, check=False
     )
@@ -80,7 +83,7 @@ def test_a_worker_of_a_pool_loads_the_flow_and_finds_dvc_itself() -> None:
 
 
 def test_a_folder_is_served_once(served: Served) -> None:
-    again = subprocess.run(
+    second = subprocess.run(
         [sys.executable, "-m", "flows.serve"],
         cwd=served.toy.folder,
         env=served.environment,
@@ -88,31 +91,49 @@ def test_a_folder_is_served_once(served: Served) -> None:
         capture_output=True,
         check=False,
     )
-    assert again.returncode == 1
-    assert "is being served from this folder already" in again.stderr
+    assert second.returncode == 1
+    assert "is being served from this folder already" in second.stderr
 
 
 IN_ITS_STAGE = "Task run 'optimize@it001' - optimize it001: from 3 inputs"
-VICTIMS = {"stages optimize": "FAILED", "dvc repro": "FAILED", "spawn_main": "CRASHED"}
+VICTIMS = {
+    "stages optimize": "FAILED",
+    "dvc_runner.process repro": "FAILED",
+    "spawn_main": "CRASHED",
+}
 
 
-def test_whoever_is_killed_a_retry_finishes_with_the_undisturbed_result(
+def start_run(served: Served, *parameters: str) -> str:
+    """Start a run of the deployment; return its id."""
+    options = [word for parameter in parameters for word in ("-p", parameter)]
+    created = served.prefect("deployment", "run", "opd/train", *options)
+    assert created.returncode == 0, created.stdout + created.stderr
+    return next(word for word in created.stdout.split() if re.fullmatch(r"[0-9a-f-]{36}", word))
+
+
+def start_lost_run(served: Served) -> str:
+    """Make a run on the server that is RUNNING, as if killed before it left a trace here."""
+    deployment = served.ask("deployments/name/opd/train")["id"]
+    state = {"state": {"type": "RUNNING"}}
+    return served.ask(f"deployments/{deployment}/create_flow_run", state)["id"]
+
+
+def read_task_log(served: Served, name: str) -> set[str]:
+    """Return the lines in the logs of all task runs of that name."""
+    tasks = served.ask("task_runs/filter", {"task_runs": {"name": {"any_": [name]}}})
+    ids = [task["id"] for task in tasks]
+    lines = served.ask("logs/filter", {"logs": {"task_run_id": {"any_": ids}}})
+    return {line["message"] for line in lines}
+
+
+def test_after_any_kill_a_retry_ends_with_the_undisturbed_result(
     served: Served, tmp_path: Path
 ) -> None:
-    """One run; in the middle of the same stage first the stage is killed, then DVC, then the flow's process, then the runner that started it.
+    """One run; in the same stage the stage, then DVC, the flow's process and its runner are killed.
 
     All of them at once: tests/flows/test_served_run.py.
     """
-    created = served.prefect(
-        "deployment",
-        "run",
-        "opd/train",
-        "-p",
-        "iterations=3",
-        "-p",
-        'settings={"optimize.steps": 5}',
-    )
-    run = next(word for word in created.stdout.split() if re.fullmatch(r"[0-9a-f-]{36}", word))
+    run = start_run(served, "iterations=3", 'settings={"optimize.steps": 5}')
     wait_for(lambda: served.log.count(IN_ITS_STAGE) == 1, 240, lambda: served.log)
     for kills, (victim, state) in enumerate(VICTIMS.items(), 1):
         served.kill(victim)
@@ -125,43 +146,26 @@ def test_whoever_is_killed_a_retry_finishes_with_the_undisturbed_result(
     assert served.runner is not None
     served.runner.wait()
     wait_for(lambda: served.state(run) == "COMPLETED", 300, lambda: served.log)
-    turned_on = served.prefect(
-        "deployment", "schedule", "resume", "opd/train", schedule(served)["id"]
-    )
+
+    nightly = schedule(served)["id"]
+    turned_on = served.prefect("deployment", "schedule", "resume", "opd/train", nightly)
     assert turned_on.returncode == 0, turned_on.stdout + turned_on.stderr
-    deployment = served.ask("deployments/name/opd/train")["id"]
-    lost = served.ask(f"deployments/{deployment}/create_flow_run", {"state": {"type": "RUNNING"}})[
-        "id"
-    ]  # killed before it could leave a trace
+    lost = start_lost_run(served)
     assert served.state(lost) == "RUNNING"
     served.serve()
     assert re.findall("(.*): its process is gone", served.log) == [f"  {lost}"]
     assert served.state(lost) == "CRASHED"
     assert schedule(served)["active"], "serving again has turned the schedule off"
-    said = {
-        "logs": {
-            "task_run_id": {
-                "any_": [
-                    task["id"]
-                    for task in served.ask(
-                        "task_runs/filter", {"task_runs": {"name": {"any_": ["optimize@it001"]}}}
-                    )
-                ]
-            }
-        }
-    }
-    assert "optimize it001: from 3 inputs" in {
-        line["message"] for line in served.ask("logs/filter", said)
-    }, "the stage's output isn't in its task's log"
+    assert "optimize it001: from 3 inputs" in read_task_log(served, "optimize@it001")
 
-    other = make_toy(tmp_path)
+    undisturbed = make_toy(tmp_path)
     (tmp_path / "params.yaml").write_bytes((served.toy.folder / "params.yaml").read_bytes())
-    other.dvc("repro")
-    assert served.toy.lock == other.lock
+    undisturbed.dvc("repro")
+    assert served.toy.lock == undisturbed.lock
 
 
-def test_a_run_whose_server_is_lost_goes_on_and_says_so_once(tmp_path: Path) -> None:
-    """The server is killed in the middle of a stage; the rest of the run is made without it, and the next `serve` knows how the run stands."""
+def test_a_run_whose_server_is_lost_continues_and_says_so_once(tmp_path: Path) -> None:
+    """The run is finished without the server; the next `serve` declares it crashed there."""
     alone = Served(make_toy(tmp_path), free_port())
     run = [sys.executable, "-m", "flows", "run", "evaluate@final"]
     with (tmp_path / "serve.log").open("w") as log:
@@ -188,10 +192,10 @@ def test_a_run_whose_server_is_lost_goes_on_and_says_so_once(tmp_path: Path) -> 
         assert alone.state(orphan.name) == "CRASHED"
     finally:
         alone.kill_everything()
-    (tmp_path / "other").mkdir()
-    other = make_toy(tmp_path / "other")
-    other.dvc("repro", "evaluate@final")
-    assert alone.toy.lock == other.lock
+    (tmp_path / "undisturbed").mkdir()
+    undisturbed = make_toy(tmp_path / "undisturbed")
+    undisturbed.dvc("repro", "evaluate@final")
+    assert alone.toy.lock == undisturbed.lock
 
 
 @pytest.mark.skipif(
@@ -199,18 +203,9 @@ def test_a_run_whose_server_is_lost_goes_on_and_says_so_once(tmp_path: Path) -> 
     reason="two minutes, as Prefect asks a lost server again and again; LONG=1 runs it",
 )
 def test_a_deployed_run_whose_server_is_lost_does_its_work_and_ends(served: Served) -> None:
-    """Prefect would keep the process for minutes, to tell the server that isn't there of the run's end."""
+    """Prefect would keep the process for minutes, to report the run's end to the lost server."""
     before = served.log.count(IN_ITS_STAGE)
-    asked = served.prefect(
-        "deployment",
-        "run",
-        "opd/train",
-        "-p",
-        'targets=["optimize@it001"]',
-        "-p",
-        'settings={"optimize.steps": 6}',
-    )
-    assert asked.returncode == 0, asked.stdout + asked.stderr
+    start_run(served, 'targets=["optimize@it001"]', 'settings={"optimize.steps": 6}')
     wait_for(lambda: served.log.count(IN_ITS_STAGE) == before + 1, 120, lambda: served.log)
     os.killpg(int((served.toy.folder / ".prefect/server.pid").read_text()), signal.SIGKILL)
     wait_for(lambda: not served.with_words("spawn_main"), 120, lambda: served.log)
@@ -219,11 +214,15 @@ def test_a_deployed_run_whose_server_is_lost_does_its_work_and_ends(served: Serv
 
 
 def test_nothing_left_the_machine(served: Served) -> None:
-    """Of all that the tests above had the server, the runner, the flow, DVC and the stages do; and the watch would have seen it."""
+    """By the tests above, no process of server, runner, flow, DVC and stages has sent anything."""
     log = served.toy.folder / "elsewhere.log"
     assert not log.exists(), log.read_text()
-    probe = "import socket; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.sendto(b'', ('192.0.2.1', 9))"  # an address that is nobody's
+    probe = """
+import socket
+udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+udp.sendto(b"", ("192.0.2.1", 9))  # an address of no machine, for examples
+"""
     subprocess.run(
         [sys.executable, "-c", probe], env=served.environment, check=False, capture_output=True
     )
-    assert "192.0.2.1" in log.read_text()
+    assert "192.0.2.1" in log.read_text(), "the watch would have missed it"

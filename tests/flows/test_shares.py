@@ -1,4 +1,4 @@
-"""A stage in shares: whoever makes them, on one node or on two, what DVC's stage puts together is what one process makes."""
+"""Stages in shares: on one node or two, DVC's stage combines them to what one process makes."""
 
 import json
 import shutil
@@ -28,11 +28,15 @@ MORE = "adopt: {}\nlabel: {teacher: teacher}\nreport: {}\n"
 
 
 class Watch(threading.Thread):
-    """Every process that makes a share is shown to `each`, again and again for a while: `sample --iteration it001 --share 1/2`, and it."""
+    """Calls `each` with every process that makes a share, repeatedly while they run.
+
+    Its arguments are `sample --iteration it001 --share 1/2`, and the process.
+    """
 
     def __init__(self, each: Callable[[str, psutil.Process], object]) -> None:
         super().__init__(daemon=True)
-        self._each, self._over = each, threading.Event()
+        self._each = each
+        self._over = threading.Event()
 
     def __enter__(self) -> Self:
         self.start()
@@ -70,13 +74,13 @@ def _machine(monkeypatch: pytest.MonkeyPatch) -> None:
 def make(
     stage: str, monkeypatch: pytest.MonkeyPatch, cluster: str = "", count: int = 2
 ) -> list[str]:
-    """The shares of a stage that DVC would run. What is said of them."""
-    said: list[str] = []
+    """Make the shares of a stage that DVC would run; return the lines of output."""
+    lines: list[str] = []
     monkeypatch.setenv("OPD_SHARES", str(count))
     monkeypatch.setenv("OPD_CLUSTER", cluster)
     monkeypatch.setattr(pipeline, "would_run", lambda _name: True)
-    shares.make(Step(stage), lambda line: said.append(line.text))
-    return said
+    shares.make(Step(stage), lambda line: lines.append(line.text))
+    return lines
 
 
 @pytest.mark.parametrize(
@@ -102,10 +106,9 @@ def test_whoever_makes_the_shares_the_bytes_are_those_of_one_process(
     assert not (small / artifact).exists()
     capfd.readouterr()
     run_stage(small.parents[1], STAGES[artifact], workers=1)
-    whole = {"sample": 8, "explore": 4, "evaluate": 20, "label": 8}[
-        stage.partition("@")[0]
-    ]  # of explore its first round
-    assert f"reusing {whole} of {whole} " in capfd.readouterr().err
+    verb = stage.partition("@")[0]
+    shards = {"sample": 8, "explore": 4, "evaluate": 20, "label": 8}[verb]  # explore: first round
+    assert f"reusing {shards} of {shards} " in capfd.readouterr().err
     assert {path.name: path.read_bytes() for path in (small / artifact).iterdir()} == expected
     lines = [path.name for path in (small.parent / ".metrics/small").glob("*share*.jsonl")]
     assert len(lines) == 2
@@ -116,32 +119,32 @@ def test_if_no_share_is_made_the_stage_has_failed(
 ) -> None:
     with pytest.raises(StageFailed) as caught:
         make("label@it009", monkeypatch)
-    assert "share 1/2 on" in caught.value.said[0]
+    assert "share 1/2 on" in caught.value.output[0]
     assert any(
-        "iterations is 'it009'; expected one of ['it001']" in line for line in caught.value.said
+        "iterations is 'it009'; expected one of ['it001']" in line for line in caught.value.output
     )
 
 
-def test_what_a_lost_share_leaves_the_stage_makes(
+def test_the_stage_makes_what_a_lost_share_has_not(
     small: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.rmtree(small / "logits/it001")
     with Watch(lambda part, process: process.kill() if part.endswith("2/2") else None):
-        said = make("label@it001", monkeypatch)
-    assert said[0].startswith("share 2/2 on ")
-    assert "ended with -9" in said[0]
-    assert said[1] == "1 of 2 shares are made"
-    draft, expected = small / "logits/.it001.draft", undisturbed / "artifacts/small/logits/it001"
+        lines = make("label@it001", monkeypatch)
+    assert lines[0].startswith("share 2/2 on ")
+    assert "ended with -9" in lines[0]
+    assert lines[1] == "1 of 2 shares are made"
+    draft = small / "logits/.it001.draft"
     assert 4 <= len(list(draft.glob("shard-*"))) < 8
     monkeypatch.setenv("OPD_LAUNCH", (draft / ".scratch/launch").read_text())
     run_stage(small.parents[1], STAGES["logits/it001"], workers=1)
-    assert (small / "logits/it001/manifest.json").read_bytes() == (
-        expected / "manifest.json"
-    ).read_bytes()
+    manifest = small / "logits/it001/manifest.json"
+    expected = undisturbed / "artifacts/small/logits/it001/manifest.json"
+    assert manifest.read_bytes() == expected.read_bytes()
 
 
 def test_a_run_that_is_ended_ends_its_shares(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a signal to the flow, as of a cancelled deployment: the threads that wait for the shares know nothing of it."""
+    """A signal to the flow, such as a cancelled deployment's, reaches no thread that waits."""
     ended: list[psutil.Process] = []
 
     def interrupted(future: Any) -> str:
@@ -159,7 +162,7 @@ def test_a_run_that_is_ended_ends_its_shares(small: Path, monkeypatch: pytest.Mo
     assert not shares._RUNNING
 
 
-def test_what_the_environment_cannot_mean_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_senseless_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for count in ("0", "-1", "two"):
         monkeypatch.setenv("OPD_SHARES", count)
         with pytest.raises(
@@ -168,10 +171,10 @@ def test_what_the_environment_cannot_mean_is_refused(monkeypatch: pytest.MonkeyP
             shares.wanted()
     monkeypatch.setenv("OPD_SHARES", "1")
     monkeypatch.setenv("OPD_WORKERS", "many")
-    with pytest.raises(
-        ValueError,
-        match="OPD_WORKERS is 'many'; expected a number of simulator processes, or 0 for one a core",
-    ):
+    message = (
+        "OPD_WORKERS is 'many'; expected a number of simulator processes, or 0 for one per core"
+    )
+    with pytest.raises(ValueError, match=message):
         shares.wanted()
     monkeypatch.setenv("OPD_WORKERS", "1")
     assert shares.wanted() is None
@@ -198,22 +201,22 @@ def test_each_share_on_this_machine_has_its_part_of_it(monkeypatch: pytest.Monke
     monkeypatch.delenv("OPD_WORKERS")
     monkeypatch.setattr(shares.os, "sched_getaffinity", lambda _pid: set(range(16)))
     for spread, part in ((Spread(4), "4"), (Spread(40), "1"), (Spread(4, "dask"), "4")):
-        with shares._placed(spread) as its:
-            assert its == {"OPD_WORKERS": part}
-    with shares._placed(Spread(4, "dask", "tcp://there")) as its:
-        assert its == {}
+        with shares._placement(spread) as variables:
+            assert variables == {"OPD_WORKERS": part}
+    with shares._placement(Spread(4, "dask", "tcp://there")) as variables:
+        assert variables == {}
     monkeypatch.setenv("OPD_WORKERS", "9")
-    with shares._placed(Spread(4)) as its:
-        assert its == {}
+    with shares._placement(Spread(4)) as variables:
+        assert variables == {}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
-    assert [shares._gpu(number) for number in range(1, 5)] == [
+    assert [shares._gpu(number, Spread(4)) for number in range(1, 5)] == [
         {"CUDA_VISIBLE_DEVICES": device} for device in ("4", "6", "7", "4")
     ]
     monkeypatch.setenv("OPD_DEVICE", "cuda:1")
-    assert shares._gpu(1) == {}
+    assert shares._gpu(1, Spread(4)) == {}
     monkeypatch.setenv("OPD_DEVICE", "auto")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
-    assert shares._gpu(1) == {}
+    assert shares._gpu(1, Spread(4)) == {}
 
 
 @pytest.mark.parametrize(
@@ -236,54 +239,54 @@ def test_on_ray_a_share_asks_for_the_part_of_a_node_that_it_uses(
     import ray
     from prefect_ray.context import RemoteOptionsContext
 
-    its = [
-        {"Alive": True, "Resources": {"CPU": float(cpu)} | ({"GPU": float(gpu)} if gpu else {})}
-        for cpu, gpu in nodes
-    ]
-    monkeypatch.setattr(ray, "nodes", lambda: [*its, {"Alive": False, "Resources": {}}])
+    described: list[dict[str, object]] = [{"Alive": False, "Resources": {}}]
+    for cpu, gpu in nodes:
+        resources = {"CPU": float(cpu)}
+        if gpu:
+            resources["GPU"] = float(gpu)
+        described.append({"Alive": True, "Resources": resources})
+    monkeypatch.setattr(ray, "nodes", lambda: described)
     monkeypatch.setenv("OPD_WORKERS", workers)
     monkeypatch.delenv("OPD_DEVICE")
-    with shares._placed(Spread(4, "ray", "there:6379")) as told:
+    with shares._placement(Spread(4, "ray", "there:6379")) as variables:
         options = RemoteOptionsContext.get().current_remote_options
-    assert told == {"OPD_WORKERS": expected}
+    assert variables == {"OPD_WORKERS": expected}
     assert options == {"scheduling_strategy": "SPREAD", "num_cpus": cpus, "num_gpus": gpus}
 
 
 def test_nodes_with_gpus_and_without_make_nothing_together(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
-    its = [
-        {"Alive": True, "Resources": resources}
-        for resources in ({"CPU": 64.0, "GPU": 8.0}, {"CPU": 64.0})
-    ]
-    monkeypatch.setattr(ray, "nodes", lambda: its)
+    with_gpus = {"Alive": True, "Resources": {"CPU": 64.0, "GPU": 8.0}}
+    without_gpus = {"Alive": True, "Resources": {"CPU": 64.0}}
+    monkeypatch.setattr(ray, "nodes", lambda: [with_gpus, without_gpus])
     for name in ("OPD_WORKERS", "OPD_DEVICE"):
         monkeypatch.delenv(name)
     with (
         pytest.raises(
             ValueError, match="OPD_CLUSTER: 1 of 2 nodes have GPUs; expected all or none"
         ),
-        shares._placed(Spread(4, "ray", "there:6379")),
+        shares._placement(Spread(4, "ray", "there:6379")),
     ):
         pass
     monkeypatch.setenv("OPD_DEVICE", "cpu")
-    with shares._placed(Spread(4, "ray", "there:6379")) as told:
-        assert told == {"OPD_WORKERS": "8"}
+    with shares._placement(Spread(4, "ray", "there:6379")) as variables:
+        assert variables == {"OPD_WORKERS": "8"}
 
 
 def test_a_folder_that_a_node_does_not_see_is_named(tmp_path: Path) -> None:
-    said = shares.share.fn("label@it001", "1/2", str(tmp_path / "elsewhere"), {})
+    folder = tmp_path / "elsewhere"
+    message = shares.share.fn("label@it001", "1/2", str(folder), {})
     assert (
-        f"no {tmp_path / 'elsewhere'} here; expected the folder of the run, on a file system that every node sees"
-        in said
-    )
+        f"no {folder} here; expected the folder of the run, on a file system that every node sees"
+    ) in message
 
 
 @pytest.fixture
 def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A Ray cluster of two nodes of one core each, both on this machine."""
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setenv("RAY_worker_niceness", "0")  # a test on a busy machine shall end
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # not below other processes
     import ray
     from ray.cluster_utils import Cluster
 
@@ -299,13 +302,18 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         cluster.shutdown()
 
 
+def read_digest(project: Path, artifact: str) -> str:
+    manifest = project / "artifacts/small" / artifact / MANIFEST
+    return json.loads(manifest.read_text())["digest"]
+
+
 @pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"
 )
 def test_a_run_on_two_nodes_of_ray_is_the_run_of_one_process(
     two_nodes: Any, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The flow, with DVC: sampled and labelled in shares on either node, and the digests are those of the stages run one by one."""
+    """The flow, with DVC, samples and labels in shares on both nodes."""
     project = checkout(
         PARAMS.replace("reinforcements: {rl001: it001}", "reinforcements: {}") + MORE, tmp_path
     )
@@ -323,11 +331,7 @@ def test_a_run_on_two_nodes_of_ray_is_the_run_of_one_process(
         assert {state.name for state in states.values()} == {"Completed"}
         assert not [step for step in pipeline.plan(["label@it001"]) if step.due]
     for name in ("trajectories/it001", "logits/it001"):
-        ours, theirs = (
-            json.loads((root / "artifacts/small" / name / MANIFEST).read_text())["digest"]
-            for root in (tmp_path, undisturbed)
-        )
-        assert ours == theirs
+        assert read_digest(tmp_path, name) == read_digest(undisturbed, name)
     for verb in ("sample", "label"):
         assert len({home for part, home in homes.items() if part.startswith(verb)}) == 2, homes
 
@@ -348,6 +352,6 @@ def test_a_stage_that_dvc_would_not_run_has_no_shares(
     (toy.folder / "params.yaml").write_text(before)
     assert not pipeline.would_run("sample@it001")
     monkeypatch.setenv("OPD_SHARES", "2")
-    monkeypatch.setattr(shares, "shares", None)  # so that nothing could be started
+    monkeypatch.setattr(shares, "shares", None)  # nothing could be started
     shares.make(Step("sample@it001"), lambda _line: None)
     shares.make(Step("optimize@it001"), lambda _line: None)

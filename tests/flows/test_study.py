@@ -1,4 +1,4 @@
-"""A study on the real stages: members side by side as subflows, one that goes on from another, one that fails, and the same command again."""
+"""A study on the real stages, with members that run side by side, continue another, or fail."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 CHANGES = {
     "evaluate: {episodes: 10": "evaluate: {episodes: 2",
-    "evaluations: {start: student, final: it001, teacher: teacher}": "evaluations: {start: student, teacher: teacher}",
+    ", final: it001, teacher: teacher}": ", teacher: teacher}",
 }
 MORE = """
 adopt: {}
@@ -44,12 +44,12 @@ SETTINGS = reduce(lambda text, change: text.replace(*change), CHANGES.items(), P
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    its = Served(checkout(SETTINGS, tmp_path_factory.mktemp("study")), free_port())
-    yield its
-    its.kill_everything()
+    project = Served(checkout(SETTINGS, tmp_path_factory.mktemp("study")), free_port())
+    yield project
+    project.kill_everything()
 
 
-def bring(served: Served, *words: str) -> subprocess.CompletedProcess[str]:
+def run_study(served: Served, *words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "flows", "study", "which", "--parallel", "2", *words]
     return subprocess.run(
         command,
@@ -63,14 +63,18 @@ def bring(served: Served, *words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def first(served: Served) -> subprocess.CompletedProcess[str]:
-    return bring(served)
+    return run_study(served)
 
 
-def member(served: Served, arm: str) -> Path:
+def member_folder(served: Served, arm: str) -> Path:
     return served.toy.folder / "artifacts/.studies/which" / arm / "4"
 
 
-def table(served: Served) -> study_table.Table:
+def read_log(served: Served, arm: str) -> str:
+    return (member_folder(served, arm) / "study.log").read_text()
+
+
+def read_table(served: Served) -> study_table.Table:
     folder = served.toy.folder / "artifacts/small/studies/which"
     open_artifact(folder, "study")
     return study_table.read(folder)
@@ -80,40 +84,38 @@ def test_a_member_that_fails_is_named_and_the_others_are_done(
     served: Served, first: subprocess.CompletedProcess[str]
 ) -> None:
     assert first.returncode == 1
-    assert (
+    message = (
         "1 of 3 members failed: broken, seed 4 (see artifacts/.studies/which/broken/4/study.log)"
-        in first.stderr
     )
-    assert (
-        "optimize.objective is 'nowhere:nothing'"
-        in (member(served, "broken") / "study.log").read_text()
-    )
-    made = table(served)
-    assert [(row.arm, row.iteration) for row in made.updates] == [
+    assert message in first.stderr
+    assert "optimize.objective is 'nowhere:nothing'" in read_log(served, "broken")
+    table = read_table(served)
+    assert [(row.arm, row.iteration) for row in table.updates] == [
         ("plain", "it001"),
         ("longer", "it001"),
         ("longer", "rl001"),
     ]
-    assert {(row.arm, row.checkpoint, row.iterations) for row in made.episodes} == {
+    assert {(row.arm, row.checkpoint, row.iterations) for row in table.episodes} == {
         (None, "student", 0),
         (None, "teacher", 0),
         ("plain", "it001", 1),
         ("longer", "it001", 1),
         ("longer", "rl001", 2),
     }
-    assert all(row.seconds for row in made.updates)
+    assert all(row.seconds for row in table.updates)
 
 
-def test_what_it_goes_on_from_is_taken_over_and_not_made_again(
+def test_iterations_of_the_predecessor_are_copied_and_not_made_again(
     served: Served, first: subprocess.CompletedProcess[str]
 ) -> None:
     assert first.returncode == 1
-    log = (member(served, "longer") / "study.log").read_text()
+    log = read_log(served, "longer")
     assert "optimize@it001" in log
     assert "✓ reinforce@rl001" in log
     assert "✓ optimize@it001" not in log
     assert "✓ teacher" not in log
-    digests = {row.arm: row.digest for row in table(served).updates if row.iteration == "it001"}
+    updates = read_table(served).updates
+    digests = {row.arm: row.digest for row in updates if row.iteration == "it001"}
     assert digests["plain"] == digests["longer"]
 
 
@@ -124,16 +126,13 @@ def test_members_are_subflows(served: Served, first: subprocess.CompletedProcess
     }
     (whole,) = [run for run in runs.values() if run["parent_task_run_id"] is None]
     assert whole["state_type"] == "FAILED"
-    states = {
-        name: runs[name]["state_type"]
-        for name in ("plain, seed 4", "longer, seed 4", "broken, seed 4", "reference")
-    }
-    assert states == {
+    expected = {
         "plain, seed 4": "COMPLETED",
         "longer, seed 4": "COMPLETED",
         "broken, seed 4": "FAILED",
         "reference": "COMPLETED",
     }
+    assert {name: runs[name]["state_type"] for name in expected} == expected
     parent = served.ask("task_runs/" + runs["plain, seed 4"]["parent_task_run_id"])
     assert parent["flow_run_id"] == whole["id"]
 
@@ -142,39 +141,31 @@ def test_rollouts_go_and_their_manifests_stay(
     served: Served, first: subprocess.CompletedProcess[str]
 ) -> None:
     assert first.returncode == 1
-    run = member(served, "plain") / "artifacts/small"
+    run = member_folder(served, "plain") / "artifacts/small"
     assert not (run / "trajectories/it001").exists()
     assert (run / ".discarded/logits/it001/manifest.json").is_file()
-    assert not (member(served, "plain") / ".dvc/cache").exists()
+    assert not (member_folder(served, "plain") / ".dvc/cache").exists()
 
 
-def test_again_nothing_is_made_and_the_page_is_there(
+def test_the_same_command_makes_nothing_again_and_publishes_the_page(
     served: Served, first: subprocess.CompletedProcess[str]
 ) -> None:
     assert first.returncode == 1
-    before = table(served)
-    served.toy.edit(
-        "params.yaml",
-        '      broken: {distill: 1, settings: {optimize.objective: "nowhere:nothing"}}\n',
-        "",
-    )
-    logged = {
-        arm: len((member(served, arm) / "study.log").read_text()) for arm in ("plain", "longer")
-    }
-    again = bring(served)
-    assert again.returncode == 0, again.stderr
-    for arm, length in logged.items():
-        assert "✓" not in (member(served, arm) / "study.log").read_text()[length:]
-    assert (
-        table(served) == before
-    )  # to the seconds, which nobody but the record of executions knows
-    assert "plain has" in (
-        served.toy.folder / "artifacts/small/report/which/index.html"
-    ).read_text().replace("</strong>", "")
+    before = read_table(served)
+    broken = '      broken: {distill: 1, settings: {optimize.objective: "nowhere:nothing"}}\n'
+    served.toy.edit("params.yaml", broken, "")
+    lengths = {arm: len(read_log(served, arm)) for arm in ("plain", "longer")}
+    second = run_study(served)
+    assert second.returncode == 0, second.stderr
+    for arm, length in lengths.items():
+        assert "✓" not in read_log(served, arm)[length:]
+    assert read_table(served) == before, "seconds come from the record of executions alone"
+    page = (served.toy.folder / "artifacts/small/report/which/index.html").read_text()
+    assert "plain has" in page.replace("</strong>", "")
 
 
-def test_an_arm_that_is_not_there_is_refused_before_a_server_is_asked(served: Served) -> None:
-    refused = bring(served, "--arm", "plane")
+def test_an_unknown_arm_is_refused_before_a_server_is_started(served: Served) -> None:
+    refused = run_study(served, "--arm", "plane")
     assert refused.returncode == 1
     assert "studies.which.arms has no 'plane'" in refused.stderr
 
@@ -207,10 +198,10 @@ def test_a_killed_study_takes_its_members_along_and_all_are_declared_crashed(
     assert running() == set()
 
 
-def test_what_an_adopted_checkpoint_cost_is_in_no_table(
+def test_the_cost_of_an_adopted_checkpoint_is_in_no_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its making was somebody else's: a study that starts from public checkpoints has a table all the same."""
+    """A study that starts from public checkpoints has a table although their cost is unknown."""
     monkeypatch.chdir(tmp_path)
     run = Params(
         run=RunParams(name="public"),
@@ -222,13 +213,15 @@ def test_what_an_adopted_checkpoint_cost_is_in_no_table(
     )
     for name in run.origins:
         publish(tmp_path / "artifacts/public/checkpoints" / name, "checkpoint", {}, name=name)
-    made = tabulate.fn("which", run)
-    assert made.facts == {"members": 0, "episodes": 0, "iterations": 0}
-    assert set(made.parents) == {"checkpoints/student", "checkpoints/teacher"}
+    manifest = tabulate.fn("which", run)
+    assert manifest.facts == {"members": 0, "episodes": 0, "iterations": 0}
+    assert set(manifest.parents) == {"checkpoints/student", "checkpoints/teacher"}
 
 
 def episode(arm: str, seed: int) -> study_table.EpisodeRow:
-    its = {
+    row = {
+        "arm": arm,
+        "seed": seed,
         "evaluation": "e",
         "checkpoint": "it001",
         "horizon": 9,
@@ -239,75 +232,85 @@ def episode(arm: str, seed: int) -> study_table.EpisodeRow:
         "steps": 3,
         "digest": "d",
     }
-    return study_table.EpisodeRow.model_validate({"arm": arm, "seed": seed, **its})
+    return study_table.EpisodeRow.model_validate(row)
 
 
-def test_a_table_keeps_the_members_that_another_machine_has_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As in a clone, in which only one seed is made, or after seeds, arms and teachers were added; not if settings or checkpoints are others."""
-    monkeypatch.chdir(tmp_path)
-    its: dict[str, Any] = {
-        "seeds": [0, 1, 2],
-        "arms": {"late": {"distill": 1}, "early": {"distill": 1}},
-    }
-    settings: dict[str, Any] = {
-        "run": {"name": "small"},
-        "environment": {"tasks": ["libero_object/0"]},
-        "adopt": {"student": {"folder": "public"}, "teacher": {"folder": "public"}},
-        "iterations": {},
-        "evaluations": {},
-        "studies": {"which": its},
-    }
-    run = Params.model_validate(settings)
-    for name in (*run.origins, "another"):
-        publish(tmp_path / "artifacts/small/checkpoints" / name, "checkpoint", {}, name=name)
-    here: dict[Member, bool] = {}
-    monkeypatch.setattr("flows.study.is_done", lambda member, _run: member in here)
-    read = study_table.read
+class PartialStudy:
+    """A study of adopted checkpoints; in this clone only some of its members are done."""
 
-    def read_made(folder: Path) -> study_table.Table:
-        _, arm, seed, of_member = folder.parts[-4:]
-        return (
-            study_table.Table((episode(arm, int(seed)),), ())
-            if of_member == TABLE
-            else read(folder)
-        )
-
-    monkeypatch.setattr("flows.study.read", read_made)
-
-    def found(*done: tuple[str, int]) -> tuple[list[tuple[str | None, int | None]], dict[str, int]]:
-        here.clear()
-        here.update({Member("which", *one): True for one in done})
-        made = tabulate.fn("which", Params.model_validate(settings))
-        table = study_table.read(tmp_path / "artifacts/small/studies/which")
-        return [(row.arm, row.seed) for row in table.episodes], {
-            name: made.facts[name] for name in ("members", "members_kept") if name in made.facts
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.artifacts = folder / "artifacts/small"
+        self.study: dict[str, Any] = {
+            "seeds": [0, 1, 2],
+            "arms": {"late": {"distill": 1}, "early": {"distill": 1}},
         }
+        self.settings: dict[str, Any] = {
+            "run": {"name": "small"},
+            "environment": {"tasks": ["libero_object/0"]},
+            "adopt": {"student": {"folder": "public"}, "teacher": {"folder": "public"}},
+            "iterations": {},
+            "evaluations": {},
+            "studies": {"which": self.study},
+        }
+        self._done: set[Member] = set()
+        self._read = study_table.read
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr("flows.study.is_done", lambda member, _run: member in self._done)
+        monkeypatch.setattr("flows.study.read", self._read_member)
+        for name in ("student", "teacher", "another"):
+            self.publish(name, name)
 
-    assert found(("early", 0), ("late", 1)) == ([("late", 1), ("early", 0)], {"members": 2})
-    assert found(("late", 0)) == (
-        [("late", 0), ("late", 1), ("early", 0)],
-        {"members": 3, "members_kept": 2},
-    )
-    assert found(("late", 0), ("late", 1), ("early", 0)) == (
-        [("late", 0), ("late", 1), ("early", 0)],
-        {"members": 3},
-    )
+    def _read_member(self, folder: Path) -> study_table.Table:
+        *_, arm, seed, file = folder.parts
+        if file != TABLE:
+            return self._read(folder)
+        return study_table.Table((episode(arm, int(seed)),), ())
 
-    its["seeds"].append(3)
-    its["arms"]["new"] = {"distill": 2}
-    settings["adopt"]["another"] = {"folder": "public"}
-    assert found(("new", 3)) == (
-        [("late", 0), ("late", 1), ("early", 0), ("new", 3)],
-        {"members": 4, "members_kept": 3},
-    )
-    its["arms"]["late"] = {"distill": 1, "settings": {"optimize.steps": 7}}
-    assert found() == ([("early", 0), ("new", 3)], {"members": 2, "members_kept": 2})
-    its["every"] = 2
-    assert found() == ([("early", 0)], {"members": 1, "members_kept": 1})
-    settings["label"] = {"batch_size": 7}
-    assert found() == ([], {"members": 0})
-    assert found(("early", 0)) == ([("early", 0)], {"members": 1})
-    publish(tmp_path / "artifacts/small/checkpoints/student", "checkpoint", {}, name="another")
-    assert found(("early", 2)) == ([("early", 2)], {"members": 1})
+    def publish(self, checkpoint: str, name: str) -> None:
+        publish(self.artifacts / "checkpoints" / checkpoint, "checkpoint", {}, name=name)
+
+    def tabulate(self, *done: tuple[str, int]) -> tuple[list[tuple[str | None, int | None]], int]:
+        """Publish the table when these members are done; return its members, and how many kept."""
+        self._done = {Member("which", arm, seed) for arm, seed in done}
+        facts = tabulate.fn("which", Params.model_validate(self.settings)).facts
+        table = self._read(self.artifacts / "studies/which")
+        members = [(row.arm, row.seed) for row in table.episodes]
+        assert facts["members"] == len(members)
+        assert facts.get("members_kept") != 0, "the fact is there only if members were kept"
+        return members, facts.get("members_kept", 0)
+
+
+@pytest.fixture
+def partial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PartialStudy:
+    return PartialStudy(tmp_path, monkeypatch)
+
+
+def test_a_table_keeps_the_members_that_another_machine_has_made(partial: PartialStudy) -> None:
+    two = [("late", 1), ("early", 0)]
+    three = [("late", 0), ("late", 1), ("early", 0)]
+    assert partial.tabulate(("early", 0), ("late", 1)) == (two, 0)
+    assert partial.tabulate(("late", 0)) == (three, 2)
+    assert partial.tabulate(("late", 0), ("late", 1), ("early", 0)) == (three, 0)
+
+    partial.study["seeds"].append(3)
+    partial.study["arms"]["new"] = {"distill": 2}
+    partial.settings["adopt"]["another"] = {"folder": "public"}
+    assert partial.tabulate(("new", 3)) == ([*three, ("new", 3)], 3)
+
+
+def test_a_table_drops_members_with_other_settings_or_checkpoints(partial: PartialStudy) -> None:
+    partial.tabulate(("late", 0), ("late", 1), ("early", 0))
+    partial.study["arms"]["late"] = {"distill": 1, "settings": {"optimize.steps": 7}}
+    assert partial.tabulate() == ([("early", 0)], 1)
+    partial.settings["label"] = {"batch_size": 7}
+    assert partial.tabulate() == ([], 0)
+    assert partial.tabulate(("early", 0)) == ([("early", 0)], 0)
+    partial.publish("student", "another")
+    assert partial.tabulate(("early", 2)) == ([("early", 2)], 0)
+
+
+def test_a_table_drops_members_that_were_scored_at_other_iterations(partial: PartialStudy) -> None:
+    partial.study["arms"]["new"] = {"distill": 2}
+    partial.tabulate(("early", 0), ("new", 0))
+    partial.study["every"] = 2
+    assert partial.tabulate() == ([("early", 0)], 1)

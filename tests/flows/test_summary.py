@@ -1,4 +1,4 @@
-"""The summary holds the report's results and what they cost, and survives a run that had nothing to do."""
+"""The summary holds the report's results and their cost, and a run that did nothing keeps it."""
 
 import json
 from pathlib import Path
@@ -50,9 +50,9 @@ def test_the_cost_is_of_all_stages_of_the_run_however_often_it_was_interrupted(
     _report(tmp_path, 7)
     metrics = tmp_path / "metrics"
     for stage, seconds in [("sample@it001", 30.0), ("label@it001", 8.25), ("sample@it009", 99.0)]:
-        summary.note(metrics, stage, seconds)
+        summary.record_seconds(metrics, stage, seconds)
     stages = ["sample@it001", "label@it001", "report"]
     assert summary.write(tmp_path, metrics, stages)["seconds"] == 38.2
-    summary.note(metrics, "sample@it001", 20.0)  # once more, with another setting
-    summary.note(metrics, "report", 1.0)
+    summary.record_seconds(metrics, "sample@it001", 20.0)  # once more, with another setting
+    summary.record_seconds(metrics, "report", 1.0)
     assert summary.write(tmp_path, metrics, stages)["seconds"] == 29.2

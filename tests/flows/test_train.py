@@ -1,4 +1,4 @@
-"""The flow on a toy project: same dvc.lock as `dvc repro`, each reuses what the other made, failures end it and it goes on from there."""
+"""The flow on a toy project: the dvc.lock of `dvc repro`, mutual reuse, and resumption."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from prefect.testing.utilities import prefect_test_harness
 
 from flows import pipeline, shares
 from flows.dvc_runner import process
-from flows.dvc_runner.process import Line, Tell
+from flows.dvc_runner.process import Line, LineHandler
 from flows.pipeline import StageFailed, Step
 from flows.prefect_server import gpu_limit, liveness
 from flows.train import in_groups, opd
@@ -28,12 +28,15 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 @dataclass(frozen=True)
 class Pair:
-    """The same project, once brought up to date by the flow and once by `dvc repro`."""
+    """The same project, brought up to date by the flow and by `dvc repro`.
+
+    processes: how many processes of DVC the flow started.
+    """
 
     flow: Toy
     repro: Toy
     states: dict[str, Any]
-    processes: int  # of DVC that the flow started
+    processes: int
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,17 +53,17 @@ def pair(tmp_path_factory: pytest.TempPathFactory, server: None) -> Iterator[Pai
     folder = tmp_path_factory.mktemp("pair")
     first = folder / "flow"
     first.mkdir()
-    made = make_toy(first)
+    by_flow = make_toy(first)
     shutil.copytree(first, folder / "repro")
     by_repro = Toy(folder / "repro")
     by_repro.dvc("repro")
     started = []
-    start = process._started
+    start = process._start
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(first)
-        patch.setattr(process, "_started", lambda: started.append(start()) or started[-1])
+        patch.setattr(process, "_start", lambda: started.append(start()) or started[-1])
         states = opd()
-        yield Pair(made, by_repro, states, len(started))
+        yield Pair(by_flow, by_repro, states, len(started))
 
 
 def names(states: dict[str, Any]) -> set[str]:
@@ -120,17 +123,16 @@ def test_tasks_wait_for_their_parents_so_that_the_interface_draws_the_graph_of_d
     assert waited_for(tasks[first.parent_task_run_id]) == {"finetune@student", "finetune@teacher"}
 
 
-def test_a_failure_ends_the_flow_and_the_next_run_goes_on_from_there(
+def test_a_failure_ends_the_flow_and_the_next_run_resumes_there(
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TOY_FAILS", "finetune base")
     with pytest.raises(StageFailed, match="pretrain@base") as failure:
         opd(targets=["finetune@student"])
-    assert "finetune base: no luck" in failure.value.said
+    assert "finetune base: no luck" in failure.value.output
     assert toy.has("demonstrations/pre")
-    before = toy.has(
-        "demonstrations/main"
-    )  # on the way to a target DVC visits the parents of a stage in no fixed order
+    # On the way to a target, DVC visits a stage's parents in no fixed order.
+    before = toy.has("demonstrations/main")
     monkeypatch.delenv("TOY_FAILS")
     states = opd(targets=["finetune@student"])
     assert {name: state.name for name, state in states.items()} == {
@@ -160,14 +162,14 @@ def test_a_task_waits_while_another_dvc_is_at_work(
 ) -> None:
     answers = iter([pipeline.Busy("another DVC process is at work here"), True])
 
-    def bring(name: str, tell: Tell, task_run: str, launch: str) -> bool:
+    def reproduce(name: str, tell: LineHandler, task_run: str, launch: str) -> bool:
         answer = next(answers)
         if isinstance(answer, Exception):
             raise answer
         tell(Line("Running stage"))
         return answer
 
-    monkeypatch.setattr(pipeline, "bring", bring)
+    monkeypatch.setattr(pipeline, "reproduce", reproduce)
     monkeypatch.setattr("flows.train.BUSY_DELAY", 0)
     states = opd(targets=["demonstrate@pre"])
     assert names(states) == {"Completed"}
@@ -177,46 +179,42 @@ def test_a_task_waits_while_another_dvc_is_at_work(
 def test_a_stage_is_told_its_task_run_and_its_shares_and_what_it_made_is_posted(
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: dict[str, tuple[str, str]] = {}
-    made: list[str] = []
+    arguments: dict[str, tuple[str, str]] = {}
+    digests: list[str] = []
 
-    def bring(name: str, tell: Tell, task_run: str, launch: str) -> bool:
-        told[name] = task_run, launch
-        made.append(
-            publish(
-                toy.folder / "artifacts/toy/demonstrations/pre",
-                "demonstrations",
-                {"parent": "0" * 64},
-            )
-        )
+    def reproduce(name: str, tell: LineHandler, task_run: str, launch: str) -> bool:
+        arguments[name] = task_run, launch
+        folder = toy.folder / "artifacts/toy/demonstrations/pre"
+        digests.append(publish(folder, "demonstrations", {"parent": "0" * 64}))
         return True
 
-    monkeypatch.setattr(pipeline, "bring", bring)
+    monkeypatch.setattr(pipeline, "reproduce", reproduce)
     monkeypatch.setattr(shares, "make", lambda step, _tell: f"shares of {step.name}")
     states = opd(targets=["demonstrate@pre"])
     run = states["demonstrate@pre"].state_details.task_run_id
-    assert told == {"demonstrate@pre": (str(run), "shares of demonstrate@pre")}
+    assert arguments == {"demonstrate@pre": (str(run), "shares of demonstrate@pre")}
     with get_client(sync_client=True) as client:
         (posted,) = client.read_artifacts(
             artifact_filter=ArtifactFilter(task_run_id=ArtifactFilterTaskRunId(any_=[run]))
         )
     assert posted.key == "demonstrate-pre"
-    assert {"what": "digest", "value": made[0][:12]} in json.loads(posted.data)
+    assert {"what": "digest", "value": digests[0][:12]} in json.loads(posted.data)
 
 
 def test_the_gpu_is_held_by_one_stage_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPD_DEVICE", "cuda")
     gpu_limit.ensure_limit()
     gpu_limit.ensure_limit()  # there already
-    entered, leave = threading.Event(), threading.Event()
+    entered = threading.Event()
+    leave = threading.Event()
 
-    def other() -> None:
-        with gpu_limit.held("label"):
+    def label() -> None:
+        with gpu_limit.hold_gpu("label"):
             entered.set()
             leave.wait(60)
 
-    thread = threading.Thread(target=other)
-    with gpu_limit.held("optimize"):
+    thread = threading.Thread(target=label)
+    with gpu_limit.hold_gpu("optimize"):
         thread.start()
         assert not entered.wait(3)
     assert entered.wait(60)
@@ -241,23 +239,20 @@ def test_settings_are_validated_then_written_with_comments_kept(toy: Toy) -> Non
 def test_an_edit_of_the_settings_ends_a_run_that_is_at_work(
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bring = pipeline.bring
+    reproduce = pipeline.reproduce
 
-    def edited(name: str, tell: Tell, task_run: str, launch: str) -> bool:
-        ran = bring(name, tell, task_run, launch)
-        toy.edit(
-            "params.yaml",
-            "optimize: {steps: 4}",
-            "optimize: {steps: 9}"
-            if name == "pretrain@base"
-            else "optimize: {steps: 4}  # a comment is no setting",
-        )
+    def reproduce_and_edit(name: str, tell: LineHandler, task_run: str, launch: str) -> bool:
+        ran = reproduce(name, tell, task_run, launch)
+        after = "optimize: {steps: 4}  # a comment is no setting"
+        if name == "pretrain@base":
+            after = "optimize: {steps: 9}"
+        toy.edit("params.yaml", "optimize: {steps: 4}", after)
         return ran
 
-    monkeypatch.setattr(pipeline, "bring", edited)
+    monkeypatch.setattr(pipeline, "reproduce", reproduce_and_edit)
     with pytest.raises(
         ValueError,
-        match=r"params.yaml was edited while the run was at work, before .*; what is done stays",
+        match=r"params.yaml was edited while the run was at work, before .*; what is done is kept",
     ):
         opd(targets=["finetune@student"])
     assert toy.has("checkpoints/base", "demonstrations/pre")
@@ -266,17 +261,17 @@ def test_an_edit_of_the_settings_ends_a_run_that_is_at_work(
 
 def test_settings_of_a_run_at_work_are_not_changed_by_another(toy: Toy) -> None:
     before = (toy.folder / "params.yaml").read_text()
-    with liveness.held("another"):
+    with liveness.hold_run("another"):
         with pytest.raises(RuntimeError, match="in use by flow run another"):
             opd(targets=["demonstrate@pre"], settings={"optimize.steps": 7})
         assert (toy.folder / "params.yaml").read_text() == before
         assert names(opd(targets=["demonstrate@pre"], settings={"optimize.steps": 4})) == {
             "Completed"
-        }, "the same settings may be said again"
+        }, "the same settings are refused"
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "told"),
+    ("name", "value", "message"),
     [
         (
             "OPD_PROCESSES",
@@ -291,11 +286,11 @@ def test_settings_of_a_run_at_work_are_not_changed_by_another(toy: Toy) -> None:
         ("OPD_SHARES", "x", "OPD_SHARES is 'x'; expected a number of shares"),
     ],
 )
-def test_how_the_work_is_to_be_spread_is_looked_at_before_there_is_any(
-    toy: Toy, monkeypatch: pytest.MonkeyPatch, name: str, value: str, told: str
+def test_senseless_processes_and_shares_are_refused_before_any_stage(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
 ) -> None:
     monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         opd()
     assert not (toy.folder / "artifacts/toy").exists()
 

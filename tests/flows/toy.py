@@ -47,22 +47,31 @@ from ruamel.yaml import YAML
 verb, key = sys.argv[1], (sys.argv[3:] or [""])[0]
 params = YAML(typ="safe").load(open("params.yaml"))
 root = pathlib.Path("artifacts/toy")
-ck, tr, lo, de = root / "checkpoints", root / "trajectories", root / "logits", root / "demonstrations"
-made = {**params["pretrained"], **params["finetuned"]}
-student = ck / {**params["iterations"], **params["reinforcements"]}.get(key, "none")
+demonstrations, checkpoints = root / "demonstrations", root / "checkpoints"
+trajectories, labels, evaluations = root / "trajectories", root / "logits", root / "evaluations"
+recipe = {**params["pretrained"], **params["finetuned"]}.get(key)
+student = checkpoints / {**params["iterations"], **params["reinforcements"]}.get(key, "none")
+
+def finetune():
+    inputs = [demonstrations / recipe["demonstrations"]]
+    if "parent" in recipe:
+        inputs.append(checkpoints / recipe["parent"])
+    return checkpoints / key, inputs
+
 out, inputs = {
-    "demonstrate": lambda: (de / key, []),
-    "finetune": lambda: (ck / key, [de / made[key]["demonstrations"]] + ([ck / made[key]["parent"]] if "parent" in made[key] else [])),
-    "sample": lambda: (tr / key, [student]),
-    "label": lambda: (lo / key, [tr / key, ck / "teacher"]),
-    "optimize": lambda: (ck / key, [student, tr / key, lo / key]),
-    "explore": lambda: (tr / key, [student]),
-    "reinforce": lambda: (ck / key, [student, tr / key]),
-    "evaluate": lambda: (root / "evaluations" / key, [ck / params["evaluations"][key]]),
-    "report": lambda: (root / "report/page", [root / "evaluations" / name for name in params["evaluations"]]),
+    "demonstrate": lambda: (demonstrations / key, []),
+    "finetune": finetune,
+    "sample": lambda: (trajectories / key, [student]),
+    "label": lambda: (labels / key, [trajectories / key, checkpoints / "teacher"]),
+    "optimize": lambda: (checkpoints / key, [student, trajectories / key, labels / key]),
+    "explore": lambda: (trajectories / key, [student]),
+    "reinforce": lambda: (checkpoints / key, [student, trajectories / key]),
+    "evaluate": lambda: (evaluations / key, [checkpoints / params["evaluations"][key]]),
+    "report": lambda: (root / "report/page", [evaluations / n for n in params["evaluations"]]),
 }[verb]()
-section = made[key] if verb == "finetune" else params[verb]
-said = json.dumps([verb, key, section], sort_keys=True) + "".join((i / "digest").read_text() for i in inputs)
+section = recipe if verb == "finetune" else params[verb]
+content = json.dumps([verb, key, section], sort_keys=True)
+content += "".join((folder / "digest").read_text() for folder in inputs)
 print(f"{verb} {key}: from {len(inputs)} inputs", flush=True)
 for step in (1, 2):
     print(f"{verb}: {step}/2", end="\\r", file=sys.stderr, flush=True)
@@ -71,10 +80,12 @@ if os.environ.get("TOY_FAILS") == f"{verb} {key}":
 if os.environ.get("TOY_SLEEPS") == f"{verb} {key}":
     time.sleep(5)
 out.mkdir(parents=True)
-(out / "digest").write_text(hashlib.sha256(said.encode()).hexdigest())
+(out / "digest").write_text(hashlib.sha256(content.encode()).hexdigest())
 if verb == "report":
-    rows = [{"name": name, "depth": depth, "success": depth / 10} for depth, name in enumerate(params["iterations"])]
-    (out / "results.json").write_text(json.dumps({"final": {"success": params["optimize"]["steps"] / 10}, "iterations": rows}))
+    names = enumerate(params["iterations"])
+    rows = [{"name": name, "depth": depth, "success": depth / 10} for depth, name in names]
+    final = {"success": params["optimize"]["steps"] / 10}
+    (out / "results.json").write_text(json.dumps({"final": final, "iterations": rows}))
 '''
 
 REFERENCE = ["evaluate@start", "evaluate@teacher"]
@@ -82,19 +93,19 @@ REFERENCE = ["evaluate@start", "evaluate@teacher"]
 
 @dataclass(frozen=True)
 class Toy:
-    """A toy project, and what one does with it."""
+    """A toy project, and commands on it."""
 
     folder: Path
 
     def dvc(self, *words: str, check: bool = True) -> str:
-        """The output of a dvc command in the project."""
+        """Run a dvc command in the project; return its output."""
         with self.started(*words) as process:
             output, _ = process.communicate()
         assert not check or process.returncode == 0, output
         return output
 
     def started(self, *words: str, **environment: str) -> "subprocess.Popen[str]":
-        """A dvc command that was started in the project, in a session of its own."""
+        """Start a dvc command in the project, in a session of its own."""
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         return subprocess.Popen(
             [sys.executable, "-m", "dvc", *words],
@@ -115,7 +126,7 @@ class Toy:
         )
 
     def tracked(self, path: Path) -> bool:
-        """Whether git has the file."""
+        """Return whether git has the file."""
         done = subprocess.run(
             ["git", "ls-files", "--error-unmatch", str(path)],
             cwd=self.folder,
@@ -125,7 +136,7 @@ class Toy:
         return done.returncode == 0
 
     def clone(self, folder: Path) -> "Toy":
-        """What somebody else has after `git clone`: no cache, none of what isn't in git."""
+        """Commit and clone the project: without DVC's cache and what isn't in git."""
         self.git("add", "-A")
         self.git("commit", "-q", "-m", "toy")
         self.git("clone", "-q", ".", str(folder))
@@ -146,29 +157,24 @@ class Toy:
 
 
 def ran(output: str) -> list[str]:
-    """The stages that a `dvc repro` says it ran."""
+    """Return the stages that ran, by the output of `dvc repro`."""
     return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage ")]
 
 
 def code_files() -> Sequence[str]:
-    stages = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"].values()
-    deps = {
-        dep
-        for stage in stages
-        for dep in stage.get("do", stage)["deps"]
-        if not dep.startswith("artifacts/")
-    }
-    return sorted(
-        {
-            path.relative_to(ROOT).as_posix()
-            for dep in deps
-            for path in ((ROOT / dep).rglob("*.py") if (ROOT / dep).is_dir() else [ROOT / dep])
-        }
-    )
+    """Return the files of code that dvc.yaml names, also by their folders."""
+    files: set[Path] = set()
+    stages = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
+    for stage in stages.values():
+        for dep in stage.get("do", stage)["deps"]:
+            path = ROOT / dep
+            if not dep.startswith("artifacts/"):
+                files.update(path.rglob("*.py") if path.is_dir() else [path])
+    return sorted(path.relative_to(ROOT).as_posix() for path in files)
 
 
 def make_toy(folder: Path) -> Toy:
-    """Lay the project out: its settings, the real dvc.yaml, DVC's real settings, toy stages and a stub for every file of code."""
+    """Write a project: toy settings and stages, the real DVC files, and a stub per file of code."""
     for name in code_files():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("# stands for the real file\n")

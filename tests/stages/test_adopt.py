@@ -1,4 +1,4 @@
-"""adopt: what is kept of a public checkpoint, that its policy is the same, and what is refused."""
+"""adopt: the adopted policy is the public one; its manifest; and what is refused."""
 
 import hashlib
 import json
@@ -13,11 +13,10 @@ import torch
 
 from stages import adopt
 from tests.vla_opd import public
-from vla_opd.artifacts.manifest import open_artifact
+from vla_opd.artifacts.manifest import Manifest, open_artifact
 from vla_opd.data.trajectory import Observations
 from vla_opd.machine.host import Host
-from vla_opd.params.run import Params
-from vla_opd.params.stages import AdoptParams, EnvironmentParams, RunParams
+from vla_opd.params.stages import AdoptParams, EnvironmentParams, PolicyParams
 from vla_opd.policies.checkpoint import open_checkpoint
 from vla_opd.policies.load import build_policy, load_policy
 from vla_opd.policies.openvla_oft.model import from_public
@@ -30,23 +29,25 @@ ENVIRONMENT = EnvironmentParams(
     wording="benchmark",
 )
 HOST = Host(device="cpu", workers=1, tracking="none", metrics=Path("unused"))
-SEEN = Observations(
+OBSERVATIONS = Observations(
     np.random.default_rng(0).integers(0, 256, (2, 1, 256, 256, 3), np.uint8),
     np.zeros((2, 8), np.float32),
     ("pick up the bowl",) * 2,
 )
 
 
-def params(folder: Path, environment: EnvironmentParams = ENVIRONMENT, **its: object) -> Params:
-    return Params(
-        run=RunParams(name="test"),
+def run_adopt(
+    folder: Path, out: Path, environment: EnvironmentParams = ENVIRONMENT, **settings: object
+) -> Manifest:
+    """Adopt a public checkpoint in float32."""
+    options = {"folder": str(folder), "dtype": "float32", **settings}
+    return adopt.run(
+        run="test",
+        settings=AdoptParams.model_validate(options),
         environment=environment,
-        adopt={
-            name: AdoptParams.model_validate({"folder": str(folder), "dtype": "float32", **its})
-            for name in ("student", "teacher")
-        },
-        iterations={},
-        evaluations={},
+        name="student",
+        out=out,
+        host=HOST,
     )
 
 
@@ -55,134 +56,131 @@ def folder(tmp_path: Path) -> Path:
     return public.make(tmp_path / "public")
 
 
-def test_an_adopted_policy_is_the_public_one(folder: Path, tmp_path: Path) -> None:
-    adopt.run(
-        params(folder, crop=1.0, unnorm_key="libero_spatial_no_noops"),
-        "student",
-        tmp_path / "student",
-        HOST,
-    )
-    found, theirs = (
-        load_policy(open_checkpoint(tmp_path / "student")),
-        from_public(folder, crop=1.0),
-    )
+@pytest.fixture
+def student(tmp_path: Path) -> Path:
+    """Where the adopted checkpoint goes."""
+    return tmp_path / "student"
+
+
+def test_an_adopted_policy_is_the_public_one(folder: Path, student: Path) -> None:
+    run_adopt(folder, student, crop=1.0, unnorm_key="libero_spatial_no_noops")
+    policy = load_policy(open_checkpoint(student))
+    original = from_public(folder, crop=1.0)
     with torch.inference_mode():
-        assert torch.equal(found.logits(SEEN), theirs.logits(SEEN))
-        assert not torch.equal(
-            found.logits(SEEN), from_public(folder).logits(SEEN)
-        )  # a crop that it wasn't told of is another policy
+        logits = policy.logits(OBSERVATIONS)
+        assert torch.equal(logits, original.logits(OBSERVATIONS))
+        # With another crop it is another policy.
+        assert not torch.equal(logits, from_public(folder).logits(OBSERVATIONS))
     tokens = np.arange(56)[None]
-    np.testing.assert_array_equal(found.decode(tokens), theirs.decode(tokens))
+    np.testing.assert_array_equal(policy.decode(tokens), original.decode(tokens))
 
 
-def test_the_manifest_says_what_it_was_made_of_and_not_where_that_lay(
-    folder: Path, tmp_path: Path
+def test_the_manifest_has_the_digests_of_the_files_and_not_their_folder(
+    folder: Path, student: Path, tmp_path: Path
 ) -> None:
-    made = adopt.run(params(folder), "student", tmp_path / "student", HOST)
-    read = (
+    manifest = run_adopt(folder, student)
+    sources = (
         "config.json",
         "preprocessor_config.json",
         "dataset_statistics.json",
         "tokenizer.json",
         "model.safetensors",
     )
-    assert made.params["sources"] == {
-        name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in read
-    }
-    assert (made.parents, set(made.files)) == ({}, {"model.safetensors", "tokenizer.json"})
-    assert str(folder) not in made.text()
+    digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in sources}
+    assert manifest.params["sources"] == digests
+    assert manifest.parents == {}
+    assert set(manifest.files) == {"model.safetensors", "tokenizer.json"}
+    assert str(folder) not in manifest.to_json()
     elsewhere = public.make(tmp_path / "elsewhere")
-    assert adopt.run(params(elsewhere), "student", tmp_path / "again", HOST).digest == made.digest
-    other = EnvironmentParams(
-        tasks=("libero_object/0",),
-        cameras=("agentview",),
-        image_size=256,
-        render="exact",
-        wording="benchmark",
-        settle=11,
-    )
-    assert (
-        adopt.run(params(folder, other), "student", tmp_path / "other", HOST).digest != made.digest
-    )
+    assert run_adopt(elsewhere, tmp_path / "second").digest == manifest.digest
+    settled = ENVIRONMENT.model_copy(update={"settle": 11})
+    assert run_adopt(folder, tmp_path / "third", settled).digest != manifest.digest
 
 
-def test_a_policy_computes_in_what_its_weights_are_stored_in(folder: Path, tmp_path: Path) -> None:
-    adopt.run(params(folder, dtype="bfloat16"), "student", tmp_path / "student", HOST)
-    policy, exact = load_policy(open_checkpoint(tmp_path / "student")), from_public(folder)
-    assert {one.dtype for one in policy.parameters()} == {torch.bfloat16}
+def test_a_policy_computes_in_the_precision_of_its_weights(folder: Path, student: Path) -> None:
+    run_adopt(folder, student, dtype="bfloat16")
+    policy = load_policy(open_checkpoint(student))
+    assert {parameter.dtype for parameter in policy.parameters()} == {torch.bfloat16}
     with torch.inference_mode():
-        found, wanted = policy.logits(SEEN), exact.logits(SEEN)
-    assert found.dtype == torch.float32
-    assert 1e-4 < (found - wanted).abs().mean() < 0.1 * wanted.std()
+        logits = policy.logits(OBSERVATIONS)
+        exact = from_public(folder).logits(OBSERVATIONS)
+    assert logits.dtype == torch.float32
+    assert 1e-4 < (logits - exact).abs().mean() < 0.1 * exact.std()
 
 
-def test_what_no_student_can_be_is_refused(folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "student"
-    elsewhere = {
-        "render": "fast",
-        "cameras": ("robot0_eye_in_hand",),
-        "image_size": 128,
-        "wording": "bddl",
-    }
-    for field, value in elsewhere.items():
-        other, expected = (
-            ENVIRONMENT.model_copy(update={field: value}),
-            re.escape(repr(getattr(ENVIRONMENT, field))),
-        )
-        with pytest.raises(
-            ValueError,
-            match=rf"environment\.{field} is {re.escape(repr(value))}; expected {expected}, with which public checkpoints",
-        ):
-            adopt.run(params(folder, other), "student", out, HOST)
-    two = ENVIRONMENT.model_copy(update={"family": "package:other", "cameras": ("front", "wrist")})
-    with pytest.raises(
-        ValueError, match=r"environment\.cameras is \['front', 'wrist'\]; expected one"
-    ):
-        adopt.run(params(folder, two), "student", out, HOST)
-    with pytest.raises(
-        ValueError, match=r"unnorm_key is 'bridge'; expected one of \['libero_spatial_no_noops'\]"
-    ):
-        adopt.run(params(folder, unnorm_key="bridge"), "student", out, HOST)
-    (folder / "tokenizer.json").unlink()
-    with pytest.raises(
-        ValueError, match=r"public: has no tokenizer\.json; expected the checkpoint's own"
-    ):
-        adopt.run(params(folder), "student", out, HOST)
-    assert not out.exists()
-
-
-def test_what_was_begun_from_other_files_is_begun_again(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("render", "fast"),
+        ("cameras", ("robot0_eye_in_hand",)),
+        ("image_size", 128),
+        ("wording", "bddl"),
+    ],
+)
+def test_an_environment_unlike_the_benchmark_is_refused(
+    folder: Path, student: Path, field: str, value: object
 ) -> None:
-    """Interrupted after the weights were written, and started again with another folder: nothing of the first is in the second."""
-    other = public.make(tmp_path / "other")
-    weights = safetensors.torch.load_file(other / "model.safetensors")
+    environment = ENVIRONMENT.model_copy(update={field: value})
+    expected = re.escape(repr(getattr(ENVIRONMENT, field)))
+    message = (
+        rf"environment\.{field} is {re.escape(repr(value))}; expected {expected}, "
+        "with which public checkpoints"
+    )
+    with pytest.raises(ValueError, match=message):
+        run_adopt(folder, student, environment)
+    assert not student.exists()
+
+
+def test_files_that_make_no_student_are_refused(folder: Path, student: Path) -> None:
+    two_cameras = {"family": "package:other", "cameras": ("front", "wrist")}
+    message = r"environment\.cameras is \['front', 'wrist'\]; expected one"
+    with pytest.raises(ValueError, match=message):
+        run_adopt(folder, student, ENVIRONMENT.model_copy(update=two_cameras))
+    message = r"unnorm_key is 'bridge'; expected one of \['libero_spatial_no_noops'\]"
+    with pytest.raises(ValueError, match=message):
+        run_adopt(folder, student, unnorm_key="bridge")
+    (folder / "tokenizer.json").unlink()
+    message = r"public: has no tokenizer\.json; expected the checkpoint's own"
+    with pytest.raises(ValueError, match=message):
+        run_adopt(folder, student)
+    assert not student.exists()
+
+
+def test_an_interrupted_attempt_with_other_files_is_not_resumed(
+    folder: Path, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted after the weights were written; the next attempt has another folder."""
+    changed = public.make(tmp_path / "changed")
+    weights = safetensors.torch.load_file(changed / "model.safetensors")
     weights["projector.fc1.bias"] += 1
-    safetensors.torch.save_file(weights, other / "model.safetensors")
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(
-            "stages.adopt.shutil.copyfile", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
-        )
-        adopt.run(params(folder), "student", tmp_path / "student", HOST)
+    safetensors.torch.save_file(weights, changed / "model.safetensors")
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("stages.adopt.shutil.copyfile", interrupt)
+        run_adopt(folder, student)
     assert (tmp_path / ".student.draft/model.safetensors").is_file()
-    made = adopt.run(params(other), "student", tmp_path / "student", HOST)
-    assert made.digest == adopt.run(params(other), "student", tmp_path / "again", HOST).digest
-    assert load_policy(open_checkpoint(tmp_path / "student")).projector.fc1.bias.mean() > 0.9
+    manifest = run_adopt(changed, student)
+    assert manifest.digest == run_adopt(changed, tmp_path / "second").digest
+    assert load_policy(open_checkpoint(student)).projector.fc1.bias.mean() > 0.9
 
 
-def test_weights_that_are_no_numbers_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_refused(folder: Path, student: Path) -> None:
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     weights["projector.fc1.bias"][3] = torch.nan
     safetensors.torch.save_file(weights, folder / "model.safetensors")
-    with pytest.raises(
-        ValueError,
-        match=r"model\.safetensors: projector\.fc1\.bias is not finite everywhere; expected finite numbers",
-    ):
-        adopt.run(params(folder), "student", tmp_path / "student", HOST)
+    message = (
+        r"model\.safetensors: projector\.fc1\.bias is not finite everywhere; "
+        "expected finite numbers"
+    )
+    with pytest.raises(ValueError, match=message):
+        run_adopt(folder, student)
 
 
 class Hostile:
-    """Leaves a mark wherever it is unpickled."""
+    """Touches a file when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -191,29 +189,28 @@ class Hostile:
         return Path.touch, (self.mark,)
 
 
-def test_nothing_that_comes_with_a_checkpoint_is_run(folder: Path, tmp_path: Path) -> None:
-    """Remote code that the config names, pickles under the usual names, and one in the weights' place."""
+def test_no_code_in_a_public_checkpoint_is_run(folder: Path, student: Path, tmp_path: Path) -> None:
+    """Remote code that the config names, pickles under the usual names, a pickle as weights."""
     mark = tmp_path / "run"
     (folder / "modeling_prismatic.py").write_text(f"open({str(mark)!r}, 'w')")
     for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt"):
         (folder / name).write_bytes(pickle.dumps(Hostile(mark)))
     assert "auto_map" in json.loads((folder / "config.json").read_text())
-    adopt.run(params(folder), "student", tmp_path / "student", HOST)
+    run_adopt(folder, student)
     (folder / "model.safetensors").write_bytes(pickle.dumps(Hostile(mark)))
     with pytest.raises(ValueError, match="not safetensors"):
-        adopt.run(params(folder), "student", tmp_path / "other", HOST)
+        run_adopt(folder, tmp_path / "second")
     assert not mark.exists()
 
 
-def test_what_is_adopted_cannot_be_trained_from_nothing(folder: Path, tmp_path: Path) -> None:
-    adopt.run(params(folder), "student", tmp_path / "student", HOST)
-    open_artifact(tmp_path / "student", "checkpoint")
-    facts = open_checkpoint(tmp_path / "student").facts
-    fresh = facts.model_copy(
-        update={"policy": params(folder).policy.model_copy(update={"family": "openvla_oft"})}
+def test_an_adopted_family_cannot_be_trained_from_nothing(folder: Path, student: Path) -> None:
+    run_adopt(folder, student)
+    open_artifact(student, "checkpoint")
+    facts = open_checkpoint(student).facts
+    untrained = facts.model_copy(update={"policy": PolicyParams(family="openvla_oft")})
+    message = (
+        r"policy\.family is 'openvla_oft'; expected one that is trained from nothing: "
+        "this one comes by `adopt`"
     )
-    with pytest.raises(
-        ValueError,
-        match=r"policy\.family is 'openvla_oft'; expected one that is trained from nothing: this one comes by `adopt`",
-    ):
-        build_policy(fresh)
+    with pytest.raises(ValueError, match=message):
+        build_policy(untrained)

@@ -1,72 +1,80 @@
-"""Evaluation: a journal that survives a kill."""
+"""evaluate: the journal survives a kill, and the first episodes in order decide."""
 
 from pathlib import Path
 
 import pytest
 
-from stages.evaluate import _decision, _read_journals, _wanted
 from stages.evaluate import _line as line
+from stages.evaluate import _read_journals, decide, plan_states
 from vla_opd.analysis.comparison import SequentialTest
 from vla_opd.analysis.evaluation import Record
 from vla_opd.params.stages import EvaluateParams
 
 
-def records(successes: int, episodes: int) -> list[Record]:
+def make_records(successes: int, episodes: int) -> list[Record]:
     return [
         Record(task="reach-v3", instruction="reach", state=n, success=n < successes, steps=7)
         for n in range(episodes)
     ]
 
 
-def journal(tmp_path: Path, name: str, text: str) -> Path:
+def write_journal(tmp_path: Path, name: str, text: str) -> Path:
     path = tmp_path / f"journal-{name}.jsonl"
     path.write_text(text)
     return path
 
 
+def read_records(folder: Path) -> list[Record]:
+    """Read the journals' records, each of which comes with its state."""
+    entries = list(_read_journals(folder))
+    assert all(state == (record.task, record.state) for state, record in entries)
+    return [record for _, record in entries]
+
+
 def test_the_journals_of_all_processes_are_read(tmp_path: Path) -> None:
-    wanted = records(2, 4)
-    journal(tmp_path, "b", "".join(map(line, wanted[2:])))
-    journal(tmp_path, "a", "".join(map(line, wanted[:2])))
+    records = make_records(2, 4)
+    write_journal(tmp_path, "b", "".join(map(line, records[2:])))
+    write_journal(tmp_path, "a", "".join(map(line, records[:2])))
     (tmp_path / "other.jsonl").write_text("{}")
-    assert list(_read_journals(tmp_path)) == wanted
-    assert list(_read_journals(tmp_path / "none")) == []
+    assert read_records(tmp_path) == records
+    assert read_records(tmp_path / "none") == []
 
 
 @pytest.mark.parametrize("cut", [1, 20, -2])
-def test_a_line_cut_by_a_kill_is_passed_over_wherever_it_stands(tmp_path: Path, cut: int) -> None:
-    """The journal itself stays as it is: whoever wrote it may still be at work."""
-    wanted = records(2, 4)
-    text = (
-        "".join(map(line, wanted[:2]))
-        + line(wanted[2])[:cut]
-        + "\n"
-        + line(wanted[3])
-        + line(wanted[2])[:cut]
-    )
-    path = journal(tmp_path, "a", text)
-    assert list(_read_journals(tmp_path)) == [*wanted[:2], wanted[3]]
+def test_lines_cut_off_by_a_kill_are_skipped_anywhere_in_the_journal(
+    tmp_path: Path, cut: int
+) -> None:
+    """The journal stays as it is: its writer may still be at work."""
+    records = make_records(2, 4)
+    complete = "".join(map(line, records[:2]))
+    incomplete = line(records[2])[:cut]
+    text = f"{complete}{incomplete}\n{line(records[3])}{incomplete}"
+    path = write_journal(tmp_path, "a", text)
+    assert read_records(tmp_path) == [*records[:2], records[3]]
     assert path.read_text() == text
 
 
-def test_a_decision_is_made_by_the_first_episodes_that_are_wanted() -> None:
-    """Whichever finished first: so it is the same however many workers there are."""
-    how = EvaluateParams(episodes=30, decide=(0.5, 0.95))
-    wanted = _wanted(how, ("a", "b"))
-    assert wanted[:4] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
-    every = {
+def test_the_first_planned_episodes_decide() -> None:
+    """Whichever finished first, so the decision does not depend on the number of workers."""
+    settings = EvaluateParams(episodes=30, decide=(0.5, 0.95))
+    planned = plan_states(settings, ("a", "b"))
+    assert planned[:4] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    records = {
         (task, state): Record(task=task, instruction="", state=state, success=True, steps=7)
-        for task, state in wanted
+        for task, state in planned
     }
-    needed = SequentialTest(0.5, 0.95).decide([True] * 60)[1]
-    assert needed == 5
-    assert _decision(how, wanted, {key: every[key] for key in wanted[: needed - 1]}) is None
-    late = {key: every[key] for key in wanted if key != wanted[1]}
-    assert _decision(how, wanted, late) is None
-    assert _decision(how, wanted, every) == ([every[key] for key in wanted[:needed]], 0.95)
+    _, count = SequentialTest(0.5, 0.95).decide([True] * 60)
+    assert count == 5
+    too_few = {state: records[state] for state in planned[: count - 1]}
+    assert decide(settings, planned, too_few) is None
+    without_second = {state: records[state] for state in planned if state != planned[1]}
+    assert decide(settings, planned, without_second) is None
+    deciding = [records[state] for state in planned[:count]]
+    assert decide(settings, planned, records) == (deciding, 0.95)
 
 
-def test_without_a_question_nothing_is_decided() -> None:
-    how = EvaluateParams(episodes=3)
-    assert _wanted(how, ("a", "b")) == [("a", 0), ("a", 1), ("a", 2), ("b", 0), ("b", 1), ("b", 2)]
-    assert _decision(how, [("a", 0)], {}) is None
+def test_without_rates_to_decide_between_all_episodes_are_played() -> None:
+    settings = EvaluateParams(episodes=3)
+    expected = [("a", 0), ("a", 1), ("a", 2), ("b", 0), ("b", 1), ("b", 2)]
+    assert plan_states(settings, ("a", "b")) == expected
+    assert decide(settings, [("a", 0)], {}) is None

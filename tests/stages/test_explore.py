@@ -1,6 +1,6 @@
-"""Groups for GRPO: seeded placements, in rounds until there are enough to learn from."""
+"""explore: groups for GRPO from seeded placements, in rounds until enough are useful."""
 
-import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 
 import stages.explore
-from stages.explore import _round
-from tests.small_run import run_stage
+from stages.explore import plan_round
+from tests.small_run import STAGES, call_stage
 from tests.vla_opd.small import CHUNK, episode
+from vla_opd.artifacts.manifest import read_manifest
 from vla_opd.data.trajectory import Episode, read_shard, shards, write_shard
 from vla_opd.machine.host import Host
 from vla_opd.params.load import load
 from vla_opd.params.run import Params
-from vla_opd.simulation.collect import counts
+from vla_opd.simulation.collect import summarize_episodes
 
 
 @pytest.fixture
@@ -26,69 +27,77 @@ def params(small: Path) -> Params:
 
 def test_no_two_groups_of_a_run_begin_alike(params: Params) -> None:
     rounds = [
-        _round(params, iteration, number) for iteration in ("rl001", "rl002") for number in range(2)
+        plan_round(params.explore, params.environment.tasks, 3, iteration, number)
+        for iteration in ("rl001", "rl002")
+        for number in range(2)
     ]
-    jobs = [job for groups in rounds for members in groups.values() for job in members]
+    groups = [members for shards_of_round in rounds for members in shards_of_round.values()]
+    jobs = [job for members in groups for job in members]
     assert {job.placement.split for job in jobs} == {"training"}
-    assert (
-        len({job.placement for job in jobs}) == 2 * 2 * 2 * 2
-    )  # iterations, rounds, tasks, prompts
+    # Of two iterations, rounds, tasks and prompts.
+    assert len({job.placement for job in jobs}) == 2 * 2 * 2 * 2
     assert len({job.seed for job in jobs}) == len(jobs) == 16 * 4
     assert list(rounds[1]) == [
-        f"shard-{task:03d}-{prompt:05d}.zarr.zip" for task in range(2) for prompt in (2, 3)
+        "shard-000-00002.zarr.zip",
+        "shard-000-00003.zarr.zip",
+        "shard-001-00002.zarr.zip",
+        "shard-001-00003.zarr.zip",
     ]
 
 
 def test_only_decisions_are_kept(small: Path, params: Params) -> None:
-    for one in (one for shard in shards(small / "trajectories/rl001") for one in read_shard(shard)):
-        assert (one.step % params.policy.chunk == 0).all()
-        assert len(one.step) == len(one.tokens)
+    for shard in shards(small / "trajectories/rl001"):
+        for rollout in read_shard(shard):
+            assert (rollout.step % params.policy.chunk == 0).all()
+            assert len(rollout.step) == len(rollout.tokens)
 
 
-def test_rounds_go_on_until_there_are_groups_enough(small: Path) -> None:
+def test_rounds_stop_once_enough_groups_are_useful(small: Path) -> None:
     """With every group useful, one round of two tasks' two placements will do."""
-    run_stage(
-        small.parents[1],
-        [
-            "explore",
-            "--iteration",
-            "rl001",
-            "--set",
-            "explore.keep_low=0",
-            "--set",
-            "explore.keep_high=1",
-        ],
-        workers=1,
-    )
-    facts = json.loads((small / "trajectories/rl001/manifest.json").read_text())["facts"]
+    settings = ("explore.keep_low=0", "explore.keep_high=1")
+    assert call_stage([*STAGES["trajectories/rl001"], "--workers", "1"], *settings) == 0
+    facts = read_manifest(small / "trajectories/rl001", "trajectories").facts
     assert (facts["groups"], facts["useful_groups"], facts["episodes"]) == (4, 4, 16)
 
 
-def test_what_a_killed_attempt_left_of_a_later_round_does_not_end_this_one(
+def make_group(seed: int, *, useful: bool) -> list[Episode]:
+    members = [episode(seed, member=member) for member in range(4)]
+    return [replace(member, success=useful and member.member == 0) for member in members]
+
+
+def test_a_killed_attempts_shards_of_a_later_round_do_not_end_this_one(
     small: Path, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first round has three useful groups of the four wanted; of the second, one is there already, and useful."""
+    """The first round has three useful groups of the four needed.
 
-    def members(seed: int, *, mixed: bool) -> list[Episode]:
-        return [replace(episode(seed, member=m), success=mixed and m == 0) for m in range(4)]
+    One of the second is in the draft already, and useful.
+    """
+    written: list[int] = []
 
-    filled: list[int] = []
-
-    def fill(groups: dict[str, Any], *arguments: Any) -> None:
+    def write_groups(groups: Mapping[str, Any], *arguments: Any) -> None:
         work = arguments[3]
-        filled.append(len(groups))
-        for number, shard in enumerate(
-            [*groups, *(["shard-000-00002.zarr.zip"] if len(filled) == 1 else [])]
-        ):
-            with work.part(shard) as path:
-                write_shard(path, members(number, mixed=number > 0), CHUNK)
+        names = list(groups)
+        if not written:
+            names.append("shard-000-00002.zarr.zip")
+        written.append(len(groups))
+        for number, name in enumerate(names):
+            with work.part(name) as path:
+                write_shard(path, make_group(number, useful=number > 0), CHUNK)
 
-    monkeypatch.setattr(stages.explore, "fill", fill)
-    made = stages.explore.run(
-        params, "rl001", small / "checkpoints/it001", small / "trajectories/other", Host()
+    monkeypatch.setattr(stages.explore, "write_groups", write_groups)
+    manifest = stages.explore.run(
+        run="small",
+        seed=3,
+        settings=params.explore,
+        environment=params.environment,
+        iteration="rl001",
+        student=small / "checkpoints/it001",
+        out=small / "trajectories/other",
+        host=Host(),
     )
-    assert filled == [4, 4]
-    assert (made.facts["groups"], made.facts["useful_groups"]) == (8, 6)
+    assert manifest is not None
+    assert written == [4, 4]
+    assert (manifest.facts["groups"], manifest.facts["useful_groups"]) == (8, 6)
 
 
 def test_counts_add_up() -> None:
@@ -96,4 +105,5 @@ def test_counts_add_up() -> None:
         replace(episode(seed, steps=steps), success=steps < 5)
         for seed, steps in enumerate((5, 3, 4))
     ]
-    assert counts(group) == {"episodes": 3, "success": 2 / 3, "env_steps": 12, "states": 12}
+    expected = {"episodes": 3, "success": 2 / 3, "env_steps": 12, "states": 12}
+    assert summarize_episodes(group) == expected

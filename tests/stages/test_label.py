@@ -1,93 +1,67 @@
-"""Who is asked about which states: a teacher, about pictures of the kind that it was trained on; the expert; a teacher that takes over."""
+"""label: by the teacher or by an expert, and how later stages use it."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import stages.__main__ as command
 from stages import label
-from stages.optimize import _read
 from stages.report import render
-from tests import out_of_tree
-from tests.small_run import HOST
+from tests.small_run import STAGES, call_stage, read_bytes
 from tests.vla_opd import small as tiny
 from tests.vla_opd.policies.test_checkpoint import publish
-from vla_opd.analysis.finished_run import read_run
+from vla_opd.analysis.finished_run import Run, read_run
 from vla_opd.analysis.study_table import member_rows
 from vla_opd.artifacts.draft import draft
 from vla_opd.artifacts.manifest import read_manifest
 from vla_opd.data.labels import Labels, read_outcome, read_shard, write_shard
-from vla_opd.data.trajectory import read_shard as read_episodes
 from vla_opd.data.trajectory import read_states, shards
 from vla_opd.learning.bin_transfer import between
+from vla_opd.learning.distillation import read_batch
 from vla_opd.machine.host import Host
 from vla_opd.params.load import load
-from vla_opd.params.objective import OptimizeParams
-from vla_opd.params.run import Params
-from vla_opd.params.stages import DemonstrationSet, EnvironmentParams, PretrainedParams, RunParams
+from vla_opd.params.stages import EnvironmentParams, LabelParams
 from vla_opd.policies.checkpoint import open_checkpoint
 from vla_opd.policies.load import build_policy
 
-TRAINED = PretrainedParams(demonstrations="main", steps=1, learning_rate=0.1)
-PARAMS = Params(
-    run=RunParams(name="test"),
-    environment=tiny.ENVIRONMENT,
-    demonstrations={"main": DemonstrationSet(episodes=1)},
-    pretrained={"teacher": TRAINED, "student": TRAINED},
-    iterations={"it001": "student"},
-    evaluations={"start": "student", "final": "it001", "teacher": "teacher"},
-)
+LABEL = STAGES["logits/it001"]
+OPTIMIZE = STAGES["checkpoints/it001"]
+EXPERT = "label.expert=tests.out_of_tree:expert"
 
 
 def test_trajectories_of_another_camera_order_are_refused(tmp_path: Path) -> None:
-    publish(
-        tmp_path / "teacher",
-        build_policy(tiny.FACTS).state_dict(),
-        {"checkpoint": tiny.FACTS.model_dump()},
-    )
-    swapped = EnvironmentParams(
-        **tiny.ENVIRONMENT.model_dump() | {"cameras": tiny.ENVIRONMENT.cameras[::-1]}
-    )
-    with draft(
-        tmp_path / "trajectories", "trajectories", {}, {"environment": swapped.model_dump()}
-    ) as work:
+    weights = build_policy(tiny.FACTS).state_dict()
+    publish(tmp_path / "teacher", weights, {"checkpoint": tiny.FACTS.model_dump()})
+    cameras = tiny.ENVIRONMENT.cameras[::-1]
+    swapped = EnvironmentParams(**tiny.ENVIRONMENT.model_dump() | {"cameras": cameras})
+    recorded = {"environment": swapped.model_dump()}
+    with draft(tmp_path / "trajectories", "trajectories", {}, recorded) as work:
         work.publish({"action_space": tiny.SPACE.digest, "states": 0})
-    with pytest.raises(
-        ValueError,
-        match=r"environment\.cameras is \('side', 'front'\); expected \('front', 'side'\), which .*teacher was trained with",
-    ):
-        label.run(
-            PARAMS, tmp_path / "teacher", tmp_path / "trajectories", tmp_path / "logits", Host()
-        )
-    assert not (tmp_path / "logits").exists()
-
-
-def label_it(*settings: str, workers: int = 1) -> int:
-    """The stage by its command line, where the test stands."""
-    arguments = [part for setting in settings for part in ("--set", setting)]
-    return command.main(
-        ["label", "--iteration", "it001", "--workers", str(workers), *HOST, *arguments]
+    message = (
+        r"environment\.cameras is \('side', 'front'\); expected \('front', 'side'\), "
+        r"which .*teacher was trained with"
     )
+    with pytest.raises(ValueError, match=message):
+        label.run(
+            run="test",
+            settings=LabelParams(),
+            teacher=tmp_path / "teacher",
+            trajectories=tmp_path / "trajectories",
+            out=tmp_path / "labels",
+            host=Host(),
+        )
+    assert not (tmp_path / "labels").exists()
 
 
-def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-SIMULATED = [("label.expert=tests.out_of_tree:expert",), ("label.recover_every=3",)]
-
-
-@pytest.mark.parametrize("settings", SIMULATED)
-def test_simulated_labels_are_the_same_by_two_workers_and_after_a_kill(
-    small: Path, settings: tuple[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("setting", [EXPERT, "label.recover_every=3"])
+def test_simulated_labels_are_the_same_with_two_workers_and_after_a_kill(
+    small: Path, setting: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    logits = small / "logits/it001"
-    assert label_it(*settings) == 0
-    expected = bytes_of(logits)
+    assert call_stage([*LABEL, "--workers", "1"], setting) == 0
+    expected = read_bytes(small / "logits/it001")
+    two_workers = [*LABEL, "--workers", "2"]
     with monkeypatch.context() as patch:
-        written = list[str]()
+        written: list[str] = []
 
         def write_two(path: Path, labels: Labels) -> None:
             if len(written) == 2:
@@ -97,189 +71,109 @@ def test_simulated_labels_are_the_same_by_two_workers_and_after_a_kill(
 
         patch.setattr(label, "write_shard", write_two)
         with pytest.raises(KeyboardInterrupt):
-            label_it(*settings, workers=2)
+            call_stage(two_workers, setting)
         assert len(list((small / "logits/.it001.draft").glob("shard-*"))) == 2
-    assert label_it(*settings, workers=2) == 0
-    assert bytes_of(logits) == expected
+    assert call_stage(two_workers, setting) == 0
+    assert read_bytes(small / "logits/it001") == expected
 
 
-def test_the_experts_labels_are_what_it_would_do_there(small: Path) -> None:
-    assert label_it("label.expert=tests.out_of_tree:expert") == 0
-    space = open_checkpoint(small / "checkpoints/student").facts.action_space
+def read_distillation(root: Path, *settings: str) -> Run:
+    """Read the run as a report does, without its iterations of GRPO."""
+    params = load("params.yaml", list(settings)).model_copy(update={"reinforcements": {}})
+    return read_run(params, root)
+
+
+def test_the_student_learns_from_the_experts_labels_and_the_report_names_it(small: Path) -> None:
+    assert call_stage(LABEL, EXPERT) == 0
     manifest = read_manifest(small / "logits/it001", "logits")
     assert manifest.params["label"]["expert"] == "tests.out_of_tree:expert"
-    states = read_manifest(small / "trajectories/it001", "trajectories").facts["states"]
-    assert manifest.facts["teacher_queries"] == states
-    executed = 0
-    env = out_of_tree.make(load("params.yaml").environment)
-    for shard in shards(small / "trajectories/it001")[:3]:
-        states = read_states([shard])
-        labels = read_shard(small / "logits/it001" / shard.name, len(states))
-        episode, every = read_episodes(shard)[0], np.ones_like(states.mask)
-        env.reset(episode.placement)
-        for row in range(len(episode.step)):
-            env.hand = states.observations.proprio[row].astype(np.float64)
-            given = labels.labelled(every)[row].reshape(space.chunk, 2)
-            assert (
-                given.all(1).sum()
-                == given.any(1).sum()
-                == steps_to_success(env, states.observations.proprio[row], space.chunk)
-            )
-            executed += given.all(1).sum()
-            wanted = space.encode(np.tile(out_of_tree.expert(env).act(), (1, space.chunk, 1)))[
-                0, :2
-            ]
-            assert (
-                np.abs(labels.log_probs[row, :2].argmax(-1) - wanted).max() <= 1
-            )  # the recorded hand is rounded to float32
+    visited = read_manifest(small / "trajectories/it001", "trajectories")
+    assert manifest.facts["teacher_queries"] == visited.facts["states"]
+    assert call_stage(OPTIMIZE, "optimize.objective=forward_kl") == 0
+    assert call_stage(STAGES["evaluations/final"]) == 0
+    run = read_distillation(small, EXPERT)
     assert (
-        command.main(
-            ["optimize", "--iteration", "it001", *HOST, "--set", "optimize.objective=forward_kl"]
-        )
-        == 0
-    )
-    assert command.main(["evaluate", "--name", "final", *HOST]) == 0
-    run = read_run(
-        load("params.yaml", ["label.expert=tests.out_of_tree:expert"]).model_copy(
-            update={"reinforcements": {}}
-        ),
-        small,
-    )
-    assert (
-        "Labelled by a scripted expert</strong> (<code>label.expert: tests.out_of_tree:expert</code>)"
-        in render(run)
-    )
+        "Labelled by a scripted expert</strong> "
+        "(<code>label.expert: tests.out_of_tree:expert</code>)"
+    ) in render(run)
     row = member_rows(run, "dagger", 0, {}).updates[0]
-    assert (row.reverse_kl_before, row.teacher_entropy_after, row.failed_share is None) == (
-        None,
-        None,
-        False,
-    )
+    assert row.reverse_kl_before is None
+    assert row.teacher_entropy_after is None
+    assert row.failed_share is not None
     assert row.student_entropy_after > 0
     facts = read_manifest(small / "checkpoints/it001", "checkpoint").facts
     assert facts["after"]["forward_kl"] < 0.8 * facts["before"]["forward_kl"]
 
 
-def steps_to_success(env: out_of_tree.PointMass, hand: np.ndarray, most: int) -> int:
-    """How many steps the expert needs from there, or `most`; the environment is left where it was."""
-    env.hand, taken, success = hand.astype(np.float64), 0, False
-    while taken < most and not success:
-        success = env.advance(out_of_tree.expert(env).act()[None], 0).success
-        taken += 1
-    env.hand = hand.astype(np.float64)
-    return taken
-
-
-def test_a_teacher_with_other_statistics_is_transferred_if_so_told(
+def test_the_bins_of_a_teacher_with_other_statistics_are_transferred_on_demand(
     small: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     teacher = open_checkpoint(small / "checkpoints/teacher")
-    ours = teacher.facts.action_space
-    theirs = ours.model_copy(
-        update={"q01": tuple(q - 0.1 for q in ours.q01), "q99": tuple(q + 0.2 for q in ours.q99)}
-    )
-    facts = teacher.facts.model_copy(update={"action_space": theirs})
+    student_space = teacher.facts.action_space
+    wider = {
+        "q01": tuple(q - 0.1 for q in student_space.q01),
+        "q99": tuple(q + 0.2 for q in student_space.q99),
+    }
+    teacher_space = student_space.model_copy(update=wider)
+    facts = teacher.facts.model_copy(update={"action_space": teacher_space})
     publish(small / "checkpoints/teacher", teacher.weights(), {"checkpoint": facts.model_dump()})
-    assert label_it() == 2
-    assert (
-        f"expected the teacher's, {theirs.digest[:12]} (or label.transfer true)"
-        in capsys.readouterr().err
-    )
-    assert label_it("label.transfer=true") == 0
-    stored = np.concatenate(
-        [
-            read_shard(path, len(read_states([small / "trajectories/it001" / path.name]))).log_probs
-            for path in shards(small / "logits/it001")
-        ]
-    )
-    transfer = between(theirs, ours)
+    assert call_stage(LABEL) == 2
+    message = f"expected the teacher's, {teacher_space.digest[:12]} (or label.transfer true)"
+    assert message in capsys.readouterr().err
+
+    assert call_stage(LABEL, "label.transfer=true") == 0
+    trajectories = small / "trajectories/it001"
+    stored: list[np.ndarray] = []
+    for path in shards(small / "logits/it001"):
+        states = len(read_states([trajectories / path.name]))
+        stored.append(read_shard(path, states).log_probs)
+    log_probs = np.concatenate(stored)
+    transfer = between(teacher_space, student_space)
     assert transfer is not None
-    moved = _read(
-        load("params.yaml").optimize, small / "trajectories/it001", small / "logits/it001", ours
-    ).teacher
-    np.testing.assert_array_equal(moved, transfer(stored))
-    assert np.abs(np.exp(moved) - np.exp(stored.astype(np.float32))).max() > 0.1
-    assert (
-        command.main(["optimize", "--iteration", "it001", *HOST, "--set", "label.transfer=true"])
-        == 0
-    )
-    found = read_manifest(small / "checkpoints/it001", "checkpoint").facts
-    assert found["transferred_from"] == theirs.digest
-    assert 0 < found["after"]["reverse_kl"] < 0.8 * found["before"]["reverse_kl"]
-    assert open_checkpoint(small / "checkpoints/it001").facts.action_space == ours
+    settings = load("params.yaml").optimize
+    moved = read_batch(trajectories, small / "logits/it001", student_space, settings).teacher
+    np.testing.assert_array_equal(moved, transfer(log_probs))
+    assert np.abs(np.exp(moved) - np.exp(log_probs.astype(np.float32))).max() > 0.1
+
+    assert call_stage(OPTIMIZE, "label.transfer=true") == 0
+    result = read_manifest(small / "checkpoints/it001", "checkpoint").facts
+    assert result["transferred_from"] == teacher_space.digest
+    assert 0 < result["after"]["reverse_kl"] < 0.8 * result["before"]["reverse_kl"]
+    assert open_checkpoint(small / "checkpoints/it001").facts.action_space == student_space
 
 
-def test_only_recoverable_states_are_learnt_from_if_so_told(
+def test_only_recoverable_states_are_learned_from_with_optimize_recoverable(
     small: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--set", "label.recover_every=2", "--set", "optimize.recoverable=true"]
-    assert label_it() == 0
-    assert command.main(["optimize", "--iteration", "it001", *HOST, *arguments]) == 2
-    assert (
-        "it001: doesn't say from which states the teacher still succeeds; expected labels made with label.recover_every"
-        in capsys.readouterr().err
+    settings = ("label.recover_every=2", "optimize.recoverable=true")
+    assert call_stage(LABEL) == 0
+    assert call_stage(OPTIMIZE, *settings) == 2
+    message = (
+        "it001: has no record of the states from which the teacher still succeeds; "
+        "expected labels made with label.recover_every"
     )
-    assert label_it("label.recover_every=2") == 0
-    found = read_manifest(small / "logits/it001", "logits").facts
-    tried = [read_outcome(path)[1] for path in sorted((small / "logits/it001").glob("shard-*"))]
-    recoverable = np.concatenate([one for one in tried if one is not None])
-    assert found["recoverable"] == recoverable.mean()
-    assert 0 < found["recoverable"] < 1
+    assert message in capsys.readouterr().err
+
+    assert call_stage(LABEL, "label.recover_every=2") == 0
+    labels = read_manifest(small / "logits/it001", "logits").facts
+    outcomes = [read_outcome(path)[1] for path in shards(small / "logits/it001")]
+    recoverable = np.concatenate([states for states in outcomes if states is not None])
+    assert labels["recoverable"] == recoverable.mean()
+    assert 0 < labels["recoverable"] < 1
     visited = read_manifest(small / "trajectories/it001", "trajectories").facts
-    assert found["env_steps"] > 0
-    assert found["teacher_queries"] > visited["states"]
-    assert command.main(["optimize", "--iteration", "it001", *HOST, *arguments]) == 0
-    assert (
-        read_manifest(small / "checkpoints/it001", "checkpoint").facts["learnt_from"]
-        == recoverable.sum()
-    )
-    assert command.main(["evaluate", "--name", "final", *HOST]) == 0
-    run = read_run(load("params.yaml").model_copy(update={"reinforcements": {}}), small)
-    assert run.results.iterations[0].recoverable == found["recoverable"]
-    assert run.results.env_steps == visited["env_steps"] + found["env_steps"]
-    told = render(run)
-    assert "Recoverable: the states from which the teacher still succeeds" in told
-    assert (
-        f'<td class="number">{found["recoverable"]:.1%}</td><td class="number">' in told
-    )  # then the gradient's norm
-    assert "Labelled by a scripted expert" not in told
+    assert labels["env_steps"] > 0
+    assert labels["teacher_queries"] > visited["states"]
+    assert call_stage(OPTIMIZE, *settings) == 0
+    trained = read_manifest(small / "checkpoints/it001", "checkpoint").facts
+    assert trained["learnt_from"] == recoverable.sum()
 
-
-def test_grpo_weighs_every_episode_alike_whatever_is_left_of_it(small: Path) -> None:
-    assert label_it("label.recover_every=2") == 0
-    opt = OptimizeParams(objective="mixed", recoverable=True, keep_low=0, keep_high=1)
-    data = _read(
-        opt,
-        small / "trajectories/it001",
-        small / "logits/it001",
-        open_checkpoint(small / "checkpoints/student").facts.action_space,
-    )
-    assert data.on_policy is not None
-    decisions = data.on_policy.decisions
-    advantage, episode = decisions.graded(data.learnt, opt).advantage, decisions.episode
-    rows = data.usable[advantage[data.usable] != 0]  # of groups in which not all came to the same
-    weight = data.on_policy.advantage[rows] / advantage[rows] * data.mask[rows].sum(1)
-    each = [weight[episode[rows] == one].sum() for one in np.unique(episode[rows])]
-    assert len(each) > 3
-    np.testing.assert_allclose(each, each[0], rtol=1e-4)
-    assert data.kept is not None
-    assert any(0 < data.kept[episode == one].mean() < 1 for one in np.unique(episode)), (
-        "the fixture should show an episode that is cut"
-    )
-    assert (
-        len(rows) < (data.on_policy.decisions.decided & data.mask.any(1)).sum()
-    )  # some are left out
-
-
-def test_the_next_is_asked_for_before_one_is_waited_for() -> None:
-    happened = list[str]()
-
-    def asked() -> Iterator[int]:
-        for one in range(3):
-            happened.append(f"ask {one}")
-            yield one
-
-    for one in label._one_behind(asked()):
-        happened.append(f"wait {one}")
-    assert happened == ["ask 0", "ask 1", "wait 0", "ask 2", "wait 1", "wait 2"]
-    assert list(label._one_behind(iter(()))) == []
+    assert call_stage(STAGES["evaluations/final"]) == 0
+    run = read_distillation(small)
+    assert run.results.iterations[0].recoverable == labels["recoverable"]
+    assert run.results.env_steps == visited["env_steps"] + labels["env_steps"]
+    page = render(run)
+    assert "Recoverable: the states from which the teacher still succeeds" in page
+    # Its cell is followed by that of the gradient's norm.
+    cell = f'<td class="number">{labels["recoverable"]:.1%}</td>'
+    assert f'{cell}<td class="number">' in page
+    assert "Labelled by a scripted expert" not in page

@@ -1,22 +1,29 @@
-"""`python -m stages`: a user's mistake is one message on stderr and exit code 2; the rest is handed to the stage."""
+"""`python -m stages`: its arguments, and mistakes: one message on stderr and exit code 2."""
 
 import importlib
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 import stages.__main__ as command
-from tests.vla_opd import small
-from tests.vla_opd.params.test_load import MINIMAL
+from tests.vla_opd import small as tiny
+from tests.vla_opd.params.minimal import MINIMAL
 from tests.vla_opd.policies.test_checkpoint import publish
+from vla_opd.learning import preflight
 from vla_opd.policies.load import build_policy
 
 REPOSITORY = Path(__file__).parents[2]
+ROOT = Path("artifacts/test")
+MISSING = "no manifest.json; expected a complete artifact of kind"
+# The environment of tests/vla_opd/small.py.
+ENVIRONMENT = ("environment.cameras=[front, side]", "environment.image_size=20", "policy.crop=16")
 
 
 @pytest.fixture
@@ -31,219 +38,239 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def called(project: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """The arguments that the stage was run with, after `params`."""
-    calls: list[tuple[Any, ...]] = []
+def calls(project: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The arguments of every call of a stage, which does nothing."""
+    recorded: list[dict[str, Any]] = []
 
-    def run(_params: object, *arguments: object) -> SimpleNamespace:
-        calls.append(arguments)
+    def run(**arguments: Any) -> SimpleNamespace:
+        recorded.append(arguments)
         return SimpleNamespace(digest="0123456789abcdef")
 
-    real = importlib.import_module
-    monkeypatch.setattr(
-        importlib,
-        "import_module",
-        lambda name: SimpleNamespace(run=run) if name.startswith("stages.") else real(name),
-    )
-    return calls
+    replace_stages(monkeypatch, run)
+    return recorded
 
 
-ROOT = Path("artifacts/test")
+def replace_stages(monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
+    import_module = importlib.import_module
+
+    def import_fake(name: str) -> Any:
+        return SimpleNamespace(run=run) if name.startswith("stages.") else import_module(name)
+
+    monkeypatch.setattr(importlib, "import_module", import_fake)
 
 
-def test_what_label_and_optimize_would_refuse_stops_before_any_rollout(
-    called: list[tuple[Any, ...]], project: Path, capsys: pytest.CaptureFixture[str]
+def call(arguments: Sequence[str], *settings: str) -> int:
+    return command.main([*arguments, *(f"--set={setting}" for setting in settings)])
+
+
+def test_the_refusals_of_label_and_optimize_come_before_any_rollout(
+    calls: list[dict[str, Any]], project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["sample", "--iteration", "it001", "--set"]
-    assert command.main([*arguments, "optimize.objective=mse"]) == 2
+    sample = ["sample", "--iteration", "it001"]
+    assert call(sample, "optimize.objective=mse") == 2
     assert "optimize.objective is 'mse'; expected one of" in capsys.readouterr().err
 
-    assert command.main([*arguments, "label.expert=mse"]) == 2
-    assert (
-        "label.expert is 'mse'; expected one of ['libero', 'metaworld'] or"
-        in capsys.readouterr().err
-    )
+    assert call(sample, "label.expert=mse") == 2
+    message = "label.expert is 'mse'; expected one of ['libero', 'metaworld'] or"
+    assert message in capsys.readouterr().err
 
-    same = [
-        "environment.cameras=[front, side]",
-        "--set",
-        "environment.image_size=20",
-        "--set",
-        "policy.crop=16",
-    ]
-    assert command.main([*arguments, *same]) == 2
-    assert (
-        "checkpoints/teacher: no manifest.json; expected a complete artifact of kind 'checkpoint'"
-        in capsys.readouterr().err
-    )
+    assert call(sample, *ENVIRONMENT) == 2
+    assert f"checkpoints/teacher: {MISSING} 'checkpoint'" in capsys.readouterr().err
 
-    weights = build_policy(small.FACTS).state_dict()
-    other = small.FACTS.model_copy(
-        update={
-            "action_space": small.SPACE.model_copy(
-                update={"q99": tuple(q + 1 for q in small.SPACE.q99)}
-            )
-        }
-    )
-    publish(project / ROOT / "checkpoints/teacher", weights, {"checkpoint": other.model_dump()})
-    assert command.main([*arguments, *same]) == 2
-    assert (
-        "checkpoints/student: no manifest.json; expected a complete artifact of kind 'checkpoint'"
-        in capsys.readouterr().err
-    )
+    weights = build_policy(tiny.FACTS).state_dict()
+    shifted = tiny.SPACE.model_copy(update={"q99": tuple(q + 1 for q in tiny.SPACE.q99)})
+    facts = tiny.FACTS.model_copy(update={"action_space": shifted})
+    publish(project / ROOT / "checkpoints/teacher", weights, {"checkpoint": facts.model_dump()})
+    assert call(sample, *ENVIRONMENT) == 2
+    assert f"checkpoints/student: {MISSING} 'checkpoint'" in capsys.readouterr().err
 
-    publish(
-        project / ROOT / "checkpoints/student", weights, {"checkpoint": small.FACTS.model_dump()}
-    )
-    assert command.main([*arguments, *same]) == 2
+    facts = tiny.FACTS
+    publish(project / ROOT / "checkpoints/student", weights, {"checkpoint": facts.model_dump()})
+    assert call(sample, *ENVIRONMENT) == 2
     assert "action_space.q99" in capsys.readouterr().err
-    assert called == []
+    assert calls == []
 
 
-def test_weights_that_could_not_be_trained_are_not_rolled_out(
-    called: list[tuple[Any, ...]], project: Path, capsys: pytest.CaptureFixture[str]
+def test_a_student_that_cannot_be_trained_is_refused_before_any_rollout(
+    calls: list[dict[str, Any]], project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    weights, facts = (
-        build_policy(small.FACTS).state_dict(),
-        {"checkpoint": small.FACTS.model_dump()},
-    )
+    weights = build_policy(tiny.FACTS).state_dict()
+    facts = {"checkpoint": tiny.FACTS.model_dump()}
     publish(project / ROOT / "checkpoints/teacher", weights, facts)
-    publish(
-        project / ROOT / "checkpoints/student",
-        {name: tensor.bfloat16() for name, tensor in weights.items()},
-        facts,
-    )
-    same = [
-        "environment.cameras=[front, side]",
-        "environment.image_size=20",
-        "policy.crop=16",
-        "reinforcements.rl001=student",
-    ]
-    for verb, iteration, trained in (
+    coarse = {name: tensor.bfloat16() for name, tensor in weights.items()}
+    publish(project / ROOT / "checkpoints/student", coarse, facts)
+    settings = (*ENVIRONMENT, "reinforcements.rl001=student")
+    for verb, iteration, trainer in (
         ("sample", "it001", "optimize"),
         ("explore", "rl001", "reinforce"),
     ):
-        assert (
-            command.main(
-                [verb, "--iteration", iteration, *(word for one in same for word in ("--set", one))]
-            )
-            == 2
-        )
-        assert (
-            f"{trained}.lora_rank is null, and the weights are torch.bfloat16, too coarse"
-            in capsys.readouterr().err
-        )
-    assert called == []
+        assert call([verb, "--iteration", iteration], *settings) == 2
+        message = f"{trainer}.lora_rank is null, and the weights are torch.bfloat16, too coarse"
+        assert message in capsys.readouterr().err
+    assert calls == []
 
 
 def test_a_damaged_teacher_is_found_before_any_rollout(
-    called: list[tuple[Any, ...]], project: Path, capsys: pytest.CaptureFixture[str]
+    calls: list[dict[str, Any]], project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    weights, facts = (
-        build_policy(small.FACTS).state_dict(),
-        {"checkpoint": small.FACTS.model_dump()},
-    )
+    weights = build_policy(tiny.FACTS).state_dict()
     for name in ("student", "teacher"):
+        facts = {"checkpoint": tiny.FACTS.model_dump()}
         publish(project / ROOT / "checkpoints" / name, weights, facts)
     file = project / ROOT / "checkpoints/teacher/model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"x")
-    same = ["environment.cameras=[front, side]", "environment.image_size=20", "policy.crop=16"]
-    assert (
-        command.main(
-            ["sample", "--iteration", "it001", *(word for one in same for word in ("--set", one))]
-        )
-        == 2
-    )
+    assert call(["sample", "--iteration", "it001"], *ENVIRONMENT) == 2
     assert "model.safetensors" in capsys.readouterr().err
-    assert called == []
+    assert calls == []
 
 
 @pytest.mark.parametrize(
-    ("arguments", "expected"),
+    ("words", "expected"),
     [
-        (["demonstrate", "--name", "main"], ("main", ROOT / "demonstrations/main")),
+        (
+            ["demonstrate", "--name", "main"],
+            {"name": "main", "chunk": 8, "out": ROOT / "demonstrations/main"},
+        ),
         (
             ["finetune", "--name", "teacher"],
-            ("teacher", ROOT / "demonstrations/main", None, ROOT / "checkpoints/teacher"),
+            {
+                "name": "teacher",
+                "demonstrations": ROOT / "demonstrations/main",
+                "parent": None,
+                "out": ROOT / "checkpoints/teacher",
+            },
         ),
         (
             ["finetune", "--name", "student", "--set", "finetuned.student.parent=teacher"],
-            (
-                "student",
-                ROOT / "demonstrations/main",
-                ROOT / "checkpoints/teacher",
-                ROOT / "checkpoints/student",
-            ),
+            {
+                "name": "student",
+                "demonstrations": ROOT / "demonstrations/main",
+                "parent": ROOT / "checkpoints/teacher",
+                "out": ROOT / "checkpoints/student",
+            },
         ),
         (
             ["sample", "--iteration", "it002"],
-            (
-                "it002",
-                ROOT / "checkpoints/it001",
-                ROOT / "checkpoints/teacher",
-                ROOT / "trajectories/it002",
-            ),
+            {
+                "iteration": "it002",
+                "student": ROOT / "checkpoints/it001",
+                "teacher": ROOT / "checkpoints/teacher",
+                "out": ROOT / "trajectories/it002",
+            },
         ),
         (
             ["label", "--iteration", "it001"],
-            (ROOT / "checkpoints/teacher", ROOT / "trajectories/it001", ROOT / "logits/it001"),
+            {
+                "teacher": ROOT / "checkpoints/teacher",
+                "trajectories": ROOT / "trajectories/it001",
+                "out": ROOT / "logits/it001",
+            },
         ),
         (
             ["optimize", "--iteration", "it001"],
-            (
-                "it001",
-                ROOT / "checkpoints/student",
-                ROOT / "trajectories/it001",
-                ROOT / "logits/it001",
-                ROOT / "checkpoints/student",
-                ROOT / "checkpoints/it001",
-            ),
+            {
+                "iteration": "it001",
+                "depth": 0,
+                "earlier": [],
+                "student": ROOT / "checkpoints/student",
+                "trajectories": ROOT / "trajectories/it001",
+                "labels": ROOT / "logits/it001",
+                "initial": ROOT / "checkpoints/student",
+                "out": ROOT / "checkpoints/it001",
+            },
+        ),
+        (
+            ["optimize", "--iteration", "it002", "--set", "optimize.earlier=3"],
+            {
+                "iteration": "it002",
+                "depth": 1,
+                "earlier": ["it001"],
+                "student": ROOT / "checkpoints/it001",
+                "trajectories": ROOT / "trajectories/it002",
+                "labels": ROOT / "logits/it002",
+                "initial": ROOT / "checkpoints/student",
+                "out": ROOT / "checkpoints/it002",
+            },
         ),
         (
             ["explore", "--iteration", "rl001", "--set", "reinforcements.rl001=it002"],
-            ("rl001", ROOT / "checkpoints/it002", ROOT / "trajectories/rl001"),
+            {
+                "iteration": "rl001",
+                "student": ROOT / "checkpoints/it002",
+                "out": ROOT / "trajectories/rl001",
+            },
         ),
         (
             ["reinforce", "--iteration", "rl001", "--set", "reinforcements.rl001=it002"],
-            (
-                "rl001",
-                ROOT / "checkpoints/it002",
-                ROOT / "trajectories/rl001",
-                ROOT / "checkpoints/rl001",
-            ),
+            {
+                "iteration": "rl001",
+                "depth": 0,
+                "student": ROOT / "checkpoints/it002",
+                "trajectories": ROOT / "trajectories/rl001",
+                "out": ROOT / "checkpoints/rl001",
+            },
         ),
-        (["evaluate", "--name", "final"], (ROOT / "checkpoints/it002", ROOT / "evaluations/final")),
-        (["report"], (ROOT, ROOT / "report/page")),
+        (
+            ["evaluate", "--name", "final"],
+            {"checkpoint": ROOT / "checkpoints/it002", "out": ROOT / "evaluations/final"},
+        ),
+        (["report"], {"root": ROOT, "out": ROOT / "report/page"}),
     ],
 )
-def test_a_stage_finds_its_inputs_and_its_output(
-    called: list[tuple[Any, ...]],
+def test_a_stage_gets_its_inputs_and_its_output(
+    calls: list[dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    expected: tuple[object, ...],
+    words: list[str],
+    expected: dict[str, object],
 ) -> None:
-    for check in ("_check_what_follows", "_require_trainable"):
-        monkeypatch.setattr(command, check, lambda *_: None)  # nothing is there
-    assert command.main(arguments) == 0
-    ((*found, host),) = called
-    assert tuple(found) == expected
+    for check in ("check_sample", "check_explore"):
+        monkeypatch.setattr(preflight, check, lambda *_: None)  # no checkpoint exists
+    assert command.main(words) == 0
+    (arguments,) = calls
+    host = arguments.pop("host")
+    assert arguments.pop("run") == "test"
+    arguments.pop("seed", None)
+    inputs = {name: it for name, it in arguments.items() if not isinstance(it, BaseModel)}
+    assert inputs == expected
     assert (host.device, host.tracking) == ("cpu", "none")
-    assert capsys.readouterr().out == f"{arguments[0]}: digest 0123456789ab\n"
+    assert capsys.readouterr().out == f"{words[0]}: digest 0123456789ab\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "seed"),
+    [
+        (["demonstrate", "--name", "main"], 5),
+        (["finetune", "--name", "student"], 5),
+        (["evaluate", "--name", "final"], 5),
+        (["optimize", "--iteration", "it001"], 7),
+        (["label", "--iteration", "it001"], None),
+    ],
+)
+def test_a_stage_gets_its_seed_and_its_sections(
+    calls: list[dict[str, Any]], words: list[str], seed: int | None
+) -> None:
+    settings = ("run.seed=5", "run.learning_seed=7")
+    assert call(words, *settings) == 0
+    (arguments,) = calls
+    assert arguments.get("seed") == seed
+    section = type(arguments["settings"]).__name__
+    assert section == f"{words[0].capitalize()}Params"
 
 
 @pytest.mark.filterwarnings("ignore:no commit is recorded")  # outside a repository
 def test_the_host_comes_from_options_and_the_environment(
-    called: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+    calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPD_WORKERS", "3")
     command.main(["report"])
     command.main(["report", "--workers", "5", "--tracking", "jsonl"])
-    assert [(host.workers, host.tracking) for *_, host in called] == [(3, "none"), (5, "jsonl")]
+    hosts = [arguments["host"] for arguments in calls]
+    assert [(host.workers, host.tracking) for host in hosts] == [(3, "none"), (5, "jsonl")]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("words", "message"),
     [
         (
             ["sample", "--iteration", "it009"],
@@ -259,7 +286,7 @@ def test_the_host_comes_from_options_and_the_environment(
         ),
         (
             ["finetune", "--name", "base"],
-            "finetune: checkpoint is 'base'; expected one of ['student', 'teacher']",
+            "finetune: pretrained or finetuned is 'base'; expected one of ['student', 'teacher']",
         ),
         (
             ["evaluate", "--name", "middle"],
@@ -267,27 +294,43 @@ def test_the_host_comes_from_options_and_the_environment(
         ),
         (
             ["report", "--set", "optimize.steps=0"],
-            "params.yaml: 1 mistake(s)\n  optimize.steps is 0: Input should be greater than or equal to 1",
+            (
+                "params.yaml: 1 mistake(s)\n"
+                "  optimize.steps is 0: Input should be greater than or equal to 1"
+            ),
         ),
         (["report", "--set", "nonsense"], "override 'nonsense': expected section.key=value"),
         (
             ["label", "--iteration", "it001"],
-            "trajectories/it001: no manifest.json; expected a complete artifact of kind 'trajectories'",
+            f"trajectories/it001: {MISSING} 'trajectories'",
         ),
         (
             ["evaluate", "--name", "start"],
-            "checkpoints/student: no manifest.json; expected a complete artifact of kind 'checkpoint'",
+            f"checkpoints/student: {MISSING} 'checkpoint'",
         ),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(
-    project: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+    project: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
-    assert command.main(arguments) == 2
-    answer = capsys.readouterr()
-    assert message in answer.err
-    assert answer.err.startswith(f"{arguments[0]}: ")
-    assert not answer.out
+    assert command.main(words) == 2
+    output = capsys.readouterr()
+    assert message in output.err
+    assert output.err.startswith(f"{words[0]}: ")
+    assert not output.out
+
+
+def test_several_processes_are_refused_by_a_stage_that_does_not_train(
+    calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert command.main(["report"]) == 2
+    message = "2 processes; expected one, as of every stage but finetune, optimize, reinforce"
+    assert f"report: {message}" in capsys.readouterr().err
+    assert calls == []
 
 
 def test_a_missing_params_file_is_a_mistake(
@@ -308,7 +351,7 @@ def test_broken_yaml_is_a_mistake(project: Path, capsys: pytest.CaptureFixture[s
     ("variable", "value"), [("OPD_WORKERS", "many"), ("OPD_TRACKING", "paper")]
 )
 def test_nonsense_in_the_environment_is_refused_by_name(
-    called: list[tuple[Any, ...]],
+    calls: list[dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     variable: str,
@@ -321,11 +364,11 @@ def test_nonsense_in_the_environment_is_refused_by_name(
         code = end.code
     assert code == 2
     assert value in capsys.readouterr().err
-    assert not called
+    assert not calls
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    "words",
     [
         [],
         ["distil"],
@@ -334,21 +377,19 @@ def test_nonsense_in_the_environment_is_refused_by_name(
         ["report", "--tracking", "paper"],
     ],
 )
-def test_a_command_that_does_not_exist_ends_with_2(project: Path, arguments: list[str]) -> None:
+def test_an_unknown_command_ends_with_2(project: Path, words: list[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        command.main(arguments)
+        command.main(words)
     assert end.value.code == 2
 
 
 def test_a_crash_is_not_a_mistake(
-    called: list[tuple[Any, ...]],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def crash(*_: object) -> None:
+    def crash(**_: object) -> None:
         raise RuntimeError("the simulator crashed too often")
 
-    monkeypatch.setattr(command.importlib, "import_module", lambda name: SimpleNamespace(run=crash))
+    replace_stages(monkeypatch, crash)
     assert command.main(["report"]) == 1
     assert "the simulator crashed too often" in capsys.readouterr().err
     monkeypatch.setenv("OPD_TRACEBACK", "1")
@@ -363,24 +404,24 @@ def test_a_crash_is_not_a_mistake(
         RuntimeError("I/O error: No space left on device (os error 28)"),
     ],
 )
-def test_a_full_disk_is_told_with_what_may_go(
-    called: list[tuple[Any, ...]],
+def test_a_full_disk_is_reported_with_the_command_that_frees_space(
+    project: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     error: Exception,
 ) -> None:
-    def full(*_: object) -> None:
+    def fill_disk(**_: object) -> None:
         raise error
 
-    monkeypatch.setattr(command.importlib, "import_module", lambda name: SimpleNamespace(run=full))
+    replace_stages(monkeypatch, fill_disk)
     assert command.main(["report"]) == 1
-    said = capsys.readouterr().err
-    assert "No space left on device" in said
-    assert re.search(r"\d+ MB are free here.*opd gc --dry-run", said)
+    message = capsys.readouterr().err
+    assert "No space left on device" in message
+    assert re.search(r"\d+ MB are free here.*opd gc --dry-run", message)
 
 
 def test_the_command_itself_ends_with_2(project: Path) -> None:
-    ended = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "stages", "sample", "--iteration", "it009"],
         cwd=project,
         env={
@@ -393,26 +434,23 @@ def test_the_command_itself_ends_with_2(project: Path) -> None:
         text=True,
         check=False,
     )
-    assert ended.returncode == 2
-    assert ended.stderr == "sample: iterations is 'it009'; expected one of ['it001', 'it002']\n"
+    assert process.returncode == 2
+    assert process.stderr == "sample: iterations is 'it009'; expected one of ['it001', 'it002']\n"
 
 
 @pytest.mark.parametrize(
-    ("settings", "asked"),
+    ("settings", "simulates"),
     [([], False), (["label.recover_every=2"], True), (["label.expert=a.b:c"], True)],
 )
-def test_labelling_needs_graphics_only_where_it_simulates(
-    called: list[tuple[Any, ...]],
-    project: Path,
+def test_labels_need_graphics_only_if_they_are_simulated(
+    calls: list[dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
     settings: list[str],
     *,
-    asked: bool,
+    simulates: bool,
 ) -> None:
-    looked = list[bool]()
-    monkeypatch.setattr(command, "use_backend", lambda: looked.append(True))
-    arguments = [part for setting in settings for part in ("--set", setting)]
-    assert command.main(["label", "--iteration", "it001", "--tracking", "none", *arguments]) == 0
-    assert bool(looked) is asked
-    assert len(called) == 1
-    assert project.is_dir()
+    uses: list[bool] = []
+    monkeypatch.setattr(command, "use_backend", lambda: uses.append(True))
+    assert call(["label", "--iteration", "it001"], *settings) == 0
+    assert bool(uses) is simulates
+    assert len(calls) == 1

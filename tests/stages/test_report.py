@@ -1,4 +1,4 @@
-"""report: the numbers on the page, on a small run made by hand."""
+"""report: the numbers on the page of a small run whose artifacts are made by hand."""
 
 import json
 import re
@@ -21,22 +21,38 @@ from tests.made_run import (
     publish_run,
     score,
 )
-from vla_opd.artifacts.manifest import open_artifact, read_manifest
+from vla_opd.analysis.finished_run import read_run
+from vla_opd.artifacts.manifest import Manifest, open_artifact, read_manifest
 from vla_opd.machine.host import Host
 from vla_opd.params.run import Params
+
+
+def run_report(root: Path, settings: Params | None = None, out: Path | None = None) -> Manifest:
+    return report.run(
+        run="small",
+        params=settings or params(),
+        root=root,
+        out=out or root / "report/page",
+        host=Host(),
+    )
+
+
+def render_page(root: Path, settings: Params | None = None) -> str:
+    run_report(root, settings)
+    return (root / "report/page/index.html").read_text()
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "small"
     publish_run(folder)
-    report.run(params(), folder, folder / "report" / "page", Host())
+    run_report(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def page(root: Path) -> str:
-    return (root / "report" / "page" / "index.html").read_text()
+    return (root / "report/page/index.html").read_text()
 
 
 @pytest.fixture
@@ -46,7 +62,7 @@ def copy(root: Path, tmp_path: Path) -> Path:
 
 
 class Elements(HTMLParser):
-    """Every element with its attributes, the ids, and the rows of text of every table."""
+    """Every element with its attributes, and the rows of text of every table."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -71,12 +87,26 @@ class Elements(HTMLParser):
             self.rows[-1][-1] += data
 
     def row(self, first: str, length: int) -> list[str]:
-        (found,) = [row for row in self.rows if len(row) == length and row[0] == first]
-        return found
+        (row,) = [row for row in self.rows if len(row) == length and row[0] == first]
+        return row
+
+
+def drawings(page: str) -> list[dict[str, str | None]]:
+    """Return the attributes of every drawing."""
+    return [attributes for tag, attributes in Elements(page).elements if tag == "svg"]
+
+
+def cells_of(page: str, iteration: str) -> list[list[str]]:
+    """Return the cells of every row of an iteration, without its name."""
+    rows = re.findall(rf'<tr><th scope="row">{iteration}</th>(.*?)</tr>', page)
+    return [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in rows]
+
+
+# The artifact
 
 
 def test_results_add_up(root: Path) -> None:
-    results = json.loads((root / "report" / "page" / "results.json").read_text())
+    results = json.loads((root / "report/page/results.json").read_text())
     assert results["start"] == pytest.approx(score([True] * 4 + [False] * 16))
     assert results["final"]["success"] == pytest.approx(0.8)
     assert results["teacher"] == pytest.approx(score([True] * 20))
@@ -87,59 +117,54 @@ def test_results_add_up(root: Path) -> None:
     assert results["iterations"][2]["success"] == pytest.approx(0.75)
 
 
-def test_it_is_an_artifact_that_names_all_it_was_made_from(root: Path) -> None:
-    made = open_artifact(root / "report" / "page", "report")
-    assert set(made.files) == {"index.html", "results.json"}
-    assert len(made.parents) == 2 + 3 * 3 + 4
-    assert made.parents["logits/it002"] == read_manifest(root / "logits" / "it002", "logits").digest
+def test_its_parents_are_all_artifacts_that_it_shows(root: Path) -> None:
+    manifest = open_artifact(root / "report/page", "report")
+    assert set(manifest.files) == {"index.html", "results.json"}
+    assert len(manifest.parents) == 2 + 3 * 3 + 4
+    labels = read_manifest(root / "logits/it002", "logits")
+    assert manifest.parents["logits/it002"] == labels.digest
+
+
+def test_same_inputs_same_bytes(root: Path, tmp_path: Path) -> None:
+    publish_run(tmp_path / "elsewhere")
+    run_report(tmp_path / "elsewhere", out=tmp_path / "page")
+    for name in ("index.html", "results.json", "manifest.json"):
+        expected = (root / "report/page" / name).read_bytes()
+        assert (tmp_path / "page" / name).read_bytes() == expected
+
+
+# Its tables
 
 
 def test_headline_has_the_share_of_the_teacher_and_the_intervals(page: str) -> None:
     table = Elements(page)
-    assert [table.row(label, 8)[2] for label in ("Before", "After", "Teacher")] == [
-        "20.0%",
-        "80.0%",
-        "100.0%",
-    ]
-    assert [table.row(label, 8)[5] for label in ("Before", "After", "Teacher")] == [
-        "20.0%",
-        "80.0%",
-        "100.0%",
-    ]
-    assert table.row("After", 8)[3] == "58.4% – 91.9%"  # noqa: RUF001 - an en dash
+    rows = [table.row(label, 8) for label in ("Before", "After", "Teacher")]
+    assert [row[2] for row in rows] == ["20.0%", "80.0%", "100.0%"]
+    assert [row[5] for row in rows] == ["20.0%", "80.0%", "100.0%"]
+    assert rows[1][3] == "58.4% – 91.9%"  # noqa: RUF001 - an en dash
     assert "the student has 80.0% of that" in page
 
 
 def test_share_is_of_the_teachers_success() -> None:
     student, teacher, failing = (
-        report.Score.model_validate(score([True] * n + [False] * (20 - n))) for n in (16, 18, 0)
+        report.Score.model_validate(score([True] * successes + [False] * (20 - successes)))
+        for successes in (16, 18, 0)
     )
     assert report._share(student, teacher) == "88.9%"
     assert report._share(student, failing) == "n/a"
 
 
-def rendered(root: Path, how: Params | None = None) -> str:
-    report.run(how or params(), root, root / "report" / "page", Host())
-    return (root / "report" / "page" / "index.html").read_text()
-
-
 def test_tasks_with_their_instructions(page: str) -> None:
     head, *rows = [row for row in Elements(page).rows if len(row) == 5][:4]
-    assert [cell.replace("student", "").replace("it003", "") for cell in head] == [
-        "Task",
-        "start",
-        "it002",
-        "final",
-        "teacher",
-    ]
+    names = [cell.replace("student", "").replace("it003", "") for cell in head]
+    assert names == ["Task", "start", "it002", "final", "teacher"]
     assert rows[0][0] == "libero_object/0solve libero_object/0"
     assert [cell[:5] for cell in rows[0][1:]] == ["10.0%", "50.0%", "80.0%", "100.0"]
     assert rows[1][2].startswith("60.0%")
 
 
 def test_iterations_table(page: str) -> None:
-    row = Elements(page).row("it002", 9)
-    assert row == [
+    assert Elements(page).row("it002", 9) == [
         "it002",
         "it001",
         "50.0%",
@@ -152,6 +177,22 @@ def test_iterations_table(page: str) -> None:
     ]
 
 
+def test_divergences_are_in_a_table_and_in_the_drawings_texts(page: str) -> None:
+    assert cells_of(page, "it002")[1] == [
+        "0.950 → 0.550",
+        "1.425 → 0.825",
+        "9.5 → 5.5",
+        "40.0% → 40.0%",
+        "50.0%",
+        "1.000",
+    ]
+    text = "Reverse KL by action dimension: before 1.900, none, 0.950; after 0.367, none, 0.183."
+    assert text in page
+
+
+# Horizons
+
+
 def test_an_episode_counts_at_a_shorter_horizon_if_it_had_succeeded_by_then(page: str) -> None:
     # Successes come at 70, 90, ... 250: by step 220 those of states 0 to 7.
     table = Elements(page)
@@ -161,31 +202,25 @@ def test_an_episode_counts_at_a_shorter_horizon_if_it_had_succeeded_by_then(page
 
 
 def test_no_score_beyond_the_horizon_that_was_run(copy: Path) -> None:
-    teacher = read_manifest(copy / "checkpoints" / "teacher", "checkpoint")
-    publish_evaluation(copy / "evaluations" / "teacher", teacher, (10, 10), horizon=512)
-    evaluations = list(report.read_run(params(), copy).evaluations.values())
+    teacher = read_manifest(copy / "checkpoints/teacher", "checkpoint")
+    publish_evaluation(copy / "evaluations/teacher", teacher, (10, 10), horizon=512)
+    evaluations = list(read_run(params(), copy).evaluations.values())
     assert report._horizons(evaluations) == [220, 280, 300, 512]
-    assert [one.scored_at(300) is None for one in evaluations] == [True, True, True, False]
+    unscored = [evaluation.scored_at(300) is None for evaluation in evaluations]
+    assert unscored == [True, True, True, False]
 
 
-def test_the_score_at_the_own_horizon_is_the_evaluations(root: Path) -> None:
-    for one in report.read_run(params(), root).evaluations.values():
-        assert one.scored_at(one.facts.horizon) == one.facts.overall
-        assert one.scored_at(one.facts.horizon + 1) is None
+def test_the_score_at_its_horizon_is_the_evaluations(root: Path) -> None:
+    for evaluation in read_run(params(), root).evaluations.values():
+        horizon = evaluation.facts.horizon
+        assert evaluation.scored_at(horizon) == evaluation.facts.overall
+        assert evaluation.scored_at(horizon + 1) is None
 
 
-def test_evaluations_stand_at_the_depth_of_their_checkpoint(root: Path) -> None:
-    run = report.read_run(params(), root)
-    assert {name: one.position for name, one in run.evaluations.items()} == {
-        "start": 0,
-        "it002": 2,
-        "final": 3,
-        "teacher": None,
-    }
-    assert list(run.evaluations) == ["start", "it002", "final", "teacher"]
+# The page as a file
 
 
-def test_it_needs_nothing_but_itself(page: str) -> None:
+def test_the_page_needs_no_other_file(page: str) -> None:
     assert "http:" not in page
     assert "https:" not in page
     assert "@import" not in page
@@ -197,42 +232,36 @@ def test_it_needs_nothing_but_itself(page: str) -> None:
     assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", page))
 
 
-def test_references_inside_the_drawings_hold(page: str) -> None:
+def test_references_inside_the_drawings_resolve(page: str) -> None:
     elements = Elements(page).elements
     ids = [attributes["id"] for _, attributes in elements if "id" in attributes]
     assert len(ids) == len(set(ids))
-    wanted = {
-        (attributes.get("xlink:href") or "")[1:] for tag, attributes in elements if tag == "use"
-    } | set(re.findall(r"url\(#([^)]*)\)", page))
-    assert wanted
-    assert wanted <= set(ids)
+    references = set(re.findall(r"url\(#([^)]*)\)", page))
+    for tag, attributes in elements:
+        if tag == "use":
+            references.add((attributes.get("xlink:href") or "")[1:])
+    assert references
+    assert references <= set(ids)
 
 
-def test_drawings_have_text_alternatives_and_the_pages_colours(page: str) -> None:
-    drawings = [attributes for tag, attributes in Elements(page).elements if tag == "svg"]
-    assert len(drawings) == 12
-    assert all(
-        drawing["role"] == "img" and len(drawing["aria-label"] or "") > 40 for drawing in drawings
-    )
-    assert "final after 3 iterations 80.0%" in (drawings[0]["aria-label"] or "")
+def test_drawings_have_text_alternatives_and_the_pages_colors(page: str) -> None:
+    assert len(drawings(page)) == 12
+    for drawing in drawings(page):
+        assert drawing["role"] == "img"
+        assert len(drawing["aria-label"] or "") > 40
+    assert "final after 3 iterations 80.0%" in (drawings(page)[0]["aria-label"] or "")
     assert not re.search(r"#00000\d", page)
-    inside = "".join(re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL))
-    assert not re.search(
-        r"(fill|stroke): ?#(?!0{6}\b)", inside
-    )  # nothing painted in a colour that does not follow the theme
+    contents = "".join(re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL))
+    # No color that does not follow the theme.
+    assert not re.search(r"(fill|stroke): ?#(?!0{6}\b)", contents)
 
 
 def test_both_divergences_are_drawn_along_the_chunk_and_the_dimensions(page: str) -> None:
-    told = [
-        attributes["aria-label"] or ""
-        for tag, attributes in Elements(page).elements
-        if tag == "svg"
-    ]
+    labels = [drawing["aria-label"] or "" for drawing in drawings(page)]
     for name, before in (("Reverse", "1.900, none, 0.950"), ("Forward", "3.800, none, 1.900")):
         for axis in ("action of the chunk", "action dimension"):
-            assert any(
-                one.startswith(f"{name} KL by {axis}: before {before}; after ") for one in told
-            )
+            start = f"{name} KL by {axis}: before {before}; after "
+            assert any(label.startswith(start) for label in labels)
 
 
 def test_provenance(root: Path, page: str) -> None:
@@ -245,23 +274,14 @@ def test_provenance(root: Path, page: str) -> None:
     assert re.search(r"backend egl.*torch \d", page)
 
 
-def test_same_inputs_same_bytes(root: Path, tmp_path: Path) -> None:
-    publish_run(tmp_path / "elsewhere")
-    report.run(params(), tmp_path / "elsewhere", tmp_path / "page", Host())
-    for name in ("index.html", "results.json", "manifest.json"):
-        assert (tmp_path / "page" / name).read_bytes() == (
-            root / "report" / "page" / name
-        ).read_bytes()
+# Refusals
 
 
 @pytest.mark.parametrize("field", ["start", "final", "teacher"])
 def test_report_names_evaluations_that_exist(field: str, tmp_path: Path) -> None:
-    how = params(report={field: "x"})
-    with pytest.raises(
-        ValueError,
-        match=rf"report\.{field} is 'x'; expected one of \['final', 'it002', 'start', 'teacher'\]",
-    ):
-        report.run(how, tmp_path, tmp_path / "page", Host())
+    message = rf"report\.{field} is 'x'; expected one of \['final', 'it002', 'start', 'teacher'\]"
+    with pytest.raises(ValueError, match=message):
+        run_report(tmp_path, params(report={field: "x"}))
 
 
 @pytest.mark.parametrize(
@@ -277,43 +297,46 @@ def test_report_names_evaluations_that_exist(field: str, tmp_path: Path) -> None
 def test_a_missing_artifact_is_named(missing: str, copy: Path) -> None:
     shutil.rmtree(copy / missing)
     with pytest.raises(ValueError, match=rf"{missing}: no manifest\.json"):
-        rendered(copy)
+        render_page(copy)
 
 
 def test_a_score_of_another_checkpoint_is_refused(copy: Path) -> None:
-    student = read_manifest(copy / "checkpoints" / "student", "checkpoint")
-    publish_evaluation(copy / "evaluations" / "final", student, (8, 8))
-    with pytest.raises(
-        ValueError, match=r"evaluations/final: made from checkpoint \w{12}; expected \w{12}"
-    ):
-        rendered(copy)
+    student = read_manifest(copy / "checkpoints/student", "checkpoint")
+    publish_evaluation(copy / "evaluations/final", student, (8, 8))
+    message = r"evaluations/final: made from checkpoint \w{12}; expected \w{12}"
+    with pytest.raises(ValueError, match=message):
+        render_page(copy)
 
 
 def test_corrupt_records_are_refused(copy: Path) -> None:
-    path = copy / "evaluations" / "start" / "episodes.jsonl"
+    path = copy / "evaluations/start/episodes.jsonl"
     path.write_text(path.read_text().replace("false", "true "))
     with pytest.raises(ValueError, match="corrupt"):
-        rendered(copy)
+        render_page(copy)
 
 
-def test_iterations_of_grpo_have_a_table_and_their_place_on_the_chain(copy: Path) -> None:
-    made = publish_reinforcement(
-        copy, "rl001", open_artifact(copy / "checkpoints/it003", "checkpoint")
-    )
-    publish_evaluation(copy / "evaluations/final", made, (9, 9))
-    run = params(
-        reinforcements={"rl001": "it003"}, evaluations={**TREE["evaluations"], "final": "rl001"}
-    )
-    found = report.read_run(run, copy)
-    assert found.evaluations["final"].position == 4
-    assert found.results.env_steps == 1100 + 1000 + 900 + 3100
-    assert found.optimizer_steps == 3 * 20 + 7
-    assert found.parents["checkpoints/rl001"] == made.digest
-    page = report.render(found)
+# Runs of other shapes
+
+
+def test_evaluations_are_at_the_depth_of_their_checkpoint(root: Path) -> None:
+    evaluations = read_run(params(), root).evaluations
+    positions = [(name, evaluation.position) for name, evaluation in evaluations.items()]
+    assert positions == [("start", 0), ("it002", 2), ("final", 3), ("teacher", None)]
+
+
+def test_iterations_of_grpo_have_a_table_and_a_position_in_the_chain(copy: Path) -> None:
+    last = open_artifact(copy / "checkpoints/it003", "checkpoint")
+    reinforced = publish_reinforcement(copy, "rl001", last)
+    publish_evaluation(copy / "evaluations/final", reinforced, (9, 9))
+    evaluations = {**TREE["evaluations"], "final": "rl001"}
+    run = read_run(params(reinforcements={"rl001": "it003"}, evaluations=evaluations), copy)
+    assert run.evaluations["final"].position == 4
+    assert run.results.env_steps == 1100 + 1000 + 900 + 3100
+    assert run.optimizer_steps == 3 * 20 + 7
+    assert run.parents["checkpoints/rl001"] == reinforced.digest
+    page = report.render(run)
     assert "After 3 iterations and 1 of GRPO the student succeeds" in page
-    row = re.search(r'<tr><th scope="row">rl001</th>(.*?)</tr>', page)
-    assert row is not None
-    assert re.findall(r"<td[^>]*>(.*?)</td>", row[1]) == [
+    assert cells_of(page, "rl001")[0] == [
         "it003",
         "50.0%",
         "32",
@@ -325,44 +348,27 @@ def test_iterations_of_grpo_have_a_table_and_their_place_on_the_chain(copy: Path
     ]
 
 
-def test_distances_are_told_with_what_they_are(page: str) -> None:
-    rows = re.findall(r'<tr><th scope="row">it002</th>(.*?)</tr>', page)
-    cells = re.findall(r"<td[^>]*>(.*?)</td>", rows[1])
-    assert cells == [
-        "0.950 → 0.550",
-        "1.425 → 0.825",
-        "9.5 → 5.5",
-        "40.0% → 40.0%",
-        "50.0%",
-        "1.000",
-    ]
-    assert (
-        "Reverse KL by action dimension: before 1.900, none, 0.950; after 0.367, none, 0.183."
-        in page
-    )
+STEP_DRAWING = "optimiser step's batch"
 
 
-def test_a_run_that_made_no_step_has_a_page(root: Path) -> None:
-    found = report.read_run(params(), root)
-    still = replace(found, iterations=tuple(replace(one, steps=()) for one in found.iterations))
-    assert "optimiser step's batch" not in report.render(still)
-    assert "optimiser step's batch" in report.render(found)
+def test_a_run_without_optimizer_steps_has_a_page(root: Path) -> None:
+    run = read_run(params(), root)
+    iterations = tuple(replace(iteration, steps=()) for iteration in run.iterations)
+    assert STEP_DRAWING not in report.render(replace(run, iterations=iterations))
+    assert STEP_DRAWING in report.render(run)
 
 
-def test_an_iteration_that_made_no_step_is_no_gap(root: Path) -> None:
-    found = report.read_run(params(), root)
-    first, second, third = found.iterations
-    gap = replace(found, iterations=(replace(first, steps=()), second, third))
-    assert [report._numbers(gap, one) for one in gap.iterations] == [
-        range(0),
-        range(20),
-        range(20, 40),
-    ]
-    assert "optimiser step's batch" in report.render(gap)
+def test_an_iteration_without_optimizer_steps_leaves_no_gap(root: Path) -> None:
+    run = read_run(params(), root)
+    first, second, third = run.iterations
+    run = replace(run, iterations=(replace(first, steps=()), second, third))
+    numbers = [report._numbers(run, iteration) for iteration in run.iterations]
+    assert numbers == [range(0), range(20), range(20, 40)]
+    assert STEP_DRAWING in report.render(run)
 
 
-def test_iterations_go_on_after_one_of_grpo(copy: Path) -> None:
-    """it001, rl001, it002, it003: the order is the chain's, whatever their own schedules say."""
+def test_iterations_continue_after_one_of_grpo(copy: Path) -> None:
+    """it001, rl001, it002, it003: the order is the chain's, not that of their schedules."""
     made = {
         name: open_artifact(copy / "checkpoints" / name, "checkpoint")
         for name in ("it001", "teacher")
@@ -372,41 +378,32 @@ def test_iterations_go_on_after_one_of_grpo(copy: Path) -> None:
         for kind in ("trajectories", "logits", "checkpoints"):
             shutil.rmtree(copy / kind / name)
         made[name] = publish_iteration(copy, name, depth, made[parent], made["teacher"])
-    tree = {
-        "iterations": {"it001": "student", "it002": "rl001", "it003": "it002"},
-        "reinforcements": {"rl001": "it001"},
-    }
-    found = report.read_run(
-        params(**tree, evaluations={"teacher": "teacher", "start": "student"}), copy
+    settings = params(
+        iterations={"it001": "student", "it002": "rl001", "it003": "it002"},
+        reinforcements={"rl001": "it001"},
+        evaluations={"teacher": "teacher", "start": "student"},
     )
-    assert [(one.result.name, one.result.depth) for one in found.iterations] == [
-        ("it001", 0),
-        ("it002", 2),
-        ("it003", 3),
-    ]
-    assert [report._numbers(found, one) for one in found.iterations] == [
-        range(20),
-        range(20, 40),
-        range(40, 60),
-    ]
+    run = read_run(settings, copy)
+    depths = [(iteration.result.name, iteration.result.depth) for iteration in run.iterations]
+    assert depths == [("it001", 0), ("it002", 2), ("it003", 3)]
+    numbers = [report._numbers(run, iteration) for iteration in run.iterations]
+    assert numbers == [range(20), range(20, 40), range(40, 60)]
 
 
 def test_a_run_without_iterations_has_a_page(copy: Path) -> None:
-    how = params(
-        iterations={}, evaluations={"start": "student", "final": "student", "teacher": "teacher"}
-    )
-    student = read_manifest(copy / "checkpoints" / "student", "checkpoint")
-    publish_evaluation(copy / "evaluations" / "final", student, (1, 3))
-    page = rendered(copy, how)
+    evaluations = {"start": "student", "final": "student", "teacher": "teacher"}
+    student = read_manifest(copy / "checkpoints/student", "checkpoint")
+    publish_evaluation(copy / "evaluations/final", student, (1, 3))
+    page = render_page(copy, params(iterations={}, evaluations=evaluations))
     assert "After 0 iterations" in page
     assert "Towards the teacher" not in page
 
 
-def test_other_evaluations_and_tasks_with_names_of_their_own(copy: Path) -> None:
+def test_names_of_evaluations_and_tasks_are_free_and_escaped(copy: Path) -> None:
     tree = params(report={"final": "it002"}).model_dump()
     tree["sample"]["protocol"] = "benchmark"
     tree["environment"] |= {"family": "my.module:make", "tasks": (*TASKS, "<b>task</b>")}
-    page = rendered(copy, Params.model_validate(tree))
+    page = render_page(copy, Params.model_validate(tree))
     assert Elements(page).row("After", 8)[:3] == ["After", "it002", "55.0%"]
     assert "Trained on the evaluation's own initial states" in page
     assert "<b>task</b>" not in page

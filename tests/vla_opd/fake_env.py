@@ -1,7 +1,8 @@
-"""A point mass that has to reach a goal: instant, numpy only, and able to crash, hang and complain on demand.
+"""A point mass that has to reach a goal: instant, numpy only, and faulty on demand.
 
-A task is a plain name, or `"<trouble>:<index>:<marker file>"`: the trouble strikes in the episode of that index, in the middle of it, unless the
-marker file exists; it is written first, so that the trouble strikes once. With an empty marker it strikes every time.
+A task is a plain name, or `"<fault>:<index>:<marker file>"`. The fault strikes in the middle of the
+episode of that index, unless the marker file exists. It writes the file first, so it strikes once;
+with an empty marker it strikes every time.
 """
 
 import os
@@ -16,17 +17,20 @@ import numpy as np
 
 from vla_opd.envs.protocol import Advance, Env, Observation, Placement
 from vla_opd.params.stages import EnvironmentParams
-from vla_opd.simulation.jobs import Outcome, outcome
+from vla_opd.simulation.jobs import Outcome, stack_outcome
 
 FAMILY = "tests.vla_opd.fake_env:make"
 EXPERT = "tests.vla_opd.fake_env:make_expert"
-SPEED = 0.05  # of a unit action, in units a step
+SPEED = 0.05  # of a unit action, in units per step
 TOLERANCE = 0.15
-STRIKE = 3  # the control step in which trouble strikes
+STRIKE = 3  # the control step in which a fault strikes
 
 
 class PointMass:
-    """xyz in [-1, 1]; actions are xyz and an idle gripper; success is to be within TOLERANCE of the goal."""
+    """A point in [-1, 1]^3; actions are xyz and an idle gripper.
+
+    Success: the distance to the goal is below TOLERANCE.
+    """
 
     action_dim = 4
     proprio_dim = 6
@@ -40,50 +44,54 @@ class PointMass:
     def reset(self, placement: Placement) -> Observation:
         if placement.task == "mistake":
             raise ValueError("environment.tasks has 'mistake'; expected another")
-        random = np.random.default_rng(placement.seed)
-        self.placement, self.steps = placement, 0
-        self.position, self.goal = random.uniform(-1, 1, 3), random.uniform(-1, 1, 3)
-        return self.look()
+        generator = np.random.default_rng(placement.seed)
+        self.placement = placement
+        self.steps = 0
+        self.position = generator.uniform(-1, 1, 3)
+        self.goal = generator.uniform(-1, 1, 3)
+        return self.observe()
 
     def advance(self, actions: np.ndarray, observe_every: int) -> Advance:
         observations = []
-        for n, action in enumerate(actions, start=1):
+        for executed, action in enumerate(actions, start=1):
             self.position = self.position + SPEED * np.clip(action[:3], -1, 1)
             self.steps += 1
             if self.steps == STRIKE:
                 self.strike()
             if observe_every and self.steps % observe_every == 0:
-                observations.append(self.look())
+                observations.append(self.observe())
             if self.success:
-                return Advance(n, success=True, observations=tuple(observations))
+                return Advance(executed, success=True, observations=tuple(observations))
         return Advance(len(actions), success=False, observations=tuple(observations))
 
     @property
     def success(self) -> bool:
         return bool(np.linalg.norm(self.goal - self.position) < TOLERANCE)
 
-    def look(self) -> Observation:
-        size, cameras = self.params.image_size, len(self.params.cameras)
-        picture = (np.resize(self.position, (size, size, 3)) * 1e4).astype(np.int64) % 256
-        frames = np.stack([(picture + camera) % 256 for camera in range(cameras)]).astype(np.uint8)
+    def observe(self) -> Observation:
+        size = self.params.image_size
+        pixels = np.resize(self.position, (size, size, 3)) * 1e4
+        image = pixels.astype(np.int64) % 256
+        frames = [(image + camera) % 256 for camera in range(len(self.params.cameras))]
         return Observation(
-            frames,
-            np.concatenate([self.position, self.goal]).astype(np.float32),
-            f"reach {self.placement.task}",
+            frames=np.stack(frames).astype(np.uint8),
+            proprio=np.concatenate([self.position, self.goal]).astype(np.float32),
+            instruction=f"reach {self.placement.task}",
         )
 
     def strike(self) -> None:
-        trouble, _, rest = self.placement.task.partition(":")
-        index, _, marker = rest.partition(":")
-        if (
-            trouble not in TROUBLES
-            or int(index) != self.placement.index
-            or (marker and Path(marker).exists())
-        ):
+        """Trigger the fault of the task's name, if this is its episode."""
+        fault, _, address = self.placement.task.partition(":")
+        if fault not in FAULTS:
+            return
+        index, _, marker = address.partition(":")
+        if int(index) != self.placement.index:
             return
         if marker:
+            if Path(marker).exists():
+                return
             Path(marker).touch()
-        TROUBLES[trouble](self)
+        FAULTS[fault](self)
 
     def describe(self) -> Mapping[str, str]:
         return {}
@@ -100,7 +108,7 @@ def _diverge(env: PointMass) -> None:
     env.position = env.position * np.nan
 
 
-TROUBLES = {
+FAULTS = {
     "exit": lambda _: os._exit(3),
     "kill": lambda _: os.kill(os.getpid(), signal.SIGKILL),
     "hang": lambda _: time.sleep(3600),
@@ -111,7 +119,7 @@ TROUBLES = {
 
 
 class GoStraight:
-    """Heads for the goal."""
+    """The expert that moves straight to the goal."""
 
     def __init__(self, env: PointMass) -> None:
         self.env = env
@@ -120,15 +128,16 @@ class GoStraight:
         self.gripper = 1.0
 
     def act(self) -> np.ndarray:
-        ahead = self.env.goal - self.env.position
-        return np.append(ahead / np.linalg.norm(ahead), self.gripper).astype(np.float32)
+        offset = self.env.goal - self.env.position
+        direction = offset / np.linalg.norm(offset)
+        return np.append(direction, self.gripper).astype(np.float32)
 
 
 @dataclass(frozen=True)
 class Inspect:
-    """A command that tells about the worker itself, in place of an instruction: its process id, and what was asked for."""
+    """A command whose instruction is the worker's process id and a fact about the worker."""
 
-    what: str
+    topic: str
 
     def __call__(self, env: Env) -> Outcome:
         facts = {
@@ -136,12 +145,12 @@ class Inspect:
             "threads": lambda: os.environ["OMP_NUM_THREADS"],
             "interrupt": lambda: signal.getsignal(signal.SIGINT).name,
         }
-        look = Observation(
-            np.zeros((1, 16, 16, 3), np.uint8),
-            np.zeros(1, np.float32),
-            f"{os.getpid()} {facts[self.what]()}",
+        observation = Observation(
+            frames=np.zeros((1, 16, 16, 3), np.uint8),
+            proprio=np.zeros(1, np.float32),
+            instruction=f"{os.getpid()} {facts[self.topic]()}",
         )
-        return outcome(0, [look], np.zeros(1, np.int32), success=False)
+        return stack_outcome(0, [observation], np.zeros(1, np.int32), success=False)
 
 
 def make(params: EnvironmentParams) -> PointMass:

@@ -1,4 +1,4 @@
-"""What an error ends in: one message and an exit code, or a traceback where it is a defect."""
+"""Errors end in one message and an exit code; defects show a traceback."""
 
 import errno
 from collections.abc import Callable
@@ -45,30 +45,32 @@ def raised(function: Callable[[], object]) -> BaseException:
         (TypeError("a defect"), None),
     ],
 )
-def test_what_an_error_ends_in(error: BaseException, code: int | None) -> None:
+def test_exit_codes(error: BaseException, code: int | None) -> None:
     assert exit_code(error) == code
     assert message(error)
 
 
-def test_tracebacks_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tracebacks_can_be_requested(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPD_TRACEBACK", "1")
     assert exit_code(ValueError("a mistake")) is None
 
 
-def test_a_file_that_is_in_the_way_is_named_first() -> None:
-    said = message(raised(lambda: Path("/nowhere/at/all").read_text()))
-    assert said == "/nowhere/at/all: no such file or directory; expected it to be there"
+def test_the_file_of_an_oserror_is_named_first() -> None:
+    text = message(raised(lambda: Path("/nowhere/at/all").read_text()))
+    assert text == (
+        "/nowhere/at/all: no such file or directory; expected an existing file or folder"
+    )
 
 
-def test_a_librarys_runtime_error_says_how_to_see_more_and_ours_does_not(
+def test_only_a_librarys_runtime_error_offers_its_traceback(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert "OPD_TRACEBACK=1" in message(raised(lambda: torch.zeros(2) @ torch.zeros(3)))
     monkeypatch.delenv("MUJOCO_GL", raising=False)
     monkeypatch.setattr(graphics, "_failure", lambda _: "no driver")
-    ours = raised(graphics.choose_backend.__wrapped__)
-    assert "no OpenGL backend draws a frame" in message(ours)
-    assert "OPD_TRACEBACK" not in message(ours)
+    error = raised(graphics.choose_backend.__wrapped__)
+    assert "no OpenGL backend draws a frame" in message(error)
+    assert "OPD_TRACEBACK" not in message(error)
 
 
 @pytest.mark.parametrize(
@@ -78,9 +80,7 @@ def test_a_librarys_runtime_error_says_how_to_see_more_and_ours_does_not(
         "could not determine the home directory for '~/.config', set an absolute HOME",
     ],
 )
-def test_a_home_that_dvc_and_prefect_need_is_asked_for_by_name(
-    monkeypatch: pytest.MonkeyPatch, words: str
-) -> None:
+def test_a_missing_home_is_named(monkeypatch: pytest.MonkeyPatch, words: str) -> None:
     monkeypatch.delenv("HOME", raising=False)
     assert message(RuntimeError(words)).startswith(
         "HOME is None; expected a folder that you may write to: DVC and Prefect"

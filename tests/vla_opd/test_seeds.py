@@ -1,4 +1,4 @@
-"""Seeds follow from what they are for."""
+"""Seeds follow from their purpose."""
 
 import itertools
 
@@ -15,6 +15,5 @@ def test_equal_parts_give_equal_seeds_of_31_bits() -> None:
 
 
 def test_the_derivation_does_not_change() -> None:
-    assert (
-        derive(0, "sample", "it001", "reach-v3", 0) == 1861594935
-    )  # another number here gives every run other results
+    # Another number here would change the results of every run.
+    assert derive(0, "sample", "it001", "reach-v3", 0) == 1861594935

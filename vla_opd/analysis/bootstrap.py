@@ -1,49 +1,58 @@
-"""What a study's table says: every arm's success over what it cost, differences, and the cost of coming so far, each with its interval.
+"""Results of a study: success against cost, differences between arms, and costs to reach a level.
 
-Intervals are percentiles of a bootstrap in two stages: seeds are drawn again, and within every task its initial states. An arm's seeds and another's
-are drawn together, and so are the states: all arms meet the same ones, and what is compared is what each made of them. With five seeds such an
-interval is a little too short (Davison & Hinkley, 1997, section 3.8).
+Intervals are percentiles of a two-stage bootstrap: seeds are resampled, and within every task its
+initial states. All arms share the resamples of states, since they all meet the same ones, and arms
+with as many seeds share those of seeds. With five seeds such an interval is a little too short
+(Davison & Hinkley, 1997, section 3.8).
+
+Shapes: `S` seeds, `P` checkpoints, `E` episodes, `R` resamples.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from vla_opd.analysis.study_table import Cost, EpisodeRow, Table, UpdateRow
 
 RESAMPLES = 4000
 COSTS = tuple(Cost.model_fields)
-SHARE = 0.8  # of the teacher's success: how far is far enough, to ask what it cost
+SHARE = 0.8  # the level for costs: this fraction of the teacher's success rate
+REACHED = 0.9  # the fraction of resamples in which an arm must reach the level to be a reference
 
+Episode = tuple[str, int]  # task and initial state
 Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number, and the interval of 95 % around it."""
+    """A number with its 95 % interval."""
 
     value: float
     low: float
     high: float
 
     @classmethod
-    def of(cls, value: float, resampled: Float[np.ndarray, " R"]) -> Self:
-        """The interval of a bootstrap."""
+    def from_resamples(cls, value: float, resampled: Float[np.ndarray, " R"]) -> Self:
+        """Return the number with its bootstrap percentile interval."""
         low, high = np.quantile(
-            resampled, [0.025, 0.975], method="inverted_cdf"
-        )  # some may be infinite, and there is nothing between those
+            resampled,
+            [0.025, 0.975],
+            method="inverted_cdf",  # no interpolation: resamples may be infinite
+        )
         return cls(value, float(low), float(high))
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One arm: S seeds, P checkpoints that were scored, E episodes each. The first is the start, or the arm's own student if it has one.
+    """One arm.
 
-    outcomes: whether an episode succeeded. costs: by name, what it had cost to come to a checkpoint.
+    checkpoints: the evaluated ones, in order. The first is the start, or the arm's own student.
+    outcomes:    whether each episode succeeded.
+    costs:       what it took to make each checkpoint, by name; NaN where that is not recorded.
     """
 
     arm: str
@@ -55,38 +64,60 @@ class Curve:
 
     @property
     def per_seed(self) -> Float[np.ndarray, " S"]:
-        """The success of the last checkpoint with each seed."""
+        """The success rate of the last checkpoint, per seed."""
         return self.outcomes[:, -1].mean(-1)
 
     def cost(self, name: str) -> Float[np.ndarray, " P"]:
-        """The mean over seeds; NaN where it isn't known of all."""
+        """Return the mean cost over seeds; NaN where it is not recorded for all."""
         return self.costs[name].mean(0)
 
     def at_end(self, quantity: str) -> float | None:
-        """The mean over seeds of what the last update says; None if it says nothing of it."""
-        last = {
-            row.seed: getattr(row, quantity) for row in self.updates
-        }  # a later row of a seed takes an earlier one's place
-        return None if not last or None in last.values() else float(np.mean(list(last.values())))
+        """Return the mean over seeds of a quantity after the last update; None without it."""
+        by_seed: dict[int, Any] = {}
+        for row in self.updates:
+            by_seed[row.seed] = getattr(row, quantity)
+        values = list(by_seed.values())
+        if not values or None in values:
+            return None
+        return float(np.mean(values))
 
     def by_position(self, quantity: str) -> dict[int, float]:
-        """The mean over seeds for each iteration that says it; not where one seed distils and another doesn't any more."""
-        said: dict[int, list[float]] = {}
+        """Return the mean over seeds of a quantity, by number of the iteration.
+
+        Iterations that are distillation for one seed and GRPO for another are left out.
+        """
+        values: dict[int, list[float]] = {}
         kinds: dict[int, set[str]] = {}
         for row in self.updates:
             kinds.setdefault(row.position, set()).add(row.kind)
-            if (value := getattr(row, quantity)) is not None:
-                said.setdefault(row.position, []).append(value)
-        return {
-            position: float(np.mean(values))
-            for position, values in sorted(said.items())
-            if len(kinds[position]) == 1
-        }
+            value = getattr(row, quantity)
+            if value is not None:
+                values.setdefault(row.position, []).append(value)
+        means: dict[int, float] = {}
+        for position in sorted(values):
+            if len(kinds[position]) == 1:
+                mean = np.mean(values[position])
+                means[position] = float(mean)
+        return means
+
+    def select_seeds(self, seeds: Sequence[int]) -> "Curve":
+        """Return the curve of some of its seeds."""
+        rows = [self.seeds.index(seed) for seed in seeds]
+        return replace(
+            self,
+            seeds=tuple(seeds),
+            outcomes=self.outcomes[rows],
+            costs={name: values[rows] for name, values in self.costs.items()},
+            updates=tuple(row for row in self.updates if row.seed in seeds),
+        )
 
 
 @dataclass(frozen=True)
 class Study:
-    """All arms, and what they share: the student that they start from, and the teacher, with what it took to make it. tasks: of every episode."""
+    """All arms, with the outcomes of the student that they start from and of the teacher.
+
+    teacher_cost: what making the teacher took. tasks: the task of every episode.
+    """
 
     curves: tuple[Curve, ...]
     start: Bool[np.ndarray, " E"]
@@ -97,246 +128,309 @@ class Study:
 
     @cached_property
     def _weights(self) -> Float[np.ndarray, "R E"]:
-        """How often each episode is drawn in each resample, as a share of all."""
-        random, weights = np.random.default_rng(0), np.zeros((RESAMPLES, len(self.tasks)))
+        """The weight of every episode in every resample; the weights of a resample sum to 1."""
+        random = np.random.default_rng(0)
+        tasks = np.array(self.tasks)
+        draws = np.zeros((RESAMPLES, len(tasks)))
         for task in dict.fromkeys(self.tasks):
-            members = np.flatnonzero(np.array(self.tasks) == task)
-            weights[:, members] = random.multinomial(
-                len(members), np.full(len(members), 1 / len(members)), RESAMPLES
-            )
-        return weights / len(self.tasks)
+            (columns,) = np.nonzero(tasks == task)
+            draws[:, columns] = _draw(random, len(columns))
+        return draws / len(tasks)
 
-    def _seeds(self, curve: Curve) -> Float[np.ndarray, "R S"]:
+    def _seed_weights(self, curve: Curve) -> Float[np.ndarray, "R S"]:
         count = len(curve.seeds)
-        return (
-            np.random.default_rng(1).multinomial(count, np.full(count, 1 / count), RESAMPLES)
-            / count
-        )
+        random = np.random.default_rng(1)
+        return _draw(random, count) / count
 
     @property
     def resampled_start(self) -> Float[np.ndarray, " R"]:
-        """The success of the start in each resample."""
+        """The success rate of the start in every resample."""
         return self._weights @ self.start
 
     def resampled(self, curve: Curve) -> Float[np.ndarray, "R P"]:
-        """The success of every checkpoint, the mean over seeds, in each resample."""
+        """Return the success rate of every checkpoint, averaged over seeds, in every resample."""
         return np.einsum(
-            "rs,spe,re->rp", self._seeds(curve), curve.outcomes, self._weights, optimize=True
+            "rs,spe,re->rp",
+            self._seed_weights(curve),
+            curve.outcomes,
+            self._weights,
+            optimize=True,
         )
 
-    def shared(self, outcomes: Bool[np.ndarray, " E"]) -> Estimate:
-        """The success of the start, or of the teacher: one checkpoint, so only its episodes are drawn again."""
-        return Estimate.of(float(outcomes.mean()), self._weights @ outcomes)
+    def checkpoint_success(self, outcomes: Bool[np.ndarray, " E"]) -> Estimate:
+        """Return the success rate of the start or the teacher; only its episodes are resampled."""
+        return Estimate.from_resamples(float(outcomes.mean()), self._weights @ outcomes)
 
     def success(self, curve: Curve) -> list[Estimate]:
-        """Of every checkpoint, the mean over seeds."""
-        means, resampled = curve.outcomes.mean((0, 2)), self.resampled(curve)
-        return [Estimate.of(float(mean), resampled[:, point]) for point, mean in enumerate(means)]
+        """Return the success rate of every checkpoint, averaged over seeds."""
+        means = curve.outcomes.mean((0, 2))
+        resampled = self.resampled(curve)
+        estimates: list[Estimate] = []
+        for mean, column in zip(means, resampled.T, strict=True):
+            estimate = Estimate.from_resamples(float(mean), column)
+            estimates.append(estimate)
+        return estimates
 
-    def difference(self, one: Curve, other: Curve) -> Estimate | None:
-        """Of the success at the end, other minus one, over the seeds that both have; None if they share none."""
-        first, second = _paired(one, other)
-        if not first.seeds:
+    def difference(self, reference: Curve, curve: Curve) -> Estimate | None:
+        """Return by how much the final success rate of `curve` exceeds that of `reference`.
+
+        Over the seeds that both have; None if there are none.
+        """
+        reference, curve = _pair(reference, curve)
+        if not reference.seeds:
             return None
-        value = float(second.per_seed.mean() - first.per_seed.mean())
-        return Estimate.of(value, self.resampled(second)[:, -1] - self.resampled(first)[:, -1])
+        value, resampled = self._final_success(curve)
+        reference_value, reference_resampled = self._final_success(reference)
+        return Estimate.from_resamples(
+            value - reference_value,
+            resampled - reference_resampled,
+        )
 
-    def forgotten(self, curve: Curve) -> Estimate:
-        """Of the success at the end, what it is less than at the start."""
-        resampled = self.resampled_start - self.resampled(curve)[:, -1]
-        return Estimate.of(float(self.start.mean() - curve.per_seed.mean()), resampled)
+    def forgetting(self, curve: Curve) -> Estimate:
+        """Return by how much the final success rate is below that of the start."""
+        value, resampled = self._final_success(curve)
+        return Estimate.from_resamples(
+            float(self.start.mean()) - value,
+            self.resampled_start - resampled,
+        )
+
+    def _final_success(self, curve: Curve) -> tuple[float, Float[np.ndarray, " R"]]:
+        """Return the mean success rate of the last checkpoint, and that of every resample."""
+        resampled = self.resampled(curve)
+        return float(curve.per_seed.mean()), resampled[:, -1]
 
     def task_success(self, outcomes: Bool[np.ndarray, "... E"]) -> dict[str, float]:
-        """For each task."""
-        return {
-            task: float(outcomes[..., np.array(self.tasks) == task].mean())
-            for task in dict.fromkeys(self.tasks)
-        }
+        """Return the success rate of every task."""
+        tasks = np.array(self.tasks)
+        rates: dict[str, float] = {}
+        for task in dict.fromkeys(self.tasks):
+            of_task = outcomes[..., tasks == task]
+            rates[task] = float(of_task.mean())
+        return rates
 
     def reach(self, curve: Curve, cost: str, share: float = SHARE) -> Estimate:
-        """What it cost until the mean success over seeds came to `share` of the teacher's: interpolated between checkpoints.
+        """Return the cost at which the mean success rate reaches `share` of the teacher's.
 
-        Infinite where it never came so far.
+        Interpolated between checkpoints; infinite if it never does.
         """
-        return Estimate.of(*self._reached(curve, cost, share))
+        return Estimate.from_resamples(*self._reach(curve, cost, share))
 
-    def ratio(self, one: Curve, other: Curve, cost: str, share: float = SHARE) -> Estimate | None:
-        """`reach` of the other over that of the one, over the seeds that both have.
+    def ratio(
+        self, reference: Curve, curve: Curve, cost: str, share: float = SHARE
+    ) -> Estimate | None:
+        """Return `reach` of `curve` over `reach` of `reference`, over the seeds that both have.
 
-        Where the other never came so far, what it has spent stands in for it: at least so much. None if the one itself doesn't come so far in one of
-        ten resamples or more, it cost either nothing, or they share no seed. The interval is that of the resamples in which it does.
+        Where `curve` never reaches the level, its total cost is used: a lower bound. The interval
+        is over the resamples in which `reference` reaches it. None if it does not in a tenth of the
+        resamples or more, if either cost is zero, or if they share no seed.
         """
-        one, other = _paired(one, other)
-        if not one.seeds or not other.cost(cost)[-1] > 0:
+        reference, curve = _pair(reference, curve)
+        total = curve.cost(cost)[-1] if curve.seeds else 0
+        if not total > 0:  # also if it is NaN
             return None
-        value, resampled = self._reached(one, cost, share)
-        came = (resampled > 0) & (resampled < np.inf)
-        if not 0 < value < np.inf or came.mean() < 0.9:
+        unit, resampled_unit = self._reach(reference, cost, share)
+        reached = (resampled_unit > 0) & (resampled_unit < np.inf)
+        if not 0 < unit < np.inf or reached.mean() < REACHED:
             return None
-        its_value, its_resampled = self._reached(other, cost, share)
-        spent = self._seeds(other) @ other.costs[cost][:, -1]
-        least = np.where(np.isinf(its_resampled), spent, its_resampled)
-        return Estimate.of(
-            (float(other.cost(cost)[-1]) if np.isinf(its_value) else its_value) / value,
-            least[came] / resampled[came],
+        value, resampled = self._reach(curve, cost, share)
+        if np.isinf(value):
+            value = float(total)
+        final_costs = curve.costs[cost][:, -1]
+        resampled_total = self._seed_weights(curve) @ final_costs
+        resampled = np.where(np.isinf(resampled), resampled_total, resampled)
+        return Estimate.from_resamples(
+            value / unit,
+            resampled[reached] / resampled_unit[reached],
         )
 
-    def _reached(
+    def _reach(
         self, curve: Curve, cost: str, share: float
     ) -> tuple[float, Float[np.ndarray, " R"]]:
+        means = curve.outcomes.mean((0, 2))
+        level = share * self.teacher.mean()
         value = crossing(
-            curve.outcomes.mean((0, 2))[None],
+            means[None],
             curve.cost(cost)[None],
-            np.array([share * self.teacher.mean()]),
+            np.array([level]),
         )
-        spent = self._seeds(curve) @ curve.costs[cost]
-        return float(value[0]), crossing(
-            self.resampled(curve), spent, share * (self._weights @ self.teacher)
+        resampled_level = share * (self._weights @ self.teacher)
+        resampled = crossing(
+            self.resampled(curve),
+            self._seed_weights(curve) @ curve.costs[cost],
+            resampled_level,
         )
+        return float(value[0]), resampled
 
 
 def crossing(
     success: Float[np.ndarray, "R P"],
-    spent: Float[np.ndarray, "R P"],
-    wanted: Float[np.ndarray, " R"],
+    quantity: Float[np.ndarray, "R P"],
+    level: Float[np.ndarray, " R"],
 ) -> Float[np.ndarray, " R"]:
-    """What was spent, or whatever else goes along, where each curve first comes to what is wanted of it: between two points by a straight line.
+    """Return the quantity where each curve first reaches its level of success.
 
-    Infinite where it never does.
+    Interpolated linearly between two points; infinite where it never does.
     """
-    above = success >= wanted[:, None]
-    first, rows = above.argmax(1), np.arange(len(success))
-    before = np.maximum(first - 1, 0)
-    rise = success[rows, first] - success[rows, before]
-    part = np.divide(
-        wanted - success[rows, before], rise, out=np.ones(len(success)), where=rise > 0
+    above = success >= level[:, None]
+    rows = np.arange(len(success))
+    last = above.argmax(1)
+    first = np.maximum(last - 1, 0)
+    first_success = success[rows, first]
+    first_quantity = quantity[rows, first]
+    rise = success[rows, last] - first_success
+    fraction = np.divide(
+        level - first_success,
+        rise,
+        out=np.ones(len(success)),
+        where=rise > 0,
     )
-    at = spent[rows, before] + part * (spent[rows, first] - spent[rows, before])
-    return np.where(above.any(1), np.where(first == 0, spent[rows, 0], at), np.inf)
+    increase = quantity[rows, last] - first_quantity
+    interpolated = first_quantity + fraction * increase
+    reached = np.where(last == 0, quantity[rows, 0], interpolated)
+    return np.where(above.any(1), reached, np.inf)
 
 
-def shared_seeds(one: Curve, other: Curve) -> tuple[int, ...]:
-    """The seeds that both have."""
-    return tuple(sorted({*one.seeds} & {*other.seeds}))
+def _draw(random: np.random.Generator, count: int) -> Int[np.ndarray, "R N"]:
+    """Return how often each of `count` items is drawn in every resample."""
+    uniform = np.full(count, 1 / count)
+    return random.multinomial(count, uniform, RESAMPLES)
 
 
-def _paired(one: Curve, other: Curve) -> tuple[Curve, Curve]:
-    """Both with the seeds that both have."""
-    common = shared_seeds(one, other)
-    return _only(one, common), _only(other, common)
+def common_seeds(first: Curve, second: Curve) -> tuple[int, ...]:
+    """Return the seeds that both curves have."""
+    return tuple(sorted({*first.seeds} & {*second.seeds}))
 
 
-def _only(curve: Curve, seeds: Sequence[int]) -> Curve:
-    kept = [curve.seeds.index(seed) for seed in seeds]
-    costs = {name: values[kept] for name, values in curve.costs.items()}
-    return Curve(
-        curve.arm,
-        tuple(seeds),
-        curve.checkpoints,
-        curve.outcomes[kept],
-        costs,
-        tuple(u for u in curve.updates if u.seed in seeds),
-    )
+def _pair(first: Curve, second: Curve) -> tuple[Curve, Curve]:
+    """Return both curves with the seeds that both have."""
+    seeds = common_seeds(first, second)
+    return first.select_seeds(seeds), second.select_seeds(seeds)
 
 
-# From rows.
+# From rows
 
 
 def read_study(table: Table, start: str, teacher: str, *, seen: bool = True) -> Study:
-    """start, teacher: the names of their evaluations. seen: of the tasks that the run trains on, or of those that it doesn't.
+    """Return the study of a table.
 
-    ValueError if they are not there, or an evaluation has other episodes than another.
+    start, teacher: the names of their evaluations. seen: of the tasks that the run trains on, or
+    of the others.
+    ValueError if an evaluation is missing or has other episodes than the start's.
     """
     rows = [row for row in table.episodes if row.seen is seen]
-    shared = _by(rows, lambda row: row.evaluation if row.arm is None else None)
-    if absent := [name for name in (start, teacher) if name not in shared]:
-        raise ValueError(
-            f"the table has no evaluation {absent[0]!r} of what the members share; expected one of {sorted(shared)}"
-        )
-    episodes = [(row.task, row.state) for row in shared[start]]
-    own = _by(rows, lambda row: row.arm)
-    begun = _outcomes(shared[start], episodes)
-    curves = tuple(
-        _curve(arm, own[arm], [u for u in table.updates if u.arm == arm], begun, episodes)
-        for arm in table.arms
-        if arm in own
-    )
-    cost, tasks = (
-        Cost(**{name: getattr(shared[teacher][0], name) for name in COSTS}),
-        tuple(task for task, _ in episodes),
-    )
+    shared = _group([row for row in rows if row.arm is None], _evaluation)
+    for name in (start, teacher):
+        if name not in shared:
+            raise ValueError(
+                f"the table has no evaluation {name!r} of what the members share; "
+                f"expected one of {sorted(shared)}"
+            )
+    start_rows = shared[start]
+    teacher_rows = shared[teacher]
+    episodes = [(row.task, row.state) for row in start_rows]
+    start_outcomes = _outcomes(start_rows, episodes)
+    curves: list[Curve] = []
+    for arm in table.arms:
+        of_arm = [row for row in rows if row.arm == arm]
+        if of_arm:
+            updates = tuple(row for row in table.updates if row.arm == arm)
+            curve = _read_curve(arm, of_arm, updates, start_outcomes, episodes)
+            curves.append(curve)
+    teacher_cost = {name: getattr(teacher_rows[0], name) for name in COSTS}
     return Study(
-        curves,
-        begun,
-        _outcomes(shared[teacher], episodes),
-        cost,
-        tasks,
-        max(row.horizon for row in rows),
+        curves=tuple(curves),
+        start=start_outcomes,
+        teacher=_outcomes(teacher_rows, episodes),
+        teacher_cost=Cost(**teacher_cost),
+        tasks=tuple(task for task, _ in episodes),
+        horizon=max(row.horizon for row in rows),
     )
 
 
-def _curve(
+def _read_curve(
     arm: str,
     rows: Sequence[EpisodeRow],
-    updates: Sequence[UpdateRow],
-    start: np.ndarray,
-    episodes: list[tuple[str, int]],
+    updates: tuple[UpdateRow, ...],
+    start: Bool[np.ndarray, " E"],
+    episodes: Sequence[Episode],
 ) -> Curve:
-    by_seed = _by(rows, lambda row: row.seed)
-    scored = {seed: _by(its, lambda row: row.checkpoint) for seed, its in by_seed.items()}
-    common = set.intersection(*(set(its) for its in scored.values()))
-    first = next(iter(scored.values()))
-    checkpoints = sorted(
-        (name for name in first if name in common),
-        key=lambda name: (first[name][0].iterations, first[name][0].optimizer_steps),
-    )
-    own = (
-        first[checkpoints[0]][0].iterations == 0
-    )  # a student of its own: it never was at the start
-    outcomes = [
-        [*([] if own else [start]), *(_outcomes(its[name], episodes) for name in checkpoints)]
-        for its in scored.values()
-    ]
-    spent = {
-        name: [[_number(getattr(its[c][0], name)) for c in checkpoints] for its in scored.values()]
-        for name in COSTS
-    }
-    costs = {
-        name: np.array([[*([] if own else [0.0]), *row] for row in rows], dtype=float)
-        for name, rows in spent.items()
-    }
+    by_seed = _group(rows, _seed)
+    evaluated = [_group(of_seed, _checkpoint) for of_seed in by_seed.values()]
+    checkpoints = _common_checkpoints(evaluated)
+    outcomes: list[list[np.ndarray]] = []
+    costs: dict[str, list[list[float | None]]] = {name: [] for name in COSTS}
+    for by_checkpoint in evaluated:
+        points = [by_checkpoint[checkpoint] for checkpoint in checkpoints]
+        outcomes.append([_outcomes(point, episodes) for point in points])
+        for name in COSTS:
+            of_seed = [getattr(point[0], name) for point in points]
+            costs[name].append(of_seed)
+    first = evaluated[0][checkpoints[0]]
+    if first[0].iterations > 0:  # the arm has no student of its own: its curve begins at the start
+        checkpoints.insert(0, "start")
+        for of_seed in outcomes:
+            of_seed.insert(0, start)
+        for name in COSTS:
+            for of_seed in costs[name]:
+                of_seed.insert(0, 0.0)
     return Curve(
-        arm,
-        tuple(scored),
-        (*(() if own else ("start",)), *checkpoints),
-        np.array(outcomes),
-        costs,
-        tuple(updates),
+        arm=arm,
+        seeds=tuple(by_seed),
+        checkpoints=tuple(checkpoints),
+        outcomes=np.array(outcomes),
+        costs={name: np.array(costs[name], dtype=float) for name in COSTS},  # None becomes NaN
+        updates=updates,
     )
 
 
-def _number(value: float | None) -> float:
-    return np.nan if value is None else value
+def _checkpoint(row: EpisodeRow) -> str:
+    return row.checkpoint
 
 
-def _by(
+def _evaluation(row: EpisodeRow) -> str:
+    return row.evaluation
+
+
+def _seed(row: EpisodeRow) -> int | None:
+    return row.seed
+
+
+def _common_checkpoints(evaluated: Sequence[dict[str, list[EpisodeRow]]]) -> list[str]:
+    """Return the checkpoints that were evaluated with every seed, in order of training."""
+    first_seed = evaluated[0]
+    common = set(first_seed).intersection(*evaluated)
+
+    def order(checkpoint: str) -> tuple[int, int]:
+        row = first_seed[checkpoint][0]
+        return row.iterations, row.optimizer_steps
+
+    in_order = [checkpoint for checkpoint in first_seed if checkpoint in common]
+    return sorted(in_order, key=order)
+
+
+def _group(
     rows: Sequence[EpisodeRow], key: Callable[[EpisodeRow], Key | None]
 ) -> dict[Key, list[EpisodeRow]]:
+    """Group rows by their key; rows whose key is None are left out."""
     groups: dict[Key, list[EpisodeRow]] = {}
     for row in rows:
-        if (name := key(row)) is not None:
-            groups.setdefault(name, []).append(row)
+        name = key(row)
+        if name is not None:
+            group = groups.setdefault(name, [])
+            group.append(row)
     return groups
 
 
-def _outcomes(
-    rows: Sequence[EpisodeRow], episodes: list[tuple[str, int]]
-) -> Bool[np.ndarray, " E"]:
-    found = {(row.task, row.state): row.success for row in rows}
-    if unlike := sorted(found.keys() ^ set(episodes)):
-        task, state = unlike[0]
+def _outcomes(rows: Sequence[EpisodeRow], episodes: Sequence[Episode]) -> Bool[np.ndarray, " E"]:
+    """Return the outcomes in the order of `episodes`. ValueError for other episodes."""
+    outcomes = {(row.task, row.state): row.success for row in rows}
+    differing = sorted(outcomes.keys() ^ set(episodes))
+    if differing:
+        first = rows[0]
+        task, state = differing[0]
         raise ValueError(
-            f"{rows[0].arm or 'shared'}, seed {rows[0].seed}, {rows[0].evaluation}: {len(unlike)} episodes differ from those of the start, the first "
-            f"of them state {state} of {task}; expected every evaluation of a study to have the same"
+            f"{first.arm or 'shared'}, seed {first.seed}, {first.evaluation}: "
+            f"{len(differing)} episodes differ from those of the start, the first of them "
+            f"state {state} of {task}; expected every evaluation of a study to have the same"
         )
-    return np.array([found[one] for one in episodes])
+    return np.array([outcomes[episode] for episode in episodes])

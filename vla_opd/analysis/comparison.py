@@ -1,7 +1,8 @@
-"""Two evaluations of the same episodes, pair by pair; and a test that stops as soon as it has seen enough.
+"""Paired comparison of two evaluations, and a sequential test that stops as early as it can.
 
-Evaluations start from fixed initial states, so two policies meet the same ones: what is compared is what became of each, and the difficulty that a
-state has for both drops out. Two intervals that overlap say far less.
+Evaluations start from fixed initial states, so both policies meet the same ones. Outcomes are
+compared state by state, which cancels how difficult a state is for both. Whether two separate
+intervals overlap says far less.
 """
 
 import itertools
@@ -11,8 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from jaxtyping import Bool
-from scipy.stats import binomtest
+from jaxtyping import Bool, Int
 
 from vla_opd.analysis.evaluation import Record
 
@@ -22,11 +22,14 @@ LONG = 300  # episodes
 
 @dataclass(frozen=True)
 class Comparison:
-    """What became of N episodes under two policies.
+    """Outcomes of N episodes under two policies.
 
-    both, first, second, neither: how many succeeded under both, under the first only, the second only, and neither.
-    difference: second minus first, of success; low, high: its interval by the paired bootstrap (percentiles; episodes are drawn within their task).
-    p: of McNemar's exact test: how often, of `first + second` fair coins, at least as many would fall on one side. 1 if no episode differs.
+    both, first, second, neither: how many succeed under both policies, only the first, only the
+                second, and neither.
+    difference: success rate of the second minus that of the first.
+    low, high:  its percentile interval by the paired bootstrap over episodes within tasks.
+    p:          the p value of McNemar's exact test: the probability that of `first + second` fair
+                coins at least as many fall on one side. 1 if all outcomes are equal.
     """
 
     both: int
@@ -49,69 +52,95 @@ def compare(
     confidence: float = 0.95,
     horizon: int | None = None,
 ) -> Comparison:
-    """Compare two evaluations. ValueError unless their episodes are the same tasks' same initial states.
+    """Compare two evaluations. ValueError unless they have the same tasks and initial states.
 
-    horizon: episodes are given up after so many control steps, in both.
+    horizon: end every episode after this many control steps, in both evaluations.
     """
-    tasks, outcomes = _paired(first, second, horizon)
-    a, b = outcomes.T
-    only_first, only_second = int((a & ~b).sum()), int((b & ~a).sum())
-    low, high = _interval(tasks, b.astype(int) - a.astype(int), confidence)
+    tasks, outcomes = _pair(first, second, horizon)
+    before, after = outcomes.T
+    differences = after.astype(int) - before.astype(int)
+    only_before = int((differences < 0).sum())
+    only_after = int((differences > 0).sum())
+    low, high = _interval(tasks, differences, confidence)
     return Comparison(
-        both=int((a & b).sum()),
-        first=only_first,
-        second=only_second,
-        neither=int((~a & ~b).sum()),
-        difference=float(b.mean() - a.mean()),
+        both=int((before & after).sum()),
+        first=only_before,
+        second=only_after,
+        neither=int((~before & ~after).sum()),
+        difference=float(after.mean() - before.mean()),
         low=low,
         high=high,
-        p=float(binomtest(only_second, only_first + only_second).pvalue)
-        if only_first + only_second
-        else 1.0,
+        p=_mcnemar(only_before, only_after),
     )
 
 
-def _paired(
+def _pair(
     first: Sequence[Record], second: Sequence[Record], horizon: int | None
 ) -> tuple[list[str], Bool[np.ndarray, "N 2"]]:
-    """The task of every episode, and whether it succeeded in the one and in the other."""
-    one, other = (
-        {(r.task, r.state): r.success and (horizon is None or r.steps <= horizon) for r in records}
-        for records in (first, second)
-    )
-    if unpaired := sorted(one.keys() ^ other.keys()):
+    """Return the task of every episode, and its outcome in both evaluations."""
+    before = _outcomes(first, horizon)
+    after = _outcomes(second, horizon)
+    unpaired = sorted(before.keys() ^ after.keys())
+    if unpaired:
         task, state = unpaired[0]
+        total = len(before.keys() | after.keys())
         raise ValueError(
-            f"{len(unpaired)} of {len(one.keys() | other.keys())} episodes are in one evaluation only, the first of them state {state} of {task}; "
-            "expected the same tasks and initial states in both"
+            f"{len(unpaired)} of {total} episodes are in one evaluation only, the first of them "
+            f"state {state} of {task}; expected the same tasks and initial states in both"
         )
-    if not one:
+    if not before:
         raise ValueError("the evaluations have no episodes; expected at least one")
-    keys = sorted(one)
-    return [task for task, _ in keys], np.array([[one[key], other[key]] for key in keys])
+    episodes = sorted(before)
+    tasks = [task for task, _ in episodes]
+    return tasks, np.array([[before[episode], after[episode]] for episode in episodes])
+
+
+def _outcomes(records: Sequence[Record], horizon: int | None) -> dict[tuple[str, int], bool]:
+    outcomes: dict[tuple[str, int], bool] = {}
+    for record in records:
+        episode = (record.task, record.state)
+        in_time = horizon is None or record.steps <= horizon
+        outcomes[episode] = record.success and in_time
+    return outcomes
 
 
 def _interval(
-    tasks: Sequence[str], differences: np.ndarray, confidence: float
+    tasks: Sequence[str], differences: Int[np.ndarray, " N"], confidence: float
 ) -> tuple[float, float]:
-    """Percentiles of the mean difference, each task's episodes drawn again from its own: the tasks are fixed, their episodes are a sample."""
-    groups = [differences[np.array(tasks) == task] for task in dict.fromkeys(tasks)]
+    """Return percentiles of the mean difference. Episodes are resampled within their task."""
     random = np.random.default_rng(0)
-    drawn = sum(
-        group[random.integers(0, len(group), (RESAMPLES, len(group)))].sum(1) for group in groups
-    ) / len(differences)
-    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
+    totals = np.zeros(RESAMPLES, dtype=int)
+    for task in dict.fromkeys(tasks):
+        group = differences[np.array(tasks) == task]
+        shape = (RESAMPLES, len(group))
+        rows = random.integers(0, len(group), shape)
+        totals += group[rows].sum(1)
+    means = totals / len(differences)
+    low, high = np.quantile(
+        means,
+        [(1 - confidence) / 2, (1 + confidence) / 2],
+    )
     return float(low), float(high)
+
+
+def _mcnemar(only_before: int, only_after: int) -> float:
+    from scipy.stats import binomtest  # takes a second to import, which `opd` can do without
+
+    differing = only_before + only_after
+    return float(binomtest(only_after, differing).pvalue) if differing else 1.0
 
 
 @dataclass(frozen=True)
 class SequentialTest:
-    """Wald's sequential probability ratio test: is the success rate `low` or `high`? Each error's chance is at most e = 1 - `confidence`.
+    """Wald's sequential probability ratio test: is the success rate `low` or `high`?
 
-    After n outcomes with s successes the log ratio is s log(high / low) + (n - s) log((1 - high) / (1 - low)); it decides for `high` at an upper
-    bound, for `low` at a lower one. Wald's own bounds, +-log((1 - e) / e), are for a ratio that meets them; one that jumps past them errs less, and
-    takes longer. So both are drawn in until the chances of erring, computed exactly, are e. On average no test with the same errors needs fewer
-    episodes at either rate. Source: Wald, Ann. Math. Stat. 16 (1945); Wald and Wolfowitz, 19 (1948).
+    Both error probabilities are at most e = 1 - `confidence`. After n outcomes with s successes
+    the log ratio is s log(high / low) + (n - s) log((1 - high) / (1 - low)); the test decides for
+    `high` at an upper bound, for `low` at a lower one. Wald's bounds, +-log((1 - e) / e), are exact
+    for a ratio that meets them; one that jumps past them makes fewer errors and takes longer. So
+    both bounds are tightened until the exact error probabilities are e. No test with the same
+    errors needs fewer episodes on average at either rate.
+    Source: Wald, Ann. Math. Stat. 16 (1945); Wald and Wolfowitz, 19 (1948).
     """
 
     low: float
@@ -130,83 +159,110 @@ class SequentialTest:
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """Of the log ratio: the lower, at which it decides for `low`, and the upper."""
+        """The log ratios at which the test decides for `low` and for `high`."""
         return _bounds(self)
 
     @property
     def steps(self) -> tuple[float, float]:
-        """Of the log ratio: with a failure, and with a success."""
-        return math.log((1 - self.high) / (1 - self.low)), math.log(self.high / self.low)
+        """The changes of the log ratio with a failure and with a success."""
+        failure = math.log((1 - self.high) / (1 - self.low))
+        success = math.log(self.high / self.low)
+        return failure, success
 
     def chances(
         self, rate: float, bounds: tuple[float, float] | None = None
     ) -> tuple[float, float, float]:
-        """At a true success rate: the chance that it decides for `low`, that it decides for `high`, and the episodes that it takes on average.
+        """Return the test's properties at a true success rate.
 
-        Exact, by following the numbers of successes that leave it open, until less than 1e-6 of all do.
+        These are the probability that it decides for `low`, the probability that it decides for
+        `high`, and the mean number of episodes. They are exact: the distribution of the number of
+        successes is followed until the probability of being undecided is less than 1e-6.
         """
         lower, upper = bounds or self.bounds
         failure, success = self.steps
-        chance, fewest = (
-            np.ones(1),
-            0,
-        )  # of being open with `fewest` successes, and one more, and so on
-        decided, episodes = [0.0, 0.0], 0.0
+        undecided = np.ones(1)  # probabilities of `fewest` successes, one more, and so on
+        fewest = 0
+        low = 0.0
+        high = 0.0
+        episodes = 0.0
         for count in itertools.count(1):
-            episodes += float(chance.sum())
-            chance = np.append(chance * (1 - rate), 0) + np.append(0, chance * rate)
-            successes = fewest + np.arange(len(chance))
-            ratio = successes * success + (count - successes) * failure
-            below, above = ratio <= lower, ratio >= upper
-            decided = [
-                decided[0] + float(chance[below].sum()),
-                decided[1] + float(chance[above].sum()),
-            ]
-            fewest, chance = fewest + int(below.sum()), chance[~below & ~above]
-            if chance.sum() < 1e-6:
-                return decided[0], decided[1], episodes
+            episodes += float(undecided.sum())
+            failed = np.append(undecided * (1 - rate), 0)
+            succeeded = np.append(0, undecided * rate)
+            undecided = failed + succeeded
+            successes = fewest + np.arange(len(undecided))
+            failures = count - successes
+            ratio = successes * success + failures * failure
+            below = ratio <= lower
+            above = ratio >= upper
+            low += float(undecided[below].sum())
+            high += float(undecided[above].sum())
+            fewest += int(below.sum())
+            undecided = undecided[~below & ~above]
+            if undecided.sum() < 1e-6:
+                return low, high, episodes
         raise AssertionError
 
     def decide(self, outcomes: Iterable[bool]) -> tuple[float | None, int]:
-        """The rate decided for, or None, and after how many outcomes; no more of them are taken than it needs."""
+        """Return the rate decided for, or None, and the number of outcomes used.
+
+        No more outcomes are taken than the decision needs.
+        """
         lower, upper = self.bounds
         failure, success = self.steps
         successes = count = 0
         for count, outcome in enumerate(outcomes, 1):
             successes += bool(outcome)
             ratio = successes * success + (count - successes) * failure
-            if not lower < ratio < upper:
-                return self.high if ratio >= upper else self.low, count
+            if ratio >= upper:
+                return self.high, count
+            if ratio <= lower:
+                return self.low, count
         return None, count
 
 
 @cache
 def _bounds(test: SequentialTest) -> tuple[float, float]:
-    wald, error = math.log(test.confidence / (1 - test.confidence)), 1 - test.confidence
-    lower, upper = -wald, wald
-    failure, success = test.steps
-    slower = min(
-        -(test.low * success + (1 - test.low) * failure),
-        test.high * success + (1 - test.high) * failure,
-    )
-    if (
-        wald > LONG * slower
-    ):  # so many small jumps that there is next to nothing to draw in, and much to compute
-        return lower, upper
-    for _ in range(3):  # each bound matters a little to the other's error
-        upper = _least(
-            lambda bound, other=lower: test.chances(test.low, (other, bound))[1] <= error, wald
-        )
-        lower = -_least(
-            lambda bound, other=upper: test.chances(test.high, (-bound, other))[0] <= error, wald
-        )
+    error = 1 - test.confidence
+    wald = math.log(test.confidence / error)
+    lower = -wald
+    upper = wald
+    if wald > LONG * _slower_drift(test):
+        return lower, upper  # the jumps are so small that tightening gains little and takes long
+
+    def errs_rarely_at_low(bound: float) -> bool:
+        return test.chances(test.low, (lower, bound))[1] <= error
+
+    def errs_rarely_at_high(bound: float) -> bool:
+        return test.chances(test.high, (-bound, upper))[0] <= error
+
+    for _ in range(3):  # each bound has a small effect on the other's error
+        upper = _smallest_bound(errs_rarely_at_low, wald)
+        lower = -_smallest_bound(errs_rarely_at_high, wald)
     return lower, upper
 
 
-def _least(holds: Callable[[float], bool], most: float) -> float:
-    """The least bound up to `most` for which it holds, to a thousandth: it does from some bound on."""
-    low, high = 0.0, most
+def _slower_drift(test: SequentialTest) -> float:
+    """Return the mean change of the log ratio per episode, at the rate where it is smaller."""
+    drifts: list[float] = []
+    failure, success = test.steps
+    for rate in (test.low, test.high):
+        mean = rate * success + (1 - rate) * failure
+        drifts.append(abs(mean))  # negative at `low`, positive at `high`
+    return min(drifts)
+
+
+def _smallest_bound(holds: Callable[[float], bool], largest: float) -> float:
+    """Return the smallest bound for which a condition holds, to 1e-3, by bisection.
+
+    The condition holds for all bounds from some bound on, which is at most `largest`.
+    """
+    low = 0.0
+    high = largest
     while high - low > 1e-3:
         middle = (low + high) / 2
-        low, high = (low, middle) if holds(middle) else (middle, high)
+        if holds(middle):
+            high = middle
+        else:
+            low = middle
     return high

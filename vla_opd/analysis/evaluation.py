@@ -1,16 +1,19 @@
-"""Evaluations: a record an episode, and a success rate with its interval. Everything else that is said of an evaluation follows from its records."""
+"""Records of evaluated episodes, and success rates with their Wilson intervals."""
 
 from collections.abc import Iterable
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
-from scipy.stats import binomtest
 
 EPISODES = "episodes.jsonl"
 
 
 class Record(BaseModel):
-    """One episode: `steps` is the control step of the first success, or the horizon: so one run can be scored at every shorter horizon."""
+    """One episode.
+
+    steps: the control step of the first success, or the horizon; so a run can be scored at every
+    shorter horizon too.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     task: str
@@ -21,7 +24,7 @@ class Record(BaseModel):
 
 
 class Score(BaseModel):
-    """A fraction of successes with its Wilson score interval."""
+    """A success rate with its Wilson score interval."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     success: float
@@ -31,22 +34,27 @@ class Score(BaseModel):
 
 
 def score(outcomes: Iterable[bool], confidence: float) -> Score:
-    """The fraction of true outcomes, and the Wilson score interval of that confidence. ValueError if there are none."""
-    seen = list(outcomes)
-    if not seen:
+    """Return the fraction of true outcomes, with the Wilson score interval of that confidence.
+
+    ValueError if there are no outcomes.
+    """
+    from scipy.stats import binomtest  # takes a second to import, which `opd` can do without
+
+    episodes = list(outcomes)
+    if not episodes:
         raise ValueError("outcomes: none; expected at least one episode")
-    interval = binomtest(sum(seen), len(seen)).proportion_ci(confidence, method="wilson")
+    successes = sum(episodes)
+    test = binomtest(successes, len(episodes))
+    interval = test.proportion_ci(confidence, method="wilson")
     return Score(
-        success=sum(seen) / len(seen),
+        success=successes / len(episodes),
         low=float(interval.low),
         high=float(interval.high),
-        episodes=len(seen),
+        episodes=len(episodes),
     )
 
 
 def read_records(evaluation: Path) -> tuple[Record, ...]:
-    """The records of an evaluation, in order of task and state."""
-    return tuple(
-        Record.model_validate_json(line)
-        for line in (evaluation / EPISODES).read_text().splitlines()
-    )
+    """Read the records of an evaluation, in order of task and state."""
+    lines = (evaluation / EPISODES).read_text().splitlines()
+    return tuple(Record.model_validate_json(line) for line in lines)

@@ -1,32 +1,37 @@
-"""A run's artifacts, read together once it is proved that they belong together: every iteration, every evaluation, and what they cost."""
+"""The artifacts of a finished run, read together: iterations, evaluations and their costs.
+
+Reading proves that the artifacts belong together: every one names the digests of its parents.
+"""
 
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from vla_opd.analysis.evaluation import Record, Score, read_records, score
 from vla_opd.artifacts.files import remove
 from vla_opd.artifacts.manifest import MANIFEST, Manifest, open_artifact, read_manifest
-from vla_opd.data.divergence import Distance, Means
+from vla_opd.data.divergence import Divergence, DivergenceMeans
 from vla_opd.params.run import Params
 
-DISCARDED = ".discarded"  # in a run's folder: the manifests of what was removed from it
+DISCARDED = ".discarded"  # in a run's folder: the manifests of artifacts that were removed from it
+BulkyKind = Literal["trajectories", "logits"]
 
 
-class Read(BaseModel):
-    """What is read from an artifact, as far as anything asks for it."""
+class Metadata(BaseModel):
+    """Fields that are read from an artifact; all others are ignored."""
 
     model_config = ConfigDict(frozen=True)
 
 
-class Evaluated(Read):
+class EvaluationFacts(Metadata):
     """The facts of an evaluation.
 
-    overall: of the tasks that the run trains on; unseen: of those that it doesn't. decided: for which of the rates of `evaluate.decide`.
+    overall: the score on the tasks that the run trains on; unseen: that on the other tasks.
+    decided: the rate of `evaluate.decide` for which the episodes decided.
     """
 
     overall: Score
@@ -36,10 +41,13 @@ class Evaluated(Read):
     horizon: int
 
 
-class Step(Read):
-    """A line of `metrics.jsonl`. Where the objective is the reverse KL itself, the loss is it.
+class StepMetrics(Metadata):
+    """A line of `metrics.jsonl`: one optimiser step.
 
-    gradient_norm: before it is clipped. clip_fraction, clamp_fraction: of the tokens, whose gradient the ratio's clip stops, or whose reward is cut.
+    reverse_kl:    None where the objective is the reverse KL, which then is the loss.
+    gradient_norm: before clipping.
+    clip_fraction: the fraction of tokens whose gradient is stopped by the ratio's clip.
+    clamp_fraction: the fraction of tokens whose reward is clamped.
     """
 
     loss: float
@@ -54,8 +62,8 @@ class Step(Read):
         return self.loss if self.reverse_kl is None else self.reverse_kl
 
 
-class UpdateResult(Read):
-    """Of an iteration of either kind: means over its optimiser steps of what `Step` says, None where none says it."""
+class UpdateResult(Metadata):
+    """Means over the optimiser steps of an iteration; None where no step has the metric."""
 
     gradient_norm: float | None = None
     clip_fraction: float | None = None
@@ -63,10 +71,12 @@ class UpdateResult(Read):
 
 
 class IterationResult(UpdateResult):
-    """What an iteration did and cost. `success` is that of its rollouts: sampled, and before its update. depth: iterations before it, of either kind.
+    """The results and the cost of an iteration of distillation.
 
-    failed_share: the share of the tokens that are learnt from, and so of the labels' say, that lies in rollouts that failed.
-    recoverable:  the share of states from which the teacher still succeeds, where it was tried.
+    depth:        the number of iterations before it, of either kind.
+    success:      the success rate of its rollouts, which are sampled and before its update.
+    failed_share: the fraction of the tokens learned from that is in failed rollouts.
+    recoverable:  the fraction of states from which the teacher still succeeds, where it was tried.
     """
 
     name: str
@@ -78,18 +88,22 @@ class IterationResult(UpdateResult):
     teacher_queries: int
     failed_share: float
     recoverable: float | None = None
-    before: Means
-    after: Means
+    before: DivergenceMeans
+    after: DivergenceMeans
 
 
-class Entropy(Read):
-    """The mean over valid tokens, in nats a token, at the rollout's temperature."""
+class Entropy(Metadata):
+    """Mean entropy over valid tokens in nats per token, at the temperature of the rollouts."""
 
     student_entropy: float
 
 
 class ReinforcementResult(UpdateResult):
-    """What an iteration of GRPO did and cost. `success` is that of its rollouts; useful_groups: of its `groups`, those to learn from."""
+    """The results and the cost of an iteration of GRPO.
+
+    success:       the success rate of its rollouts, which are sampled and before its update.
+    useful_groups: how many of its `groups` can be learned from.
+    """
 
     name: str
     success: float
@@ -101,8 +115,8 @@ class ReinforcementResult(UpdateResult):
     after: Entropy
 
 
-class Results(Read):
-    """`results.json`. Steps and queries are totals over all iterations, of either kind."""
+class Results(Metadata):
+    """`results.json`. Environment steps and teacher queries are totals over all iterations."""
 
     teacher: Score
     start: Score
@@ -115,22 +129,24 @@ class Results(Read):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation, whose checkpoint has `position` iterations behind it; None if no iteration starts from it or made it.
+    """An evaluation.
 
-    records: of the tasks that the run trains on. unseen: of those that it doesn't.
+    position: the number of iterations that led to its checkpoint; None if no iteration made it or
+              starts from it.
+    records:  of the tasks that the run trains on. unseen: of the other tasks.
     """
 
     name: str
     checkpoint: str
     position: int | None
     manifest: Manifest
-    facts: Evaluated
+    facts: EvaluationFacts
     records: tuple[Record, ...]
     unseen: tuple[Record, ...]
 
     @property
     def asked(self) -> tuple[float, float] | None:
-        """Between which rates it was to decide, and so stopped early."""
+        """The rates between which it decides; it stops as soon as it has decided."""
         return self.manifest.params["evaluate"].get("decide")
 
     @property
@@ -138,35 +154,43 @@ class Evaluation:
         return self.manifest.params["evaluate"]["confidence"]
 
     def scored_at(self, horizon: int) -> Score | None:
-        """The score if episodes had ended after `horizon` control steps; None beyond the horizon that was run."""
+        """Return the score at a shorter horizon, in control steps; None if it is longer."""
         if horizon > self.facts.horizon:
             return None
-        return score((r.success and r.steps <= horizon for r in self.records), self.confidence)
+        outcomes = (record.success and record.steps <= horizon for record in self.records)
+        return score(outcomes, self.confidence)
 
 
 @dataclass(frozen=True)
 class Iteration:
-    """An iteration, its artifacts by their folder's name, a row of metrics for every optimiser step, and in what the student was off."""
+    """An iteration of distillation.
+
+    artifacts: their manifests by folder: `checkpoints`, `trajectories`, `logits`.
+    before, after: the student's divergence from the teacher before and after the update.
+    """
 
     result: IterationResult
-    made: Mapping[str, Manifest]
-    steps: tuple[Step, ...]
-    before: Distance
-    after: Distance
+    artifacts: Mapping[str, Manifest]
+    steps: tuple[StepMetrics, ...]
+    before: Divergence
+    after: Divergence
 
 
 @dataclass(frozen=True)
 class Reinforcement:
-    """An iteration of GRPO, its artifacts by their folder's name, and a row of metrics for every optimiser step."""
+    """An iteration of GRPO. artifacts: their manifests by folder: `checkpoints`, `trajectories`."""
 
     result: ReinforcementResult
-    made: Mapping[str, Manifest]
-    steps: tuple[Step, ...]
+    artifacts: Mapping[str, Manifest]
+    steps: tuple[StepMetrics, ...]
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run, whole. Evaluations in the order of their columns; iterations in the order of their depth, of GRPO too."""
+    """A finished run.
+
+    evaluations: sorted by position, the teacher's last. iterations: sorted by depth.
+    """
 
     params: Params
     checkpoints: Mapping[str, Manifest]
@@ -176,191 +200,232 @@ class Run:
 
     @property
     def updates(self) -> tuple[Iteration | Reinforcement, ...]:
-        """Iterations of either kind, each after all that it came from."""
-        return tuple(
-            sorted(
-                self.iterations + self.reinforcements,
-                key=lambda one: len(self.params.chain(one.result.name)),
-            )
-        )
+        """Iterations of both kinds, each after those that it came from."""
+
+        def position(update: Iteration | Reinforcement) -> int:
+            return len(self.params.chain(update.result.name))
+
+        updates = (*self.iterations, *self.reinforcements)
+        return tuple(sorted(updates, key=position))
+
+    @property
+    def manifests(self) -> dict[str, Manifest]:
+        """The manifests of all artifacts by `<folder>/<name>`."""
+        manifests: dict[str, Manifest] = {}
+        for name, manifest in self.checkpoints.items():
+            manifests[f"checkpoints/{name}"] = manifest
+        for update in self.updates:
+            name = update.result.name
+            for folder, manifest in update.artifacts.items():
+                manifests[f"{folder}/{name}"] = manifest
+        for name, evaluation in self.evaluations.items():
+            manifests[f"evaluations/{name}"] = evaluation.manifest
+        return manifests
 
     @property
     def parents(self) -> dict[str, str]:
-        """The digest of everything that was read."""
-        read = {
-            f"checkpoints/{name}": manifest.digest for name, manifest in self.checkpoints.items()
-        }
-        read |= {
-            f"{kind}/{one.result.name}": manifest.digest
-            for one in self.updates
-            for kind, manifest in one.made.items()
-        }
-        return read | {
-            f"evaluations/{name}": one.manifest.digest for name, one in self.evaluations.items()
-        }
+        """The digests of all artifacts by `<folder>/<name>`."""
+        return {name: manifest.digest for name, manifest in self.manifests.items()}
 
     @property
     def versions(self) -> dict[str, str]:
-        """What the artifacts were made with; several values where they differ."""
-        manifests = [
-            *self.checkpoints.values(),
-            *(one.manifest for one in self.evaluations.values()),
-        ]
-        manifests += [manifest for one in self.updates for manifest in one.made.values()]
-        names = sorted({name for manifest in manifests for name in manifest.made_with})
-        return {
-            name: ", ".join(sorted({m.made_with[name] for m in manifests if name in m.made_with}))
-            for name in names
-        }
+        """The versions that the artifacts were made with; several values where they differ."""
+        values: dict[str, set[str]] = {}
+        for manifest in self.manifests.values():
+            for package, version in manifest.made_with.items():
+                distinct = values.setdefault(package, set())
+                distinct.add(version)
+        versions: dict[str, str] = {}
+        for package in sorted(values):
+            versions[package] = ", ".join(sorted(values[package]))
+        return versions
 
     @property
     def optimizer_steps(self) -> int:
-        return sum(len(one.steps) for one in self.updates)
+        return sum(len(update.steps) for update in self.updates)
 
     @property
     def results(self) -> Results:
-        named, rows = self.params.report, [one.result for one in self.iterations]
+        names = self.params.report
+        evaluations = self.evaluations
+        iterations = [iteration.result for iteration in self.iterations]
+        reinforcements = [iteration.result for iteration in self.reinforcements]
         return Results(
-            teacher=self.evaluations[named.teacher].facts.overall,
-            start=self.evaluations[named.start].facts.overall,
-            final=self.evaluations[named.final].facts.overall,
-            env_steps=sum(one.result.env_steps for one in self.updates),
-            teacher_queries=sum(row.teacher_queries for row in rows),
-            iterations=tuple(rows),
-            reinforcements=tuple(one.result for one in self.reinforcements),
+            teacher=evaluations[names.teacher].facts.overall,
+            start=evaluations[names.start].facts.overall,
+            final=evaluations[names.final].facts.overall,
+            env_steps=sum(result.env_steps for result in (*iterations, *reinforcements)),
+            teacher_queries=sum(result.teacher_queries for result in iterations),
+            iterations=tuple(iterations),
+            reinforcements=tuple(reinforcements),
         )
 
 
 def read_run(params: Params, root: Path) -> Run:
-    """Everything of the run in `root`. The data of trajectories and logits need not be there; their manifests must.
+    """Read the run in the folder `root`.
 
-    ValueError names what is missing, or does not belong to the others.
+    Trajectories and labels may have been discarded; their manifests must exist.
+    ValueError names an artifact that is missing or does not belong to the others.
     """
-    checkpoints = {
-        name: read_manifest(root / "checkpoints" / name, "checkpoint") for name in params.origins
-    }
-    positions = {
-        name: len(params.chain(name)) - 1 for name in {*params.updates, *params.updates.values()}
-    }
+    checkpoints: dict[str, Manifest] = {}
+    for name in params.origins:
+        checkpoints[name] = read_manifest(root / "checkpoints" / name, "checkpoint")
+    positions = _positions(params)
     iterations = tuple(
-        _iteration(name, root, positions[name] - 1)
+        _read_iteration(name, root, positions[name] - 1)
         for name in sorted(params.iterations, key=positions.__getitem__)
     )
     reinforcements = tuple(
-        _reinforcement(name, root)
+        _read_reinforcement(name, root)
         for name in sorted(params.reinforcements, key=positions.__getitem__)
     )
-    checkpoints |= {one.result.name: one.made["checkpoints"] for one in iterations + reinforcements}
-    evaluations = [
-        _evaluation(name, params, root, checkpoints, positions) for name in params.evaluations
-    ]
-    evaluations.sort(
-        key=lambda one: (
-            one.name == params.report.teacher,
-            -1 if one.position is None else one.position,
+    for update in (*iterations, *reinforcements):
+        checkpoints[update.result.name] = update.artifacts["checkpoints"]
+    evaluations: dict[str, Evaluation] = {}
+    for name in _sort_evaluations(params, positions):
+        checkpoint = params.evaluations[name]
+        evaluations[name] = _read_evaluation(
+            root / "evaluations" / name,
+            checkpoint,
+            checkpoints[checkpoint],
+            positions.get(checkpoint),
         )
-    )
-    return Run(
-        params, checkpoints, iterations, reinforcements, {one.name: one for one in evaluations}
-    )
+    return Run(params, checkpoints, iterations, reinforcements, evaluations)
 
 
-def discard(root: Path, kind: Literal["trajectories", "logits"], name: str) -> None:
-    """Remove an artifact of the run in `root` to make room, and keep its manifest: what it was is known, and read as before."""
-    folder, kept = root / kind / name, root / DISCARDED / kind / name
+def _positions(params: Params) -> dict[str, int]:
+    """Return how many iterations lead to each checkpoint that an iteration makes or starts from."""
+    positions: dict[str, int] = {}
+    for name in (*params.updates, *params.updates.values()):
+        chain = params.chain(name)
+        positions[name] = len(chain) - 1
+    return positions
+
+
+def _sort_evaluations(params: Params, positions: Mapping[str, int]) -> list[str]:
+    """Return the evaluations by position, the teacher's last."""
+
+    def order(name: str) -> tuple[bool, int]:
+        checkpoint = params.evaluations[name]
+        is_teacher = name == params.report.teacher
+        return is_teacher, positions.get(checkpoint, -1)
+
+    return sorted(params.evaluations, key=order)
+
+
+def discard(root: Path, kind: BulkyKind, name: str) -> None:
+    """Remove an artifact of the run in `root` to make room, but keep its manifest."""
+    folder = root / kind / name
+    kept = root / DISCARDED / kind / name
     kept.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(folder / MANIFEST, kept / MANIFEST)
+    shutil.copyfile(
+        folder / MANIFEST,
+        kept / MANIFEST,
+    )
     remove(folder)
 
 
-def _manifest(root: Path, kind: Literal["trajectories", "logits"], name: str) -> Manifest:
-    """Of the artifact that is there, or of the one that was."""
-    folder, kept = root / kind / name, root / DISCARDED / kind / name
-    return read_manifest(kept if kept.exists() and not folder.exists() else folder, kind)
+def _read_bulky_manifest(root: Path, kind: BulkyKind, name: str) -> Manifest:
+    """Read the manifest of an artifact, which may have been discarded."""
+    folder = root / kind / name
+    kept = root / DISCARDED / kind / name
+    if kept.exists() and not folder.exists():
+        folder = kept
+    return read_manifest(folder, kind)
 
 
-def _iteration(name: str, root: Path, depth: int) -> Iteration:
+def _read_iteration(name: str, root: Path, depth: int) -> Iteration:
     folder = root / "checkpoints" / name
     checkpoint = open_artifact(folder, "checkpoint")
-    trajectories, logits = _manifest(root, "trajectories", name), _manifest(root, "logits", name)
-    for role, manifest in {"trajectories": trajectories, "logits": logits}.items():
-        _require_parent(folder, checkpoint, role, manifest)
-    asked = {
-        key: logits.facts[key] for key in ("teacher_queries", "recoverable") if key in logits.facts
-    }
-    env_steps = trajectories.facts["env_steps"] + logits.facts.get("env_steps", 0)
-    steps = _steps(folder)
+    trajectories = _read_bulky_manifest(root, "trajectories", name)
+    labels = _read_bulky_manifest(root, "logits", name)
+    _require_parent(folder, checkpoint, "trajectories", trajectories)
+    _require_parent(folder, checkpoint, "logits", labels)
+    steps = _read_steps(folder)
     facts = {
         **checkpoint.facts,
         **trajectories.facts,
-        **asked,
+        **_label_facts(labels),
         **_means(steps),
-        "env_steps": env_steps,
+        "env_steps": trajectories.facts["env_steps"] + labels.facts.get("env_steps", 0),
         "name": name,
         "depth": depth,
     }
-    made = {"checkpoints": checkpoint, "trajectories": trajectories, "logits": logits}
-    before, after = (Distance.model_validate(facts[when]) for when in ("before", "after"))
-    return Iteration(IterationResult.model_validate(facts), made, steps, before, after)
+    return Iteration(
+        IterationResult.model_validate(facts),
+        {"checkpoints": checkpoint, "trajectories": trajectories, "logits": labels},
+        steps,
+        Divergence.model_validate(facts["before"]),
+        Divergence.model_validate(facts["after"]),
+    )
 
 
-def _reinforcement(name: str, root: Path) -> Reinforcement:
+def _label_facts(labels: Manifest) -> dict[str, Any]:
+    names = labels.facts.keys() & {"teacher_queries", "recoverable"}
+    return {name: labels.facts[name] for name in names}
+
+
+def _read_reinforcement(name: str, root: Path) -> Reinforcement:
     folder = root / "checkpoints" / name
     checkpoint = open_artifact(folder, "checkpoint")
-    trajectories = _manifest(root, "trajectories", name)
+    trajectories = _read_bulky_manifest(root, "trajectories", name)
     _require_parent(folder, checkpoint, "trajectories", trajectories)
-    steps = _steps(folder)
-    result = ReinforcementResult.model_validate(
-        {**checkpoint.facts, **trajectories.facts, **_means(steps), "name": name}
-    )
-    return Reinforcement(result, {"checkpoints": checkpoint, "trajectories": trajectories}, steps)
-
-
-def _steps(folder: Path) -> tuple[Step, ...]:
-    return tuple(
-        Step.model_validate_json(line)
-        for line in (folder / "metrics.jsonl").read_text().splitlines()
-    )
-
-
-def _means(steps: Sequence[Step]) -> dict[str, float]:
-    """See `UpdateResult`."""
-    said = {
-        name: [value for step in steps if (value := getattr(step, name)) is not None]
-        for name in UpdateResult.model_fields
+    steps = _read_steps(folder)
+    facts = {
+        **checkpoint.facts,
+        **trajectories.facts,
+        **_means(steps),
+        "name": name,
     }
-    return {name: sum(values) / len(values) for name, values in said.items() if values}
-
-
-def _evaluation(
-    name: str,
-    params: Params,
-    root: Path,
-    checkpoints: Mapping[str, Manifest],
-    positions: Mapping[str, int],
-) -> Evaluation:
-    folder, checkpoint = root / "evaluations" / name, params.evaluations[name]
-    manifest = open_artifact(folder, "evaluation")
-    _require_parent(folder, manifest, "checkpoint", checkpoints[checkpoint])
-    unseen = manifest.params["evaluate"].get("unseen", ())
-    records, other = (
-        tuple(r for r in read_records(folder) if (r.task in unseen) is which)
-        for which in (False, True)
+    return Reinforcement(
+        ReinforcementResult.model_validate(facts),
+        {"checkpoints": checkpoint, "trajectories": trajectories},
+        steps,
     )
+
+
+def _read_steps(folder: Path) -> tuple[StepMetrics, ...]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return tuple(StepMetrics.model_validate_json(line) for line in lines)
+
+
+def _means(steps: Sequence[StepMetrics]) -> dict[str, float]:
+    """Return the fields of `UpdateResult` that any step has."""
+    means: dict[str, float] = {}
+    for name in UpdateResult.model_fields:
+        values = [getattr(step, name) for step in steps]
+        values = [value for value in values if value is not None]
+        if values:
+            means[name] = sum(values) / len(values)
+    return means
+
+
+def _read_evaluation(
+    folder: Path, checkpoint: str, parent: Manifest, position: int | None
+) -> Evaluation:
+    manifest = open_artifact(folder, "evaluation")
+    _require_parent(folder, manifest, "checkpoint", parent)
+    unseen_tasks = manifest.params["evaluate"].get("unseen", ())
+    seen: list[Record] = []
+    unseen: list[Record] = []
+    for record in read_records(folder):
+        records = unseen if record.task in unseen_tasks else seen
+        records.append(record)
     return Evaluation(
-        name,
-        checkpoint,
-        positions.get(checkpoint),
-        manifest,
-        Evaluated.model_validate(manifest.facts),
-        records,
-        other,
+        name=folder.name,
+        checkpoint=checkpoint,
+        position=position,
+        manifest=manifest,
+        facts=EvaluationFacts.model_validate(manifest.facts),
+        records=tuple(seen),
+        unseen=tuple(unseen),
     )
 
 
 def _require_parent(folder: Path, child: Manifest, role: str, parent: Manifest) -> None:
-    if child.parents.get(role) != parent.digest:
-        made = str(child.parents.get(role))[:12]
+    recorded = str(child.parents.get(role))
+    if recorded != parent.digest:
         raise ValueError(
-            f"{folder}: made from {role} {made}; expected {parent.digest[:12]}, which is there now (run the stage that makes it)"
+            f"{folder}: made from {role} {recorded[:12]}; expected {parent.digest[:12]}, "
+            "the artifact that is there now (run the stage that makes it)"
         )

@@ -1,4 +1,4 @@
-"""What the HTML pages share: style sheet, filters, and drawings as SVG elements whose colours the style sheet decides.
+"""HTML pages: rendering, filters, and drawings as SVG elements coloured by the style sheet.
 
 The same numbers give the same bytes.
 """
@@ -15,8 +15,13 @@ from markupsafe import Markup, escape
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Colours that the drawings name and the page's style sheet decides, so that one drawing serves light and dark: each becomes a CSS variable.
-INK, MUTED, GRID, STUDENT, TEACHER, PAPER = (f"#00000{digit}" for digit in range(1, 7))
+# Placeholders that become CSS variables in the page, so that a drawing suits light and dark themes.
+INK = "#000001"
+MUTED = "#000002"
+GRID = "#000003"
+STUDENT = "#000004"
+TEACHER = "#000005"
+PAPER = "#000006"
 SERIES = tuple(f"#00001{digit}" for digit in range(8))
 THEME = {
     INK: "ink",
@@ -25,7 +30,8 @@ THEME = {
     STUDENT: "student",
     TEACHER: "teacher",
     PAPER: "paper",
-} | {colour: f"series-{number}" for number, colour in enumerate(SERIES)}
+    **{colour: f"series-{number}" for number, colour in enumerate(SERIES)},
+}
 DRAWN_WITH = ("jinja2", "matplotlib")
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "vla-opd",
@@ -51,7 +57,7 @@ STYLE: dict[Any, Any] = {
 
 
 class Interval(Protocol):
-    """What has two ends."""
+    """A confidence interval."""
 
     @property
     def low(self) -> float: ...
@@ -60,7 +66,7 @@ class Interval(Protocol):
 
 
 def render(package: str, template: str, **values: Any) -> str:
-    """A page, whole, from a template of a package of ours."""
+    """Render a page from a template in one of this project's packages."""
     environment = Environment(
         autoescape=True,
         undefined=StrictUndefined,
@@ -68,45 +74,55 @@ def render(package: str, template: str, **values: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"percent": percent, "interval": interval, "brief": brief}
-    css = Markup((files("vla_opd.analysis") / "page.css").read_text(encoding="utf-8"))  # noqa: S704 - our own
-    return environment.from_string((files(package) / template).read_text(encoding="utf-8")).render(
-        css=css, **values
-    )
+    environment.filters["percent"] = percent
+    environment.filters["interval"] = interval
+    environment.filters["brief"] = brief
+    style_sheet = files("vla_opd.analysis") / "page.css"
+    css = Markup(style_sheet.read_text(encoding="utf-8"))  # noqa: S704 - this project's own
+    source = (files(package) / template).read_text(encoding="utf-8")
+    return environment.from_string(source).render(css=css, **values)
 
 
 def percent(value: float) -> str:
-    """With one digit after the point."""
+    """Format in percent, with one decimal."""
     return f"{value:.1%}"
 
 
-def interval(its: Interval) -> str:
-    """From end to end, in percent."""
-    return f"{its.low:.1%} – {its.high:.1%}"  # noqa: RUF001 - an interval is written with an en dash
+def interval(ends: Interval) -> str:
+    """Format an interval in percent, with one decimal."""
+    return f"{ends.low:.1%} – {ends.high:.1%}"  # noqa: RUF001 - intervals have an en dash
 
 
-def brief(its: Interval) -> str:
-    """The same, in whole percents."""
-    return f"{its.low:.0%} – {its.high:.0%}"  # noqa: RUF001 - as above
+def brief(ends: Interval) -> str:
+    """Format an interval in whole percent."""
+    return f"{ends.low:.0%} – {ends.high:.0%}"  # noqa: RUF001 - as above
 
 
 def draw(name: str, alt: str, size: tuple[int, int], paint: Callable[["Axes"], None]) -> Markup:
-    """An SVG element of `size` CSS pixels with a text alternative, fit to stand in a page among others."""
+    """Draw an SVG element for a page.
+
+    name: prefixed to its ids, which must be unique in a page. alt: the text alternative.
+    size: in CSS pixels.
+    """
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
+    width, height = size
+    inches = (width / 72, height / 72)  # matplotlib's SVG files have 72 units per inch
     buffer = io.StringIO()
     with mpl.rc_context(STYLE):
-        figure = Figure(
-            figsize=(size[0] / 72, size[1] / 72), layout="constrained"
-        )  # an SVG of matplotlib's has 72 units an inch
+        figure = Figure(figsize=inches, layout="constrained")
         paint(figure.subplots())
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return Markup(_inline(buffer.getvalue(), name, alt))  # noqa: S704 - drawn here; the alternative text is escaped
+    element = _to_element(buffer.getvalue(), name, alt)
+    return Markup(element)  # noqa: S704 - drawn here; the text alternative is escaped
 
 
-def _inline(svg: str, name: str, alt: str) -> str:
-    """A stand-alone SVG file as an element of an HTML page: ids of its own, the page's colours and font, no namespaces."""
+def _to_element(svg: str, name: str, alt: str) -> str:
+    """Turn an SVG file into an element of an HTML page.
+
+    It gets unique ids, the page's colours and font, and no namespaces.
+    """
     body = svg[svg.index("<svg") :]
     body = re.sub(r"\s*<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     body = re.sub(

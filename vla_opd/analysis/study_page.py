@@ -1,4 +1,7 @@
-"""A study's table -> one HTML page and its numbers as JSON. No network, no scripts, no clock: the same table gives the same bytes."""
+"""A study's page: its table as HTML, and its numbers as JSON.
+
+No network, no scripts, no clock: the same table gives the same bytes.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from jaxtyping import Float
 from markupsafe import Markup
 from pydantic import BaseModel, ConfigDict
 
@@ -16,8 +21,8 @@ from vla_opd.analysis.bootstrap import (
     Curve,
     Estimate,
     Study,
+    common_seeds,
     read_study,
-    shared_seeds,
 )
 from vla_opd.analysis.html import DRAWN_WITH, INK, MUTED, PAPER, SERIES, TEACHER, draw, percent
 from vla_opd.analysis.study_table import Cost, Table, read
@@ -38,19 +43,25 @@ NAMES = {
     "teacher_queries": "teacher queries",
     "seconds": "seconds",
 }
-TOWARDS = {
-    "student_entropy_after": "student's entropy, nats a token",
-    "reverse_kl_before": "reverse KL, nats a token",
+DIAGNOSTICS = {
+    "student_entropy_after": "student's entropy, nats per token",
+    "reverse_kl_before": "reverse KL, nats per token",
 }
 MARKERS = "osD^vPX*"
+SMALL = (450, 300)  # CSS pixels
+LARGE = (920, 440)
+WHOLE = (-0.03, 1.03)  # the limits of an axis of success rates
 
 
 class ArmResult(BaseModel):
-    """One arm at its end. success: the mean over seeds; reach: what it cost to come to SHARE of the teacher's success, None if it never came so far.
+    """One arm at its end.
 
-    difference: of its success, to the first arm's, over the `compared` seeds that both have. ratios: of `reach`, to the first arm's; at least so much
-                where `reach` is None.
-    unseen:     the success on tasks that the run doesn't train on, if any were scored; forgotten: by how much that is less than the start's.
+    success:    the success rate, averaged over seeds.
+    reach:      the costs at which it reaches SHARE of the teacher's success rate; None if never.
+    difference: its success rate minus that of the first arm, over the `compared` seeds of both.
+    ratios:     `reach` over that of the first arm; a lower bound where `reach` is None.
+    unseen:     the success rate on tasks that the run does not train on, if any were evaluated.
+    forgotten:  by how much that is below the start's.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -72,7 +83,7 @@ class ArmResult(BaseModel):
 
 
 class StudyResults(BaseModel):
-    """`results.json`: what the page says in numbers."""
+    """`results.json`: the numbers of the page."""
 
     model_config = ConfigDict(frozen=True)
     start: Estimate
@@ -85,101 +96,149 @@ class StudyResults(BaseModel):
 
 
 def run(root: Path, name: str) -> Manifest:
-    """Write `<root>/report/<name>` from the table `<root>/studies/<name>`. ValueError if that isn't there or isn't whole."""
+    """Write `<root>/report/<name>` from the table `<root>/studies/<name>`.
+
+    ValueError if the table is missing or damaged, or has no finished member.
+    """
     folder = root / "studies" / name
     table = open_artifact(folder, "study")
     params = Params.model_validate(table.params["parameters"])
     rows = read(folder)
-    teacher = _teacher(params, name)
-    study, unseen = (_study(rows, params, teacher, seen=seen) for seen in (True, False))
+    teacher = _teacher_evaluation(params, name)
+    study = _read_study(rows, params, teacher, seen=True)
+    unseen = _read_study(rows, params, teacher, seen=False)
     if study is None or not study.curves:
         raise ValueError(f"{folder}: no member is done; expected one at least (opd study {name})")
-    found = results(study, unseen)
-    with draft(root / "report" / name, "report", {"study": table.digest}, {}) as work:
+    results = compute_results(study, unseen)
+    numbers = results.model_dump_json(indent=2)
+    page = render(
+        name,
+        params,
+        table,
+        params.evaluations[teacher],
+        study,
+        unseen,
+        results,
+    )
+    target = root / "report" / name
+    parents = {"study": table.digest}
+    with draft(target, "report", parents, {}) as work:
         with work.part("results.json") as path:
-            path.write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            path.write_text(f"{numbers}\n", encoding="utf-8")
         with work.part("index.html") as path:
-            path.write_text(
-                render(name, params, table, params.evaluations[teacher], study, unseen, found),
-                encoding="utf-8",
-            )
-        work.remember({package: version(package) for package in (*DRAWN_WITH, "duckdb", "numpy")})
-        return work.publish(
-            {
-                "arms": [one.arm for one in found.arms],
-                "success": {one.arm: one.success.value for one in found.arms},
-            }
-        )
+            path.write_text(page, encoding="utf-8")
+        packages = (*DRAWN_WITH, "duckdb", "numpy")
+        work.record_made_with({package: version(package) for package in packages})
+        success = {result.arm: result.success.value for result in results.arms}
+        facts = {
+            "arms": list(success),
+            "success": success,
+        }
+        return work.publish(facts)
 
 
-def _study(rows: Table, params: Params, teacher: str, *, seen: bool) -> Study | None:
-    """Of the tasks that the run trains on, or of those that it doesn't, if any were scored."""
+def _read_study(rows: Table, params: Params, teacher: str, *, seen: bool) -> Study | None:
+    """Return the study of the tasks that the run trains on, or of the others, if there are any."""
     if not any(row.seen is seen for row in rows.episodes):
         return None
     return read_study(rows, params.report.start, teacher, seen=seen)
 
 
-def _teacher(params: Params, name: str) -> str:
-    """The evaluation of the teacher that all arms which distil ask; the report's, where they ask several, or theirs isn't scored."""
-    its = params.studies[name]
-    told = [
-        {key: value for one in its.lineage(arm) for key, value in one.settings.items()}
-        for arm, one in its.arms.items()
-        if one.distill
-    ]
-    asked = {settings.get("label.teacher", params.label.teacher) for settings in told}
+def _teacher_evaluation(params: Params, name: str) -> str:
+    """Return the evaluation of the teacher of all arms that distil.
+
+    That of the report if the arms have several teachers, or if theirs is not evaluated.
+    """
+    study = params.studies[name]
+    teachers: set[str] = set()
+    for arm, settings in study.arms.items():
+        if settings.distill:
+            teachers.add(_teacher_checkpoint(study, arm, params.label.teacher))
     scored = [
-        evaluation for evaluation, checkpoint in params.reference.items() if {checkpoint} == asked
+        evaluation
+        for evaluation, checkpoint in params.reference_evaluations.items()
+        if teachers == {checkpoint}
     ]
-    return params.report.teacher if params.report.teacher in scored or not scored else scored[0]
+    if params.report.teacher in scored or not scored:
+        return params.report.teacher
+    return scored[0]
 
 
-def results(study: Study, unseen: Study | None) -> StudyResults:
-    """Every number of the page."""
+def _teacher_checkpoint(study: StudyParams, arm: str, default: str) -> str:
+    teacher = default
+    for settings in study.lineage(arm):
+        teacher = settings.settings.get("label.teacher", teacher)
+    return teacher
+
+
+def compute_results(study: Study, unseen: Study | None) -> StudyResults:
+    """Return the numbers of the page. unseen: the study of the tasks not trained on, if any."""
+    unseen_start = None
+    unseen_teacher = None
+    if unseen:
+        unseen_start = unseen.checkpoint_success(unseen.start)
+        unseen_teacher = unseen.checkpoint_success(unseen.teacher)
     return StudyResults(
-        start=study.shared(study.start),
-        teacher=study.shared(study.teacher),
+        start=study.checkpoint_success(study.start),
+        teacher=study.checkpoint_success(study.teacher),
         teacher_cost=study.teacher_cost,
-        unseen_start=unseen.shared(unseen.start) if unseen else None,
-        unseen_teacher=unseen.shared(unseen.teacher) if unseen else None,
+        unseen_start=unseen_start,
+        unseen_teacher=unseen_teacher,
         share=SHARE,
-        arms=tuple(_arm(study, curve, unseen) for curve in study.curves),
+        arms=tuple(_arm_result(study, curve, unseen) for curve in study.curves),
     )
 
 
-def _arm(study: Study, curve: Curve, unseen: Study | None) -> ArmResult:
-    its = _of(unseen, curve.arm)
+def _arm_result(study: Study, curve: Curve, unseen: Study | None) -> ArmResult:
     first = study.curves[0]
-    others = curve is not first
-    reached = {name: study.reach(curve, name) for name in COSTS}
+    difference = None
+    ratios: dict[str, Estimate | None] = dict.fromkeys(COSTS)
+    if curve is not first:
+        difference = study.difference(first, curve)
+        ratios = {name: study.ratio(first, curve, name) for name in COSTS}
+    unseen_success = None
+    forgotten = None
+    unseen_curve = _find_curve(unseen, curve.arm)
+    if unseen and unseen_curve:
+        unseen_success = unseen.success(unseen_curve)[-1]
+        forgotten = unseen.forgetting(unseen_curve)
     return ArmResult(
         arm=curve.arm,
         seeds=curve.seeds,
         success=study.success(curve)[-1],
         per_seed=tuple(curve.per_seed.tolist()),
         by_task=study.task_success(curve.outcomes[:, -1]),
-        costs={name: _finite(float(curve.cost(name)[-1])) for name in COSTS},
+        costs={name: _total_cost(curve, name) for name in COSTS},
         student_entropy=curve.at_end("student_entropy_after"),
         teacher_entropy=curve.at_end("teacher_entropy_after"),
         reverse_kl=curve.at_end("reverse_kl_after"),
-        reach={name: one if math.isfinite(one.value) else None for name, one in reached.items()},
-        compared=len(shared_seeds(first, curve)),
-        difference=study.difference(first, curve) if others else None,
-        unseen=unseen.success(its)[-1] if unseen and its else None,
-        forgotten=unseen.forgotten(its) if unseen and its else None,
-        ratios={name: study.ratio(first, curve, name) if others else None for name in COSTS},
+        reach={name: _finite_reach(study, curve, name) for name in COSTS},
+        compared=len(common_seeds(first, curve)),
+        difference=difference,
+        unseen=unseen_success,
+        forgotten=forgotten,
+        ratios=ratios,
     )
 
 
-def _of(study: Study | None, arm: str) -> Curve | None:
-    return next((curve for curve in study.curves if curve.arm == arm), None) if study else None
+def _find_curve(study: Study | None, arm: str) -> Curve | None:
+    for curve in study.curves if study else ():
+        if curve.arm == arm:
+            return curve
+    return None
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _total_cost(curve: Curve, name: str) -> float | None:
+    total = float(curve.cost(name)[-1])
+    return total if math.isfinite(total) else None
 
 
-# The page.
+def _finite_reach(study: Study, curve: Curve, name: str) -> Estimate | None:
+    reach = study.reach(curve, name)
+    return reach if math.isfinite(reach.value) else None
+
+
+# The page
 
 
 def render(
@@ -189,9 +248,13 @@ def render(
     teacher: str,
     study: Study,
     unseen: Study | None,
-    found: StudyResults,
+    results: StudyResults,
 ) -> str:
-    """The page, whole. teacher: the checkpoint."""
+    """Render the page. teacher: the checkpoint."""
+    figures = _figures(study, results)
+    if unseen:
+        figures["forgetting"] = _forgetting(study, unseen)
+    recipes = [_recipe(params.studies[name], result.arm) for result in results.arms]
     return html.render(
         "vla_opd.analysis",
         TEMPLATE,
@@ -199,169 +262,234 @@ def render(
         params=params,
         table=table,
         teacher=teacher,
-        found=found,
-        arms=[
-            (one, curve, _told(params.studies[name], one.arm))
-            for one, curve in zip(found.arms, study.curves, strict=True)
-        ],
+        results=results,
+        arms=list(zip(results.arms, recipes, strict=True)),
         tasks=list(dict.fromkeys(study.tasks)),
         start_by_task=study.task_success(study.start),
         teacher_by_task=study.task_success(study.teacher),
         horizon=study.horizon,
         names=NAMES,
-        figures=_figures(study, found)
-        | ({"forgetting": _forgetting(study, unseen)} if unseen else {}),
+        figures=figures,
         unseen_tasks=list(dict.fromkeys(unseen.tasks)) if unseen else [],
-        towards=TOWARDS,
+        diagnostics=DIAGNOSTICS,
     )
 
 
-def _told(study: StudyParams, arm: str) -> str:
-    """An arm's recipe, in words."""
+def _recipe(study: StudyParams, arm: str) -> str:
+    """Describe an arm in words."""
     if arm not in study.arms:
         return ""
-    its = study.arms[arm]
-    said = [f"after {its.after}"] if its.after else []
-    said += [f"from where its rollouts had {percent(its.switch)}"] if its.switch is not None else []
-    said += ["a student of its own"] if its.own_student else []
-    said += [f"{its.distill} iterations of distillation"] if its.distill else []
-    said += [f"{its.reinforce} of GRPO"] if its.reinforce else []
-    return ", ".join([*said, *(f"{key} {value}" for key, value in its.settings.items())])
+    settings = study.arms[arm]
+    phrases: list[str] = []
+    if settings.after:
+        phrases.append(f"after {settings.after}")
+    if settings.switch is not None:
+        phrases.append(f"from where its rollouts had {percent(settings.switch)}")
+    if settings.own_student:
+        phrases.append("a student of its own")
+    if settings.distill:
+        phrases.append(f"{settings.distill} iterations of distillation")
+    if settings.reinforce:
+        phrases.append(f"{settings.reinforce} of GRPO")
+    phrases += [f"{key} {value}" for key, value in settings.settings.items()]
+    return ", ".join(phrases)
 
 
-def _figures(study: Study, found: StudyResults) -> dict[str, Markup]:
-    figures = {cost: _success(study, found, cost) for cost in COSTS if _shown(study, cost)}
-    return figures | {
-        quantity: _towards(study, quantity)
-        for quantity in TOWARDS
-        if any(c.by_position(quantity) for c in study.curves)
-    }
+def _figures(study: Study, results: StudyResults) -> dict[str, Markup]:
+    figures: dict[str, Markup] = {}
+    for cost in COSTS:
+        curves = _select_curves(study, cost)
+        if curves:
+            figures[cost] = _success_against_cost(study, results, curves, cost)
+    for quantity in DIAGNOSTICS:
+        if any(curve.by_position(quantity) for curve in study.curves):
+            figures[quantity] = _diagnostic(study, quantity)
+    return figures
 
 
-def _shown(study: Study, cost: str) -> list[tuple[int, Curve]]:
-    """The arms that a cost says something of, and their number: GRPO asks no teacher."""
-    return [
-        (number, one)
-        for number, one in enumerate(study.curves)
-        if math.isfinite(one.cost(cost)[-1]) and one.cost(cost)[-1] > 0
-    ]
+def _select_curves(study: Study, cost: str) -> dict[int, Curve]:
+    """Return the arms that have this cost, by number; GRPO has no teacher queries, for example."""
+    curves: dict[int, Curve] = {}
+    for number, curve in enumerate(study.curves):
+        total = curve.cost(cost)[-1]
+        if math.isfinite(total) and total > 0:
+            curves[number] = curve
+    return curves
 
 
-def _success(study: Study, found: StudyResults, cost: str) -> Markup:
-    """Success against a cost: the mean over seeds with its interval; the teacher as a line, and as a star by what its own making cost."""
-    shown = _shown(study, cost)
-    told = "; ".join(
-        f"{c.arm} {percent(study.success(c)[-1].value)} after {c.cost(cost)[-1]:,.0f}"
-        for _, c in shown
-    )
-    own = getattr(found.teacher_cost, cost)
-    alt = f"Success against {NAMES[cost]}: {told}; teacher {percent(found.teacher.value)}{f', itself made with {own:,.0f}' if own else ''}."
+def _success_against_cost(
+    study: Study, results: StudyResults, curves: Mapping[int, Curve], cost: str
+) -> Markup:
+    """Draw the mean success rate over seeds with its interval against a cost.
+
+    The teacher is a line, and a star at the cost of making it.
+    """
+    teacher = results.teacher.value
+    teacher_cost = getattr(results.teacher_cost, cost)
+    successes = {number: study.success(curve) for number, curve in curves.items()}
 
     def paint(axes: "Axes") -> None:
-        axes.axhline(found.teacher.value, color=TEACHER, linewidth=1.5)
-        axes.axhline(SHARE * found.teacher.value, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-        if own:
-            axes.plot(
-                own, found.teacher.value, marker="*", markersize=13, color=TEACHER, linestyle="none"
-            )
-        for number, curve in reversed(shown):  # the first on top: another may begin as it does
-            spent, means, look = curve.cost(cost), study.success(curve), _look(number)
-            axes.fill_between(
-                spent,
-                [m.low for m in means],
-                [m.high for m in means],
-                color=look["color"],
-                alpha=0.13,
-                linewidth=0,
-            )
-            axes.plot(spent, [m.value for m in means], linewidth=2, markersize=5, **look)
-        axes.set(xlabel=NAMES[cost], ylabel="success", ylim=(-0.03, 1.03), xlim=(0, None))
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        axes.xaxis.set_major_formatter(lambda value, _: _thousands(value))
+        _draw_levels(axes, teacher)
+        if teacher_cost:
+            _draw_star(axes, teacher_cost, teacher)
+        for number in reversed(list(curves)):  # the first arm is drawn on top
+            spent = curves[number].cost(cost)
+            _draw_curve(axes, spent, successes[number], number)
+        axes.set(
+            xlabel=NAMES[cost],
+            ylabel="success",
+            ylim=WHOLE,
+            xlim=(0, None),
+        )
+        axes.yaxis.set_major_formatter(_format_percent)
+        axes.xaxis.set_major_formatter(_format_thousands)
         axes.locator_params(axis="x", nbins=6, integer=cost == "iterations")
 
-    return draw(f"by-{cost}", alt, (450, 300), paint)
+    ends: list[str] = []
+    for number, curve in curves.items():
+        total = curve.cost(cost)[-1]
+        success = successes[number][-1]
+        ends.append(f"{curve.arm} {percent(success.value)} after {total:,.0f}")
+    ends.append(f"teacher {percent(teacher)}")
+    made_with = f", itself made with {teacher_cost:,.0f}" if teacher_cost else ""
+    alt = f"Success against {NAMES[cost]}: {'; '.join(ends)}{made_with}."
+    return draw(f"by-{cost}", alt, SMALL, paint)
 
 
-def _look(number: int) -> dict[str, Any]:
-    """The colour and the marker of an arm, the same in every drawing; dashed and hollow where the colours begin anew."""
-    again = {"linestyle": (0, (3, 1.5)), "markerfacecolor": PAPER} if number >= len(SERIES) else {}
-    return {
+def _draw_levels(axes: "Axes", teacher: float) -> None:
+    """Draw the teacher's success rate, and SHARE of it."""
+    dashed = (0, (4, 3))
+    axes.axhline(teacher, color=TEACHER, linewidth=1.5)
+    axes.axhline(SHARE * teacher, color=MUTED, linewidth=1, linestyle=dashed)
+
+
+def _draw_curve(
+    axes: "Axes", spent: Float[np.ndarray, " P"], success: Sequence[Estimate], number: int
+) -> None:
+    style = _style(number)
+    axes.fill_between(
+        spent,
+        [point.low for point in success],
+        [point.high for point in success],
+        color=style["color"],
+        alpha=0.13,
+        linewidth=0,
+    )
+    means = [point.value for point in success]
+    axes.plot(spent, means, linewidth=2, markersize=5, **style)
+
+
+def _draw_star(axes: "Axes", x: float, y: float) -> None:
+    axes.plot(x, y, marker="*", markersize=13, color=TEACHER, linestyle="none")
+
+
+def _style(number: int) -> dict[str, Any]:
+    """Return colour and marker of an arm; dashed and hollow when the colours start again."""
+    style: dict[str, Any] = {
         "color": SERIES[number % len(SERIES)],
         "marker": MARKERS[number % len(MARKERS)],
-        **again,
     }
+    if number >= len(SERIES):
+        style["linestyle"] = (0, (3, 1.5))
+        style["markerfacecolor"] = PAPER
+    return style
 
 
-def _thousands(value: float) -> str:
-    return f"{value / 1000:g}k" if value >= 10_000 else f"{value:g}"
+def _format_percent(value: float, _: object) -> str:
+    return f"{value:.0%}"
 
 
-def _towards(study: Study, quantity: str) -> Markup:
-    """A diagnostic of every iteration, the mean over seeds."""
-    shown = [(number, one, one.by_position(quantity)) for number, one in enumerate(study.curves)]
-    told = "; ".join(
-        f"{one.arm} {list(values.values())[-1]:.2f}" for _, one, values in shown if values
-    )
-    alt = f"The {TOWARDS[quantity]}, of every iteration; at the last one: {told}."
+def _format_thousands(value: float, _: object) -> str:
+    if value >= 10_000:
+        return f"{value / 1000:g}k"
+    return f"{value:g}"
+
+
+def _diagnostic(study: Study, quantity: str) -> Markup:
+    """Draw a quantity of every iteration, the mean over seeds."""
+    title = DIAGNOSTICS[quantity]
+    series: dict[int, dict[int, float]] = {}
+    ends: list[str] = []
+    for number, curve in enumerate(study.curves):
+        values = curve.by_position(quantity)
+        series[number] = values
+        if values:
+            last = max(values)
+            ends.append(f"{curve.arm} {values[last]:.2f}")
+    alt = f"The {title}, of every iteration; at the last one: {'; '.join(ends)}."
 
     def paint(axes: "Axes") -> None:
-        if quantity == "student_entropy_after" and (teacher := _teacher_entropy(study.curves)):
-            axes.plot(list(teacher), list(teacher.values()), color=TEACHER, linewidth=1.5)
-        for number, _, values in shown:
+        if quantity == "student_entropy_after":
+            _draw_teacher_entropy(axes, study.curves)
+        for number, values in series.items():
             axes.plot(
-                list(values), list(values.values()), linewidth=2, markersize=5, **_look(number)
+                list(values.keys()),
+                list(values.values()),
+                linewidth=2,
+                markersize=5,
+                **_style(number),
             )
-        axes.set(xlabel="iteration", ylabel=TOWARDS[quantity], xlim=(0.5, None))
+        axes.set(xlabel="iteration", ylabel=title, xlim=(0.5, None))
         axes.set_ylim(bottom=0 if quantity.startswith("reverse_kl") else None)
         axes.locator_params(axis="x", nbins=8, integer=True)
 
-    return draw(quantity.replace("_", "-"), alt, (450, 300), paint)
+    return draw(quantity.replace("_", "-"), alt, SMALL, paint)
+
+
+def _draw_teacher_entropy(axes: "Axes", curves: Sequence[Curve]) -> None:
+    """Draw the teacher's entropy on the states of the first arm that has labels."""
+    for curve in curves:
+        entropy = curve.by_position("teacher_entropy_after")
+        if entropy:
+            positions = list(entropy.keys())
+            axes.plot(positions, list(entropy.values()), color=TEACHER, linewidth=1.5)
+            return
 
 
 def _forgetting(study: Study, unseen: Study) -> Markup:
-    """A point for each checkpoint of each arm, the means over seeds: success on the tasks that it is trained on, and on those that it isn't."""
-    start, teacher = (
-        (float(one.mean()), float(other.mean()))
-        for one, other in ((study.start, unseen.start), (study.teacher, unseen.teacher))
-    )
-    paths = {
-        one.arm: _path(study, one, unseen, other)
-        for one in study.curves
-        if (other := _of(unseen, one.arm))
-    }
-    told = "; ".join(
-        f"{arm} {percent(path[-1][0])} and {percent(path[-1][1])}" for arm, path in paths.items()
-    )
-    alt = f"Success on seen tasks and on unseen ones: start {percent(start[0])} and {percent(start[1])}; {told}."
+    """Draw every checkpoint at its mean success rates on trained tasks and on the others."""
+    start = (float(study.start.mean()), float(unseen.start.mean()))
+    teacher = (float(study.teacher.mean()), float(unseen.teacher.mean()))
+    ends = [f"start {_format_pair(start)}"]
+    paths: dict[int, list[tuple[float, float]]] = {}
+    for number, curve in enumerate(study.curves):
+        unseen_curve = _find_curve(unseen, curve.arm)
+        if unseen_curve:
+            path = _path(study.success(curve), unseen.success(unseen_curve))
+            paths[number] = path
+            ends.append(f"{curve.arm} {_format_pair(path[-1])}")
+    alt = f"Success on seen tasks and on unseen ones: {'; '.join(ends)}."
 
     def paint(axes: "Axes") -> None:
-        axes.plot(*teacher, marker="*", markersize=13, color=TEACHER, linestyle="none")
-        for number, curve in enumerate(study.curves):
-            if path := paths.get(curve.arm):
-                axes.plot(*zip(*path, strict=True), linewidth=1.5, markersize=6, **_look(number))
-        axes.plot(*start, marker="o", markersize=10, color=INK, fillstyle="none", linestyle="none")
+        _draw_star(axes, *teacher)
+        for number, path in paths.items():
+            seen_rates, unseen_rates = zip(*path, strict=True)
+            style = _style(number)
+            axes.plot(seen_rates, unseen_rates, linewidth=1.5, markersize=6, **style)
+        axes.plot(
+            *start,
+            marker="o",
+            markersize=10,
+            color=INK,
+            fillstyle="none",
+            linestyle="none",
+        )
         axes.set(
             xlabel="success on the tasks that are trained",
             ylabel="success on unseen tasks",
-            xlim=(-0.03, 1.03),
-            ylim=(-0.03, 1.03),
+            xlim=WHOLE,
+            ylim=WHOLE,
         )
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axes.xaxis.set_major_formatter(_format_percent)
+        axes.yaxis.set_major_formatter(_format_percent)
 
-    return draw("forgetting", alt, (920, 440), paint)
-
-
-def _path(study: Study, curve: Curve, unseen: Study, other: Curve) -> list[tuple[float, float]]:
-    return [
-        (one.value, two.value)
-        for one, two in zip(study.success(curve), unseen.success(other), strict=True)
-    ]
+    return draw("forgetting", alt, LARGE, paint)
 
 
-def _teacher_entropy(curves: Sequence[Curve]) -> Mapping[int, float]:
-    """On the states of the first arm that has labels."""
-    return next(
-        (values for curve in curves if (values := curve.by_position("teacher_entropy_after"))), {}
-    )
+def _path(seen: Sequence[Estimate], unseen: Sequence[Estimate]) -> list[tuple[float, float]]:
+    pairs = zip(seen, unseen, strict=True)
+    return [(on_seen.value, on_unseen.value) for on_seen, on_unseen in pairs]
+
+
+def _format_pair(rates: tuple[float, float]) -> str:
+    return f"{percent(rates[0])} and {percent(rates[1])}"

@@ -1,12 +1,11 @@
-"""A study's table: a row for every episode that a checkpoint was scored on, and one for every iteration.
+"""A study's table: one row per evaluated episode, and one per iteration.
 
-Everything else that is said of a study is computed from these rows.
+All results of a study are computed from these rows.
 """
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, TypeVar
@@ -15,14 +14,14 @@ from pydantic import BaseModel, ConfigDict
 
 from vla_opd.analysis.finished_run import Evaluation, Iteration, Reinforcement, Run
 from vla_opd.artifacts.manifest import Manifest
-from vla_opd.data.divergence import Means
-from vla_opd.params.stages import START
+from vla_opd.data.divergence import DivergenceMeans
+from vla_opd.params.stages import INITIAL_STUDENT
 
 
 class Cost(BaseModel):
-    """What it took to come so far: all iterations of the arm up to here.
+    """What all iterations of an arm up to a checkpoint took.
 
-    seconds: of the stages that made them, on the machine that ran them; None if that isn't known.
+    seconds: how long their stages took on the machine that ran them; None if that is not recorded.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -34,24 +33,30 @@ class Cost(BaseModel):
     seconds: float | None = 0.0
 
     def __add__(self, other: "Cost") -> "Cost":
-        return Cost(
-            iterations=self.iterations + other.iterations,
-            episodes=self.episodes + other.episodes,
-            optimizer_steps=self.optimizer_steps + other.optimizer_steps,
-            env_steps=self.env_steps + other.env_steps,
-            teacher_queries=self.teacher_queries + other.teacher_queries,
-            seconds=None
-            if self.seconds is None or other.seconds is None
-            else self.seconds + other.seconds,
-        )
+        totals: dict[str, float | None] = {}
+        for name in Cost.model_fields:
+            amounts = [getattr(self, name), getattr(other, name)]
+            totals[name] = _total(amounts)
+        return Cost.model_validate(totals)
+
+
+def _total(amounts: Sequence[float | None]) -> float | None:
+    """Return the sum; None if an amount is unknown."""
+    total = 0
+    for amount in amounts:
+        if amount is None:
+            return None
+        total += amount
+    return total
 
 
 class EpisodeRow(Cost):
-    """One episode of one evaluation; the costs are those of its checkpoint. arm and seed are None for what all members share: student and teacher,
-    whose costs are those of making them from nothing; an arm's begin at the student.
+    """One episode of an evaluation, with the costs of its checkpoint.
 
-    seen:  whether the task is one that the run trains on.
-    steps: the control step of the first success, or the horizon.
+    arm, seed: None for student and teacher, which all members share. Their costs are those of
+               making them from scratch; the costs of an arm begin at the student.
+    seen:      whether the run trains on the task.
+    steps:     the control step of the first success, or the horizon.
     """
 
     arm: str | None
@@ -68,11 +73,13 @@ class EpisodeRow(Cost):
 
 
 class UpdateRow(Cost):
-    """One iteration; the costs are its own. position: it is the arm's so manieth, from 1.
+    """One iteration, with its own costs.
 
-    success: of its rollouts, sampled and before its update. Of `groups`, `useful_groups` are those that GRPO learns from.
-    `*_before` and `*_after`: what `vla_opd.data.divergence.Means` says of the student before and after the update, on the iteration's states; where a
-    scripted expert labelled, of the student alone.
+    position: its number in the arm, from 1.
+    success:  the success rate of its rollouts, which are sampled and before its update.
+    groups, useful_groups: GRPO's groups, and how many of them can be learned from.
+    *_before, *_after: `vla_opd.data.divergence.DivergenceMeans` before and after the update, on the
+              iteration's states; of the student alone if a scripted expert labelled them.
     """
 
     arm: str
@@ -116,213 +123,243 @@ class Table:
 
     @property
     def arms(self) -> tuple[str, ...]:
-        """In the order of the rows."""
-        return tuple(dict.fromkeys(row.arm for row in self.episodes if row.arm is not None))
+        """The arms in the order of the rows."""
+        arms = [row.arm for row in self.episodes if row.arm is not None]
+        return tuple(dict.fromkeys(arms))
 
-    def of(self, arm: str, seed: int) -> "Table":
-        """The rows of one member."""
-        episodes = tuple(row for row in self.episodes if (row.arm, row.seed) == (arm, seed))
+    def select(self, arm: str, seed: int) -> "Table":
+        """Return the rows of one member."""
+
+        def is_of_member(row: EpisodeRow | UpdateRow) -> bool:
+            return row.arm == arm and row.seed == seed
+
         return Table(
-            episodes, tuple(row for row in self.updates if (row.arm, row.seed) == (arm, seed))
+            tuple(filter(is_of_member, self.episodes)),
+            tuple(filter(is_of_member, self.updates)),
         )
 
     def with_shared(self, episodes: Iterable[EpisodeRow]) -> "Table":
-        """With episodes that belong to no arm before all others."""
+        """Return the table with episodes that belong to no arm in front."""
         return Table((*episodes, *self.episodes), self.updates)
+
+
+def concatenate(tables: Iterable[Table]) -> Table:
+    """Return all rows of several tables, in order."""
+    episodes: list[EpisodeRow] = []
+    updates: list[UpdateRow] = []
+    for table in tables:
+        episodes += table.episodes
+        updates += table.updates
+    return Table(tuple(episodes), tuple(updates))
+
+
+# From the artifacts of a run
 
 
 def member_rows(
     run: Run, arm: str, seed: int, seconds: Mapping[str, float], *, own_student: bool = False
 ) -> Table:
-    """The rows of one member.
+    """Return the rows of one member.
 
-    seconds:     by the digest of the artifact whose making took them.
-    own_student: it starts from a student that the others don't have, whose making belongs to its cost.
+    seconds:     how long it took to make an artifact, by its digest.
+    own_student: whether the member starts from a student of its own, which adds to its costs.
     """
-    made = run.checkpoints[START].digest
-    start = (
-        Cost(optimizer_steps=run.params.finetuned[START].steps, seconds=seconds.get(made))
-        if own_student
-        else Cost()
-    )
-    updates, behind = list[UpdateRow](), {START: start}
-    for position, one in enumerate(run.updates, 1):
-        its = Cost(
-            iterations=1,
-            episodes=one.result.episodes,
-            optimizer_steps=len(one.steps),
-            env_steps=one.result.env_steps,
-            teacher_queries=one.result.teacher_queries if isinstance(one, Iteration) else 0,
-            seconds=_took(one, seconds),
+    start = Cost()
+    if own_student:
+        steps = run.params.finetuned[INITIAL_STUDENT].steps
+        start = Cost(
+            optimizer_steps=steps,
+            seconds=seconds.get(run.checkpoints[INITIAL_STUDENT].digest),
         )
-        behind[one.result.name] = behind[run.params.updates[one.result.name]] + its
+    costs = {INITIAL_STUDENT: start}
+    updates: list[UpdateRow] = []
+    for position, update in enumerate(run.updates, 1):
+        name = update.result.name
+        cost = _update_cost(update, seconds)
+        costs[name] = costs[run.params.updates[name]] + cost
+        metrics = _metrics(update, scripted=run.params.label.expert is not None)
         updates.append(
-            _update(one, its, arm, seed, position, of_teacher=run.params.label.expert is None)
+            UpdateRow(
+                **cost.model_dump(),
+                **metrics,
+                arm=arm,
+                seed=seed,
+                iteration=name,
+                position=position,
+                success=update.result.success,
+                digest=update.artifacts["checkpoints"].digest,
+            )
         )
-    own = [
-        one
-        for one in run.evaluations.values()
-        if one.checkpoint in run.params.updates or (own_student and one.checkpoint == START)
-    ]
-    rows = [row for one in own for row in _episodes(one, behind[one.checkpoint], arm, seed)]
-    return Table(tuple(rows), tuple(updates))
+    episodes: list[EpisodeRow] = []
+    for evaluation in run.evaluations.values():
+        checkpoint = evaluation.checkpoint
+        if checkpoint in run.params.updates or (own_student and checkpoint == INITIAL_STUDENT):
+            episodes += _episode_rows(evaluation, costs[checkpoint], arm, seed)
+    return Table(tuple(episodes), tuple(updates))
 
 
 def shared_rows(run: Run, seconds: Mapping[str, float]) -> tuple[EpisodeRow, ...]:
-    """The episodes of what all members share, with what it took to make each from nothing. seconds: as in `member_rows`."""
-    return tuple(
-        row
-        for one in run.evaluations.values()
-        for row in _episodes(one, made_from_nothing(run, one.checkpoint, seconds), None, None)
-    )
+    """Return the episodes of what all members share, with the costs of making it from scratch.
 
-
-def made_from_nothing(run: Run, name: str, seconds: Mapping[str, float]) -> Cost:
-    """What a checkpoint took that no iteration makes, and all that it comes from: each set of demonstrations once. Nothing is known of adopted ones.
-
-    An expert's control steps are counted by the states that were kept, `demonstrate.observe_every` apart, of its successes.
+    seconds: as in `member_rows`.
     """
-    steps, digests, sets, trained = 0, list[str](), dict[str, Manifest](), run.params.trained
-    while (its := trained.get(name)) is not None:
-        made = run.checkpoints[name]
-        steps, digests = steps + its.steps, [*digests, made.digest]
-        known = sets.setdefault(made.parents["demonstrations"], made)
-        sets[made.parents["demonstrations"]] = max(known, made, key=lambda one: one.facts["states"])
-        name = getattr(its, "parent", "")
-    took = [seconds.get(digest) for digest in (*sets, *digests)]
+    rows: list[EpisodeRow] = []
+    for evaluation in run.evaluations.values():
+        cost = cost_from_scratch(run, evaluation.checkpoint, seconds)
+        rows += _episode_rows(evaluation, cost, None, None)
+    return tuple(rows)
+
+
+def cost_from_scratch(run: Run, name: str, seconds: Mapping[str, float]) -> Cost:
+    """Return what a fine-tuned checkpoint and everything that it came from took.
+
+    Every set of demonstrations counts once. Nothing is known of adopted checkpoints. Control steps
+    of an expert are estimated: states of its successes times `demonstrate.observe_every`.
+    """
+    trained = run.params.trained
+    steps = 0
+    digests: list[str] = []
+    sets = dict[str, Manifest]()  # by demonstrations: the checkpoint that used most of them
+    while name in trained:
+        settings = trained[name]
+        manifest = run.checkpoints[name]
+        steps += settings.steps
+        digests.append(manifest.digest)
+        demonstrations = manifest.parents["demonstrations"]
+        largest = sets.get(demonstrations, manifest)
+        if manifest.facts["states"] > largest.facts["states"]:
+            largest = manifest
+        sets[demonstrations] = largest
+        name = getattr(settings, "parent", "")
+    states = sum(manifest.facts["states"] for manifest in sets.values())
+    episodes = sum(manifest.facts["episodes"] for manifest in sets.values())
     return Cost(
-        episodes=sum(one.facts["episodes"] for one in sets.values()),
+        episodes=episodes,
         optimizer_steps=steps,
-        env_steps=sum(one.facts["states"] for one in sets.values())
-        * run.params.demonstrate.observe_every,
-        seconds=_all(took),
+        env_steps=states * run.params.demonstrate.observe_every,
+        seconds=_total([seconds.get(digest) for digest in (*sets, *digests)]),
     )
 
 
-def _took(one: Iteration | Reinforcement, seconds: Mapping[str, float]) -> float | None:
-    return _all([seconds.get(manifest.digest) for manifest in one.made.values()])
+def _update_cost(update: Iteration | Reinforcement, seconds: Mapping[str, float]) -> Cost:
+    queries = 0
+    if isinstance(update, Iteration):
+        queries = update.result.teacher_queries
+    manifests = update.artifacts.values()
+    return Cost(
+        iterations=1,
+        episodes=update.result.episodes,
+        optimizer_steps=len(update.steps),
+        env_steps=update.result.env_steps,
+        teacher_queries=queries,
+        seconds=_total([seconds.get(manifest.digest) for manifest in manifests]),
+    )
 
 
-def _all(seconds: Sequence[float | None]) -> float | None:
-    """Their sum; None if one of them isn't known."""
-    return None if None in seconds else sum(value for value in seconds if value is not None)
+def _metrics(update: Iteration | Reinforcement, *, scripted: bool) -> dict[str, Any]:
+    """Return the columns that depend on the kind of iteration.
 
-
-def _update(
-    one: Iteration | Reinforcement,
-    its: Cost,
-    arm: str,
-    seed: int,
-    position: int,
-    *,
-    of_teacher: bool,
-) -> UpdateRow:
-    """of_teacher: the labels were the teacher's, so that distances to them can be compared between arms."""
-    result = one.result
-    more: dict[str, Any] = {
-        "student_entropy_before": result.before.student_entropy,
-        "student_entropy_after": result.after.student_entropy,
+    scripted: whether an expert labelled. Divergences from its labels are left out, since they
+    cannot be compared between arms.
+    """
+    metrics: dict[str, Any] = {
+        "student_entropy_before": update.result.before.student_entropy,
+        "student_entropy_after": update.result.after.student_entropy,
     }
-    if isinstance(one, Iteration):
-        for when, means in (("before", one.before), ("after", one.after)) if of_teacher else ():
-            more |= {f"{name}_{when}": getattr(means, name) for name in Means.model_fields}
-        more |= {"failed_share": one.result.failed_share, "recoverable": one.result.recoverable}
-    else:
-        more |= {"groups": one.result.groups, "useful_groups": one.result.useful_groups}
-    return UpdateRow(
-        **its.model_dump(),
-        **more,
-        arm=arm,
-        seed=seed,
-        iteration=result.name,
-        kind="distill" if isinstance(one, Iteration) else "reinforce",
-        position=position,
-        success=result.success,
-        digest=one.made["checkpoints"].digest,
-    )
+    if isinstance(update, Reinforcement):
+        metrics["kind"] = "reinforce"
+        metrics["groups"] = update.result.groups
+        metrics["useful_groups"] = update.result.useful_groups
+        return metrics
+    metrics["kind"] = "distill"
+    metrics["failed_share"] = update.result.failed_share
+    metrics["recoverable"] = update.result.recoverable
+    if not scripted:
+        for name in DivergenceMeans.model_fields:
+            metrics[f"{name}_before"] = getattr(update.before, name)
+            metrics[f"{name}_after"] = getattr(update.after, name)
+    return metrics
 
 
-def _episodes(
-    one: Evaluation, cost: Cost, arm: str | None, seed: int | None
+def _episode_rows(
+    evaluation: Evaluation, cost: Cost, arm: str | None, seed: int | None
 ) -> Iterator[EpisodeRow]:
-    for record, seen in [
-        *((record, True) for record in one.records),
-        *((record, False) for record in one.unseen),
-    ]:
+    outcomes = [(record, True) for record in evaluation.records]
+    outcomes += [(record, False) for record in evaluation.unseen]
+    for record, seen in outcomes:
         yield EpisodeRow(
             **cost.model_dump(),
             arm=arm,
             seed=seed,
-            evaluation=one.name,
-            checkpoint=one.checkpoint,
-            horizon=one.facts.horizon,
+            evaluation=evaluation.name,
+            checkpoint=evaluation.checkpoint,
+            horizon=evaluation.facts.horizon,
             task=record.task,
             seen=seen,
             state=record.state,
             success=record.success,
             steps=record.steps,
-            digest=one.manifest.digest,
+            digest=evaluation.manifest.digest,
         )
 
 
-def joined(tables: Iterable[Table]) -> Table:
-    """All rows of several tables, in order."""
-    every = list(tables)
-    return Table(
-        tuple(chain.from_iterable(t.episodes for t in every)),
-        tuple(chain.from_iterable(t.updates for t in every)),
-    )
-
-
-# On disk, as Parquet.
+# On disk, as Parquet
 
 TYPES = {str: "VARCHAR", int: "BIGINT", float: "DOUBLE", bool: "BOOLEAN"}
 
 
 def write(table: Table, folder: Path) -> None:
-    """`episodes.parquet` and `updates.parquet`."""
+    """Write `episodes.parquet` and `updates.parquet`."""
     folder.mkdir(parents=True, exist_ok=True)
-    _write(table.episodes, EpisodeRow, folder)
-    _write(table.updates, UpdateRow, folder)
+    _write_rows(table.episodes, EpisodeRow, folder)
+    _write_rows(table.updates, UpdateRow, folder)
 
 
 def read(folder: Path) -> Table:
-    """ValueError if the files are not there, or not a study's."""
-    return Table(_read(EpisodeRow, folder), _read(UpdateRow, folder))
+    """Read a table. ValueError if a file is missing, or is not a study's."""
+    return Table(_read_rows(EpisodeRow, folder), _read_rows(UpdateRow, folder))
 
 
-def _write(rows: Iterable[BaseModel], kind: type[BaseModel], folder: Path) -> None:
-    import duckdb  # the command `opd` can do without
+def _write_rows(rows: Iterable[BaseModel], kind: type[BaseModel], folder: Path) -> None:
+    import duckdb  # slow to import
 
-    columns = {name: _type(info.annotation) for name, info in kind.model_fields.items()}
+    columns: dict[str, str] = {}
+    for name, field in kind.model_fields.items():
+        columns[name] = _column_type(field.annotation)
+    target = folder / FILES[kind]
     with (
         TemporaryDirectory(dir=folder, prefix=".tmp-rows-") as temporary,
-        duckdb.connect(":memory:") as base,
+        duckdb.connect(":memory:") as database,
     ):
-        lines = Path(temporary) / "rows.jsonl"
-        lines.write_text("".join(json.dumps(row.model_dump()) + "\n" for row in rows))
-        source = base.read_json(str(lines), columns=columns, format="newline_delimited")
-        source.write_parquet(str(folder / FILES[kind]), compression="zstd")
+        source = Path(temporary) / "rows.jsonl"
+        with source.open("w") as stream:
+            stream.writelines(json.dumps(row.model_dump()) + "\n" for row in rows)
+        relation = database.read_json(
+            str(source),
+            columns=columns,
+            format="newline_delimited",
+        )
+        relation.write_parquet(str(target), compression="zstd")
 
 
-def _type(annotation: Any) -> str:
-    named = [
-        kind for kind in TYPES if kind is annotation or kind in getattr(annotation, "__args__", ())
-    ]
-    return TYPES[named[0]] if named else "VARCHAR"
+def _column_type(annotation: Any) -> str:
+    options = (annotation, *getattr(annotation, "__args__", ()))
+    for kind, column_type in TYPES.items():
+        if kind in options:
+            return column_type
+    return "VARCHAR"
 
 
-def _read(kind: type[Row], folder: Path) -> tuple[Row, ...]:
-    import duckdb  # as above
+def _read_rows(kind: type[Row], folder: Path) -> tuple[Row, ...]:
+    import duckdb  # slow to import
 
     path = folder / FILES[kind]
     if not path.is_file():
         raise ValueError(
             f"{path} does not exist; expected a study's table (opd study NAME makes it)"
         )
-    with duckdb.connect(":memory:") as base:
-        found = base.read_parquet(str(path))
-        names = found.columns
-        return tuple(
-            kind.model_validate(dict(zip(names, row, strict=True))) for row in found.fetchall()
-        )
+    with duckdb.connect(":memory:") as database:
+        relation = database.read_parquet(str(path))
+        names = relation.columns
+        rows = [dict(zip(names, values, strict=True)) for values in relation.fetchall()]
+    return tuple(kind.model_validate(row) for row in rows)

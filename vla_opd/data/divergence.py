@@ -1,12 +1,12 @@
-"""What is said of how far a student is from its teacher."""
+"""Measured divergence between a student and its teacher."""
 
 from pydantic import BaseModel, ConfigDict
 
 
-class Profile(BaseModel):
-    """Means in nats a token, of the tokens of each action of a chunk or of each action dimension; None where no token is valid.
+class DivergenceProfile(BaseModel):
+    """Means in nats per token, for each action of a chunk or for each action dimension.
 
-    forward_kl: empty in what was measured before it was.
+    None where no token is valid. forward_kl: empty in measurements by earlier versions.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -16,12 +16,15 @@ class Profile(BaseModel):
     teacher_entropy: tuple[float | None, ...]
 
 
-class Means(BaseModel):
-    """Student and teacher on the same states, both at the objective's temperatures: means over valid tokens.
+class DivergenceMeans(BaseModel):
+    """Means over valid tokens of student and teacher on the same states, both at the objective's
+    temperatures.
 
-    reverse_kl, forward_kl: KL(p_S || p_T) and KL(p_T || p_S), in nats a token; student_entropy, teacher_entropy: in nats a token.
-    teacher_rank: sum_v p_S(v) rank_T(v), where the teacher's most likely bin has rank 0: how far down the teacher's list the student's tokens are.
-    top_overlap:  the share of the student's 5 most likely bins that are among the teacher's.
+    reverse_kl, forward_kl: KL(p_S || p_T) and KL(p_T || p_S), in nats per token.
+    student_entropy, teacher_entropy: in nats per token.
+    teacher_rank: sum_v p_S(v) rank_T(v), where the teacher's most likely bin has rank 0: how far
+                  down the teacher's list the student's tokens are.
+    top_overlap:  fraction of the student's 5 most likely bins that are among the teacher's.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -33,20 +36,27 @@ class Means(BaseModel):
     top_overlap: float
 
 
-class Distance(Means):
-    """The same, and where it lies. by_position: by action of the chunk, the first to be executed first. by_dimension: by action dimension."""
+class Divergence(DivergenceMeans):
+    """The means, and where in a chunk the divergence lies.
 
-    by_position: Profile
-    by_dimension: Profile
+    by_position:  by action of the chunk, in the order of execution.
+    by_dimension: by action dimension.
+    """
+
+    by_position: DivergenceProfile
+    by_dimension: DivergenceProfile
 
     @property
     def numbers(self) -> dict[str, float]:
-        """All of it, flat: `reverse_kl`, `by_position/reverse_kl/0`; without what no valid token says."""
-        along = {
-            f"{where}/{name}/{place}": value
-            for where in ("by_position", "by_dimension")
-            for name, values in getattr(self, where)
-            for place, value in enumerate(values)
-        }
-        own = {name: getattr(self, name) for name in Means.model_fields}
-        return {name: value for name, value in (own | along).items() if value is not None}
+        """All numbers, flat: `reverse_kl`, `by_position/reverse_kl/0`; None is left out."""
+        numbers: dict[str, float] = {}
+        for name in DivergenceMeans.model_fields:
+            numbers[name] = getattr(self, name)
+        for axis in ("by_position", "by_dimension"):
+            for name, values in getattr(self, axis):
+                numbers |= _number_values(f"{axis}/{name}", values)
+        return numbers
+
+
+def _number_values(name: str, values: tuple[float | None, ...]) -> dict[str, float]:
+    return {f"{name}/{i}": value for i, value in enumerate(values) if value is not None}

@@ -1,8 +1,9 @@
 """Episodes, and the Zarr shards that hold them.
 
-A shard holds episodes of one task: for `sample`, one prompt's group of G episodes. Its arrays are concatenations over the episodes, in
-member order: states (N rows: `frames`, `proprio`, `step`, `mask`), control steps (`actions`, `clean`), decisions (`tokens`, `log_probs`) and
-one row an episode (`index`, `member`, `steps`, `success`, `states`, `decisions`).
+A shard holds episodes of one task: for `sample`, one prompt's group of G episodes. Its arrays are
+concatenations over the episodes, in member order: states (N rows: `frames`, `proprio`, `step`,
+`mask`), control steps (`actions`, `clean`), decisions (`tokens`, `log_probs`) and one row per
+episode (`index`, `member`, `steps`, `success`, `states`, `decisions`).
 """
 
 from collections import Counter
@@ -18,11 +19,14 @@ from vla_opd.data import zarr_zip
 from vla_opd.envs.protocol import Placement
 
 SHARD_FORMAT = 1
+STATE_COLUMNS = ("frames", "proprio", "step")
+STEP_COLUMNS = ("actions", "clean")
+DECISION_COLUMNS = ("tokens", "log_probs")
 
 
 @dataclass(frozen=True)
 class Observations:
-    """A batch of B observations: C upright RGB frames each, P proprioceptive numbers, one instruction."""
+    """A batch of B observations: C upright RGB frames, P proprioceptive numbers, an instruction."""
 
     frames: UInt8[np.ndarray, "B C H W 3"]
     proprio: Float32[np.ndarray, "B P"]
@@ -32,31 +36,37 @@ class Observations:
         return len(self.instructions)
 
     def at(self, rows: Int[np.ndarray, " R"]) -> "Observations":
-        """Some of the rows."""
-        return Observations(
-            self.frames[rows], self.proprio[rows], tuple(self.instructions[i] for i in rows)
-        )
+        """Select rows."""
+        instructions = tuple(self.instructions[i] for i in rows)
+        return Observations(self.frames[rows], self.proprio[rows], instructions)
 
     @staticmethod
-    def joined(parts: "Sequence[Observations]") -> "Observations":
-        """Several batches as one, in the order given."""
-        frames, proprio = (
-            np.concatenate([p.frames for p in parts]),
-            np.concatenate([p.proprio for p in parts]),
+    def concatenate(parts: "Sequence[Observations]") -> "Observations":
+        """Concatenate batches in the order given."""
+        instructions: list[str] = []
+        for part in parts:
+            instructions += part.instructions
+        return Observations(
+            frames=np.concatenate([part.frames for part in parts]),
+            proprio=np.concatenate([part.proprio for part in parts]),
+            instructions=tuple(instructions),
         )
-        return Observations(frames, proprio, tuple(i for p in parts for i in p.instructions))
 
 
 @dataclass(frozen=True)
 class Episode:
     """One episode: L control steps, N kept states, T decisions of K tokens.
 
-    placement: where it started; member: which of its group's G episodes it is.
+    placement: where it started.
+    member:    its number among its group's G episodes.
     steps:     L, control steps executed; the step of the first success if there was one.
     step:      the control step of each kept state (0: after the reset).
-    actions:   what was executed, in the environment's units. In demonstrations: the expert's own action, without the noise.
-    clean:     False where a burst of random actions was executed in place of the expert's (demonstrations only).
-    tokens:    the bins sampled at each decision; log_probs: their log-probabilities under the sampler, in nats, at its temperature.
+    actions:   executed actions, in the environment's units. In demonstrations: the expert's own
+               actions, without the noise.
+    clean:     False where a burst of random actions was executed in place of the expert's
+               (demonstrations only).
+    tokens:    the bins sampled at each decision.
+    log_probs: their log-probabilities under the sampler, in nats, at its temperature.
     """
 
     placement: Placement
@@ -74,27 +84,30 @@ class Episode:
 
 
 def valid_tokens(episode: Episode, chunk: int) -> Bool[np.ndarray, "N K"]:
-    """Which tokens of a chunk predicted at each kept state count.
+    """Mask the valid tokens of a chunk predicted at each kept state.
 
-    Token (i, a) at a state of step s counts iff action s + i was executed (s + i < L) and no random burst came between (`clean` on s ... s + i - 1:
-    the expert's label at the first random step still answers to a state that the chunk leads to).
+    Token (i, a) at a state of step s is valid iff action s + i was executed (s + i < L) and no
+    random burst came in between (`clean` on s ... s + i - 1: the expert's label at the first random
+    step still belongs to a state that the chunk leads to).
     """
     dims = episode.actions.shape[1]
     index = episode.step[:, None] + np.arange(chunk)
     clean = np.concatenate([episode.clean, np.zeros(chunk, dtype=bool)])
-    before = np.concatenate([np.ones((len(index), 1), dtype=bool), clean[index[:, :-1]]], axis=1)
-    return np.repeat(
-        (index < episode.steps) & np.logical_and.accumulate(before, axis=1), dims, axis=1
-    )
+    first = np.ones((len(index), 1), dtype=bool)
+    clean_before = np.concatenate([first, clean[index[:, :-1]]], axis=1)
+    undisturbed = np.logical_and.accumulate(clean_before, axis=1)
+    return np.repeat((index < episode.steps) & undisturbed, dims, axis=1)
 
 
 @dataclass(frozen=True)
 class States:
-    """The kept states of many episodes, flat, in canonical order: shards by name, episodes by member, states by step.
+    """The kept states of many episodes, flat, in canonical order: shards by name, episodes by
+    member, states by step.
 
-    mask:    which of the K tokens count at each state; every mean is taken over these.
-    labels:  the S actions executed (or, in demonstrations, meant by the expert) from each state on; rows past the end repeat the last action.
-    episode: which episode each state belongs to.
+    mask:    which of the K tokens are valid at each state; every mean is taken over these.
+    labels:  the S actions executed (or, in demonstrations, intended by the expert) from each state
+             on; rows past the end repeat the last action.
+    episode: the number of the episode to which each state belongs.
     """
 
     observations: Observations
@@ -107,29 +120,18 @@ class States:
 
 
 def write_shard(path: Path, episodes: Sequence[Episode], chunk: int) -> None:
-    """Write episodes of one task and split as one Zarr group in a file. Same episodes, same bytes."""
-    first = episodes[0]
+    """Write episodes of one task and split as one Zarr group in a file: same episodes, same bytes.
+
+    ValueError for episodes of several tasks, splits or instructions.
+    """
     kinds = {(e.placement.task, e.placement.split, e.instruction) for e in episodes}
     if len(kinds) != 1:
         raise ValueError(
-            f"episodes of a shard: {sorted(kinds)}; expected one task, split and instruction a shard"
+            f"episodes of a shard: {sorted(kinds)};"
+            " expected one task, split and instruction per shard"
         )
-    columns = {
-        "frames": np.concatenate([e.frames for e in episodes]),
-        "proprio": np.concatenate([e.proprio for e in episodes]),
-        "step": np.concatenate([e.step for e in episodes]),
-        "mask": np.concatenate([valid_tokens(e, chunk) for e in episodes]),
-        "actions": np.concatenate([e.actions for e in episodes]),
-        "clean": np.concatenate([e.clean for e in episodes]),
-        "tokens": np.concatenate([e.tokens for e in episodes]),
-        "log_probs": np.concatenate([e.log_probs for e in episodes]),
-        "index": np.array([e.placement.index for e in episodes], dtype=np.int64),
-        "member": np.array([e.member for e in episodes], dtype=np.int32),
-        "steps": np.array([e.steps for e in episodes], dtype=np.int32),
-        "success": np.array([e.success for e in episodes]),
-        "states": np.array([len(e.step) for e in episodes], dtype=np.int32),
-        "decisions": np.array([len(e.tokens) for e in episodes], dtype=np.int32),
-    }
+    columns = _concatenate_episodes(episodes, chunk) | _list_episodes(episodes)
+    first = episodes[0]
     attributes = {
         "format": SHARD_FORMAT,
         "task": first.placement.task,
@@ -140,109 +142,157 @@ def write_shard(path: Path, episodes: Sequence[Episode], chunk: int) -> None:
     zarr_zip.write(path, columns, attributes)
 
 
-def read_shard(path: Path) -> tuple[Episode, ...]:
-    """The episodes of a shard. ValueError names the shard and the array if bytes are missing or corrupt."""
-    columns, attributes = zarr_zip.read(path)
-    states = np.cumsum(columns["states"])[:-1]
-    steps = np.cumsum(columns["steps"])[:-1]
-    decisions = np.cumsum(columns["decisions"])[:-1]
-    cut = {
-        **{name: np.split(columns[name], states) for name in ("frames", "proprio", "step")},
-        **{name: np.split(columns[name], steps) for name in ("actions", "clean")},
-        **{name: np.split(columns[name], decisions) for name in ("tokens", "log_probs")},
+def _concatenate_episodes(episodes: Sequence[Episode], chunk: int) -> dict[str, np.ndarray]:
+    """Concatenate the arrays of episodes."""
+    columns: dict[str, np.ndarray] = {}
+    for name in (*STATE_COLUMNS, *STEP_COLUMNS, *DECISION_COLUMNS):
+        columns[name] = np.concatenate([getattr(episode, name) for episode in episodes])
+    columns["mask"] = np.concatenate([valid_tokens(episode, chunk) for episode in episodes])
+    return columns
+
+
+def _list_episodes(episodes: Sequence[Episode]) -> dict[str, np.ndarray]:
+    """Make the columns that have one row per episode."""
+    return {
+        "index": np.array([e.placement.index for e in episodes], dtype=np.int64),
+        "member": np.array([e.member for e in episodes], dtype=np.int32),
+        "steps": np.array([e.steps for e in episodes], dtype=np.int32),
+        "success": np.array([e.success for e in episodes]),
+        "states": np.array([len(e.step) for e in episodes], dtype=np.int32),
+        "decisions": np.array([len(e.tokens) for e in episodes], dtype=np.int32),
     }
-    return tuple(
-        Episode(
-            placement=Placement(attributes["task"], attributes["split"], int(columns["index"][b])),
-            member=int(columns["member"][b]),
+
+
+def read_shard(path: Path) -> tuple[Episode, ...]:
+    """Read the episodes of a shard.
+
+    ValueError names the shard and the array if bytes are missing or corrupt.
+    """
+    columns, attributes = zarr_zip.read(path)
+    arrays = {
+        **_split_columns(columns, STATE_COLUMNS, columns["states"]),
+        **_split_columns(columns, STEP_COLUMNS, columns["steps"]),
+        **_split_columns(columns, DECISION_COLUMNS, columns["decisions"]),
+    }
+    episodes: list[Episode] = []
+    for row, member in enumerate(columns["member"]):
+        index = int(columns["index"][row])
+        episode = Episode(
+            placement=Placement(attributes["task"], attributes["split"], index),
+            member=int(member),
             instruction=attributes["instruction"],
-            success=bool(columns["success"][b]),
-            steps=int(columns["steps"][b]),
-            **{name: pieces[b] for name, pieces in cut.items()},
+            success=bool(columns["success"][row]),
+            steps=int(columns["steps"][row]),
+            **{name: parts[row] for name, parts in arrays.items()},
         )
-        for b in range(len(columns["member"]))
-    )
+        episodes.append(episode)
+    return tuple(episodes)
+
+
+def _split_columns(
+    columns: Mapping[str, np.ndarray], names: Sequence[str], lengths: Int[np.ndarray, " E"]
+) -> dict[str, list[np.ndarray]]:
+    """Split columns into one array per episode."""
+    ends = np.cumsum(lengths)[:-1]
+    return {name: np.split(columns[name], ends) for name in names}
 
 
 def shard_name(task: int, first: int) -> str:
-    """The file of the shard that begins with a task's prompt or demonstration `first`, both counted from zero."""
+    """Name the file of the shard that begins with prompt or demonstration `first` of a task.
+
+    Both are counted from zero.
+    """
     return f"shard-{task:03d}-{first:05d}{zarr_zip.SUFFIX}"
 
 
 def shards(folder: Path) -> list[Path]:
-    """The shards of an artifact, in canonical order. ValueError if it has none."""
-    found = sorted(folder.glob(f"shard-*{zarr_zip.SUFFIX}"))
-    if not found:
+    """List the shards of an artifact in canonical order. ValueError if it has none."""
+    paths = sorted(folder.glob(f"shard-*{zarr_zip.SUFFIX}"))
+    if not paths:
         raise ValueError(
-            f"{folder}: no shards; expected shard-*{zarr_zip.SUFFIX} (folders are of an earlier version: make them again)"
+            f"{folder}: no shards; expected shard-*{zarr_zip.SUFFIX}"
+            " (folders are of an earlier version: make them again)"
         )
-    return found
+    return paths
 
 
 def read_states(paths: Sequence[Path], per_task: int | None = None) -> States:
-    """All kept states of some shards, with the masks that were stored; of the first `per_task` episodes of each task only, if given.
+    """Read the kept states of some shards, with their stored masks.
 
-    ValueError if there is no episode, or a task has fewer.
+    per_task: read only that many episodes of each task, the first ones. ValueError if a task has
+    fewer, or if there is no episode at all.
     """
     parts: list[States] = []
-    taken: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for path in paths:
         columns, attributes = zarr_zip.read(path)
         task = attributes["task"]
-        wanted = (
-            len(columns["member"])
-            if per_task is None
-            else min(len(columns["member"]), per_task - taken[task])
-        )
-        taken[task] += wanted
-        if wanted > 0:
-            parts.append(_states(columns, attributes, wanted))
-    if per_task is not None and (
-        few := {task: found for task, found in taken.items() if found < per_task}
-    ):
-        raise ValueError(
-            f"per_task is {per_task}; expected at most as many as there are of each task, but of {few}"
-        )
+        episodes = len(columns["member"])
+        if per_task is not None:
+            episodes = min(episodes, per_task - counts[task])
+        counts[task] += episodes
+        if episodes > 0:
+            parts.append(_select_states(columns, attributes, episodes))
+    if per_task is not None:
+        _require_episodes(counts, per_task)
     if not parts:
         raise ValueError(
-            f"no episodes in {[str(path) for path in paths]}; expected at least one shard with one episode"
+            f"no episodes in {[str(path) for path in paths]};"
+            " expected at least one shard with one episode"
         )
-    return joined(parts)
+    return concatenate(parts)
 
 
-def _states(
+def _require_episodes(counts: Mapping[str, int], per_task: int) -> None:
+    too_few = {task: count for task, count in counts.items() if count < per_task}
+    if too_few:
+        raise ValueError(
+            f"per_task is {per_task}; expected at most the number of episodes of each task,"
+            f" but there are {too_few}"
+        )
+
+
+def _select_states(
     columns: Mapping[str, np.ndarray], attributes: Mapping[str, Any], episodes: int
 ) -> States:
-    """The states of a shard's first `episodes` episodes."""
-    episode = np.repeat(np.arange(len(columns["states"]), dtype=np.int32), columns["states"])
+    """Select the states of a shard's first `episodes` episodes."""
+    numbers = np.arange(len(columns["states"]), dtype=np.int32)
     rows = int(columns["states"][:episodes].sum())
-    episode = episode[:rows]
+    episode = np.repeat(numbers, columns["states"])[:rows]
     ends = np.cumsum(columns["steps"])
-    first = (ends - columns["steps"])[episode] + columns["step"][:rows]
-    index = np.minimum(first[:, None] + np.arange(attributes["chunk"]), ends[episode, None] - 1)
+    starts = ends - columns["steps"]
+    first = starts[episode] + columns["step"][:rows]
+    index = first[:, None] + np.arange(attributes["chunk"])
+    index = np.minimum(index, ends[episode, None] - 1)
+    observations = Observations(
+        frames=columns["frames"][:rows],
+        proprio=columns["proprio"][:rows],
+        instructions=(attributes["instruction"],) * rows,
+    )
     return States(
-        observations=Observations(
-            columns["frames"][:rows], columns["proprio"][:rows], (attributes["instruction"],) * rows
-        ),
+        observations=observations,
         mask=columns["mask"][:rows],
         labels=columns["actions"][index],
         episode=episode,
     )
 
 
-def joined(parts: Sequence[States]) -> States:
-    """The states of several shards as one, in the order given."""
-    offsets = np.cumsum([0] + [int(p.episode[-1]) + 1 for p in parts])
+def concatenate(parts: Sequence[States]) -> States:
+    """Concatenate the states of several shards in the order given."""
+    episodes: list[np.ndarray] = []
+    offset = 0
+    for part in parts:
+        episodes.append(part.episode + offset)
+        offset += int(part.episode[-1]) + 1
     return States(
-        observations=Observations.joined([p.observations for p in parts]),
-        mask=np.concatenate([p.mask for p in parts]),
-        labels=np.concatenate([p.labels for p in parts]),
-        episode=np.concatenate(
-            [p.episode + offset for p, offset in zip(parts, offsets, strict=False)]
-        ).astype(np.int32),
+        observations=Observations.concatenate([part.observations for part in parts]),
+        mask=np.concatenate([part.mask for part in parts]),
+        labels=np.concatenate([part.labels for part in parts]),
+        episode=np.concatenate(episodes).astype(np.int32),
     )
 
 
-def in_batches(rows: Int[np.ndarray, " R"], batch_size: int) -> list[Int[np.ndarray, " B"]]:
-    """Of as equal a size as can be, none of them larger than `batch_size`: a policy that has room for that many states has room for these."""
-    return np.array_split(rows, max(1, -(-len(rows) // batch_size)))
+def split_batches(rows: Int[np.ndarray, " R"], batch_size: int) -> list[Int[np.ndarray, " B"]]:
+    """Split rows into batches as equal as possible, none of them larger than `batch_size`."""
+    count = -(-len(rows) // batch_size)
+    return np.array_split(rows, max(1, count))

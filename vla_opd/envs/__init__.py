@@ -1,7 +1,8 @@
-"""Environments: a simulated scene that a policy acts in, a chunk of actions at a time.
+"""Environments: simulated scenes in which a policy acts, one chunk of actions at a time.
 
-`ENVS` names the families that ship with the package; any other is `"package.module:function"` in `params.yaml`.
-A family is one function from `EnvironmentParams` to an `Env`; all of a simulator's quirks stay in that family's file.
+`ENVS` lists the families that ship with the package; `params.yaml` can name any other as
+`"package.module:function"`. A family is one function from `EnvironmentParams` to an `Env`; all of a
+simulator's quirks stay in that family's modules.
 """
 
 from collections.abc import Callable
@@ -21,5 +22,8 @@ ENVS: dict[str, Callable[[EnvironmentParams], Env]] = {
 
 
 def make_env(params: EnvironmentParams) -> Env:
-    """The environment that `params.family` names. Heavy imports happen here, in the process that will own the simulator."""
+    """Make an environment of the family `params.family`.
+
+    The simulator is imported here, in the process that will own it.
+    """
     return named_function(params.family, ENVS, "environment.family")(params)

@@ -1,14 +1,16 @@
-"""Which OpenGL draws the frames: found out once, by drawing one in a child process, which is allowed to die of it."""
+"""Choice of the OpenGL backend: draw one frame in a child process, which may crash safely."""
 
 import functools
 import os
 import subprocess
 import sys
 
-_PACKAGES = {  # backend: the Debian packages that provide it without a screen and without a GPU
+_PACKAGES = {
     "egl": "libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri",
     "osmesa": "libosmesa6",
 }
+"""Backends that need neither a screen nor a GPU, and the Debian packages that provide them."""
+
 _ACCEPTED = "egl or osmesa, which need no screen, or glfw, which needs one (DISPLAY)"
 _DEVICE = "MUJOCO_EGL_DEVICE_ID"
 _ONE_FRAME = """
@@ -28,22 +30,27 @@ try:
     draw()
 except Exception as error:
     print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-    os._exit(1)  # destructors of what was half made would have the last word
+    os._exit(1)  # skip the destructors of half-made objects: they would write the last line
 """
 _DEVICES = "from mujoco.egl import egl_ext; print(len(egl_ext.eglQueryDevicesEXT()))"
 
 
 def use_backend() -> str:
-    """Settle this process, and those that it will start, on `choose_backend()`; call it before anything draws.
+    """Select `choose_backend()` for this process and its children; call this before any drawing.
 
-    Sets `MUJOCO_GL` and `PYOPENGL_PLATFORM`, and `LP_NUM_THREADS=1` unless it is set: workers fill the cores, and the software
-    rasteriser's own threads would only fight with them. RuntimeError if PyOpenGL is already loaded for another backend, which is final.
+    Sets `MUJOCO_GL` and `PYOPENGL_PLATFORM`, and `LP_NUM_THREADS=1` unless it is set already: the
+    simulators' processes use all cores, and threads of the software rasteriser would compete with
+    them.
+
+    Raises:
+        RuntimeError: PyOpenGL is already loaded for another backend and cannot change it.
     """
     backend = choose_backend()
     loaded = _loaded_backend()
     if backend in _PACKAGES and loaded not in ("", backend):
         raise RuntimeError(
-            f"graphics backend is to be {backend!r}, but PyOpenGL is already loaded for {loaded!r}; set MUJOCO_GL before importing it"
+            f"graphics backend is to be {backend!r}, but PyOpenGL is already loaded for "
+            f"{loaded!r}; set MUJOCO_GL before importing it"
         )
     os.environ["MUJOCO_GL"] = backend
     if backend in _PACKAGES:
@@ -54,34 +61,43 @@ def use_backend() -> str:
 
 @functools.cache
 def choose_backend() -> str:
-    """The OpenGL backend for MuJoCo: what `MUJOCO_GL` says, otherwise the first of `egl` and `osmesa` that draws a frame.
+    """Choose the OpenGL backend for MuJoCo: `MUJOCO_GL` if set, else the first that draws a frame.
 
-    The answer costs a child process once; `use_backend` passes it on.
+    The candidates are `egl`, then `osmesa`. The answer costs a child process once; `use_backend`
+    passes it on.
 
     Raises:
-        ValueError: `MUJOCO_GL` is none of the accepted values or draws nothing here, or `MUJOCO_EGL_DEVICE_ID` is no device.
-        RuntimeError: neither backend draws a frame; says what to install.
+        ValueError: `MUJOCO_GL` is not an accepted value or draws nothing here, or
+            `MUJOCO_EGL_DEVICE_ID` is not a device.
+        RuntimeError: neither backend draws a frame; the message names the packages to install.
     """
-    wanted = os.environ.get("MUJOCO_GL", "").strip().lower()
-    if wanted not in ("", "glfw", *_PACKAGES):
+    requested = os.environ.get("MUJOCO_GL", "").strip().lower()
+    if requested not in ("", "glfw", *_PACKAGES):
         raise ValueError(
-            f"MUJOCO_GL is {wanted!r}; expected {_ACCEPTED}, or nothing for the first that works"
+            f"MUJOCO_GL is {requested!r}; expected {_ACCEPTED}, "
+            "or unset to use the first that works"
         )
-    if wanted in ("", "egl"):
+    if requested in ("", "egl"):
         _require_device()
-    if wanted:
-        failure = _failure(wanted)
-        if failure is not None:
-            needs = (
-                f", needs the Debian packages {_PACKAGES[wanted]}" if wanted in _PACKAGES else ""
-            )
-            raise ValueError(
-                f"MUJOCO_GL is {wanted!r}, which draws no frame here ({failure}{needs}); expected {_ACCEPTED}, or nothing"
-            )
-        return wanted
+    if not requested:
+        return _first_backend()
+    failure = _failure(requested)
+    if failure is not None:
+        if requested in _PACKAGES:
+            failure += f", needs the Debian packages {_PACKAGES[requested]}"
+        raise ValueError(
+            f"MUJOCO_GL is {requested!r}, which draws no frame here ({failure}); "
+            f"expected {_ACCEPTED}, or unset"
+        )
+    return requested
+
+
+def _first_backend() -> str:
+    """Return the first backend that draws a frame. RuntimeError if none does."""
     failures: list[str] = []
     for backend, packages in _PACKAGES.items():
-        if (failure := _failure(backend)) is None:
+        failure = _failure(backend)
+        if failure is None:
             return backend
         failures.append(f"  {backend} (Debian packages {packages}): {failure}")
     raise RuntimeError(
@@ -91,28 +107,30 @@ def choose_backend() -> str:
 
 
 def _require_device() -> None:
-    """ValueError for an EGL device that this machine doesn't have."""
+    """Refuse a `MUJOCO_EGL_DEVICE_ID` that is not an EGL device of this machine."""
     device = os.environ.get(_DEVICE)
     if device is None:
         return
     try:
-        child = _child("egl", _DEVICES)
+        child = _run_child("egl", _DEVICES)
     except subprocess.TimeoutExpired:
-        return  # so will the frame
-    found = child.stdout.strip()
-    if child.returncode != 0 or not found.isdecimal():
-        return  # no EGL at all, which has an error of its own
-    if device.strip().isdecimal() and int(device) < int(found):
+        return  # drawing a frame will time out too, and report it
+    answer = child.stdout.strip()
+    if child.returncode != 0 or not answer.isdecimal():
+        return  # EGL is missing, which has an error message of its own
+    count = int(answer)
+    if device.strip().isdecimal() and int(device) < count:
         return
     raise ValueError(
-        f"{_DEVICE} is {device!r}; expected a number from 0 to {int(found) - 1} ({found} EGL device(s) here), or no such variable"
+        f"{_DEVICE} is {device!r}; expected a number from 0 to {count - 1} "
+        f"({count} EGL device(s) here), or unset"
     )
 
 
 def _failure(backend: str) -> str | None:
-    """Why `backend` does not draw, in one line; None if it does."""
+    """Return one line on why `backend` does not draw a frame, or None if it does."""
     try:
-        child = _child(backend, _ONE_FRAME)
+        child = _run_child(backend, _ONE_FRAME)
     except subprocess.TimeoutExpired:
         return "no frame within 120 s"
     if child.returncode == 0:
@@ -121,7 +139,8 @@ def _failure(backend: str) -> str | None:
     return lines[-1] if lines else f"exit status {child.returncode}"
 
 
-def _child(backend: str, code: str) -> "subprocess.CompletedProcess[str]":
+def _run_child(backend: str, code: str) -> "subprocess.CompletedProcess[str]":
+    """Run Python `code` in a child process that is set to `backend`."""
     environment = {**os.environ, "MUJOCO_GL": backend, "LP_NUM_THREADS": "1"}
     if backend in _PACKAGES:
         environment["PYOPENGL_PLATFORM"] = backend
@@ -132,6 +151,11 @@ def _child(backend: str, code: str) -> "subprocess.CompletedProcess[str]":
 
 
 def _loaded_backend() -> str:
-    """What PyOpenGL was loaded for in this process (`egl`, `osmesa`, `glx`, ...); empty where it is not loaded."""
+    """Return the backend for which this process loaded PyOpenGL (`egl`, `osmesa`, `glx`, ...).
+
+    Empty if PyOpenGL is not loaded.
+    """
     platform = getattr(sys.modules.get("OpenGL.platform"), "PLATFORM", None)
-    return type(platform).__name__.removesuffix("Platform").lower() if platform is not None else ""
+    if platform is None:
+        return ""
+    return type(platform).__name__.removesuffix("Platform").lower()

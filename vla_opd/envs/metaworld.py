@@ -1,14 +1,21 @@
-"""Meta-World, the light environment: a Sawyer arm at a table, 4 numbers an action, hundreds of control steps a second without a GPU.
+"""Meta-World, the light environment: a Sawyer arm at a table.
 
-Actions: x, y, z as a displacement of the hand's target (1 is 1 cm), and the gripper (-1 opens, +1 closes). Proprioception: the hand's x, y, z
-in metres, and the gripper's opening in [0, 1]. Source: McLean et al., "Meta-World+", 2025, package `metaworld` 3.1.
+It runs hundreds of control steps per second without a GPU.
+
+Actions [4]: displacement of the hand's target along x, y, z (1 is 1 cm), and the gripper (-1 opens,
++1 closes).
+Proprioception [4]: the hand's x, y, z in metres, and the gripper's opening in [0, 1].
+
+Source: McLean et al., "Meta-World+", 2025, package `metaworld` 3.1.
 """
 
-# Meta-World's switches for seeded resets are private attributes; mujoco's names are compiled, without stubs.
+# Meta-World's switches for seeded resets are private; mujoco's names are compiled, without stubs.
 # ruff: noqa: SLF001
 # pyright: reportAttributeAccessIssue=false
 
 import copy
+import functools
+import operator
 from collections.abc import Mapping
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -64,31 +71,34 @@ SCENES: tuple[dict[str, str], ...] = (
     {"sweep-v3": "sweep the block off the table"},
     {"assembly-v3": "put the ring onto the peg"},
 )
-"""Tasks with their instructions, a dict a scene: where there are several, only the instruction (and the initial state) tells them apart.
+"""Task: instruction, one dict per scene.
 
-Meta-World has 50 tasks and no instructions. These are those whose scripted expert is short and solves at least 9 of 10 initial states, with
-noise on its actions too.
+Tasks that share a scene are told apart only by the instruction (and the initial state).
+
+Meta-World has 50 tasks and no instructions. This selection holds those whose scripted expert is
+short and solves at least 9 of 10 initial states, also with noise on its actions.
 """
 
-TASKS: dict[str, str] = {
-    task: instruction for scene in SCENES for task, instruction in scene.items()
-}
-"""Task: its instruction."""
+TASKS: dict[str, str] = functools.reduce(operator.or_, SCENES)
+"""Task: instruction, over all scenes."""
 
-_NO_OP = np.array(
-    [0, 0, 0, -1], np.float32
-)  # stay, gripper open: what Meta-World's own reset does with the hand
+_NO_OP = np.array([0, 0, 0, -1], np.float32)
+"""Stay, with the gripper open, as Meta-World's own reset does."""
 
 
 def make(params: EnvironmentParams) -> "MetaworldEnv":
-    """The environment of `environment.tasks`, drawn by `environment.cameras`. ValueError for a task or a camera that does not exist.
+    """Make the environment of `environment.tasks`, rendered by `environment.cameras`.
 
     `environment.stepping` changes nothing here: Meta-World has one way of stepping.
+
+    Raises:
+        ValueError: a task or a camera does not exist.
     """
     for task in params.tasks:
         if task not in TASKS:
             raise ValueError(
-                f"environment.tasks has {task!r}; expected Meta-World tasks with a reliable expert: {sorted(TASKS)}"
+                f"environment.tasks has {task!r}; "
+                f"expected Meta-World tasks with a reliable expert: {sorted(TASKS)}"
             )
     return MetaworldEnv(params, graphics.use_backend())
 
@@ -96,9 +106,11 @@ def make(params: EnvironmentParams) -> "MetaworldEnv":
 class MetaworldEnv:
     """Meta-World behind the `Env` protocol.
 
-    raw:             Meta-World's own environment of the present task. Its reset is complete: a test compares the whole state, the model's
-                     arrays and what follows with those of an environment that has just been made.
-    raw_observation: Meta-World's 39 privileged numbers after the last control step, for scripted experts only.
+    raw:             Meta-World's own environment of the current task. Its reset is complete: a test
+                     compares the whole state, the model's arrays and the following steps with
+                     those of a new environment.
+    raw_observation: Meta-World's 39 privileged numbers after the last control step, for scripted
+                     experts only.
     """
 
     action_dim = 4
@@ -110,47 +122,53 @@ class MetaworldEnv:
         self._params = params
         self._backend = backend
         self._loaded: dict[str, SawyerXYZEnv] = {}
-        self._painters: dict[
-            str, _Painter
-        ] = {}  # by scene: what is on the graphics card is the same for all its tasks
+        # By scene: the tasks of a scene share their meshes and textures on the graphics card.
+        self._renderers: dict[str, _Renderer] = {}
         self.task = ""
         self._step = 0
-        self._scene(params.tasks[0])
+        self._load_task(params.tasks[0])
 
     def reset(self, placement: Placement) -> Observation:
-        """Start the episode of `placement`. ValueError for an unknown task, or an evaluation index outside 0 ... 49."""
-        _check(placement)
-        self._scene(placement.task)
-        self.task, self._step = placement.task, 0
+        """Start the episode of `placement`.
+
+        Raises:
+            ValueError: the task is unknown, or the index of an evaluation is not 0 ... 49.
+        """
+        _check_placement(placement)
+        self._load_task(placement.task)
+        self.task = placement.task
+        self._step = 0
         self.raw = self._loaded[placement.task]
-        self.raw_observation = _start(self.raw, placement.seed)
+        self.raw_observation = _reset_raw(self.raw, placement.seed)
         for _ in range(self._params.settle):
             self._act(_NO_OP)
         return self._observe()
 
     def advance(self, actions: Float32[np.ndarray, "S 4"], observe_every: int) -> Advance:
-        """Up to S control steps, as the protocol says. ValueError for another shape; RuntimeError where the simulation diverges."""
-        if actions.ndim != 2 or actions.shape[1] != self.action_dim:
-            raise ValueError(f"actions have shape {actions.shape}; expected [S, {self.action_dim}]")
-        if not np.isfinite(actions).all():
-            raise ValueError(
-                f"actions hold {actions[~np.isfinite(actions)][0]}; expected finite numbers in [-1, 1]"
-            )
+        """Execute up to S control steps, as specified by the protocol.
+
+        Raises:
+            ValueError: the actions have another shape or are not finite.
+            RuntimeError: the simulation diverges, or there was no reset.
+        """
+        self._check_actions(actions)
         if not self.task:
             raise RuntimeError("advance before the first reset: there is no episode")
         observations: list[Observation] = []
-        success, done = False, 0
+        success = False
+        executed = 0
         for action in actions:
-            success, done = self._act(action), done + 1
+            success = self._act(action)
+            executed += 1
             self._step += 1
             if observe_every and self._step % observe_every == 0:
                 observations.append(self._observe())
             if success:
                 break
-        return Advance(done, success, tuple(observations))
+        return Advance(executed, success, tuple(observations))
 
     def describe(self) -> Mapping[str, str]:
-        """Versions, the graphics backend, and what success means."""
+        """Return versions, the graphics backend, and the convention for the horizon."""
         return {
             "metaworld": version("metaworld"),
             "mujoco": version("mujoco"),
@@ -160,58 +178,75 @@ class MetaworldEnv:
         }
 
     def close(self) -> None:
-        """Free the graphics contexts; an episode cannot go on afterwards. Calling it again does nothing."""
-        for painter in self._painters.values():
-            painter.close()
-        self._painters.clear()
+        """Free the graphics contexts, which ends the episode. Calling it again does nothing."""
+        for renderer in self._renderers.values():
+            renderer.close()
+        self._renderers.clear()
         self._loaded.clear()
         self.task = ""
 
-    def _scene(self, task: str) -> None:
-        """Have `task`, and a painter for its scene, loaded."""
+    def _load_task(self, task: str) -> None:
+        """Load `task`, and a renderer for its scene, unless they are loaded already."""
         if task not in self._loaded:
             self._loaded[task] = _load(task)
-        scene = self._loaded[task].model_name
-        if scene not in self._painters:
-            self._painters[scene] = _Painter(self._loaded[task].model, self._params, self._backend)
+        raw = self._loaded[task]
+        scene = raw.model_name
+        if scene not in self._renderers:
+            self._renderers[scene] = _Renderer(raw.model, self._params, self._backend)
+
+    def _check_actions(self, actions: Float32[np.ndarray, "S 4"]) -> None:
+        if actions.ndim != 2 or actions.shape[1] != self.action_dim:
+            raise ValueError(f"actions have shape {actions.shape}; expected [S, {self.action_dim}]")
+        is_finite = np.isfinite(actions)
+        if not is_finite.all():
+            raise ValueError(
+                f"actions hold {actions[~is_finite][0]}; expected finite numbers in [-1, 1]"
+            )
 
     def _act(self, action: Float32[np.ndarray, "4"]) -> bool:
-        """One control step; whether the task's predicate holds after it."""
-        self.raw_observation, _, _, _, info = self.raw.step(np.clip(action, -1, 1))
-        if _diverged(self.raw.data):
+        """Execute one control step and return the task's predicate after it."""
+        clipped = np.clip(action, -1, 1)
+        self.raw_observation, _, _, _, info = self.raw.step(clipped)
+        if _has_diverged(self.raw.data):
             raise RuntimeError(f"the simulation of {self.task} diverged after step {self._step}")
         return bool(info["success"])
 
     def _observe(self) -> Observation:
-        frames = self._painters[self.raw.model_name].draw(self.raw.model, self.raw.data)
-        return Observation(frames, self.raw_observation[:4].astype(np.float32), TASKS[self.task])
+        raw = self.raw
+        renderer = self._renderers[raw.model_name]
+        frames = renderer.draw(raw.model, raw.data)
+        proprio = self.raw_observation[:4].astype(np.float32)
+        return Observation(frames, proprio, TASKS[self.task])
 
 
-class _Painter:
-    """The cameras of one scene, drawn off screen: an OpenGL context that holds the scene's meshes and textures."""
+class _Renderer:
+    """Off-screen rendering of one scene's cameras.
+
+    Owns an OpenGL context with the scene's meshes and textures.
+    """
 
     def __init__(self, model: "MjModel", params: EnvironmentParams, backend: str) -> None:
         import mujoco
 
-        self._fast = params.render == "fast"
         self._cameras = [_camera_id(model, name) for name in params.cameras]
-        self._rect = mujoco.MjrRect(0, 0, params.image_size, params.image_size)
-        self._context = _gl_context(backend, params.image_size)
+        size = params.image_size
+        self._rect = mujoco.MjrRect(0, 0, size, size)
+        self._context = _gl_context(backend, size)
         self._context.make_current()
         self._scene = mujoco.MjvScene(model, maxgeom=2000)
         self._option = mujoco.MjvOption()
-        if self._fast:  # software OpenGL pays for samples and extra passes, not for pixels
-            self._scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
-            self._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
-        self._buffers = mujoco.MjrContext(
-            _buffered(model, params), mujoco.mjtFontScale.mjFONTSCALE_100
-        )
+        if params.render == "fast":  # the time of software OpenGL goes to samples and extra passes
+            for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+                self._scene.flags[flag] = False
+        resized = _with_buffer_size(model, params)
+        self._buffers = mujoco.MjrContext(resized, mujoco.mjtFontScale.mjFONTSCALE_100)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._buffers)
 
     def draw(self, model: "MjModel", data: "MjData") -> UInt8[np.ndarray, "C H W 3"]:
-        """One upright frame a camera."""
+        """Draw one upright frame per camera."""
         self._context.make_current()
-        return np.stack([self._frame(model, data, camera) for camera in self._cameras])
+        frames = [self._draw_frame(model, data, camera) for camera in self._cameras]
+        return np.stack(frames)
 
     def close(self) -> None:
         """Free the context."""
@@ -219,31 +254,46 @@ class _Painter:
         self._buffers.free()
         self._context.free()
 
-    def _frame(self, model: "MjModel", data: "MjData", camera: int) -> UInt8[np.ndarray, "H W 3"]:
+    def _draw_frame(
+        self, model: "MjModel", data: "MjData", camera: int
+    ) -> UInt8[np.ndarray, "H W 3"]:
         import mujoco
 
         view = mujoco.MjvCamera()
-        view.type, view.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, camera
+        view.type = mujoco.mjtCamera.mjCAMERA_FIXED
+        view.fixedcamid = camera
         mujoco.mjv_updateScene(
-            model, data, self._option, None, view, mujoco.mjtCatBit.mjCAT_ALL, self._scene
+            model,
+            data,
+            self._option,
+            None,
+            view,
+            mujoco.mjtCatBit.mjCAT_ALL,
+            self._scene,
         )
         mujoco.mjr_render(self._rect, self._scene, self._buffers)
-        pixels = np.empty((self._rect.height, self._rect.width, 3), np.uint8)
+        shape = (self._rect.height, self._rect.width, 3)
+        pixels = np.empty(shape, np.uint8)
         mujoco.mjr_readPixels(pixels, None, self._rect, self._buffers)
-        return _upright(pixels[::-1], model, data, camera)  # OpenGL's first row is the lowest
+        image = pixels[::-1]  # OpenGL's first row is the lowest
+        if _is_upside_down(model, data, camera):
+            return image[::-1, ::-1]
+        return image
 
 
-def _upright(
-    picture: UInt8[np.ndarray, "H W 3"], model: "MjModel", data: "MjData", camera: int
-) -> UInt8[np.ndarray, "H W 3"]:
-    """`picture`, turned by half a circle if its camera hangs upside down in the room, as all of Meta-World's `corner` cameras do."""
-    fixed = model.cam_bodyid[camera] == 0
-    up = data.cam_xmat[camera].reshape(3, 3)[2, 1]  # z of the picture's upward direction
-    return picture[::-1, ::-1] if fixed and up < -0.5 else picture
+def _is_upside_down(model: "MjModel", data: "MjData", camera: int) -> bool:
+    """Detect a fixed camera that hangs upside down, as Meta-World's `corner` cameras do."""
+    is_fixed = model.cam_bodyid[camera] == 0
+    rotation = data.cam_xmat[camera].reshape(3, 3)
+    upward = rotation[2, 1]  # z of the image's upward direction
+    return bool(is_fixed and upward < -0.5)
 
 
-def _diverged(data: "MjData") -> bool:
-    """MuJoCo starts over silently where a position, velocity or acceleration is not finite, and only counts it."""
+def _has_diverged(data: "MjData") -> bool:
+    """Detect a position, velocity or acceleration that was not finite.
+
+    MuJoCo then resets the state silently, and only counts a warning.
+    """
     import mujoco
 
     kinds = (
@@ -255,23 +305,31 @@ def _diverged(data: "MjData") -> bool:
 
 
 def _camera_id(model: "MjModel", name: str) -> int:
-    known = [model.camera(i).name for i in range(model.ncam)]
-    if name not in known:
-        raise ValueError(f"environment.cameras has {name!r}; expected one of {known}")
-    return known.index(name)
+    names = [model.camera(number).name for number in range(model.ncam)]
+    if name not in names:
+        raise ValueError(f"environment.cameras has {name!r}; expected one of {names}")
+    return names.index(name)
 
 
-def _buffered(model: "MjModel", params: EnvironmentParams) -> "MjModel":
-    """A copy of `model` that asks for buffers of the frame's size; in `fast` mode without multisampling and without shadow maps."""
-    asking = copy.copy(model)
-    asking.vis.global_.offwidth = asking.vis.global_.offheight = params.image_size
+def _with_buffer_size(model: "MjModel", params: EnvironmentParams) -> "MjModel":
+    """Copy `model` and set its off-screen buffers to the size of a frame.
+
+    In `fast` mode, multisampling and shadow maps are off.
+    """
+    resized = copy.copy(model)
+    resized.vis.global_.offwidth = params.image_size
+    resized.vis.global_.offheight = params.image_size
     if params.render == "fast":
-        asking.vis.quality.offsamples = asking.vis.quality.shadowsize = 0
-    return asking
+        resized.vis.quality.offsamples = 0
+        resized.vis.quality.shadowsize = 0
+    return resized
 
 
 def _gl_context(backend: str, size: int) -> Any:
-    """MuJoCo's own off-screen context. `mujoco.GLContext` would be that of whoever imported mujoco first."""
+    """Make MuJoCo's off-screen context for `backend`.
+
+    `mujoco.GLContext` would be that of the backend chosen when mujoco was first imported.
+    """
     if backend == "egl":
         from mujoco.egl import GLContext
     elif backend == "osmesa":
@@ -281,43 +339,48 @@ def _gl_context(backend: str, size: int) -> Any:
     return GLContext(size, size)
 
 
-def _check(placement: Placement) -> None:
+def _check_placement(placement: Placement) -> None:
     if placement.task not in TASKS:
         raise ValueError(f"placement.task is {placement.task!r}; expected one of {sorted(TASKS)}")
-    # Meta-World ships no fixed initial states: ours are the first so many resets seeded by `Placement.seed`.
-    if placement.index < 0 or (
-        placement.split == "evaluation" and placement.index >= EVALUATION_STATES
-    ):
-        wanted = (
-            f"0 ... {EVALUATION_STATES - 1}"
-            if placement.split == "evaluation"
-            else "a seed of 0 or more"
-        )
+    # Meta-World ships no fixed initial states: ours are resets seeded by `Placement.seed`.
+    expected = "a seed of 0 or more"
+    is_valid = placement.index >= 0
+    if placement.split == "evaluation":
+        expected = f"0 ... {EVALUATION_STATES - 1}"
+        is_valid = 0 <= placement.index < EVALUATION_STATES
+    if not is_valid:
         raise ValueError(
-            f"placement.index is {placement.index}; expected {wanted} ({placement.split} of {placement.task})"
+            f"placement.index is {placement.index}; "
+            f"expected {expected} ({placement.split} of {placement.task})"
         )
 
 
 def _load(task: str) -> "SawyerXYZEnv":
-    """Meta-World's environment of `task`, never reset: the goal is observed (the experts need it), resets draw from its own generator."""
+    """Make Meta-World's environment of `task`, without a reset.
+
+    The goal is observed, since the experts need it; resets draw from the environment's own
+    generator.
+    """
     from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
     raw = ALL_V3_ENVIRONMENTS[task]()
     raw._partially_observable = False
-    del raw.sawyer_observation_space  # cached with the goal hidden; it would clip the goal to zero
+    # The cached space was made with the goal hidden; it would clip the goal to zero.
+    del raw.sawyer_observation_space
     raw._set_task_called = True
-    raw._freeze_rand_vec, raw.seeded_rand_vec = False, True
-    raw.max_path_length = (
-        2**31
-    )  # the horizon is the rollout's business; Meta-World raises after 500 steps
+    raw._freeze_rand_vec = False
+    raw.seeded_rand_vec = True
+    # Meta-World raises after 500 steps; the rollout enforces the horizon.
+    raw.max_path_length = 2**31
     return raw
 
 
-def _start(raw: "SawyerXYZEnv", seed: int) -> Float64[np.ndarray, "39"]:
+def _reset_raw(raw: "SawyerXYZEnv", seed: int) -> Float64[np.ndarray, "39"]:
     """Reset `raw` from `seed` and return the first observation.
 
-    Meta-World moves bodies at the end of its reset without computing where that leaves the scene, so its own first observation, and a
-    picture drawn at this point, show the objects elsewhere. Hence the forward pass.
+    Meta-World moves bodies at the end of its reset without a forward pass, so its own first
+    observation, and any image rendered then, show the objects elsewhere. This function adds the
+    forward pass.
     """
     import mujoco
 

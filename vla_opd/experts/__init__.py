@@ -1,4 +1,7 @@
-"""Scripted experts: privileged simulator state in, one action out. They make demonstrations, and label if asked; they never act for a student."""
+"""Scripted experts: from privileged simulator state to one action.
+
+They make demonstrations and, on request, labels; they never act for a student.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,14 +13,16 @@ from vla_opd.plugins import named_function
 
 __all__ = ["EXPERTS", "Expert", "make_expert"]
 
-EXPERTS: dict[
-    str, Callable[[Any], Expert]
-] = {  # each takes its own family's Env, whose privileged attributes it reads
+EXPERTS: dict[str, Callable[[Any], Expert]] = {
     "libero": expert.make,
     "metaworld": metaworld.make,
 }
+"""Each takes its own family's `Env`, whose privileged attributes it reads."""
 
 
 def make_expert(name: str, env: object) -> Expert:
-    """The scripted expert called `name` (a key of `EXPERTS`, or `"package.module:function"`), bound to one environment."""
+    """Make a scripted expert for one environment.
+
+    name: a key of `EXPERTS`, or `"package.module:function"`.
+    """
     return named_function(name, EXPERTS, "demonstrate.expert")(env)

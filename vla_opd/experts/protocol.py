@@ -1,4 +1,4 @@
-"""What a scripted expert is."""
+"""The protocol of a scripted expert."""
 
 from typing import Protocol
 
@@ -7,12 +7,18 @@ from jaxtyping import Float32
 
 
 class Expert(Protocol):
-    """A closed-loop controller for one environment. It may read everything that the simulator knows."""
+    """A closed-loop controller for one environment, with access to the simulator's full state."""
 
     def reset(self) -> None:
-        """Plan from the environment's present state, deterministically: the beginning of an episode, or, if it is to label, any state of one."""
+        """Plan, deterministically, from the environment's current state.
+
+        This is the start of an episode, or, for an expert that labels, any state of one.
+        """
         ...
 
     def act(self) -> Float32[np.ndarray, "A"]:
-        """The next action, from the simulator's present state (so it recovers from whatever was executed meanwhile)."""
+        """Return the next action for the simulator's current state.
+
+        The expert thus recovers from whatever was executed since the last action.
+        """
         ...

@@ -1,6 +1,7 @@
-"""What a rollout decided: the tokens that it took, how likely they were to it, and what came of them; aligned row by row with `read_states`.
+"""Decisions of a rollout: its tokens, their log-probabilities, and the outcome of the episode.
 
-Objectives that learn from the rollout's own tokens (`vla_opd.learning.objectives.ON_DECISIONS`, `grpo`) are asked at these states only.
+Rows are aligned with those of `read_states`. Objectives that learn from the rollout's own tokens
+(`objectives.ON_DECISIONS`, `grpo`) use only the states at which the rollout decided.
 """
 
 from collections.abc import Sequence
@@ -15,14 +16,17 @@ from vla_opd.data import zarr_zip
 from vla_opd.learning.objectives import episode_weight, group_advantage
 from vla_opd.params.objective import GroupParams
 
+COLUMNS = ("step", "states", "decisions", "tokens", "log_probs", "success")  # not the frames
+
 
 @dataclass(frozen=True)
 class Decisions:
-    """Of N kept states, what the rollout decided there, or, inside a chunk, at the chunk's beginning.
+    """The decision behind each of N kept states: at the state, or at the beginning of its chunk.
 
-    decided:   whether the state is one at which it decided.
-    tokens:    the bins that it took; log_probs: their log-probabilities then, in nats, at its temperature.
-    episode:   which episode each state belongs to, and group: which group; both counted over all shards.
+    decided:   True at states at which the rollout decided.
+    tokens:    the sampled bins. log_probs: their recorded log-probabilities, in nats, at the
+               rollout's temperature.
+    episode:   index of the episode; group: index of the group; both counted over all shards.
     success:   of the episode.
     """
 
@@ -33,29 +37,33 @@ class Decisions:
     group: Int[np.ndarray, " N"]
     success: Bool[np.ndarray, " N"]
 
-    def graded(self, mask: Bool[np.ndarray, "N K"], settings: GroupParams) -> "Graded":
-        """What GRPO makes of their outcomes. ValueError for groups of one.
+    def advantages(self, mask: Bool[np.ndarray, "N K"], settings: GroupParams) -> "GrpoAdvantages":
+        """Compare each episode with the others of its group. ValueError for groups of one.
 
-        mask: the tokens that count.
+        mask: valid tokens.
         """
-        advantage, usable = np.zeros(len(mask), np.float32), self.decided & mask.any(1)
+        advantage = np.zeros(len(mask), np.float32)
+        usable = self.decided & mask.any(1)
         for group in np.unique(self.group):
             rows = np.flatnonzero(self.group == group)
-            _, first, which = np.unique(self.episode[rows], return_index=True, return_inverse=True)
+            _, first, index = np.unique(self.episode[rows], return_index=True, return_inverse=True)
             success = self.success[rows[first]]
-            advantage[rows] = group_advantage(torch.from_numpy(success)).numpy()[which]
+            advantage[rows] = group_advantage(torch.from_numpy(success)).numpy()[index]
             usable[rows] &= settings.keeps(success.mean().item())
         weight = np.zeros(len(mask), np.float32)
         if usable.any():
-            weight[usable] = episode_weight(
-                torch.from_numpy(mask[usable]), torch.from_numpy(self.episode[usable])
-            ).numpy()
-        return Graded(advantage, usable, weight)
+            episodes = torch.from_numpy(self.episode[usable])
+            weight[usable] = episode_weight(torch.from_numpy(mask[usable]), episodes).numpy()
+        return GrpoAdvantages(advantage, usable, weight)
 
 
 @dataclass(frozen=True)
-class Graded:
-    """Of N states: the advantage of the episode, whether the state is one to learn from, and its weight among those, see `episode_weight`."""
+class GrpoAdvantages:
+    """Advantages of N states.
+
+    advantage: of the state's episode. usable: states to learn from. weight: of each of those, see
+    `episode_weight`.
+    """
 
     advantage: Float32[np.ndarray, " N"]
     usable: Bool[np.ndarray, " N"]
@@ -63,30 +71,26 @@ class Graded:
 
 
 def read_decisions(paths: Sequence[Path], chunk: int) -> Decisions:
-    """The decisions behind the states that `read_states` gives of the same shards, each of which is a group."""
-    groups = [_group(path, number, chunk) for number, path in enumerate(paths)]
-    episodes = np.cumsum([0] + [group.episode[-1] + 1 for group in groups])
-    whole = {
+    """Read the decisions behind the states that `read_states` returns for the same shards.
+
+    Each shard is a group.
+    """
+    groups = [_read_group(path, number, chunk) for number, path in enumerate(paths)]
+    columns = {
         field.name: np.concatenate([getattr(group, field.name) for group in groups])
         for field in fields(Decisions)
-        if field.name != "episode"
     }
-    return Decisions(
-        **whole,
-        episode=np.concatenate(
-            [group.episode + before for group, before in zip(groups, episodes, strict=False)]
-        ),
-    )
+    first_episodes = np.cumsum([0] + [group.episode[-1] + 1 for group in groups])[:-1]
+    lengths = [len(group.episode) for group in groups]
+    columns["episode"] = columns["episode"] + np.repeat(first_episodes, lengths)
+    return Decisions(**columns)
 
 
-def _group(path: Path, number: int, chunk: int) -> Decisions:
-    columns, _ = zarr_zip.read(
-        path, ("step", "states", "decisions", "tokens", "log_probs", "success")
-    )  # not the frames
+def _read_group(path: Path, number: int, chunk: int) -> Decisions:
+    columns, _ = zarr_zip.read(path, COLUMNS)
     episode = np.repeat(np.arange(len(columns["states"])), columns["states"])
-    decision = (np.cumsum(columns["decisions"]) - columns["decisions"])[episode] + columns[
-        "step"
-    ] // chunk
+    first_decisions = np.cumsum(columns["decisions"]) - columns["decisions"]
+    decision = first_decisions[episode] + columns["step"] // chunk
     return Decisions(
         decided=columns["step"] % chunk == 0,
         tokens=columns["tokens"][decision].astype(np.int64),
@@ -98,7 +102,12 @@ def _group(path: Path, number: int, chunk: int) -> Decisions:
 
 
 def failed_share(paths: Sequence[Path], mask: Bool[np.ndarray, "N K"]) -> float:
-    """The share of the valid tokens of all states of some shards, and so of the labels' say, that lies in episodes that failed; 0 of none."""
-    columns = [zarr_zip.read(path, ("states", "success"))[0] for path in paths]
-    failed = np.concatenate([np.repeat(~one["success"], one["states"]) for one in columns])
-    return float(mask[failed].sum() / max(1, mask.sum()))
+    """Return the share of the valid tokens that lie in failed episodes; 0 if no token is valid.
+
+    mask: valid tokens of all states of the shards.
+    """
+    failed: list[np.ndarray] = []
+    for path in paths:
+        columns, _ = zarr_zip.read(path, ("states", "success"))
+        failed.append(np.repeat(~columns["success"], columns["states"]))
+    return float(mask[np.concatenate(failed)].sum() / max(1, mask.sum()))

@@ -219,7 +219,7 @@ def shared_draft(
         if not _all_are(ready=True):
             raise BusyError(f"{target}: the first process could not begin")
         work = _Follower(target, kind, parents, params)
-        work.require_same()
+        work.require_same_fingerprint()
         yield work
         return
     with ExitStack() as held:
@@ -230,7 +230,7 @@ def shared_draft(
             raise
         _all_are(ready=True)
         if count() > 1:
-            work.remember({"processes": str(count())})
+            work.record_made_with({"processes": str(count())})
         yield work
         wait()
 

@@ -24,7 +24,7 @@ from vla_opd.data.trajectory import Observations
 from vla_opd.learning import fsdp
 from vla_opd.machine.host import require_equal_shares
 from vla_opd.params.run import Params
-from vla_opd.params.stages import START
+from vla_opd.params.stages import INITIAL_STUDENT
 from vla_opd.params.training import UpdateParams
 from vla_opd.policies import lora
 from vla_opd.policies.checkpoint import CheckpointFacts, glance, public_facts
@@ -75,7 +75,7 @@ def device(params: Params, root: Path, processes: int = 1) -> list[Need]:
     processes: that train together, each on a device of its own; it is one such device's need.
     ValueError for a checkpoint of which nothing is known yet.
     """
-    student = described(params, root, START)
+    student = described(params, root, INITIAL_STUDENT)
     needs = [inference("evaluate", student, params.evaluate.inference_batch)]
     if params.iterations:
         teacher = described(params, root, params.label.teacher)

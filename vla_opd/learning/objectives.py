@@ -1,11 +1,14 @@
-"""Objectives: per-token losses on student-visited states. Each function is its equation; `masked_mean` is the only mean.
+"""Objectives: per-token losses on student-visited states. Each function is its equation.
 
-Notation: p_S, p_T are the student's and teacher's categoricals over the V bins of one action token at one state; unless the settings say otherwise
-both at the same temperature. Given the observation the K tokens of a chunk are independent, so the KL between chunk distributions is the sum of the
-tokens' KLs; the losses below are per token and `masked_mean` averages over the valid ones. sg[.] stops gradients. Source: VLA-OPD, arXiv 2603.26666,
-eqs. (2), (4)-(7); others are named where they stand.
+Notation: p_S and p_T are the categorical distributions of student and teacher over the V bins of
+one action token at one state; both at the same temperature unless the settings say otherwise. Given
+the observation, the K tokens of a chunk are independent, so the KL between chunk distributions is
+the sum of the tokens' KLs; the losses below are per token and `masked_mean` averages over the valid
+ones. sg[.] stops gradients. Source: VLA-OPD, arXiv 2603.26666, eqs. (2), (4)-(7); other sources are
+named where they apply.
 
-`OBJECTIVES` can be asked at any state. `ON_DECISIONS` need a token that the rollout took, and so the states at which it decided.
+`OBJECTIVES` are defined at any state. `ON_DECISIONS` need a token that the rollout sampled, and so
+the states at which it decided.
 """
 
 import math
@@ -21,10 +24,11 @@ from vla_opd.params.objective import ClipParams, OptimizeParams
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """What an objective sees of N states: normalised log-probabilities over V bins of K tokens.
+    """Normalised log-probabilities over V bins of the K tokens of N states.
 
     student: log p_S, with gradients. teacher: log p_T, without.
-    draw: one bin a token, sampled from the student as it is now; only the objectives that need a sample pay for it.
+    draw: returns one bin per token, sampled from the current student; only the objectives that need
+          a sample pay for it.
     """
 
     student: Float[Tensor, "N K V"]
@@ -34,10 +38,11 @@ class TokenBatch:
 
 
 @dataclass(frozen=True)
-class Taken:
-    """The tokens that the rollout took at N states at which it decided.
+class SampledTokens:
+    """The tokens that the rollout sampled at N states at which it decided.
 
-    now: log p_S(a), with gradients, at the rollout's temperature. then: the same as the rollout recorded it, without.
+    now:  log p_S(a) of the current student, with gradients, at the rollout's temperature.
+    then: log p_old(a) as the rollout recorded it, without gradients.
     advantage: A of the episode, see `group_advantage`.
     """
 
@@ -51,61 +56,73 @@ class Taken:
 class DecisionBatch(TokenBatch):
     """States at which the rollout decided.
 
-    tokens: a, the bins that it took; taken: what `grpo` sees of them.
-    to_go: discounted sum of the rewards of the episode's later decisions, see `rewards_to_go`.
+    tokens:  a, the bins that it sampled; sampled: their log-probabilities and advantages.
+    to_go:   discounted sum of the rewards of the episode's later decisions, see `rewards_to_go`.
     """
 
     tokens: Int[Tensor, "N K"] = field(kw_only=True)
-    taken: Taken = field(kw_only=True)
+    sampled: SampledTokens = field(kw_only=True)
     to_go: Float[Tensor, " N"] = field(kw_only=True)
 
     @property
-    def stale(self) -> Float[Tensor, "N K"] | None:
-        """Log p_S(a) in the reward, where it is to be as the rollout recorded it."""
-        return self.taken.then if self.settings.reward == "rollout" else None
+    def recorded(self) -> Float[Tensor, "N K"] | None:
+        """Log p_old(a) for the reward, with `reward: rollout`; otherwise None."""
+        return self.sampled.then if self.settings.reward == "rollout" else None
 
 
 def reverse_kl(batch: TokenBatch) -> Float[Tensor, "N K"]:
-    """KL(p_S || p_T) = sum_v p_S(v) (log p_S(v) - log p_T(v)), exactly, over all V bins; eq. (5), in nats."""
+    """KL(p_S || p_T) = sum_v p_S(v) (log p_S(v) - log p_T(v)), exact over all V bins, in nats.
+
+    Eq. (5).
+    """
     return (batch.student.exp() * (batch.student - batch.teacher)).sum(-1)
 
 
 def reverse_kl_sampled(batch: TokenBatch) -> Float[Tensor, "N K"]:
-    """The paper's score-function form: -log p_S(a) sg[r(a)], r = log p_T - log p_S, one a ~ p_S; eqs. (6)-(7).
+    """The paper's score-function form: -log p_S(a) sg[r(a)], one a ~ p_S; eqs. (6)-(7).
 
-    Its gradient is that of `reverse_kl` in expectation over a, with a far higher variance; its value means nothing. `a` is drawn from the
-    student being updated: on the draws of an older student the expectation is another one, and a few steps on them collapse the policy.
+    r = log p_T - log p_S. Its gradient equals that of `reverse_kl` in expectation over a, with a
+    far higher variance; its value has no meaning. `a` is drawn from the student being updated: with
+    draws from an older student the expectation differs, and a few steps on them collapse the policy.
     """
     tokens = batch.draw()
-    return -of(batch.student, tokens) * reward(batch, tokens)
+    return -select_token(batch.student, tokens) * reward(batch, tokens)
 
 
 def reverse_kl_rollout(batch: DecisionBatch) -> Float[Tensor, "N K"]:
-    """The same on the rollout's own tokens, -w sg[r(a) + R], a ~ p_old; R = `rewards_to_go`, zero unless `discount` is set.
+    """The same on the rollout's own tokens: -w sg[r(a) + R], a ~ p_old.
 
-    w = log p_S(a), as published: right for the first step on a batch only, and scored at the temperature at which a was drawn. Or, with `ratio`,
-    w = p_S(a) / p_old(a), whose expected gradient stays that of `reverse_kl` at every step (with R = 0 and r `fresh`). r is log p_T(a) - log p_S(a)
-    with the student as it is now, or as the rollout recorded it (`reward: rollout`).
+    R = `rewards_to_go`, zero unless `discount` is set. w = log p_S(a), as published: correct for
+    the first step on a batch only, and scored at the temperature at which a was sampled. With
+    `ratio`, w = p_S(a) / p_old(a), whose expected gradient stays that of `reverse_kl` at every step
+    (for R = 0 and `reward: fresh`). r is log p_T(a) - log p_S(a) with the current student, or as the
+    rollout recorded it (`reward: rollout`).
     """
-    student = of(batch.student, batch.tokens)
-    weight = (student - batch.taken.then).exp() if batch.settings.ratio else student
-    return -weight * (reward(batch, batch.tokens, batch.stale) + batch.to_go.unsqueeze(-1))
+    student = select_token(batch.student, batch.tokens)
+    weight = (student - batch.sampled.then).exp() if batch.settings.ratio else student
+    immediate = reward(batch, batch.tokens, batch.recorded)
+    return -weight * (immediate + batch.to_go.unsqueeze(-1))
 
 
 def forward_kl(batch: TokenBatch) -> Float[Tensor, "N K"]:
-    """KL(p_T || p_S) = sum_v p_T(v) (log p_T(v) - log p_S(v)) on student states: the mass-covering contrast, in nats."""
+    """KL(p_T || p_S) = sum_v p_T(v) (log p_T(v) - log p_S(v)) on student states, in nats.
+
+    The mass-covering contrast.
+    """
     return (batch.teacher.exp() * (batch.teacher - batch.student)).sum(-1)
 
 
 def hard_ce(batch: TokenBatch) -> Float[Tensor, "N K"]:
     """-log p_S(argmax_v p_T(v)): the teacher's greedy label, as in classic DAgger, in nats."""
-    return -of(batch.student, batch.teacher.argmax(-1))
+    return -select_token(batch.student, batch.teacher.argmax(-1))
 
 
 def jsd(batch: TokenBatch) -> Float[Tensor, "N K"]:
-    """Generalised Jensen-Shannon divergence: beta KL(p_T || m) + (1 - beta) KL(p_S || m), m = beta p_T + (1 - beta) p_S, in nats.
+    """Return beta KL(p_T || m) + (1 - beta) KL(p_S || m), m = beta p_T + (1 - beta) p_S, in nats.
 
-    Divided by beta it tends to the forward KL as beta goes to 0; by 1 - beta, to the reverse KL as beta goes to 1. Source: GKD, arXiv 2306.13649.
+    The generalised Jensen-Shannon divergence. Divided by beta it tends to the forward KL as beta
+    goes to 0; divided by 1 - beta, to the reverse KL as beta goes to 1. Source: GKD, arXiv
+    2306.13649.
     """
     beta = torch.tensor(batch.settings.beta, dtype=batch.student.dtype, device=batch.student.device)
     mixture = torch.logaddexp(beta.log() + batch.teacher, (1 - beta).log() + batch.student)
@@ -114,19 +131,21 @@ def jsd(batch: TokenBatch) -> Float[Tensor, "N K"]:
     return beta * from_teacher + (1 - beta) * from_student
 
 
-def grpo(taken: Taken) -> Float[Tensor, "N K"]:
-    """-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A), rho = p_S(a) / p_old(a) token by token; eq. (2). No KL term, no entropy bonus.
+def grpo(sampled: SampledTokens) -> Float[Tensor, "N K"]:
+    """-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A), rho = p_S(a) / p_old(a) per token.
 
-    The mean over an episode's tokens, then over episodes, is `episode_weight`. Source: SimpleVLA-RL, arXiv 2509.09674.
+    Eq. (2). No KL term, no entropy bonus. The mean over an episode's tokens, then over episodes, is
+    `episode_weight`. Source: SimpleVLA-RL, arXiv 2509.09674.
     """
-    ratio, advantage = (taken.now - taken.then).exp(), taken.advantage.unsqueeze(-1)
-    clipped = ratio.clamp(1 - taken.settings.clip_low, 1 + taken.settings.clip_high)
-    return -torch.minimum(ratio * advantage, clipped * advantage)
+    ratio = (sampled.now - sampled.then).exp()
+    advantage = sampled.advantage.unsqueeze(-1)
+    bounded = ratio.clamp(1 - sampled.settings.clip_low, 1 + sampled.settings.clip_high)
+    return -torch.minimum(ratio * advantage, bounded * advantage)
 
 
 def mixed(batch: DecisionBatch) -> Float[Tensor, "N K"]:
-    """`grpo` + `distill` times `reverse_kl`: the environment's reward, with the teacher as a dense guide."""
-    return grpo(batch.taken) + batch.settings.distill * reverse_kl(batch)
+    """`grpo` + `distill` times `reverse_kl`: the task reward, with the teacher as a dense guide."""
+    return grpo(batch.sampled) + batch.settings.distill * reverse_kl(batch)
 
 
 Objective = Callable[[TokenBatch], Float[Tensor, "N K"]]
@@ -149,56 +168,77 @@ ON_DECISIONS: dict[str, OnDecisions] = {
 def reward(
     batch: TokenBatch, tokens: Int[Tensor, "N K"], log_probs: Float[Tensor, "N K"] | None = None
 ) -> Float[Tensor, "N K"]:
-    """sg[r(a)], r = log p_T - log p_S over all bins, or with an older student's `log_probs` of a; eq. (6).
+    """sg[r(a)], r = log p_T - log p_S over all bins; eq. (6).
 
-    `clamp` cuts r at both ends. `centre` takes off its mean under the student: the same expected gradient, with less variance.
+    log_probs: of a under an older student, in place of log p_S(a).
+    `clamp` bounds r on both sides. `centre` subtracts its mean under the student: the same expected
+    gradient, with less variance.
     """
-    every = (batch.teacher - batch.student).detach()
-    one = of(every, tokens) if log_probs is None else of(batch.teacher, tokens) - log_probs
+    per_bin = (batch.teacher - batch.student).detach()
+    if log_probs is None:
+        chosen = select_token(per_bin, tokens)
+    else:
+        chosen = select_token(batch.teacher, tokens) - log_probs
     limit = batch.settings.clamp
     if limit is not None:
-        every, one = every.clamp(-limit, limit), one.clamp(-limit, limit)
-    return one - (batch.student.detach().exp() * every).sum(-1) if batch.settings.centre else one
+        per_bin = per_bin.clamp(-limit, limit)
+        chosen = chosen.clamp(-limit, limit)
+    if not batch.settings.centre:
+        return chosen
+    return chosen - (batch.student.detach().exp() * per_bin).sum(-1)
 
 
-def of(log_probs: Float[Tensor, "N K V"], tokens: Int[Tensor, "N K"]) -> Float[Tensor, "N K"]:
-    """What is said of one bin a token."""
+def select_token(
+    log_probs: Float[Tensor, "N K V"], tokens: Int[Tensor, "N K"]
+) -> Float[Tensor, "N K"]:
+    """Select one bin's log-probability per token."""
     return log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
-def clamped(
+def is_clamped(
     batch: TokenBatch, tokens: Int[Tensor, "N K"], log_probs: Float[Tensor, "N K"] | None = None
 ) -> Bool[Tensor, "N K"]:
-    """Where `clamp` cuts the `reward` of the same arguments."""
+    """Tell for which tokens `clamp` changes the `reward` of the same arguments."""
     limit = math.inf if batch.settings.clamp is None else batch.settings.clamp
-    student = of(batch.student.detach(), tokens) if log_probs is None else log_probs
-    return (of(batch.teacher, tokens) - student).abs() > limit
+    student = select_token(batch.student.detach(), tokens) if log_probs is None else log_probs
+    return (select_token(batch.teacher, tokens) - student).abs() > limit
 
 
-def clipped(taken: Taken) -> Bool[Tensor, "N K"]:
-    """Where `grpo` has no gradient, because the ratio has gone as far as it may."""
-    ratio = (taken.now.detach() - taken.then).exp()
-    up, down = ratio > 1 + taken.settings.clip_high, ratio < 1 - taken.settings.clip_low
-    return torch.where(taken.advantage.unsqueeze(-1) > 0, up, down)
+def is_clipped(sampled: SampledTokens) -> Bool[Tensor, "N K"]:
+    """Tell for which tokens `grpo` has no gradient because the ratio is beyond its bound."""
+    ratio = (sampled.now.detach() - sampled.then).exp()
+    above = ratio > 1 + sampled.settings.clip_high
+    below = ratio < 1 - sampled.settings.clip_low
+    return torch.where(sampled.advantage.unsqueeze(-1) > 0, above, below)
 
 
-def confidence(teacher: Float[Tensor, "N K V"], power: float) -> Float[Tensor, "N K"]:
-    """(1 - H(p_T) / log V)^power: a token's weight, from 1 where the teacher is certain to 0 where it has no opinion. 1 if power is 0."""
+def confidence_weight(teacher: Float[Tensor, "N K V"], power: float) -> Float[Tensor, "N K"]:
+    """(1 - H(p_T) / log V)^power: the weight of a token.
+
+    1 where the teacher is certain, 0 where it is uniform; 1 everywhere for power 0.
+    """
     return (1 - entropy(teacher) / math.log(teacher.shape[-1])).clamp(0, 1) ** power
 
 
 def group_advantage(success: Bool[Tensor, " G"]) -> Float[Tensor, " G"]:
-    """A_i = (R_i - mean R) / (std R + 1e-6), R in {0, 1}, of the G episodes of one group, std with G - 1; eq. (2). ValueError for a single one."""
+    """A_i = (R_i - mean R) / (std R + 1e-6), R in {0, 1}, of the G episodes of a group; eq. (2).
+
+    std is the sample standard deviation (G - 1). ValueError for a group of one.
+    """
     if len(success) < 2:
         raise ValueError(
-            f"group is {len(success)}; expected at least 2 episodes of one placement: an advantage is one over the others"
+            f"group is {len(success)}; expected at least 2 episodes per placement: "
+            "an advantage compares an episode with the others of its group"
         )
     rewards = success.float()
     return (rewards - rewards.mean()) / (rewards.std() + 1e-6)
 
 
 def rewards_to_go(rewards: Float[Tensor, " T"], discount: float) -> Float[Tensor, " T"]:
-    """R_t = sum_{s > t} discount^(s - t) r_s, of the T decisions of one episode; r_s is the sum over the decision's valid tokens."""
+    """R_t = sum_{s > t} discount^(s - t) r_s over the T decisions of one episode.
+
+    r_s is the sum over the decision's valid tokens.
+    """
     to_go = torch.zeros_like(rewards)
     for t in range(len(rewards) - 2, -1, -1):
         to_go[t] = discount * (rewards[t + 1] + to_go[t + 1])
@@ -206,29 +246,35 @@ def rewards_to_go(rewards: Float[Tensor, " T"], discount: float) -> Float[Tensor
 
 
 def episode_weight(mask: Bool[Tensor, "N K"], episode: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """A weight a state, which averages to 1 over tokens: with it the mean over all tokens is that over episodes of each one's mean over its own."""
+    """Return a weight per state, whose mean over valid tokens is 1.
+
+    With it, the mean over all tokens is the mean over episodes of each episode's mean over tokens.
+    """
     tokens = mask.sum(1)
-    _, which = episode.unique(return_inverse=True)
-    lengths = torch.zeros(int(which.max()) + 1).index_add(0, which, tokens.float())
-    return tokens.sum() / (len(lengths) * lengths[which])
+    _, index = episode.unique(return_inverse=True)
+    lengths = torch.zeros(int(index.max()) + 1).index_add(0, index, tokens.float())
+    return tokens.sum() / (len(lengths) * lengths[index])
 
 
-def drawn(log_probs: Float[Tensor, "N K V"], seed: int) -> Int[Tensor, "N K"]:
-    """One bin a token from normalised log-probabilities; on the CPU, so that a seed gives the same draw wherever they are."""
+def sample_tokens(log_probs: Float[Tensor, "N K V"], seed: int) -> Int[Tensor, "N K"]:
+    """Sample one bin per token from normalised log-probabilities.
+
+    On the CPU, so that a seed gives the same sample wherever the log-probabilities are.
+    """
     probabilities = log_probs.detach().exp().flatten(0, 1).cpu()
     tokens = torch.multinomial(probabilities, 1, generator=torch.Generator().manual_seed(seed))
     return tokens.view(log_probs.shape[:2]).to(log_probs.device)
 
 
 def masked_mean(values: Float[Tensor, "N K"], mask: Bool[Tensor, "N K"]) -> Float[Tensor, ""]:
-    """The mean over valid tokens: sum(values * mask) / sum(mask). ValueError if none is valid."""
+    """sum(values * mask) / sum(mask): the mean over valid tokens. ValueError if none is valid."""
     if not mask.any():
         raise ValueError("mask: no valid token in the batch; expected at least one")
     return torch.where(mask, values, 0.0).sum() / mask.sum()
 
 
-def tempered(log_probs: Float[Tensor, "*B V"], temperature: float) -> Float[Tensor, "*B V"]:
-    """Log-softmax of log p / T: the same distribution at another temperature, from logits or from log-probabilities alike."""
+def at_temperature(log_probs: Float[Tensor, "*B V"], temperature: float) -> Float[Tensor, "*B V"]:
+    """Log-softmax of log p / T: the distribution at a temperature, from logits or log p alike."""
     return torch.log_softmax(log_probs / temperature, -1)
 
 

@@ -1,4 +1,4 @@
-"""Which artifacts nobody needs any more: everything but what the kept checkpoints and evaluations came from."""
+"""Garbage collection: find and remove artifacts that nothing in use was made from."""
 
 import shutil
 from collections.abc import Iterable
@@ -12,66 +12,90 @@ from vla_opd.params.run import Params
 
 @dataclass(frozen=True)
 class Garbage:
-    """Artifacts that may go, and the bytes that their files take."""
+    """Artifacts that can be removed, and the size of their files in bytes."""
 
     artifacts: tuple[Artifact, ...]
     bytes: int
 
 
-def kept(store: Store, params: Params, more: Iterable[Artifact] = ()) -> set[str]:
-    """The digests of what must stay: params.yaml's run, what is named besides, what another run links to, and all that any of these came from.
+def find_needed(store: Store, params: Params, keep: Iterable[Artifact] = ()) -> set[str]:
+    """Return the digests of the artifacts that must stay.
 
-    ValueError where that can't be known, so that nothing is ever removed on a guess: nothing is kept at all, a manifest is broken, or something
-    that a kept artifact came from, and that itself came from something, isn't here.
+    These are the run in params.yaml, the artifacts in `keep`, those that another run links to, and
+    everything that any of them came from.
+    ValueError if that cannot be known, so that nothing is removed on a guess: no artifact stays, a
+    manifest is broken, or an ancestor of an artifact that stays is missing (a set of
+    demonstrations may be missing: it has no parents).
     """
     if store.broken:
         raise ValueError(
-            f"gc: {len(store.broken)} artifacts have no manifest that can be trusted, and what they came from isn't known; expected none: "
+            f"gc: the manifests of {len(store.broken)} artifacts cannot be trusted, so it is "
+            "unknown what these artifacts came from; expected none: "
             f"{', '.join(store.broken)} (remove them, or make them again)"
         )
-    linked = _linked(store)
-    stay = [
-        a
-        for a in store.artifacts
-        if (a.run == params.run.name and _planned(a, params)) or a.folder.resolve() in linked
+    linked = _find_linked(store)
+    roots = [
+        artifact
+        for artifact in store.artifacts
+        if _is_planned(artifact, params) or artifact.folder.resolve() in linked
     ]
-    stay += more
-    if not stay:
+    roots += keep
+    if not roots:
         raise ValueError(
-            f"gc: run.name is {params.run.name!r}, and nothing of that run is here; expected a run that was made, or --keep"
+            f"gc: run.name is {params.run.name!r}, and there is no artifact of that run; "
+            "expected the name of a run that was made, or --keep"
         )
-    for artifact in stay:
-        if gone := [
-            f"{role} {digest[:SHORT]}"
-            for digest, role in store.missing(artifact).items()
-            if role != "demonstrations"
-        ]:
-            raise ValueError(
-                f"gc: {artifact.name} came from {', '.join(gone)}, which isn't here, so what that came from isn't known; expected it (dvc pull)"
-            )
-    return {one.digest for artifact in stay for one in store.ancestors(artifact)}
+    needed: set[str] = set()
+    for artifact in roots:
+        _require_ancestors(store, artifact)
+        needed.update(ancestor.digest for ancestor in store.ancestors(artifact))
+    return needed
 
 
-def garbage(store: Store, params: Params, more: Iterable[Artifact] = ()) -> Garbage:
-    """What isn't kept, but for the tables of studies, which are small and can't be made again without all their members. Errors as of `kept`."""
-    needed = kept(store, params, more)
+def _require_ancestors(store: Store, artifact: Artifact) -> None:
+    missing = [
+        f"{role} {digest[:SHORT]}"
+        for digest, role in store.missing(artifact).items()
+        if role != "demonstrations"
+    ]
+    if missing:
+        raise ValueError(
+            f"gc: {artifact.name} came from {', '.join(missing)}, which is missing, so it is "
+            "unknown what else it came from; expected all its ancestors (dvc pull)"
+        )
+
+
+def find_garbage(store: Store, params: Params, keep: Iterable[Artifact] = ()) -> Garbage:
+    """Find the artifacts that nothing needs. Errors as in `find_needed`.
+
+    Tables of studies are never garbage: they are small, and making one again takes all members.
+    """
+    needed = find_needed(store, params, keep)
     unneeded = tuple(
-        a for a in store.artifacts if a.digest not in needed and a.manifest.kind != "study"
+        artifact
+        for artifact in store.artifacts
+        if artifact.digest not in needed and artifact.kind != "study"
     )
-    return Garbage(unneeded, sum(a.size for a in unneeded))
+    return Garbage(unneeded, sum(artifact.size for artifact in unneeded))
 
 
-def remove(found: Garbage, root: Path = ROOT) -> None:
-    """Delete the folders; each is renamed out of sight first, so that what a kill leaves behind is no half artifact. The next call sweeps it up."""
+def remove(garbage: Garbage, root: Path = ROOT) -> None:
+    """Delete the artifacts' folders, and what an earlier call that was killed left over.
+
+    A folder is renamed before it is deleted, so that a kill never leaves half an artifact.
+    """
     for leftover in root.rglob(".*.removed"):
         shutil.rmtree(leftover)
-    for artifact in found.artifacts:
+    for artifact in garbage.artifacts:
         files.remove(artifact.folder)
 
 
-def _planned(artifact: Artifact, params: Params) -> bool:
-    """Whether the run that params.yaml describes has an artifact of this name."""
-    folder, _, name = artifact.name.partition("/")[2].partition("/")
+def _is_planned(artifact: Artifact, params: Params) -> bool:
+    """Return whether the run in params.yaml has an artifact of this name."""
+    run, _, path = artifact.name.partition("/")
+    if run != params.run.name:
+        return False
+    folder, _, name = path.partition("/")
     planned: dict[str, set[str]] = {
         "checkpoints": {*params.origins, *params.updates},
         "trajectories": set(params.updates),
@@ -84,16 +108,18 @@ def _planned(artifact: Artifact, params: Params) -> bool:
     return name in planned.get(folder, ())
 
 
-def _linked(store: Store, root: Path = ROOT) -> set[Path]:
-    """The folders of artifacts that a link in or above an artifact's place leads to: another run lives on them."""
-    targets = [
-        path.resolve()
-        for depth in ("*/*", "*/*/*")
-        for path in root.glob(depth)
-        if path.is_symlink()
-    ]
-    return {
-        a.folder.resolve()
-        for a in store.artifacts
-        if any(a.folder.resolve().is_relative_to(target) for target in targets)
-    }
+def _find_linked(store: Store, root: Path = ROOT) -> set[Path]:
+    """Return the artifacts' folders that another run uses through a symbolic link.
+
+    The link may be to the folder itself or to one above it.
+    """
+    targets: list[Path] = []
+    for pattern in ("*/*", "*/*/*"):
+        links = [path for path in root.glob(pattern) if path.is_symlink()]
+        targets += [link.resolve() for link in links]
+    linked: set[Path] = set()
+    for artifact in store.artifacts:
+        folder = artifact.folder.resolve()
+        if any(folder.is_relative_to(target) for target in targets):
+            linked.add(folder)
+    return linked

@@ -1,4 +1,4 @@
-"""From an artifact back to everything that made it: as a tree, as a graph, as a comparison of two histories."""
+"""The history of an artifact: everything it came from, as a tree, as a graph, or compared."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,16 +11,22 @@ import networkx as nx
 from jinja2 import Environment, StrictUndefined
 from rich.tree import Tree
 
-from vla_opd.artifacts.manifest import differing, flat
-from vla_opd.lineage.provenance import Origin, origin
+from vla_opd.artifacts.manifest import differing_keys, flatten
+from vla_opd.lineage.provenance import Origin, find_origin
 from vla_opd.lineage.store import SHORT, Artifact, Settings, Store
+from vla_opd.machine.tracking import Execution
 
 TEMPLATE = "lineage.html.jinja"
+ABSENT = "not in its history"
 
 
 @dataclass(frozen=True)
 class History:
-    """An artifact and all that it came from: what is here, each after its own parents, and the digests (with their role) of what isn't."""
+    """An artifact and everything it came from.
+
+    artifacts: its ancestors and then itself, parents first. missing: digest and role of ancestors
+    that are not in the store.
+    """
 
     artifact: Artifact
     store: Store
@@ -35,97 +41,113 @@ class History:
 
     @cached_property
     def origins(self) -> dict[str, Origin]:
-        """What dvc.lock, git and the record of executions say of each of its parts, by digest. All their files are read."""
-        return {one.digest: origin(one) for one in self.artifacts}
+        """How every artifact was made, by digest. Reads all their files."""
+        return {artifact.digest: find_origin(artifact) for artifact in self.artifacts}
 
     @property
     def versions(self) -> dict[str, list[str]]:
-        """What the artifacts were made with: packages, graphics, devices; all the values where they differ."""
-        return _values(one.manifest.made_with for one in self.artifacts)
+        """The versions of packages, graphics and devices; several values where they differ."""
+        return _collect_values(artifact.manifest.made_with for artifact in self.artifacts)
 
     @property
     def settings(self) -> dict[str, dict[str, list[str]]]:
-        """For every kind of artifact its settings by dotted name; all the values where they differ."""
-        kinds = dict.fromkeys(one.manifest.kind for one in self.artifacts)
-        return {
-            kind: _values(
-                flat(one.manifest.params) for one in self.artifacts if one.manifest.kind == kind
-            )
-            for kind in kinds
-        }
+        """The settings by kind of artifact and dotted key; several values where they differ."""
+        by_kind: dict[str, list[Settings]] = {}
+        for artifact in self.artifacts:
+            rows = by_kind.setdefault(artifact.kind, [])
+            rows.append(flatten(artifact.manifest.params))
+        values: dict[str, dict[str, list[str]]] = {}
+        for kind, rows in by_kind.items():
+            values[kind] = _collect_values(rows)
+        return values
 
 
-def _values(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
-    found: dict[str, dict[str, None]] = {}
+def _collect_values(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Return the distinct values of every key, in order of appearance; keys are sorted."""
+    values: dict[str, list[str]] = {}
     for row in rows:
         for key, value in row.items():
-            found.setdefault(key, {})[str(value)] = None
-    return {key: list(values) for key, values in sorted(found.items())}
+            distinct = values.setdefault(key, [])
+            if str(value) not in distinct:
+                distinct.append(str(value))
+    return dict(sorted(values.items()))
 
 
 # As a tree
 
 
-def tree(told: History) -> Tree:
-    """The artifact at the root, its parents below it by role. What stands twice is told once."""
-    root = Tree(_line(told, told.artifact), guide_style="dim")
-    _grow(told, told.artifact, root, {told.artifact.digest})
+def tree(history: History) -> Tree:
+    """Draw the artifact as the root and its parents below it, by role; each artifact once."""
+    root = Tree(_describe(history, history.artifact), guide_style="dim")
+    _add_parents(history, history.artifact, root, {history.artifact.digest})
     return root
 
 
-def _grow(told: History, artifact: Artifact, branch: Tree, seen: set[str]) -> None:
-    for role, digest, parent in told.store.parents(artifact):
+def _add_parents(history: History, artifact: Artifact, branch: Tree, drawn: set[str]) -> None:
+    for role, digest, parent in history.store.parents(artifact):
+        short = digest[:SHORT]
         if parent is None:
-            branch.add(f"{role}: [yellow]{digest[:SHORT]}, not here[/]")
-        elif digest in seen:
-            branch.add(f"{role}: {parent.name} [dim]{digest[:SHORT]}, see above[/]")
+            branch.add(f"{role}: [yellow]{short}, not here[/]")
+        elif digest in drawn:
+            branch.add(f"{role}: {parent.name} [dim]{short}, see above[/]")
         else:
-            seen.add(digest)
-            _grow(told, parent, branch.add(f"{role}: {_line(told, parent)}"), seen)
+            drawn.add(digest)
+            description = _describe(history, parent)
+            child = branch.add(f"{role}: {description}")
+            _add_parents(history, parent, child, drawn)
 
 
-def _line(told: History, artifact: Artifact) -> str:
-    return f"[bold]{artifact.name}[/] {artifact.digest[:SHORT]} [dim]{'; '.join(how(told.origins[artifact.digest]))}[/]"
+def _describe(history: History, artifact: Artifact) -> str:
+    phrases = describe_origin(history.origins[artifact.digest])
+    origin = "; ".join(phrases)
+    return f"[bold]{artifact.name}[/] {artifact.short} [dim]{origin}[/]"
 
 
-def how(made: Origin) -> Iterator[str]:
-    """The stage that made it, its command, who ran it, where, when, for how long and as which run of Prefect and W&B, and the commit of its code."""
-    if made.stage:
-        yield f"{made.stage}, by {made.command}"
-    if last := made.last:
-        times = f", {len(made.executions)} times" if len(made.executions) > 1 else ""
-        yield f"{last.began:%Y-%m-%d %H:%M} UTC by {last.user} on {last.host} in {round((last.ended - last.began).total_seconds())} s{times}"
-        if last.task_run:
-            yield f"as Prefect task run {last.task_run} and W&B run {last.id}"
-        yield (
-            f"at commit {last.commit[:7]}{' with edits' if last.edited else ''}"
-            if last.commit
-            else "outside git"
-        )
-    if made.code:
-        yield (
-            f"its code is that of {made.commit[:7]}" if made.commit else "its code is in no commit"
-        )
+def describe_origin(origin: Origin) -> Iterator[str]:
+    """Yield phrases: stage and command; who ran it, where and when; its run ids; its commits."""
+    if origin.stage:
+        yield f"{origin.stage}, by {origin.command}"
+    if origin.last:
+        yield from _describe_execution(origin.last, len(origin.executions))
+    if origin.code and origin.commit:
+        yield f"its code is that of {origin.commit[:7]}"
+    elif origin.code:
+        yield "its code is in no commit"
+
+
+def _describe_execution(last: Execution, count: int) -> Iterator[str]:
+    duration = last.ended - last.began
+    seconds = round(duration.total_seconds())
+    times = f", {count} times" if count > 1 else ""
+    yield f"{last.began:%Y-%m-%d %H:%M} UTC by {last.user} on {last.host} in {seconds} s{times}"
+    if last.task_run:
+        yield f"as Prefect task run {last.task_run} and W&B run {last.id}"
+    if not last.commit:
+        yield "outside git"
+    elif last.edited:
+        yield f"at commit {last.commit[:7]} with edits"
+    else:
+        yield f"at commit {last.commit[:7]}"
 
 
 # As a graph
 
 
-def mermaid(told: History) -> str:
-    """A Mermaid flowchart, which GitHub and many editors draw."""
-    lines = ["flowchart LR"]
-    lines += [
-        f'  {_node(one.digest)}["{one.name}<br/>{one.digest[:SHORT]}"]' for one in told.artifacts
-    ]
-    lines += [
-        f'  {_node(digest)}(["{role}<br/>{digest[:SHORT]}, not here"])'
-        for digest, role in told.missing.items()
-    ]
-    for one in told.artifacts:
-        lines += [
-            f"  {_node(parent)} -- {role} --> {_node(one.digest)}"
-            for role, parent, _ in told.store.parents(one)
-        ]
+def mermaid(history: History) -> str:
+    """Return a Mermaid flowchart, which GitHub and many editors render."""
+    nodes: list[str] = []
+    edges: list[str] = []
+    for artifact in history.artifacts:
+        child = _node(artifact.digest)
+        nodes.append(f'  {child}["{artifact.name}<br/>{artifact.short}"]')
+        for role, digest in artifact.manifest.parents.items():
+            parent = _node(digest)
+            edges.append(f"  {parent} -- {role} --> {child}")
+    for digest, role in history.missing.items():
+        node = _node(digest)
+        short = digest[:SHORT]
+        nodes.append(f'  {node}(["{role}<br/>{short}, not here"])')
+    lines = ["flowchart LR", *nodes, *edges]
     return "\n".join(lines) + "\n"
 
 
@@ -135,7 +157,7 @@ def _node(digest: str) -> str:
 
 @dataclass(frozen=True)
 class Box:
-    """Where an artifact is drawn, in boxes from the left and from the top."""
+    """A box of the drawn graph. x, y: its column and row, counted from the top left."""
 
     digest: str
     name: str
@@ -147,119 +169,185 @@ class Box:
 COLUMNS = ("demonstrations", "trajectories", "logits", "checkpoint", "evaluation", "report")
 
 
-def layout(told: History) -> dict[str, Box]:
-    """Every artifact in the column of its kind, below all its parents. What is missing stands in its role's column, or in the first."""
-    known = {one.digest: (one.name, str(one.manifest.kind)) for one in told.artifacts} | {
-        d: (r, "missing") for d, r in told.missing.items()
-    }
-    kinds = {digest: name if kind == "missing" else kind for digest, (name, kind) in known.items()}
-    present = [kind for kind in COLUMNS if kind in kinds.values()] or ["missing"]
+def layout(history: History) -> dict[str, Box]:
+    """Place every artifact in the column of its kind, below all its parents.
+
+    A missing artifact is placed in the column of its role, or in the first column.
+    """
+    labels = _labels(history)
+    columns = _columns(history)
+    graph = history.store.graph.subgraph(labels)
     boxes: dict[str, Box] = {}
     top = 0
-    for generation in nx.topological_generations(told.store.graph.subgraph(known)):
+    for generation in nx.topological_generations(graph):
         filled = Counter[int]()
-        for digest in sorted(generation, key=known.__getitem__):
-            x = present.index(kinds[digest]) if kinds[digest] in present else 0
-            boxes[digest] = Box(digest, *known[digest], x, top + filled[x])
+        for digest in sorted(generation, key=labels.__getitem__):
+            x = columns[digest]
+            y = top + filled[x]
+            name, kind = labels[digest]
+            boxes[digest] = Box(digest, name, kind, x, y)
             filled[x] += 1
         top += max(filled.values())
     return boxes
 
 
-def page(told: History) -> str:
-    """One HTML page, without scripts or anything from elsewhere: the graph, and what is known of every artifact in it."""
+def _labels(history: History) -> dict[str, tuple[str, str]]:
+    """Return name and kind of every artifact by digest."""
+    labels: dict[str, tuple[str, str]] = {}
+    for artifact in history.artifacts:
+        labels[artifact.digest] = (artifact.name, artifact.kind)
+    for digest, role in history.missing.items():
+        labels[digest] = (role, "missing")
+    return labels
+
+
+def _columns(history: History) -> dict[str, int]:
+    """Return the column of every artifact by digest; columns that would be empty are left out."""
+    kinds = dict(history.missing)
+    for artifact in history.artifacts:
+        kinds[artifact.digest] = artifact.kind
+    present = set(kinds.values())
+    used = [kind for kind in COLUMNS if kind in present]
+    columns: dict[str, int] = {}
+    for digest, kind in kinds.items():
+        columns[digest] = used.index(kind) if kind in used else 0
+    return columns
+
+
+def page(history: History) -> str:
+    """Return an HTML page with the graph and what is recorded of every artifact in it.
+
+    It has no scripts and loads nothing from the network.
+    """
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    template = environment.from_string(
-        files("vla_opd.lineage").joinpath(TEMPLATE).read_text(encoding="utf-8")
-    )
-    boxes = layout(told)
-    edges = [
-        (boxes[parent], boxes[one.digest])
-        for one in told.artifacts
-        for _, parent, _ in told.store.parents(one)
-    ]
-    lines = {one.digest: list(how(told.origins[one.digest])) for one in told.artifacts}
-    return template.render(
-        told=told, boxes=boxes.values(), edges=edges, lines=lines, short=SHORT, flat=flat
+    template = files("vla_opd.lineage") / TEMPLATE
+    source = template.read_text(encoding="utf-8")
+    boxes = layout(history)
+    return environment.from_string(source).render(
+        history=history,
+        boxes=boxes.values(),
+        edges=list(_edges(history, boxes)),
+        describe_origin=describe_origin,
+        short=SHORT,
+        flatten=flatten,
     )
 
 
-# Two histories beside each other
+def _edges(history: History, boxes: Mapping[str, Box]) -> Iterator[tuple[Box, Box]]:
+    for artifact in history.artifacts:
+        child = boxes[artifact.digest]
+        for parent in artifact.manifest.parents.values():
+            yield boxes[parent], child
+
+
+# Compared
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing that differs: in which part of the histories, what, and its value in the one and in the other."""
+    """A difference between two histories: in which artifact, in which field, and both values."""
 
     part: str
-    what: str
+    field: str
     first: str
     second: str
 
 
 def diff(first: History, second: History) -> Iterator[Difference]:
-    """What differs between the histories of two artifacts, part by part in the order in which they were made.
+    """Yield the differences between two histories, artifact by artifact, ancestors first.
 
-    Parts that play the same role are compared: those of the same name, whatever their run. Equal digests are the same part, and say nothing.
+    Artifacts of the same name are compared, of whatever run; the two artifacts themselves are
+    compared even if their names differ. Equal digests are skipped.
     """
-    ours, theirs = (_parts(told) for told in (first, second))
-    if _part(first.artifact) != _part(second.artifact):
-        ours["itself"], theirs["itself"] = first.artifact, second.artifact
-    absent = "not in its history"
-    for role in dict.fromkeys([*ours, *theirs]):
-        one, other = ours.get(role), theirs.get(role)
-        if one is None or other is None:
+    first_parts = _parts(first)
+    second_parts = _parts(second)
+    if _name_in_run(first.artifact) != _name_in_run(second.artifact):
+        first_parts["itself"] = first.artifact
+        second_parts["itself"] = second.artifact
+    for part in dict.fromkeys([*first_parts, *second_parts]):
+        before = first_parts.get(part)
+        after = second_parts.get(part)
+        if before is None or after is None:
             yield Difference(
-                role,
+                part,
                 "artifact",
-                one.digest[:SHORT] if one else absent,
-                other.digest[:SHORT] if other else absent,
+                _short_digest(before),
+                _short_digest(after),
             )
-        elif one.digest != other.digest:
-            yield from (
-                Difference(role, *row)
-                for row in _rows(_described(first, one), _described(second, other))
-            )
-    gone = [
-        {f"{role} {digest[:SHORT]}" for digest, role in told.missing.items()}
-        for told in (first, second)
-    ]
-    yield from (
-        Difference(
-            "not here",
-            name,
-            (name in gone[0] and "needed") or absent,
-            (name in gone[1] and "needed") or absent,
-        )
-        for name in sorted(gone[0] ^ gone[1])
-    )
+        elif before.digest != after.digest:
+            fields_before = _fields(first, before)
+            fields_after = _fields(second, after)
+            yield from _compare_fields(part, fields_before, fields_after)
+    yield from _compare_missing(first, second)
 
 
-def _parts(told: History) -> dict[str, Artifact]:
-    """The artifacts by name, without that of their run; with it where two runs have one of the same name."""
+def _parts(history: History) -> dict[str, Artifact]:
+    """Return the artifacts by name without their run, or with it if two have the same name."""
     parts: dict[str, Artifact] = {}
-    for one in told.artifacts:
-        parts[one.name if _part(one) in parts else _part(one)] = one
+    for artifact in history.artifacts:
+        name = _name_in_run(artifact)
+        parts[artifact.name if name in parts else name] = artifact
     return parts
 
 
-def _part(artifact: Artifact) -> str:
+def _name_in_run(artifact: Artifact) -> str:
     return artifact.name.partition("/")[2]
 
 
-def _described(told: History, artifact: Artifact) -> Settings:
-    """Everything that can tell two artifacts apart, by name: digest, parents, settings, results, versions, code."""
-    manifest, made = artifact.manifest, told.origins[artifact.digest]
-    described: Settings = {"digest": artifact.digest[:SHORT]}
-    described |= {f"parent {role}": digest[:SHORT] for role, digest in manifest.parents.items()}
-    described |= {f"params {key}": value for key, value in flat(manifest.params).items()}
-    described |= {f"facts {key}": value for key, value in flat(manifest.facts).items()}
-    described |= {f"made with {key}": value for key, value in manifest.made_with.items()}
-    return described | {f"code {path}": md5[:SHORT] for path, md5 in (made.code or {}).items()}
+def _short_digest(artifact: Artifact | None) -> str:
+    return ABSENT if artifact is None else artifact.short
 
 
-def _rows(one: Settings, other: Settings) -> Iterator[tuple[str, str, str]]:
-    for key in differing(one, other):
-        yield key, str(one.get(key, "-")), str(other.get(key, "-"))
+def _fields(history: History, artifact: Artifact) -> Settings:
+    """Return everything in which two artifacts can differ: digest, parents, settings, and so on."""
+    manifest = artifact.manifest
+    origin = history.origins[artifact.digest]
+    groups: dict[str, Mapping[str, Any]] = {
+        "parent": _shorten(manifest.parents),
+        "params": flatten(manifest.params),
+        "facts": flatten(manifest.facts),
+        "made with": manifest.made_with,
+        "code": _shorten(origin.code or {}),
+    }
+    fields: Settings = {"digest": artifact.short}
+    for group, values in groups.items():
+        for key, value in values.items():
+            fields[f"{group} {key}"] = value
+    return fields
+
+
+def _shorten(digests: Mapping[str, str]) -> dict[str, str]:
+    short: dict[str, str] = {}
+    for name, digest in digests.items():
+        short[name] = digest[:SHORT]
+    return short
+
+
+def _compare_fields(part: str, first: Settings, second: Settings) -> Iterator[Difference]:
+    for key in differing_keys(first, second):
+        yield Difference(
+            part,
+            key,
+            str(first.get(key, "-")),
+            str(second.get(key, "-")),
+        )
+
+
+def _compare_missing(first: History, second: History) -> Iterator[Difference]:
+    first_names = _missing_names(first)
+    second_names = _missing_names(second)
+    for name in sorted(first_names ^ second_names):
+        values = ("needed", ABSENT) if name in first_names else (ABSENT, "needed")
+        yield Difference("not here", name, *values)
+
+
+def _missing_names(history: History) -> set[str]:
+    names: set[str] = set()
+    for digest, role in history.missing.items():
+        names.add(f"{role} {digest[:SHORT]}")
+    return names

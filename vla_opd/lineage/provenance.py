@@ -1,9 +1,12 @@
-"""Where an artifact's bytes came from beyond its parents: the stage and its code by dvc.lock, the commit that has this code, who ran it and when."""
+"""How an artifact was made: by which stage, with which code and commit, by whom and when.
+
+Sources: dvc.lock, the history of git and the record of executions.
+"""
 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -12,21 +15,21 @@ from ruamel.yaml import YAML
 
 from vla_opd.lineage.store import ROOT, Artifact
 from vla_opd.machine.host import METRICS
-from vla_opd.machine.tracking import CODE, Execution, ask_git, executions
+from vla_opd.machine.tracking import CODE, Execution, read_executions, run_git
 
 LOCK = Path("dvc.lock")
-COMMITS = 2000  # of the history, the newest so many are searched for an artifact's code
+COMMITS = 2000  # how many of the newest commits are searched for an artifact's code
 
 
 @dataclass(frozen=True)
 class Origin:
-    """How an artifact was made, as far as anyone knows.
+    """How an artifact was made, as far as that is recorded.
 
-    stage:      as DVC addresses it, e.g. `label@it003`; empty unless dvc.lock holds these very bytes at this place.
-    command:    what DVC ran for it.
-    code:       file or folder: md5, as dvc.lock has it.
-    commit:     the commit that brought the files to exactly that; empty if no commit in the history has them.
-    executions: who ran it, where and when, the last one last; those that gave this very digest.
+    stage:      its name in DVC, e.g. `label@it003`; empty unless dvc.lock has the artifact's bytes.
+    command:    the command that DVC ran.
+    code:       the md5 of every file or folder of code, from dvc.lock.
+    commit:     the commit that gave the code these md5s; empty if no commit in the history did.
+    executions: the executions that published this digest, in order.
     """
 
     stage: str = ""
@@ -42,95 +45,115 @@ class Origin:
 
 @cache
 def locked_stages(lock: Path = LOCK) -> dict[str, dict[str, Any]]:
-    """The stages of dvc.lock by the folder that they make: each its lock entry, with its `name` and the folder's `md5`."""
+    """Return the entries of dvc.lock by output folder, each with its `name` and the `md5`."""
     if not lock.is_file():
         return {}
     stages = YAML(typ="safe").load(lock.read_text())["stages"]
-    return {
-        out["path"]: entry | {"name": name, "md5": out["md5"]}
-        for name, entry in stages.items()
-        for out in entry["outs"]
-    }
+    entries: dict[str, dict[str, Any]] = {}
+    for name, entry in stages.items():
+        for out in entry["outs"]:
+            identity = {"name": name, "md5": out["md5"]}
+            entries[out["path"]] = {**entry, **identity}
+    return entries
 
 
-def origin(artifact: Artifact, metrics: Path = METRICS) -> Origin:
-    """What dvc.lock, git and the record of executions say of an artifact."""
-    ran = tuple(e for e in executions(metrics / artifact.run) if e.digest == artifact.digest)
-    entry = locked_stages().get((ROOT / artifact.name).as_posix())
-    if entry is None or folder_md5(artifact.folder) != entry["md5"]:
-        return Origin(executions=ran)
-    code = {
-        dep["path"]: dep["md5"] for dep in entry["deps"] if not dep["path"].startswith(f"{ROOT}/")
-    }
-    return Origin(
-        entry["name"],
-        entry["cmd"].removeprefix("exec "),
-        code,
-        commit_with(tuple(sorted(code.items()))),
-        ran,
+def find_origin(artifact: Artifact, metrics: Path = METRICS) -> Origin:
+    """Look an artifact up in dvc.lock, git and the record of executions."""
+    recorded = read_executions(metrics / artifact.run)
+    published = [item for item in recorded if item.digest == artifact.digest]
+    origin = Origin(executions=tuple(published))
+    folder = ROOT / artifact.name
+    entry = locked_stages().get(folder.as_posix())
+    if entry is None or hash_folder(artifact.folder) != entry["md5"]:
+        return origin
+    code: dict[str, str] = {}
+    for dependency in entry["deps"]:
+        path = dependency["path"]
+        if not path.startswith(f"{ROOT}/"):
+            code[path] = dependency["md5"]
+    items = tuple(sorted(code.items()))
+    return replace(
+        origin,
+        stage=entry["name"],
+        command=entry["cmd"].removeprefix("exec "),
+        code=code,
+        commit=find_commit(items),
     )
 
 
 @cache
-def commit_with(code: tuple[tuple[str, str], ...]) -> str:
-    """The commit since which the files had these md5s, in the newest stretch of history where they did. Empty if the code was never committed."""
-    since = ""
+def find_commit(code: tuple[tuple[str, str], ...]) -> str:
+    """Return the commit that gave the files these md5s, the latest time that one did.
+
+    Empty if no commit of the first-parent history has them.
+    """
+    arguments = ("rev-list", "--first-parent", f"--max-count={COMMITS}", "HEAD")
     try:
-        commits = (
-            ask_git("rev-list", "--first-parent", f"--max-count={COMMITS}", "HEAD").decode().split()
-        )
-    except OSError:  # no repository, or none that git lets us read
-        return since
-    for commit in commits:
-        files = _tree(commit)
-        if all(_committed_md5(files, path) == md5 for path, md5 in code):
-            since = commit
-        elif since:
+        commits = run_git(*arguments).decode().split()
+    except OSError:  # no repository, or none that git may read
+        return ""
+    earliest = ""
+    for commit in commits:  # from the newest to the oldest
+        blobs = _list_blobs(commit)
+        if all(_hash_committed(blobs, path) == md5 for path, md5 in code):
+            earliest = commit
+        elif earliest:
             break
-    return since
+    return earliest
 
 
-def folder_md5(folder: Path) -> str:
-    """What DVC calls a folder of these bytes: the md5 of the JSON list of its files' paths and md5s."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return _listed_md5({path.relative_to(folder).as_posix(): _file_md5(path) for path in files})
+def hash_folder(folder: Path) -> str:
+    """Return DVC's hash of a folder: the md5 of the JSON list of its files' paths and md5s."""
+    hashes: dict[str, str] = {}
+    for path in folder.rglob("*"):
+        if path.is_file():
+            name = path.relative_to(folder).as_posix()
+            hashes[name] = _hash_file(path)
+    return _hash_listing(hashes)
 
 
-def _listed_md5(files: Mapping[str, str]) -> str:
-    rows = [{"md5": md5, "relpath": path} for path, md5 in sorted(files.items())]
-    return f"{hashlib.md5(json.dumps(rows, sort_keys=True).encode(), usedforsecurity=False).hexdigest()}.dir"
+def _hash_listing(hashes: Mapping[str, str]) -> str:
+    rows: list[dict[str, str]] = []
+    for path in sorted(hashes):
+        row = {"md5": hashes[path], "relpath": path}
+        rows.append(row)
+    listing = json.dumps(rows, sort_keys=True)
+    md5 = hashlib.md5(listing.encode(), usedforsecurity=False)
+    return f"{md5.hexdigest()}.dir"
 
 
-def _committed_md5(files: Mapping[str, str], path: str) -> str:
-    """Of a file or a folder of a commit, whose files are blobs by path. Empty if it isn't there."""
-    if path in files:
-        return _md5(files[path])
-    inside = {
-        file.removeprefix(f"{path}/"): _md5(blob)
-        for file, blob in files.items()
-        if file.startswith(f"{path}/")
-    }
-    return _listed_md5(inside) if inside else ""
-
-
-def _file_md5(path: Path) -> str:
+def _hash_file(path: Path) -> str:
+    md5 = partial(hashlib.md5, usedforsecurity=False)
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, partial(hashlib.md5, usedforsecurity=False)).hexdigest()
+        return hashlib.file_digest(stream, md5).hexdigest()
+
+
+def _hash_committed(blobs: Mapping[str, str], path: str) -> str:
+    """Hash a file or folder of a commit as DVC does. Empty if the commit does not have it."""
+    if path in blobs:
+        return _hash_blob(blobs[path])
+    prefix = f"{path}/"
+    hashes: dict[str, str] = {}
+    for file, blob in blobs.items():
+        if file.startswith(prefix):
+            hashes[file.removeprefix(prefix)] = _hash_blob(blob)
+    return _hash_listing(hashes) if hashes else ""
 
 
 @cache
-def _tree(commit: str) -> dict[str, str]:
-    """File: blob."""
-    lines = ask_git("ls-tree", "-r", "-z", commit, "--", *CODE).decode().split("\0")
-    return {
-        path: entry.split()[2]
-        for entry, _, path in (line.partition("\t") for line in lines)
-        if path
-    }
+def _list_blobs(commit: str) -> dict[str, str]:
+    """Return git's blob of every file of code in a commit."""
+    blobs: dict[str, str] = {}
+    listing = run_git("ls-tree", "-r", "-z", commit, "--", *CODE).decode()
+    for line in listing.split("\0"):
+        entry, _, path = line.partition("\t")
+        if path:
+            _mode, _type, blob = entry.split()
+            blobs[path] = blob
+    return blobs
 
 
 @cache
-def _md5(blob: str) -> str:
-    return hashlib.md5(
-        ask_git("cat-file", "blob", blob), usedforsecurity=False
-    ).hexdigest()  # as DVC hashes files
+def _hash_blob(blob: str) -> str:
+    content = run_git("cat-file", "blob", blob)
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()

@@ -1,4 +1,4 @@
-"""The artifacts on disk as a graph: who was made from whom, by digest."""
+"""The artifacts on disk as a graph: which artifact was made from which, by digest."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -9,17 +9,18 @@ from typing import Any, get_args
 
 import networkx as nx
 
+from vla_opd.artifacts.layout import ROOT
 from vla_opd.artifacts.manifest import MANIFEST, Kind, Manifest, read_manifest
 
-ROOT = Path("artifacts")
 Settings = dict[str, Any]
-SHORT = 12  # digits of a digest that a person is shown
-SHORTEST = 6  # digits of a digest that name an artifact
+SHORT = 12  # digits of a digest that are printed
+SHORTEST = 6  # digits of a digest that are enough to name an artifact
+LISTED = 20  # artifacts that an error message lists
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """An artifact that is there. `name` is where it lies, e.g. `libero-object/checkpoints/it003`."""
+    """A published artifact. `name` is its path, e.g. `libero-object/checkpoints/it003`."""
 
     name: str
     folder: Path
@@ -30,21 +31,30 @@ class Artifact:
         return self.manifest.digest
 
     @property
+    def short(self) -> str:
+        """The digits of its digest that are printed."""
+        return self.digest[:SHORT]
+
+    @property
+    def kind(self) -> Kind:
+        return self.manifest.kind
+
+    @property
     def run(self) -> str:
         return self.name.partition("/")[0]
 
     @property
     def size(self) -> int:
-        """The bytes of its files, the manifest left out."""
+        """The size of its files in bytes, without the manifest."""
         return sum(entry.size for entry in self.manifest.files.values())
 
 
 @dataclass(frozen=True)
 class Store:
-    """All artifacts under a folder. Where two have one digest they are the same, and the first by name stands for both.
+    """All artifacts under a folder. Of artifacts with equal digests, the first by name is used.
 
-    broken: what lies in an artifact's place and has no manifest that can be trusted: the folder's name, and what is wrong.
-    claimed: the digests that broken manifests say they have, as far as they can be read.
+    broken:  folders whose manifest is missing or cannot be trusted: name and error message.
+    claimed: the digests that broken manifests claim to have, where they can be read.
     """
 
     artifacts: tuple[Artifact, ...]
@@ -57,7 +67,10 @@ class Store:
 
     @cached_property
     def graph(self) -> nx.DiGraph:
-        """An edge from every parent to what was made from it, named by its `role`; nodes are digests, those of missing artifacts too."""
+        """An edge from every parent to its child, with its `role`. Nodes are digests.
+
+        Artifacts that are missing are nodes too.
+        """
         graph = nx.DiGraph()
         for artifact in self.artifacts:
             graph.add_node(artifact.digest)
@@ -66,110 +79,156 @@ class Store:
         return graph
 
     def parents(self, artifact: Artifact) -> Iterator[tuple[str, str, Artifact | None]]:
-        """Role, digest and the artifact itself, None if it isn't here."""
+        """Yield role, digest and artifact of every parent; the artifact is None if missing."""
         for role, digest in artifact.manifest.parents.items():
             yield role, digest, self.by_digest.get(digest)
 
     def ancestors(self, artifact: Artifact) -> tuple[Artifact, ...]:
-        """Everything here that it came from and then itself, each after its own parents."""
-        return self._in_order({artifact.digest} | nx.ancestors(self.graph, artifact.digest))
+        """Return everything that an artifact came from, and then itself, parents first."""
+        digests = nx.ancestors(self.graph, artifact.digest)
+        return self._sort({artifact.digest, *digests})
 
     def descendants(self, digest: str) -> tuple[Artifact, ...]:
-        """Everything here that was made from an artifact (which need not be here), each after its own parents."""
-        return self._in_order(nx.descendants(self.graph, digest) if digest in self.graph else set())
+        """Return everything made from an artifact, which may be missing itself; parents first."""
+        if digest not in self.graph:
+            return ()
+        return self._sort(nx.descendants(self.graph, digest))
 
     def missing(self, artifact: Artifact) -> dict[str, str]:
-        """Digest and role of what it came from and isn't here."""
-        edges = [
-            (role, digest)
-            for one in self.ancestors(artifact)
-            for role, digest, found in self.parents(one)
-            if found is None
-        ]
-        return {digest: role for role, digest in edges}
+        """Return digest and role of the ancestors that are missing."""
+        missing: dict[str, str] = {}
+        for ancestor in self.ancestors(artifact):
+            missing.update(self._missing_parents(ancestor))
+        return missing
+
+    def _missing_parents(self, artifact: Artifact) -> dict[str, str]:
+        parents = artifact.manifest.parents.items()
+        return {digest: role for role, digest in parents if digest not in self.by_digest}
 
     def find(self, text: str, run: str = "") -> Artifact:
-        """The artifact that a path, the end of a name (`checkpoints/it003`) or the beginning of a digest means. ValueError if not exactly one.
+        """Return the artifact with this path, end of a name or beginning of a digest.
 
-        run: whose artifact is meant where several runs have one of that name.
+        run: preferred if several runs have an artifact of that name.
+        ValueError unless exactly one artifact matches.
         """
-        parts = Path(text).parts
-        wanted = parts[1:] if parts[:1] == ROOT.parts else parts
-        there = Path(text).resolve()
-        named = [a for a in self.artifacts if a.folder.resolve() == there] or [
-            a for a in self.artifacts if _ends(a.name, wanted)
-        ]
-        named = [a for a in named if a.run == run] or named
-        numbered = [
-            a
-            for a in self.by_digest.values()
-            if len(text) >= SHORTEST and a.digest.startswith(text)
-        ]
-        found = named or numbered
-        if len(found) == 1:
-            return found[0]
-        if found:
+        matches = self._find_by_name(text, run) or self._find_by_digest(text)
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            names = ", ".join(artifact.name for artifact in matches)
             raise ValueError(
-                f"{text} means {len(found)} artifacts; expected one of them: {', '.join(a.name for a in found)}"
+                f"{text} means {len(matches)} artifacts; expected one of them: {names}"
             )
-        if spoiled := [what for name, what in self.broken.items() if _ends(name, wanted)]:
-            raise ValueError(f"{text}: {spoiled[0]}")
-        known = ", ".join(a.name for a in self.artifacts[:20]) or "none yet: make run"
-        raise ValueError(
-            f"{text}: no such artifact; expected a name, the end of one, or {SHORTEST} or more digits of a digest. There are: {known}"
+        raise ValueError(f"{text}: {self._explain_absence(text)}")
+
+    def _find_by_name(self, text: str, run: str) -> list[Artifact]:
+        folder = Path(text).resolve()
+        matches = [artifact for artifact in self.artifacts if artifact.folder.resolve() == folder]
+        if not matches:
+            parts = _name_parts(text)
+            matches = [artifact for artifact in self.artifacts if _ends_with(artifact.name, parts)]
+        preferred = [artifact for artifact in matches if artifact.run == run]
+        return preferred or matches
+
+    def _find_by_digest(self, text: str) -> list[Artifact]:
+        if len(text) < SHORTEST:
+            return []
+        artifacts = self.by_digest.values()
+        return [artifact for artifact in artifacts if artifact.digest.startswith(text)]
+
+    def _explain_absence(self, text: str) -> str:
+        parts = _name_parts(text)
+        for name, message in self.broken.items():
+            if _ends_with(name, parts):
+                return message
+        names = ", ".join(artifact.name for artifact in self.artifacts[:LISTED])
+        return (
+            "no such artifact; expected a name, the end of one, or "
+            f"{SHORTEST} or more digits of a digest. There are: {names or 'none yet: make run'}"
         )
 
-    def _in_order(self, digests: Iterable[str]) -> tuple[Artifact, ...]:
-        wanted = set(digests)
-        return tuple(
-            self.by_digest[d]
-            for d in nx.lexicographical_topological_sort(self.graph)
-            if d in wanted and d in self.by_digest
-        )
+    def _sort(self, digests: Iterable[str]) -> tuple[Artifact, ...]:
+        selected = set(digests)
+        artifacts: list[Artifact] = []
+        for digest in nx.lexicographical_topological_sort(self.graph):
+            artifact = self.by_digest.get(digest)
+            if artifact is not None and digest in selected:
+                artifacts.append(artifact)
+        return tuple(artifacts)
 
 
-def _ends(name: str, parts: tuple[str, ...]) -> bool:
-    return bool(parts) and Path(name).parts[-len(parts) :] == parts
+def _name_parts(text: str) -> tuple[str, ...]:
+    """Return the parts of a name; a leading `artifacts` is dropped."""
+    parts = Path(text).parts
+    if parts[:1] == ROOT.parts:
+        return parts[1:]
+    return parts
+
+
+def _ends_with(name: str, parts: tuple[str, ...]) -> bool:
+    if not parts:
+        return False
+    end = Path(name).parts[-len(parts) :]
+    return end == parts
 
 
 def read_store(root: Path = ROOT) -> Store:
-    """Read every manifest under `root`; the files that they list are not read (see `verify`). Links are not followed, drafts not seen."""
+    """Read every manifest under `root`, but not the files that they list (see `verify`).
+
+    Links are not followed; drafts are skipped.
+    """
     artifacts: list[Artifact] = []
     broken: dict[str, str] = {}
     claimed: dict[str, str] = {}
-    for folder in sorted(
-        {path.parent for path in root.rglob(MANIFEST)}
-        | {path for path in root.glob("*/*/*") if path.is_dir()}
-    ):
+    for folder in _artifact_folders(root):
         name = folder.relative_to(root).as_posix()
-        if any(part.startswith(".") for part in name.split("/")) or folder.is_symlink():
-            continue
         try:
             artifacts.append(read_artifact(folder, name))
         except (OSError, ValueError) as error:
             broken[name] = str(error)
-            claimed |= {name: digest} if (digest := _claimed(folder / MANIFEST)) else {}
+            digest = _read_claimed_digest(folder / MANIFEST)
+            if digest:
+                claimed[name] = digest
     return Store(tuple(artifacts), broken, claimed)
 
 
+def _artifact_folders(root: Path) -> Iterator[Path]:
+    """Yield every folder with a manifest, and those that are where an artifact should be."""
+    folders = {path.parent for path in root.rglob(MANIFEST)}
+    for path in root.glob("*/*/*"):
+        if path.is_dir():
+            folders.add(path)
+    for folder in sorted(folders):
+        name = folder.relative_to(root).as_posix()  # of `root` itself: "."
+        hidden = name.startswith(".") or "/." in name
+        if not hidden and not folder.is_symlink():
+            yield folder
+
+
 def read_artifact(folder: Path, name: str) -> Artifact:
-    """The artifact in a folder, whatever its kind. ValueError if its manifest can't be trusted, OSError if it can't be read."""
-    return Artifact(name, folder, read_manifest(folder, _kind(folder / MANIFEST)))
+    """Read the artifact in a folder, of whatever kind.
+
+    ValueError if its manifest cannot be trusted, OSError if it cannot be read.
+    """
+    kind = _read_kind(folder / MANIFEST)
+    return Artifact(name, folder, read_manifest(folder, kind))
 
 
-def _claimed(path: Path) -> str:
-    """The digest that an untrustworthy manifest says it has; empty if it can't be read."""
+def _read_claimed_digest(path: Path) -> str:
+    """Return the digest that a broken manifest claims to have; empty if it cannot be read."""
     try:
         return str(json.loads(path.read_text())["digest"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 
 
-def _kind(path: Path) -> Kind:
+def _read_kind(path: Path) -> Kind:
+    kinds = get_args(Kind)
     try:
         kind = json.loads(path.read_text())["kind"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a manifest: {type(error).__name__}: {error}") from error
-    if kind not in get_args(Kind):
-        raise ValueError(f"{path}: kind is {kind!r}; expected one of {list(get_args(Kind))}")
+        problem = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path}: not a manifest: {problem}") from error
+    if kind not in kinds:
+        raise ValueError(f"{path}: kind is {kind!r}; expected one of {list(kinds)}")
     return kind

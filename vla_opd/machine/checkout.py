@@ -1,4 +1,4 @@
-"""The folder that a command runs in: whether its code is the one that runs, and whether its artifacts lie where they seem to."""
+"""Checks of the folder that a command runs in: its code, and links in its artifacts' paths."""
 
 import sys
 from pathlib import Path
@@ -7,31 +7,39 @@ PACKAGES = ("flows", "vla_opd")
 
 
 def require_own_code() -> None:
-    """ValueError if this folder is a checkout, and the code that runs is other code: stages would be planned by one and made by the other."""
+    """Check that the running code is that of this folder, if the folder is a checkout.
+
+    ValueError otherwise: stages would be planned by one version and run by the other.
+    """
     for package in PACKAGES:
-        here = Path(package)
+        local = Path(package)
         module = sys.modules.get(package)
-        if module is None or not module.__file__ or not (here / "__init__.py").is_file():
+        if module is None or not module.__file__ or not (local / "__init__.py").is_file():
             continue
         running = Path(module.__file__).resolve().parent
-        if here.resolve() != running and sources(here) != sources(running):
+        if local.resolve() != running and read_sources(local) != read_sources(running):
             raise ValueError(
-                f"this folder has {here.resolve()}, but the code that runs is {running}; expected one checkout: use this one's own environment "
-                f"(`make setup`, then .venv/bin/opd), or `python -m flows` and `python -m stages`, which take this folder's code"
+                f"this folder has {local.resolve()}, but the code that runs is {running}; expected "
+                "one checkout: use this one's own environment (`make setup`, then .venv/bin/opd), "
+                "or `python -m flows` and `python -m stages`, which use this folder's code"
             )
 
 
-def sources(package: Path) -> dict[str, bytes]:
-    """The Python files of a package, by their paths in it."""
+def read_sources(package: Path) -> dict[str, bytes]:
+    """Return the contents of a package's Python files, by relative path."""
     return {str(path.relative_to(package)): path.read_bytes() for path in package.rglob("*.py")}
 
 
 def require_no_links(run: Path) -> None:
-    """ValueError if a folder that artifacts of a run lie in, `artifacts/<run>` or one above or below it, is a link: DVC can't store them then."""
+    """Check that no folder of a run's artifacts is a link, which DVC can't store.
+
+    ValueError names the first link: `artifacts/<run>`, a folder above it, or one of its kinds.
+    """
     kinds = sorted(path for path in run.glob("*") if not path.name.startswith("."))
     for folder in (*reversed(run.parents), run, *kinds):
         if folder.is_symlink():
             raise ValueError(
-                f"{folder} is a link to {folder.readlink()}; expected a folder: DVC can't store artifacts behind a link. To keep them on another "
-                f"disk, put the whole checkout there; DVC's copies of them go to another disk by `dvc cache dir --local PATH`"
+                f"{folder} is a link to {folder.readlink()}; expected a folder: DVC can't store "
+                "artifacts behind a link. To keep them on another disk, put the whole checkout "
+                "there, or only DVC's copies of them by `dvc cache dir --local PATH`"
             )

@@ -1,4 +1,4 @@
-"""The machine that a stage happens to run on. None of it is part of a result, so none of it is in `params.yaml`."""
+"""The machine that a stage runs on. It is no part of a result, and so not in `params.yaml`."""
 
 import os
 import secrets
@@ -10,19 +10,26 @@ from typing import Literal, get_args
 from vla_opd.artifacts.draft import ALL, Share
 
 TrackingMode = Literal["wandb", "jsonl", "none"]
-METRICS = Path("artifacts/.metrics")  # a folder a run: curves, how long stages took, who ran them
-LAUNCH = "OPD_LAUNCH"  # the environment variable by which shares of a stage, and the stage, know that they belong together
-TASK_RUN = "OPD_TASK_RUN"  # the environment variable by which a flow tells a stage which of its task runs it is
+METRICS = Path("artifacts/.metrics")  # one folder per run: curves and executions
+
+# Environment variables that a flow sets for the stages that it runs.
+LAUNCH = "OPD_LAUNCH"  # shared by the shares of a stage and the process that publishes them
+TASK_RUN = "OPD_TASK_RUN"  # the stage's Prefect task run
 
 
 @dataclass(frozen=True)
 class Host:
-    """workers: simulator processes. device: torch device. metrics: where curves go. timeout_s: a simulator silent for longer is hung.
+    """The machine, and this process's role on it.
 
-    share:     what of the stage's shards this process makes; others make the rest, and one puts them together then.
-    execution: names this run of a stage, in the record of executions and as its id in W&B.
-    task_run:  the Prefect task run that it is, if it is one.
-    graphs:    forward passes of rollouts are captured as CUDA graphs.
+    workers:   number of simulator processes.
+    device:    torch device.
+    metrics:   the folder for curves and executions.
+    timeout_s: seconds after which a silent simulator counts as hung.
+    share:     the shards of the stage that this process makes. Other processes make the rest, and
+               one of them publishes the artifact.
+    execution: the id of this run of a stage, in the record of executions and in W&B.
+    task_run:  the id of its Prefect task run; empty without Prefect.
+    graphs:    capture the forward passes of rollouts as CUDA graphs.
     """
 
     workers: int = 1
@@ -36,83 +43,89 @@ class Host:
     graphs: bool = False
 
     @property
-    def computes(self) -> dict[str, str | bool]:
-        """What of it a rollout's last bits may depend on, for the manifest."""
-        return {"device": self.device} | ({"graphs": True} if self.graphs else {})
+    def compute_params(self) -> dict[str, str | bool]:
+        """What the last bits of a rollout may depend on, for the manifest."""
+        if self.graphs:
+            return {"device": self.device, "graphs": True}
+        return {"device": self.device}
 
-    def not_finite(self, run: str) -> Path:
-        """Where a run's optimiser steps that went wrong are kept."""
+    def non_finite_folder(self, run: str) -> Path:
+        """Return the folder that keeps a run's optimiser steps with non-finite numbers."""
         return self.metrics / run / "not_finite"
 
 
-def processes(said: str) -> int:
-    """How many processes train together. ValueError for what is no such number."""
-    return at_least_one("OPD_PROCESSES, or --processes,", said, "processes")
+def parse_processes(text: str) -> int:
+    """Parse the number of processes that train together. ValueError unless it is at least 1."""
+    return parse_count("OPD_PROCESSES, or --processes,", text, "processes")
 
 
-def on_or_off(field: str, said: str) -> bool:
-    """What a field of the environment or the command line says. ValueError for what is neither 0 nor 1."""
-    if said not in ("", "0", "1"):
-        raise ValueError(f"{field} is {said!r}; expected 0 or 1")
-    return said == "1"
+def parse_flag(field: str, text: str) -> bool:
+    """Parse a flag of the environment or the command line. ValueError unless 0, 1 or empty."""
+    if text not in ("", "0", "1"):
+        raise ValueError(f"{field} is {text!r}; expected 0 or 1")
+    return text == "1"
 
 
-def at_least_one(field: str, said: str, what: str) -> int:
-    """The number that a field of the environment or the command line says. ValueError for what is none, and for less than 1."""
-    if not said.isdecimal() or int(said) < 1:
-        raise ValueError(f"{field} is {said!r}; expected a number of {what}, at least 1")
-    return int(said)
+def parse_count(field: str, text: str, unit: str) -> int:
+    """Parse a number of the environment or the command line. ValueError unless at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"{field} is {text!r}; expected a number of {unit}, at least 1")
+    return int(text)
 
 
 def require_equal_shares(batch_sizes: Mapping[str, int], count: int) -> None:
-    """ValueError for a batch, by its setting, that can't be shared out among the processes that are to train together."""
+    """Check that batches can be divided equally among `count` processes that train together.
+
+    ValueError names the first setting whose batch can't.
+    """
     for setting, size in batch_sizes.items():
         if size % count:
             raise ValueError(
-                f"{setting} is {size}; expected a multiple of the {count} processes that are to train together"
+                f"{setting} is {size}; expected a multiple of the {count} processes that are to "
+                "train together"
             )
 
 
 def require_equal_bits() -> None:
-    """Ask MKL, before its first use in this process, for sums whose order is the same in every process on this machine.
+    """Make MKL sum in the same order in every process of this machine, before its first use.
 
-    Otherwise it may take another order where memory is aligned otherwise or threads come in another sequence, as they do on a busy machine. STRICT:
-    whatever the number of threads. Source: oneMKL Developer Guide, "Obtaining Numerically Reproducible Results".
+    Otherwise the order may depend on the alignment of memory and on the timing of threads.
+    STRICT: for any number of threads. Source: oneMKL Developer Guide, "Obtaining Numerically
+    Reproducible Results".
     """
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 
-def this_host(
+def resolve_host(
     workers: int | None, device: str, tracking: TrackingMode, metrics: Path, *, graphs: bool = False
 ) -> Host:
-    """The host with `auto` resolved: one worker a core, the GPU if there is one. ValueError names what is not there."""
-    import torch  # slow to import, and `python -m stages --help` should not be
+    """Return the host with `auto` resolved: one worker per core, the GPU if there is one.
+
+    ValueError names what this machine does not have.
+    """
+    import torch  # slow to import, and `python -m stages --help` should be fast
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.partition(":")[0] not in ("cpu", "cuda") or (
-        device.startswith("cuda") and not torch.cuda.is_available()
-    ):
+    is_cuda = device.startswith("cuda")
+    is_known = device.partition(":")[0] in ("cpu", "cuda")
+    if not is_known or (is_cuda and not torch.cuda.is_available()):
         raise ValueError(
             f"device is {device!r}; expected 'auto', 'cpu' or, where torch sees one, 'cuda'"
         )
-    if tracking not in get_args(
-        TrackingMode
-    ):  # argparse checks the option, but not its default from the environment
+    modes = get_args(TrackingMode)
+    if tracking not in modes:  # argparse doesn't check a default from the environment
+        raise ValueError(f"tracking is {tracking!r}; expected one of {list(modes)}")
+    if graphs and not is_cuda:
         raise ValueError(
-            f"tracking is {tracking!r}; expected one of {list(get_args(TrackingMode))}"
+            f"OPD_GRAPHS, or --graphs, with the device {device!r}; expected a GPU for CUDA graphs"
         )
-    if graphs and not device.startswith("cuda"):
-        raise ValueError(
-            f"OPD_GRAPHS, or --graphs, with the device {device!r}; expected a GPU, whose graphs they are"
-        )
-    workers, task_run = workers or len(os.sched_getaffinity(0)), os.environ.get(TASK_RUN, "")
     return Host(
-        workers,
+        workers or len(os.sched_getaffinity(0)),
         device,
         tracking,
         metrics,
         execution=secrets.token_hex(4),
-        task_run=task_run,
+        task_run=os.environ.get(TASK_RUN, ""),
         graphs=graphs,
     )

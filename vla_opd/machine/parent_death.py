@@ -1,20 +1,23 @@
-"""A process that doesn't outlive the one that started it. Linux; elsewhere it does."""
+"""Processes that end with the process that started them. Linux only; elsewhere they live on."""
 
 import ctypes
 import os
 import signal
 from contextlib import suppress
 
-STARTED_BY = "OPD_STARTED_BY"  # the environment variable by which a process that is to die with its parent is told which that is
+STARTED_BY = "OPD_STARTED_BY"  # environment variable: the process id to end with
 _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(by: signal.Signals = signal.SIGKILL, parent: int | None = None) -> None:
-    """Have the kernel end this process, by this signal, with the thread that started it. SystemExit if that is dead already.
+    """Have the kernel send this process a signal when the thread that started it ends.
 
-    parent: its process id, where it is known; otherwise it counts as dead if init has adopted this process.
+    parent: the parent's process id, if known. Otherwise a process adopted by init counts as
+            orphaned. SystemExit if the parent is dead already.
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, by)
-    if os.getppid() != parent if parent is not None else os.getppid() == 1:
+    current = os.getppid()
+    orphaned = current == 1 if parent is None else current != parent
+    if orphaned:
         raise SystemExit("the process that started this one has died")

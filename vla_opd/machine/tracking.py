@@ -1,10 +1,12 @@
-"""Curves, host and wall time: to W&B, or to JSON lines. Never a prompt, never a failure, and never part of an artifact.
+"""Curves, host and wall time, in W&B or as JSON lines; never a reason to fail, never an artifact.
 
-Beside the curves stands a record of executions: which artifact which stage made, who ran it, where, when and from which commit.
+A record of executions is kept next to the curves: which stage made which artifact, by whom, where,
+when and from which commit.
 
-With an account (a key in the environment or in ~/.netrc) W&B is online; offline without one, or while it does not answer. `WANDB_MODE` decides
-where it is set. One W&B run per execution of a stage, grouped by the name of the run, or as `WANDB_RUN_GROUP` says: resuming an offline run is not
-supported by W&B, and runs that share an id overwrite each other.
+With an account (a key in the environment or in ~/.netrc) W&B runs online; without one, or while
+its server does not answer, offline. `WANDB_MODE` overrides that. Each execution of a stage is one
+W&B run, grouped by the name of the run or by `WANDB_RUN_GROUP`: W&B can't resume an offline run,
+and runs with the same id overwrite each other.
 """
 
 import getpass
@@ -26,39 +28,38 @@ from vla_opd.machine.host import Host
 
 Log = Callable[[Mapping[str, float], int], None]
 EXECUTIONS = "executions.jsonl"
-UNREACHABLE = "wandb-unreachable"  # says why W&B is not asked for an hour; each try costs a stage up to 20 s, and falling silent in the middle 60
-UNREACHABLE_FOR = 3600.0  # seconds
-ANSWERS_WITHIN = 20.0  # seconds; without an answer until then W&B is taken for unreachable
-UPLOADS_WITHIN = 60.0  # seconds; what W&B has not taken at the end of a stage by then stays here
+# While this file is younger than an hour, W&B stays offline: each attempt would cost a stage up to
+# INIT_TIMEOUT_S, or UPLOAD_TIMEOUT_S if the server stops answering during the stage.
+UNREACHABLE = "wandb-unreachable"
+UNREACHABLE_FOR_S = 3600.0
+INIT_TIMEOUT_S = 20.0
+UPLOAD_TIMEOUT_S = 60.0  # curves that W&B has not taken by then stay on this machine
 CODE = ("flows", "stages", "vla_opd")
-PIPELINE = "dvc.yaml"  # whose repository it is where the code is installed elsewhere
-ELSEWHERE = (  # git's own variables that lead it to another repository than the one around this folder
-    *(
-        "GIT_DIR",
-        "GIT_WORK_TREE",
-        "GIT_INDEX_FILE",
-        "GIT_OBJECT_DIRECTORY",
-        "GIT_ALTERNATE_OBJECT_DIRECTORIES",
-        "GIT_COMMON_DIR",
-    ),
-    *(
-        "GIT_NAMESPACE",
-        "GIT_PREFIX",
-        "GIT_CEILING_DIRECTORIES",
-        "GIT_SHALLOW_FILE",
-        "GIT_GRAFT_FILE",
-        "GIT_REPLACE_REF_BASE",
-    ),
+PIPELINE = "dvc.yaml"  # identifies the project's repository where its code is installed elsewhere
+GIT_REDIRECTIONS = (  # git's variables that select another repository than this folder's
+    "GIT_DIR",
+    "GIT_WORK_TREE",
+    "GIT_INDEX_FILE",
+    "GIT_OBJECT_DIRECTORY",
+    "GIT_ALTERNATE_OBJECT_DIRECTORIES",
+    "GIT_COMMON_DIR",
+    "GIT_NAMESPACE",
+    "GIT_PREFIX",
+    "GIT_CEILING_DIRECTORIES",
+    "GIT_SHALLOW_FILE",
+    "GIT_GRAFT_FILE",
+    "GIT_REPLACE_REF_BASE",
 )
 
 
 class Execution(BaseModel):
-    """One run of a stage to its end.
+    """One completed run of a stage.
 
-    id:       its name here and in W&B. task_run: the Prefect task run that it was, if any.
+    id:       its name here and in W&B. task_run: its Prefect task run, if any.
     digest:   of the artifact `name` that it published.
-    began, ended: UTC.
-    commit:   git's HEAD at its start; `edited` if the code in the working tree differed from it then. Empty outside a repository.
+    began, ended: in UTC.
+    commit:   git's HEAD when it began, empty outside a repository. edited: the code in the working
+              tree differed from it.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -76,14 +77,18 @@ class Execution(BaseModel):
     task_run: str = ""
 
 
-def execution(host: Host, run: str, stage: str, name: str) -> Callable[[str], None]:
-    """Begin one run of a stage: `finished(digest)` adds it to the record of executions. Without tracking nothing is; no failure fails a stage."""
+def start_execution(host: Host, run: str, stage: str, name: str) -> Callable[[str], None]:
+    """Begin a run of a stage; return `finish(digest)`, which adds it to the record of executions.
+
+    Nothing is recorded without tracking. A failure to record is a warning.
+    """
     if host.tracking == "none":
         return lambda _digest: None
-    began, (commit, edited) = datetime.now(UTC), _head()
+    began = datetime.now(UTC)
+    commit, edited = _head()
 
-    def finished(digest: str) -> None:
-        one = Execution(
+    def finish(digest: str) -> None:
+        record = Execution(
             id=host.execution,
             stage=stage,
             name=name,
@@ -99,68 +104,77 @@ def execution(host: Host, run: str, stage: str, name: str) -> Callable[[str], No
         )
         path = host.metrics / run / EXECUTIONS
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            cut = path.is_file() and not f"\n{path.read_text()}".endswith(
-                "\n"
-            )  # a kill's half line must not take this one with it
-            with path.open("a") as stream:
-                stream.write("\n" * cut + one.model_dump_json() + "\n")
+            _append_line(path, record.model_dump_json())
         except OSError as error:
             warnings.warn(
                 f"{path}: {error}; who made {name} and when is not recorded", stacklevel=2
             )
 
-    return finished
+    return finish
 
 
-def executions(folder: Path) -> tuple[Execution, ...]:
-    """The executions recorded in a run's folder of metrics, the oldest first; a line that a kill cut short is passed over."""
+def _append_line(path: Path, line: str) -> None:
+    """Append a line; after one that a kill cut short, start a new line first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = path.read_text() if path.is_file() else ""
+    separator = "\n" if text and not text.endswith("\n") else ""
+    with path.open("a") as stream:
+        stream.write(separator + line + "\n")
+
+
+def read_executions(folder: Path) -> tuple[Execution, ...]:
+    """Read the executions in a run's folder of metrics, oldest first; skip incomplete lines."""
     path = folder / EXECUTIONS
-    found: list[Execution] = []
+    executions: list[Execution] = []
     for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            found.append(Execution.model_validate_json(line))
-        except ValidationError:
-            continue
-    return tuple(found)
+        with suppress(ValidationError):
+            executions.append(Execution.model_validate_json(line))
+    return tuple(executions)
 
 
 def _head() -> tuple[str, bool]:
-    """The commit that is checked out here, and whether its code was edited since. None, with a warning that says why, where git can't tell."""
-    code = [
-        str(Path(name).resolve()) for name in CODE if Path(name).exists()
-    ]  # the member of a study has links to it
+    """Return the commit that is checked out, and whether its code was edited since.
+
+    Empty, with a warning, where git can't tell.
+    """
+    # Paths are resolved because the project of a study's member links to the code.
+    code = [str(Path(name).resolve()) for name in CODE if Path(name).exists()]
     try:
         _require_tracked(code or [PIPELINE])
-        commit = ask_git("rev-parse", "HEAD").decode().strip()
-        return commit, bool(ask_git("status", "--porcelain", "--", *code).strip())
+        commit = run_git("rev-parse", "HEAD").decode().strip()
+        return commit, bool(run_git("status", "--porcelain", "--", *code).strip())
     except OSError as error:
         warnings.warn(f"no commit is recorded: {error}", stacklevel=2)
         return "", False
 
 
 def _require_tracked(files: Sequence[str]) -> None:
-    """OSError if the repository around this folder is another project's."""
-    if not ask_git("ls-files", "--", *files):
+    """Check that the repository around this folder is this project's. OSError otherwise."""
+    if not run_git("ls-files", "--", *files):
         raise OSError("the repository around this folder doesn't hold this project's code")
 
 
-def ask_git(*words: str) -> bytes:
-    """What git says of this folder. OSError with git's own words where it says nothing.
+def run_git(*arguments: str) -> bytes:
+    """Return git's output for this folder. OSError with git's own message if it fails.
 
-    What the environment says of repositories (GIT_DIR and the like) is of another one: where a hook or a script has set it, it isn't about us.
+    Variables such as GIT_DIR are ignored: a hook or script sets them for another repository.
     """
-    environment = {name: value for name, value in os.environ.items() if name not in ELSEWHERE}
+    environment = dict(os.environ)
+    for name in GIT_REDIRECTIONS:
+        environment.pop(name, None)
     try:
-        done = subprocess.run(["git", *words], env=environment, capture_output=True, check=False)  # noqa: S603, S607 - the user's own git
+        result = subprocess.run(  # noqa: S603 - the user's own git
+            ["git", *arguments],  # noqa: S607
+            env=environment,
+            capture_output=True,
+            check=False,
+        )
     except FileNotFoundError:
         raise OSError("git isn't installed") from None
-    if done.returncode != 0:
-        raise OSError(
-            done.stderr.decode(errors="replace").strip().partition("\n")[0]
-            or f"git ended with {done.returncode}"
-        )
-    return done.stdout
+    if result.returncode != 0:
+        message = result.stderr.decode(errors="replace").strip().partition("\n")[0]
+        raise OSError(message or f"git ended with {result.returncode}")
+    return result.stdout
 
 
 def _user() -> str:
@@ -172,22 +186,22 @@ def _user() -> str:
 
 @contextmanager
 def track(host: Host, run: str, stage: str, name: str, config: Mapping[str, Any]) -> Generator[Log]:
-    """`log(metrics, step)` for one execution of a stage. Metrics are numbers by name; `step` counts what the stage repeats.
+    """Yield `log(metrics, step)` for one execution of a stage; `step` counts what it repeats.
 
-    What makes a share has its own lines and its own W&B run.
+    Each share has its own JSON lines and its own W&B run.
     """
-    name = name if host.share.whole else f"{name}-share{host.share.number}of{host.share.count}"
-    with _jsonl(host, run, stage, name) as lines:
-        online = _Online(
-            _wandb(host, run, stage, name, config) if host.tracking == "wandb" else None,
-            host.metrics,
-        )
+    if not host.share.whole:
+        name = f"{name}-share{host.share.number}of{host.share.count}"
+    with _open_json_lines(host, run, stage, name) as log_line:
+        wandb_run = None
+        if host.tracking == "wandb":
+            wandb_run = _start_wandb(host, run, stage, name, config)
+        online = _FaultTolerantRun(wandb_run, host.metrics)
 
         def log(metrics: Mapping[str, float], step: int) -> None:
-            lines(metrics, step)
-            online.call(
-                "log", {f"{stage}/{key}": value for key, value in metrics.items()}, step=step
-            )
+            log_line(metrics, step)
+            prefixed = {f"{stage}/{key}": value for key, value in metrics.items()}
+            online.call("log", prefixed, step=step)
 
         try:
             yield log
@@ -195,82 +209,77 @@ def track(host: Host, run: str, stage: str, name: str, config: Mapping[str, Any]
             online.finish()
 
 
-class _Online:
-    """A W&B run that fails nothing: the first time that W&B's own process does not answer, it is given up with a warning."""
+class _FaultTolerantRun:
+    """A W&B run, or None, that is given up with a warning when W&B's process stops answering."""
 
     def __init__(self, run: Any, metrics: Path) -> None:
-        self._run, self._metrics = run, metrics
+        self._run = run
+        self._metrics = metrics
 
-    def call(self, what: str, *arguments: Any, **named: Any) -> None:
-        """A method of the run, while there is one."""
+    def call(self, method: str, *arguments: Any, **named: Any) -> None:
+        """Call a method of the run, if there still is one."""
         if self._run is None:
             return
         try:
-            getattr(self._run, what)(*arguments, **named)
-        except Exception as error:  # noqa: BLE001 - W&B's own process is gone, or whatever else: it's a view of the JSON lines
+            getattr(self._run, method)(*arguments, **named)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the JSON lines have the metrics
             self._run = None
             with suppress(Exception):
                 import wandb
 
-                wandb.teardown()  # now, and not with a traceback when the process ends
+                wandb.teardown()  # now, without a traceback when the process ends
             warnings.warn(
-                f"W&B was lost ({error or type(error).__name__}); metrics go to {self._metrics} as JSON lines only",
+                f"W&B was lost ({error or type(error).__name__}); metrics go to {self._metrics} as "
+                "JSON lines only",
                 stacklevel=3,
             )
 
     def finish(self) -> None:
-        """End the run. A server that has fallen silent shows only here, by the time that this takes; the next stages won't ask it."""
+        """End the run. A long wait shows that the server has stopped answering."""
         began = time.monotonic()
         self.call("finish")
-        if time.monotonic() - began >= UPLOADS_WITHIN:
-            _take_for_unreachable(
-                self._metrics, f"did not take a run's curves within {UPLOADS_WITHIN:.0f} s"
+        if time.monotonic() - began >= UPLOAD_TIMEOUT_S:
+            _mark_unreachable(
+                self._metrics, f"did not take a run's curves within {UPLOAD_TIMEOUT_S:.0f} s"
             )
 
 
 @contextmanager
-def _jsonl(host: Host, run: str, stage: str, name: str) -> Generator[Log]:
+def _open_json_lines(host: Host, run: str, stage: str, name: str) -> Generator[Log]:
     if host.tracking == "none":
         yield lambda _metrics, _step: None
         return
     path = host.metrics / run / f"{stage}-{name}.jsonl"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        opened = path.open("a")
+        stream = path.open("a")
     except OSError as error:
         warnings.warn(f"{path}: {error.strerror}; the curves of {name} are not kept", stacklevel=2)
         yield lambda _metrics, _step: None
         return
-    with opened as stream:
+    with stream:
 
         def log(metrics: Mapping[str, float], step: int) -> None:
-            stream.write(
-                json.dumps({"time": time.time(), "host": platform.node(), "step": step, **metrics})
-                + "\n"
-            )
+            row = {"time": time.time(), "host": platform.node(), "step": step, **metrics}
+            stream.write(json.dumps(row) + "\n")
             stream.flush()
 
         yield log
 
 
-def _wandb(
-    host: Host, run: str, stage: str, name: str, config: Mapping[str, Any]
-) -> Any:  # a wandb.Run or None; imported lazily
-    """A W&B run. Offline for an hour, with one warning, after an online one did not start; None, with a warning, if an offline one doesn't either."""
-    os.environ.setdefault(
-        "WANDB_ERROR_REPORTING", "false"
-    )  # its telemetry asks for W&B's server, offline too
+def _start_wandb(host: Host, run: str, stage: str, name: str, config: Mapping[str, Any]) -> Any:
+    """Start a W&B run. If it fails online, warn and stay offline for an hour.
+
+    None, with a warning, if it fails offline too.
+    """
+    # Its telemetry would contact W&B's server even offline.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     _keep_wandb_out_of_home(host.metrics)
-    mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
-    unreachable = host.metrics / UNREACHABLE
-    if (
-        mode == "online"
-        and unreachable.is_file()
-        and time.time() - unreachable.stat().st_mtime < UNREACHABLE_FOR
-    ):
-        mode = "offline"
+    mode = _wandb_mode(host.metrics)
+    if host.task_run:
+        config = {**config, "prefect_task_run": host.task_run}
     try:
-        import wandb  # slow to import, and not wanted with other trackers
+        import wandb  # slow to import, and not needed by other trackers
 
         return wandb.init(
             project="vla-opd",
@@ -279,28 +288,51 @@ def _wandb(
             name=f"{stage}-{name}",
             id=host.execution or None,
             dir=host.metrics,
-            config={**config, **({"prefect_task_run": host.task_run} if host.task_run else {})},
-            mode=mode,  # pyright: ignore[reportArgumentType] - WANDB_MODE is free text; wandb.init checks it
+            config=dict(config),
+            mode=mode,
             settings=wandb.Settings(
                 silent=True,
-                init_timeout=ANSWERS_WITHIN,
-                finish_timeout=UPLOADS_WITHIN,
+                init_timeout=INIT_TIMEOUT_S,
+                finish_timeout=UPLOAD_TIMEOUT_S,
                 console="off",
             ),
         )
-    except Exception as error:  # noqa: BLE001 - its own errors, and whatever else its many parts meet on a strange machine
+    except Exception as error:  # noqa: BLE001 - W&B's own errors, and any of its parts
         if mode != "online":
             warnings.warn(
                 f"W&B did not start ({error}); metrics go to {host.metrics} as JSON lines only",
                 stacklevel=2,
             )
             return None
-        _take_for_unreachable(host.metrics, f"did not start ({error})")
-        return _wandb(host, run, stage, name, config)
+        _mark_unreachable(host.metrics, f"did not start ({error})")
+        return _start_wandb(host, run, stage, name, config)
+
+
+def _wandb_mode(metrics: Path) -> Any:  # WANDB_MODE is free text, which wandb.init checks
+    mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+    if mode == "online" and _is_marked_unreachable(metrics):
+        return "offline"
+    return mode
+
+
+def _is_marked_unreachable(metrics: Path) -> bool:
+    mark = metrics / UNREACHABLE
+    return mark.is_file() and time.time() - mark.stat().st_mtime < UNREACHABLE_FOR_S
+
+
+def _mark_unreachable(metrics: Path, reason: str) -> None:
+    mark = metrics / UNREACHABLE
+    with suppress(OSError):  # then the next stage tries again
+        mark.write_text(reason)
+    warnings.warn(
+        f"W&B {reason}; its runs stay in {metrics / 'wandb'} for the next hour "
+        f"(`wandb sync` uploads them; remove {mark} to try again now)",
+        stacklevel=2,
+    )
 
 
 def _keep_wandb_out_of_home(metrics: Path) -> None:
-    """Where there is no home, or none that can be written to, W&B's files go beside its runs: it would stop without."""
+    """Put W&B's files next to its runs if there is no writable home, without which it fails."""
     try:
         home = Path.home()
         usable = os.access(home, os.R_OK | os.W_OK | os.X_OK)
@@ -309,16 +341,6 @@ def _keep_wandb_out_of_home(metrics: Path) -> None:
     if not usable:
         for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
             os.environ.setdefault(name, str(metrics.resolve() / "wandb-home"))
-
-
-def _take_for_unreachable(metrics: Path, why: str) -> None:
-    unreachable = metrics / UNREACHABLE
-    with suppress(OSError):  # then the next stage tries it too
-        unreachable.write_text(why)
-    warnings.warn(
-        f"W&B {why}; its runs stay in {metrics / 'wandb'} for the next hour (`wandb sync` uploads them; remove {unreachable} to try again now)",
-        stacklevel=2,
-    )
 
 
 def _has_key() -> bool:

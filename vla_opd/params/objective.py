@@ -9,47 +9,61 @@ from vla_opd.params.training import UpdateParams
 
 
 class GroupParams(Section):
-    """Which groups GRPO learns from: those whose mean success is within keep_low ... keep_high. Of a single outcome there is nothing to prefer."""
+    """Which groups GRPO learns from: those with a mean success in [keep_low, keep_high].
+
+    A group whose episodes all succeed, or all fail, has no advantage to learn from.
+    """
 
     keep_low: Fraction = 0.1
     keep_high: Fraction = 0.9
 
     @model_validator(mode="after")
-    def _some_are_kept(self) -> "GroupParams":
+    def _require_interval(self) -> "GroupParams":
         if self.keep_low > self.keep_high:
             raise ValueError(
-                f"keep_low is {self.keep_low} and keep_high is {self.keep_high}; expected keep_low to be at most keep_high"
+                f"keep_low is {self.keep_low} and keep_high is {self.keep_high}; "
+                "expected keep_low to be at most keep_high"
             )
         return self
 
     def keeps(self, success: float) -> bool:
-        """Whether a group of that mean success is one to learn from."""
+        """Return whether GRPO learns from a group with this mean success."""
         return self.keep_low <= success <= self.keep_high
 
 
 class ClipParams(Section):
-    """GRPO's ratio is clipped to [1 - clip_low, 1 + clip_high]."""
+    """Bounds of GRPO's ratio p_S / p_old per token: [1 - clip_low, 1 + clip_high]."""
 
     clip_low: float = Field(default=0.2, gt=0, lt=1)
     clip_high: float = Field(default=0.28, gt=0)
 
 
 class OptimizeParams(UpdateParams, GroupParams, ClipParams):
-    """Eq. (5): the student's update towards the teacher.
+    """The student's update towards the teacher, eq. (5).
 
-    objective:   a key of `vla_opd.learning.objectives.OBJECTIVES` or `ON_DECISIONS`, or `"package.module:function"` of a `TokenBatch`.
-    temperature: both student and teacher are scored at it, the teacher at `teacher_temperature` if that is set.
-    confidence:  tokens are weighted by (1 - H(p_T) / log V) to this power.
-    anchor:      weight of KL(p_S || p_0) at the same states, p_0 the checkpoint `student` that the run began with, whatever the objective.
-    beta:        of `jsd`. distill: weight of the reverse KL in `mixed`.
-    recoverable: only states from which the teacher still succeeds are learnt from (`label.recover_every`).
-    states:      only so many of the states are learnt from, drawn at random: as many in every arm, however long its episodes are. An iteration
-                 that has some, but fewer, fails.
-    earlier:     states and labels of so many iterations before this one are learnt from too, all of them alike: DAgger's aggregation. What is
-                 measured before and after is measured on this iteration's states.
-    clamp, centre: the reward of the sampled forms is cut to [-clamp, clamp]; its mean under the student is taken off.
-    ratio, reward, discount: of `reverse_kl_rollout`: an importance ratio in place of the log-probability; the student in r as it is now, or as the
-                 rollout recorded it; the discount of the rewards of later decisions.
+    objective: a key of `vla_opd.learning.objectives.OBJECTIVES` or `ON_DECISIONS`, or
+        `"package.module:function"`, a function of a `TokenBatch`.
+    temperature: softmax temperature at which student and teacher are scored.
+    teacher_temperature: the teacher's, if it differs from `temperature`.
+    confidence: power of the weight (1 - H(p_T) / log V) per token; 0 weights all tokens equally.
+    anchor: weight of KL(p_S || p_0), added to any objective at the same states. p_0 is the
+        checkpoint `student`, with which the run begins.
+    beta: weight of the teacher in the mixture of `jsd`.
+    distill: weight of the reverse KL in `mixed`.
+    clamp: bound c of the reward of the sampled objectives, in nats per token: [-c, c].
+    centre: subtract the reward's mean under the student (same expected gradient, less variance).
+    ratio: weight `reverse_kl_rollout` by p_S(a) / p_old(a) instead of log p_S(a).
+    reward: log p_S in the reward of `reverse_kl_rollout`: of the current student (`fresh`), or as
+        the rollout recorded it (`rollout`).
+    discount: factor per decision, for adding later decisions' rewards in `reverse_kl_rollout`.
+    recoverable: learn only from states from which the teacher still succeeds
+        (`label.recover_every`).
+    states: number of states to learn from, drawn at random; all usable states if null. With it,
+        arms learn from equally many states, whatever the length of their episodes. An iteration
+        that has usable states, but fewer, fails.
+    earlier: number of previous iterations whose states and labels are learned from as well, with
+        equal weight (DAgger's aggregation). Metrics before and after the update are still measured
+        on this iteration's states.
     """
 
     objective: str = "reverse_kl"
@@ -77,8 +91,12 @@ OPTIONS_OF = {
     "reward": {"reverse_kl_rollout"},
     "discount": {"reverse_kl_rollout"},
     "distill": {"mixed"},
-    **{field: {"mixed"} for field in (*GroupParams.model_fields, *ClipParams.model_fields)},
+    "keep_low": {"mixed"},
+    "keep_high": {"mixed"},
+    "clip_low": {"mixed"},
+    "clip_high": {"mixed"},
 }
-"""Settings of `optimize` that only these objectives read: with another one they would be silently without effect."""
-FROM_STUDENT = {"reverse_kl_rollout", "mixed"}
-"""Objectives that take the rollout's tokens for the student's: `vla_opd.learning.objectives.ON_DECISIONS`, as a test says."""
+"""Options of `optimize` that only some objectives read, and those objectives."""
+
+ON_SAMPLED_TOKENS = {"reverse_kl_rollout", "mixed"}
+"""Objectives of the tokens that the rollout sampled: the keys of `ON_DECISIONS`."""

@@ -1,105 +1,259 @@
-"""Contradictions between sections of `params.yaml`."""
+"""Rules between sections of `params.yaml`: one function each, which yields its error messages.
 
-from collections.abc import Iterator
+They are checked when a file is loaded. A `Params` made in code, which may leave sections unused, is
+not checked.
+"""
 
-from vla_opd.params.objective import FROM_STUDENT, OPTIONS_OF, OptimizeParams
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from vla_opd.params.objective import ON_SAMPLED_TOKENS, OPTIONS_OF
 from vla_opd.params.run import Params
-from vla_opd.params.stages import LabelParams
-from vla_opd.params.training import TrainedParams
 
-WITH_MEMORY = {"libero"}
-"""Scripted experts that remember what they did, and so can't be asked at a state to which somebody else came."""
+EXPERTS_WITH_MEMORY = {"libero"}
+"""Scripted experts that remember what they did, and so cannot take over another's episode."""
 
 
-def contradictions(params: Params) -> Iterator[str]:
-    """What one section asks of another, and doesn't get. Not asked of a `Params` made in code, of which not every section need be in use."""
-    crop, size = params.policy.crop, params.environment.image_size
+def find_contradictions(params: Params) -> Iterator[str]:
+    """Yield a message for every rule that is broken."""
+    for rule in RULES:
+        yield from rule(params)
+
+
+def crop_fits_image(params: Params) -> Iterator[str]:
+    crop = params.policy.crop
+    size = params.environment.image_size
     if crop > size:
         yield f"policy.crop is {crop}; expected at most environment.image_size, which is {size}"
-    every, chunk = params.sample.observe_every, params.policy.chunk
+
+
+def stored_states_include_decisions(params: Params) -> Iterator[str]:
+    every = params.sample.observe_every
+    chunk = params.policy.chunk
     if chunk % every:
-        divisors = [n for n in range(1, chunk + 1) if chunk % n == 0]
-        yield f"sample.observe_every is {every}; expected a divisor of policy.chunk, which is {chunk}: one of {divisors}"
-    if both := [task for task in params.evaluate.unseen or () if task in params.environment.tasks]:
-        yield f"evaluate.unseen has {both[0]!r}; expected other tasks than environment.tasks, which are trained on"
-    if params.environment.wording != "bddl" and params.environment.family == "metaworld":
-        yield f"environment.wording is {params.environment.wording}; expected bddl: the choice is between LIBERO's instructions"
-    yield from _adapters_at_odds(params)
-    yield from _labels_at_odds(params)
-    yield from _transfer_at_odds(params)
-    yield from _objective_at_odds(params)
-    yield from _temperatures_at_odds(params)
-    for field, name in params.report.model_dump().items():
-        if (
-            params.evaluations and name not in params.evaluations
-        ):  # without any, there is nothing to report
-            yield f"report.{field} is {name!r}; expected one of the evaluations {sorted(params.evaluations)}"
+        divisors = [number for number in range(1, chunk + 1) if chunk % number == 0]
+        yield (
+            f"sample.observe_every is {every}; expected a divisor of policy.chunk, "
+            f"which is {chunk}: one of {divisors}"
+        )
 
 
-def _adapters_at_odds(params: Params) -> Iterator[str]:
-    for field in ("finetune", "optimize", "reinforce"):
-        its: TrainedParams = getattr(params, field)
-        if its.lora is None and its.lora_alpha != TrainedParams.model_fields["lora_alpha"].default:
-            yield f"{field}.lora_alpha is {its.lora_alpha}; expected that with {field}.lora_rank only, and it is null"
+def unseen_tasks_are_not_trained_on(params: Params) -> Iterator[str]:
+    trained_on = params.environment.tasks
+    overlap = [task for task in params.evaluate.unseen or () if task in trained_on]
+    if overlap:
+        yield (
+            f"evaluate.unseen has {overlap[0]!r}; "
+            "expected other tasks than environment.tasks, which are trained on"
+        )
 
 
-def _labels_at_odds(params: Params) -> Iterator[str]:
+def wording_is_for_libero(params: Params) -> Iterator[str]:
+    wording = params.environment.wording
+    if wording != "bddl" and params.environment.family == "metaworld":
+        yield (
+            f"environment.wording is {wording}; "
+            "expected bddl: only LIBERO has a choice of instructions"
+        )
+
+
+class DependentOption(NamedTuple):
+    """An option that has no effect unless another setting has one of some values.
+
+    values: None stands for any value but null.
+    """
+
+    option: str
+    setting: str
+    values: set[str] | None = None
+
+
+DEPENDENT_OPTIONS = (
+    DependentOption("finetune.lora_alpha", "finetune.lora_rank"),
+    DependentOption("optimize.lora_alpha", "optimize.lora_rank"),
+    DependentOption("reinforce.lora_alpha", "reinforce.lora_rank"),
+    DependentOption("label.smoothing", "label.expert"),
+    *(
+        DependentOption(f"optimize.{option}", "optimize.objective", objectives)
+        for option, objectives in OPTIONS_OF.items()
+    ),
+)
+
+
+def options_have_an_effect(params: Params) -> Iterator[str]:
+    for option, setting, values in DEPENDENT_OPTIONS:
+        value = _get(params, option)
+        actual = _get(params, setting)
+        if value == _default(params, option) or _is_read(actual, values):
+            continue
+        shown = "null" if actual is None else actual
+        choices = f" to one of {sorted(values)}" if values else ""
+        yield (
+            f"{option} is {value}, which has no effect while {setting} is {shown}; "
+            f"set {setting}{choices}, or remove {option}"
+        )
+
+
+def _is_read(actual: Any, values: set[str] | None) -> bool:
+    """Return whether an option is read with this value of the setting that it depends on."""
+    if values is None:
+        return actual is not None
+    return actual in values or ":" in actual  # a "package.module:function" may read any option
+
+
+def _get(params: Params, dotted: str) -> Any:
+    section, field = dotted.split(".")
+    return getattr(getattr(params, section), field)
+
+
+def _default(params: Params, dotted: str) -> Any:
+    section, field = dotted.split(".")
+    return type(getattr(params, section)).model_fields[field].default
+
+
+def expert_can_take_over(params: Params) -> Iterator[str]:
+    expert = params.label.expert
+    if expert in EXPERTS_WITH_MEMORY:
+        yield (
+            f"label.expert is {expert}, which remembers what it did; "
+            "expected an expert that can take over in any state, or null"
+        )
+
+
+def expert_is_for_the_environment(params: Params) -> Iterator[str]:
+    expert = params.label.expert
+    family = params.environment.family
+    if {expert, family} == {"metaworld", "libero"}:
+        yield f"label.expert is {expert}; expected one for environment.family {family}"
+
+
+def recovery_needs_the_teacher(params: Params) -> Iterator[str]:
     label = params.label
-    if label.expert in WITH_MEMORY:
-        yield f"label.expert is {label.expert}, which remembers what it did; expected one that can take over anywhere, or null"
-    if {label.expert, params.environment.family} == {"metaworld", "libero"}:
-        yield f"label.expert is {label.expert}; expected one for environment.family {params.environment.family}"
-    if label.expert is None and label.smoothing != LabelParams.model_fields["smoothing"].default:
-        yield f"label.smoothing is {label.smoothing}; expected that with label.expert only, and it is null"
     if label.expert is not None and label.recover_every is not None:
-        yield f"label.recover_every is {label.recover_every}; expected null with label.expert: it is the teacher that takes over"
-    if params.optimize.recoverable and label.recover_every is None:
-        yield "label.recover_every is null; expected a number with optimize.recoverable true, which learns from what it finds"
+        yield (
+            f"label.recover_every is {label.recover_every}; "
+            "expected null with label.expert: only the teacher takes over"
+        )
 
 
-def _transfer_at_odds(params: Params) -> Iterator[str]:
-    """Bins are shared out as the teacher's probabilities are at temperature 1; at another they would have to be so before."""
+def recoverable_states_need_recovery(params: Params) -> Iterator[str]:
+    if params.optimize.recoverable and params.label.recover_every is None:
+        yield (
+            "label.recover_every is null; expected a number with optimize.recoverable true, "
+            "which needs to know from which states the teacher succeeds"
+        )
+
+
+def transfer_needs_a_teacher(params: Params) -> Iterator[str]:
+    if params.label.transfer and params.label.expert is not None:
+        yield (
+            "label.transfer is true; expected false with label.expert, "
+            "whose actions are encoded in the student's bins"
+        )
+
+
+def transfer_needs_the_students_tokens(params: Params) -> Iterator[str]:
+    if params.label.transfer and params.sample.visited_by == "teacher":
+        yield (
+            "label.transfer is true; expected false with sample.visited_by teacher, "
+            "whose tokens aren't the student's"
+        )
+
+
+def transfer_needs_temperature_1(params: Params) -> Iterator[str]:
     if not params.label.transfer:
         return
-    if params.label.expert is not None:
-        yield "label.transfer is true; expected false with label.expert, whose actions are put into the student's bins"
-    if params.sample.visited_by == "teacher":
-        yield "label.transfer is true; expected false with sample.visited_by teacher, whose tokens aren't the student's"
     for field in ("temperature", "teacher_temperature"):
-        if (value := getattr(params.optimize, field)) not in {1.0, None}:
-            yield f"optimize.{field} is {value}; expected 1 with label.transfer, which shares out the teacher's probabilities as they are"
+        temperature = getattr(params.optimize, field)
+        if temperature not in {1.0, None}:
+            yield (
+                f"optimize.{field} is {temperature}; expected 1 with label.transfer, "
+                "which distributes the teacher's probabilities as they are stored"
+            )
 
 
-def _objective_at_odds(params: Params) -> Iterator[str]:
-    opt = params.optimize
-    for field, objectives in OPTIONS_OF.items():
-        set_to = getattr(opt, field)
-        if (
-            set_to != OptimizeParams.model_fields[field].default
-            and opt.objective not in objectives
-            and ":" not in opt.objective
-        ):
-            yield f"optimize.{field} is {set_to}; expected that with optimize.objective one of {sorted(objectives)} only, and it is {opt.objective}"
-    if opt.objective in FROM_STUDENT and params.sample.visited_by == "teacher":
-        yield f"sample.visited_by is teacher; expected student with optimize.objective {opt.objective}, which learns from the student's own tokens"
-    if opt.objective in FROM_STUDENT and opt.earlier:
-        yield f"optimize.earlier is {opt.earlier}; expected 0 with optimize.objective {opt.objective}, which learns from the student's own tokens"
-    if opt.objective == "mixed" and opt.states is not None:
-        yield f"optimize.states is {opt.states}; expected null with optimize.objective mixed: GRPO's means are over whole episodes"
-    if opt.objective == "mixed" and params.sample.group < 2:
-        yield f"sample.group is {params.sample.group}; expected at least 2 with optimize.objective mixed: an advantage is one over the others"
+def sampled_tokens_are_the_students(params: Params) -> Iterator[str]:
+    objective = params.optimize.objective
+    if objective in ON_SAMPLED_TOKENS and params.sample.visited_by == "teacher":
+        yield (
+            f"sample.visited_by is teacher; expected student with optimize.objective {objective}, "
+            "which learns from the student's own tokens"
+        )
 
 
-def _temperatures_at_odds(params: Params) -> Iterator[str]:
-    """The rollout's tokens have to be scored at the temperature at which they were drawn, unless a ratio makes up for it."""
-    opt, drawn = params.optimize, params.sample.temperature
-    if opt.objective != "reverse_kl_rollout" or (
-        opt.ratio and opt.reward == "fresh" and not opt.discount
-    ):
+def sampled_tokens_are_of_this_iteration(params: Params) -> Iterator[str]:
+    settings = params.optimize
+    if settings.objective in ON_SAMPLED_TOKENS and settings.earlier:
+        yield (
+            f"optimize.earlier is {settings.earlier}; "
+            f"expected 0 with optimize.objective {settings.objective}, "
+            "which learns from the student's own tokens"
+        )
+
+
+def mixed_learns_from_whole_episodes(params: Params) -> Iterator[str]:
+    settings = params.optimize
+    if settings.objective == "mixed" and settings.states is not None:
+        yield (
+            f"optimize.states is {settings.states}; expected null with optimize.objective mixed: "
+            "GRPO's means are over whole episodes"
+        )
+
+
+def mixed_needs_groups(params: Params) -> Iterator[str]:
+    group = params.sample.group
+    if params.optimize.objective == "mixed" and group < 2:
+        yield (
+            f"sample.group is {group}; expected at least 2 with optimize.objective mixed: "
+            "an advantage compares an episode with the others of its group"
+        )
+
+
+def sampled_tokens_are_scored_as_drawn(params: Params) -> Iterator[str]:
+    """Require one temperature for drawing and scoring, unless the ratio corrects for it."""
+    settings = params.optimize
+    is_corrected = settings.ratio and settings.reward == "fresh" and settings.discount == 0
+    if settings.objective != "reverse_kl_rollout" or is_corrected:
         return
-    for field, value in {
-        "temperature": opt.temperature,
-        "teacher_temperature": opt.teacher_temperature,
-    }.items():
-        if value is not None and value != drawn:
-            yield f"optimize.{field} is {value}; expected sample.temperature, {drawn}, with reverse_kl_rollout (but for ratio: true, fresh rewards)"
+    drawn_at = params.sample.temperature
+    for field in ("temperature", "teacher_temperature"):
+        temperature = getattr(settings, field)
+        if temperature not in {drawn_at, None}:
+            yield (
+                f"optimize.{field} is {temperature}; expected sample.temperature, {drawn_at}, "
+                "with reverse_kl_rollout (unless ratio is true, reward fresh and discount 0)"
+            )
+
+
+def reported_evaluations_exist(params: Params) -> Iterator[str]:
+    if not params.evaluations:  # a run without evaluations has no report
+        return
+    for field, name in params.report.model_dump().items():
+        if name not in params.evaluations:
+            yield (
+                f"report.{field} is {name!r}; "
+                f"expected one of the evaluations {sorted(params.evaluations)}"
+            )
+
+
+RULES: tuple[Callable[[Params], Iterator[str]], ...] = (
+    crop_fits_image,
+    stored_states_include_decisions,
+    unseen_tasks_are_not_trained_on,
+    wording_is_for_libero,
+    options_have_an_effect,
+    expert_can_take_over,
+    expert_is_for_the_environment,
+    recovery_needs_the_teacher,
+    recoverable_states_need_recovery,
+    transfer_needs_a_teacher,
+    transfer_needs_the_students_tokens,
+    transfer_needs_temperature_1,
+    sampled_tokens_are_the_students,
+    sampled_tokens_are_of_this_iteration,
+    mixed_learns_from_whole_episodes,
+    mixed_needs_groups,
+    sampled_tokens_are_scored_as_drawn,
+    reported_evaluations_exist,
+)
+"""In the order in which mistakes are listed."""

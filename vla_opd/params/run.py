@@ -1,4 +1,4 @@
-"""The whole run: every section of `params.yaml`, and what they name of each other."""
+"""The whole run: every section of `params.yaml`, and the names by which they refer to others."""
 
 from collections.abc import Mapping
 
@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from vla_opd.params.objective import OptimizeParams
 from vla_opd.params.section import Key, Name, Section
 from vla_opd.params.stages import (
-    START,
+    INITIAL_STUDENT,
     AdoptParams,
     DemonstrateParams,
     DemonstrationSet,
@@ -28,7 +28,18 @@ from vla_opd.params.study import StudyParams, find_cycle
 
 
 class Params(Section):
-    """The run, whole: every section of `params.yaml`."""
+    """The run: every section of `params.yaml`.
+
+    run, environment: what several stages read.
+    demonstrate ... report: settings of the stage of that name; `policy` belongs to `finetune`.
+    demonstrations: the sets of demonstrations, by name.
+    pretrained, finetuned, adopt: the checkpoints that no iteration makes, by name.
+    iterations, reinforcements: the iterations of distillation and of GRPO, by name: the checkpoint
+        from which each starts.
+    evaluations: the evaluations, by name: the checkpoint that each scores.
+    studies: the studies, by name; their pages are `report/<name>`, beside the run's own
+        `report/page`.
+    """
 
     run: RunParams
     environment: EnvironmentParams
@@ -57,20 +68,6 @@ class Params(Section):
     )
 
     @property
-    def batch_sizes(self) -> dict[str, int]:
-        """Of the stages of this run that train, by the name of the setting."""
-        used = {
-            "finetune": self.trained,
-            "optimize": self.iterations,
-            "reinforce": self.reinforcements,
-        }
-        return {
-            f"{verb}.batch_size": getattr(self, verb).batch_size
-            for verb, what in used.items()
-            if what
-        }
-
-    @property
     def trained(self) -> dict[str, PretrainedParams]:
         """The checkpoints that `finetune` makes, by name."""
         return {**self.pretrained, **self.finetuned}
@@ -78,38 +75,41 @@ class Params(Section):
     @property
     def origins(self) -> dict[str, str]:
         """The checkpoints that no iteration makes, and the stage that makes each."""
-        ways = {"pretrain": self.pretrained, "finetune": self.finetuned, "adopt": self.adopt}
-        return {name: f"{stage}@{name}" for stage, made in ways.items() for name in made}
-
-    @property
-    def reference(self) -> dict[str, str]:
-        """The evaluations that need no iteration."""
         return {
-            name: checkpoint
-            for name, checkpoint in self.evaluations.items()
-            if checkpoint in self.origins
+            **{name: f"pretrain@{name}" for name in self.pretrained},
+            **{name: f"finetune@{name}" for name in self.finetuned},
+            **{name: f"adopt@{name}" for name in self.adopt},
         }
 
     @property
+    def reference_evaluations(self) -> dict[str, str]:
+        """The evaluations of checkpoints that no iteration makes."""
+        origins = self.origins
+        return {name: scored for name, scored in self.evaluations.items() if scored in origins}
+
+    @property
     def updates(self) -> dict[str, str]:
-        """Every iteration, of either kind: the checkpoint that it starts from."""
+        """The iterations of both kinds, and the checkpoint from which each starts."""
         return {**self.iterations, **self.reinforcements}
 
     def chain(self, checkpoint: str) -> list[str]:
-        """A checkpoint and all that it came from, back to one that no iteration made."""
+        """Return a checkpoint and all that it came from, back to one that no iteration made."""
         names = [checkpoint]
         while names[-1] in self.updates:
             names.append(self.updates[names[-1]])
         return names
 
     def depth(self, iteration: str) -> int:
-        """How many iterations of the same kind come right before it on its chain; one of the other kind begins a schedule of its own."""
-        chain = self.iterations if iteration in self.iterations else self.reinforcements
-        parent = chain[iteration]
-        return self.depth(parent) + 1 if parent in chain else 0
+        """Return how many iterations of the same kind directly precede this one on its chain.
+
+        That is its position on the schedule: an iteration of the other kind starts a new one.
+        """
+        starts = self.iterations if iteration in self.iterations else self.reinforcements
+        parent = starts[iteration]
+        return self.depth(parent) + 1 if parent in starts else 0
 
     @model_validator(mode="after")
-    def _no_study_takes_the_reports_place(self) -> "Params":
+    def _require_no_study_called_page(self) -> "Params":
         if "page" in self.studies:
             raise ValueError(
                 "studies has 'page': that is where the run's own report is; expected another name"
@@ -117,55 +117,78 @@ class Params(Section):
         return self
 
     @model_validator(mode="after")
-    def _names_exist(self) -> "Params":
+    def _require_existing_checkpoints(self) -> "Params":
+        for kind in ("iterations", "reinforcements", "evaluations"):
+            for name, checkpoint in getattr(self, kind).items():
+                self._require_checkpoint(f"{kind}.{name}", checkpoint)
+        self._require_checkpoint("label.teacher", self.label.teacher)
+        return self
+
+    def _require_checkpoint(self, field: str, checkpoint: str) -> None:
         checkpoints = {*self.origins, *self.updates}
-        wanted = {
-            f"{kind}.{k}": v
-            for kind in ("iterations", "reinforcements", "evaluations")
-            for k, v in getattr(self, kind).items()
-        }
-        wanted |= {"label.teacher": self.label.teacher}
-        for field, name in wanted.items():
-            if name not in checkpoints:
+        if checkpoint not in checkpoints:
+            raise ValueError(
+                f"{field} is {checkpoint!r}: no such checkpoint; "
+                f"expected one of {sorted(checkpoints)}"
+            )
+
+    @model_validator(mode="after")
+    def _require_existing_demonstrations(self) -> "Params":
+        for kind in ("pretrained", "finetuned"):
+            for name, recipe in getattr(self, kind).items():
+                if recipe.demonstrations not in self.demonstrations:
+                    raise ValueError(
+                        f"{kind}.{name}.demonstrations is {recipe.demonstrations!r}: "
+                        "no such set of demonstrations; "
+                        f"expected one of {sorted(self.demonstrations)}"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _require_unique_checkpoints(self) -> "Params":
+        taken: set[str] = set()
+        for kind in ("pretrained", "finetuned", "adopt", "iterations", "reinforcements"):
+            names = getattr(self, kind)
+            overlap = taken.intersection(names)
+            if overlap:
                 raise ValueError(
-                    f"{field} is {name!r}: no such checkpoint; expected one of {sorted(checkpoints)}"
+                    f"{kind} has {sorted(overlap)}: these names belong to other checkpoints; "
+                    "choose others"
                 )
-        for field, made in {
-            f"{kind}.{k}": c
-            for kind in ("pretrained", "finetuned")
-            for k, c in getattr(self, kind).items()
-        }.items():
-            if made.demonstrations not in self.demonstrations:
-                choices = sorted(self.demonstrations)
+            taken.update(names)
+        return self
+
+    @model_validator(mode="after")
+    def _require_existing_parents(self) -> "Params":
+        for name, recipe in self.finetuned.items():
+            if recipe.parent not in self.origins:
                 raise ValueError(
-                    f"{field}.demonstrations is {made.demonstrations!r}: no such set of demonstrations; expected one of {choices}"
+                    f"finetuned.{name}.parent is {recipe.parent!r}: no such checkpoint; "
+                    f"expected one of {sorted(self.origins)}"
                 )
         return self
 
     @model_validator(mode="after")
-    def _checkpoints_come_from_somewhere(self) -> "Params":
-        taken: set[str] = set()
-        for kind in ("pretrained", "finetuned", "adopt", "iterations", "reinforcements"):
-            if overlap := taken.intersection(getattr(self, kind)):
-                raise ValueError(
-                    f"{kind} has {sorted(overlap)}: these names belong to other checkpoints; choose others"
-                )
-            taken.update(getattr(self, kind))
-        for name, made in self.finetuned.items():
-            if made.parent not in self.origins:
-                raise ValueError(
-                    f"finetuned.{name}.parent is {made.parent!r}: no such checkpoint; expected one of {sorted(self.origins)}"
-                )
-        if circle := find_cycle({name: made.parent for name, made in self.finetuned.items()}):
+    def _require_no_cycles(self) -> "Params":
+        cycle = find_cycle({name: recipe.parent for name, recipe in self.finetuned.items()})
+        if cycle:
             raise ValueError(
-                f"finetuned: {' -> '.join(circle)} is a circle; expected a chain that starts from another checkpoint"
+                f"finetuned: {' -> '.join(cycle)} is a cycle; "
+                "expected a chain that starts from another checkpoint"
             )
-        if circle := find_cycle(self.updates):
+        cycle = find_cycle(self.updates)
+        if cycle:
             raise ValueError(
-                f"iterations: {' -> '.join(circle)} is a circle; expected a chain that starts from a fine-tuned checkpoint"
+                f"iterations: {' -> '.join(cycle)} is a cycle; "
+                "expected a chain that starts from a fine-tuned checkpoint"
             )
-        if START not in self.origins:
+        return self
+
+    @model_validator(mode="after")
+    def _require_initial_student(self) -> "Params":
+        if INITIAL_STUDENT not in self.origins:
             raise ValueError(
-                f"pretrained, finetuned and adopt have {sorted(self.origins)}; expected {START!r} among them, which the run begins with"
+                f"pretrained, finetuned and adopt have {sorted(self.origins)}; "
+                f"expected {INITIAL_STUDENT!r} among them, with which the run begins"
             )
         return self

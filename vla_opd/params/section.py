@@ -1,4 +1,4 @@
-"""What all sections of `params.yaml` have in common: strictness, and the types of their fields."""
+"""The base class of the sections of `params.yaml`, and the types of their fields."""
 
 import re
 from collections.abc import Callable
@@ -8,24 +8,30 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 from pydantic_core import PydanticCustomError
 
 EVALUATION_STATES = 50
-"""Fixed initial states of a task, numbered from 0: both families have so many, and others are to have them too."""
+"""Fixed initial states per task, numbered from 0, in every family of environments."""
 
 
-def once_each(names: tuple[Any, ...]) -> tuple[Any, ...]:
-    again = [name for name in dict.fromkeys(names) if names.count(name) > 1]
-    if again:
+def require_unique(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the values. PydanticCustomError for values that appear more than once."""
+    repeated = [value for value in dict.fromkeys(values) if values.count(value) > 1]
+    if repeated:
         raise PydanticCustomError(
-            "duplicate", "expected each name once; {again} come again", {"again": str(again)}
+            "duplicate",
+            "expected each value once; {repeated} appear more than once",
+            {"repeated": str(repeated)},
         )
-    return names
+    return values
 
 
 def is_default(default: Any) -> Callable[[Any], bool]:
-    """Of a setting that came later: it is in no manifest as long as it is as if there were none, and digests stay as they were."""
+    """Return a test for `exclude_if`: a setting with its default value is not written.
+
+    For settings added to a released schema: manifests without them keep their digests.
+    """
     return lambda value: value == default
 
 
-def _rising(rates: tuple[float, float]) -> tuple[float, float]:
+def _require_ascending_rates(rates: tuple[float, float]) -> tuple[float, float]:
     low, high = rates
     if not 0 < low < high < 1:
         raise PydanticCustomError(
@@ -34,8 +40,8 @@ def _rising(rates: tuple[float, float]) -> tuple[float, float]:
     return rates
 
 
-def _without_dots(name: str) -> str:
-    """Of a name by which dvc.yaml finds its entry: at a dot it would look one level down."""
+def _require_no_dots(name: str) -> str:
+    """Return a name that dvc.yaml can look up: DVC reads a dot as one level down."""
     if re.fullmatch(r"[A-Za-z0-9_-]+", name) is None:
         raise PydanticCustomError(
             "name", "expected letters, digits, _ and - only: dvc.yaml can't name one with a dot"
@@ -45,23 +51,26 @@ def _without_dots(name: str) -> str:
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-Key = Annotated[str, Field(pattern=r"^[A-Za-z0-9]"), AfterValidator(_without_dots)]
-Rates = Annotated[tuple[float, float], AfterValidator(_rising)]
-Names = Annotated[tuple[str, ...], AfterValidator(once_each)]
+Key = Annotated[str, Field(pattern=r"^[A-Za-z0-9]"), AfterValidator(_require_no_dots)]
+Rates = Annotated[tuple[float, float], AfterValidator(_require_ascending_rates)]
+Names = Annotated[tuple[str, ...], AfterValidator(require_unique)]
 
 
 class Section(BaseModel):
-    """A section of `params.yaml`: immutable; an unknown key is an error, and so is a number that is infinite, NaN, or really a boolean."""
+    """A section of `params.yaml`: immutable and strict.
+
+    Errors: an unknown key, an infinite number or NaN, and true or false in place of a number.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_boolean_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        kind = cls.model_fields[info.field_name or ""].annotation
-        if isinstance(value, bool) and {int, float} & {
-            kind,
-            *get_args(kind),
-        }:  # to Python, and so to pydantic, true is 1
+    def _require_no_boolean_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if not isinstance(value, bool):
+            return value
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        accepted = {annotation, *get_args(annotation)}
+        if accepted & {int, float}:  # bool is an int in Python, so pydantic would read true as 1
             raise PydanticCustomError("boolean", "expected a number, not true or false")
         return value

@@ -1,6 +1,6 @@
-"""The sections of `params.yaml` that belong to one stage each, and those that several stages read."""
+"""The sections of `params.yaml` that belong to one stage, and those that several stages read."""
 
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -17,11 +17,11 @@ from vla_opd.params.section import (
 )
 from vla_opd.params.training import TrainedParams, UpdateParams
 
-START = "student"
-"""The checkpoint that the run begins with. The arms of a study start from it, and `optimize.anchor` holds on to it."""
+INITIAL_STUDENT = "student"
+"""The checkpoint with which the run begins: the start of a study's arms, and the anchor's p_0."""
 
 
-def _plain_path(path: str) -> str:
+def _require_plain_path(path: str) -> str:
     if path.startswith("~") or "$" in path:
         raise PydanticCustomError(
             "path",
@@ -31,12 +31,12 @@ def _plain_path(path: str) -> str:
 
 
 class RunParams(Section):
-    """What the whole run shares.
+    """Settings of the whole run.
 
-    name:          the folder under `artifacts/`.
-    seed:          the root of the seeds of demonstrations, fine-tuning and evaluation.
-    learning_seed: the root of the seeds of the iterations: of their rollouts and their updates. With another one the same students learn from the
-                   same teacher again, on other placements and by other draws.
+    name: the run's folder in `artifacts/`.
+    seed: seed of demonstrations, fine-tuning and evaluation.
+    learning_seed: seed of the iterations: of their rollouts and updates. Another one repeats the
+        learning from the same student and teacher, with other placements and other samples.
     """
 
     name: Name
@@ -45,17 +45,19 @@ class RunParams(Section):
 
 
 class EnvironmentParams(Section):
-    """The simulator, and how its pictures are made.
+    """The simulator and its rendering.
 
-    family:        a key of `vla_opd.envs.ENVS`, or `"package.module:function"`.
-    tasks:         the tasks that the student is to learn.
-    cameras:       names of the family's cameras, in the order in which the policy sees them.
-    image_size:    height and width of a frame in pixels, as rendered.
-    settle:        no-op control steps before the first decision (objects start in mid-air).
-    stepping:      `exact` is bit-identical to the stock environment; `fast` saves redundant work and is named in every manifest.
-    render:        `exact` gives the stock pictures; `fast` gives simpler ones, for policies trained with them.
-    wording:       of LIBERO's instructions: `bddl` as in the task's file ("pick the akita black bowl ..."), `benchmark` as in the task's name
-                   ("pick up the black bowl ..."), by which the public checkpoints were trained.
+    family: a key of `vla_opd.envs.ENVS`, or `"package.module:function"`.
+    tasks: tasks that the student learns.
+    cameras: names of the family's cameras, in the order in which the policy sees them.
+    image_size: height and width of a rendered frame, in pixels.
+    settle: no-op control steps before the first decision (objects start in mid-air).
+    stepping: `exact` is bit-identical to the stock environment; `fast` leaves out redundant work.
+        Every manifest names it.
+    render: `exact` gives the stock images; `fast` gives simpler ones, for policies trained on them.
+    wording: of LIBERO's instructions. `bddl`: as in the task's file ("pick the akita black bowl
+        ..."). `benchmark`: as in the task's name ("pick up the black bowl ..."), with which the
+        public checkpoints were trained.
     """
 
     family: str = "libero"
@@ -69,11 +71,16 @@ class EnvironmentParams(Section):
 
 
 class DemonstrateParams(Section):
-    """Scripted demonstrations on seeded placements (never the benchmark's fixed initial states).
+    """Scripted demonstrations from seeded placements, never the benchmark's fixed initial states.
 
-    noise:         standard deviation of the Gaussian added to the executed xyz action (the label stays the expert's own action).
-    burst:         probability that an episode has bursts: a few random actions in a row, so that recoveries are shown.
-    observe_every: a frame is kept every that many control steps.
+    expert: a key of `vla_opd.experts.EXPERTS`, or `"package.module:function"`.
+    noise: standard deviation of the Gaussian noise on the executed xyz action, in the units of the
+        action. The label stays the expert's own action.
+    burst: fraction of episodes with bursts: a few random actions in a row, so that the expert
+        shows how to recover.
+    observe_every: control steps per stored frame.
+    horizon: maximum length of an episode, in control steps.
+    attempts: placements tried per demonstration before the stage fails.
     """
 
     expert: str = "libero"
@@ -82,12 +89,16 @@ class DemonstrateParams(Section):
     observe_every: int = Field(default=2, ge=1)
     horizon: int = Field(default=300, ge=1)
     attempts: int = Field(
-        default=3, ge=1, description="placements tried per demonstration wanted before giving up"
+        default=3, ge=1, description="placements tried per demonstration before the stage fails"
     )
 
 
 class DemonstrationSet(Section):
-    """One set of demonstrations: `episodes` successful ones for each of `tasks` (the run's own tasks if none are named)."""
+    """One set of demonstrations.
+
+    tasks: the tasks that are demonstrated; the run's own tasks if null.
+    episodes: successful demonstrations per task.
+    """
 
     tasks: Names | None = None
     episodes: int = Field(ge=1)
@@ -96,10 +107,15 @@ class DemonstrationSet(Section):
 class PolicyParams(Section):
     """The architecture of a policy trained from scratch; a policy with a parent has its parent's.
 
-    chunk:   actions predicted at once, and executed open loop.
-    bins:    V, tokens per action dimension, over [-1, 1] of the normalised action.
-    crop:    height and width of the centre crop that the policy sees, in pixels of the rendered frame.
-    proprio: whether the policy sees proprioception (OpenVLA-OFT's LIBERO students do not).
+    family: a key of `vla_opd.policies.load.POLICIES`, or `"package.module:function"`.
+    chunk: actions per decision, executed open loop.
+    bins: V, bins per action dimension, over [-1, 1] of the normalized action.
+    crop: height and width of the center crop that the policy sees, in pixels of the rendered frame.
+    proprio: true if the policy sees proprioception (OpenVLA-OFT's LIBERO students do not).
+    width: dimension of the transformer's tokens.
+    layers: transformer blocks.
+    heads: attention heads per block.
+    channels: channels of the first convolutions of the vision tower.
     """
 
     family: str = "tiny"
@@ -113,18 +129,30 @@ class PolicyParams(Section):
     channels: int = Field(default=32, ge=8, le=512, multiple_of=8)
 
     @model_validator(mode="after")
-    def _heads_divide_width(self) -> "PolicyParams":
+    def _require_heads_to_divide_width(self) -> "PolicyParams":
         if self.width % (2 * self.heads):
             raise ValueError(
-                f"width is {self.width} and heads is {self.heads}; expected width to be a multiple of 2 * heads (rotary embedding)"
+                f"width is {self.width} and heads is {self.heads}; "
+                "expected width to be a multiple of 2 * heads (rotary embedding)"
             )
         return self
 
 
 class FinetuneParams(TrainedParams):
-    """Supervised training on demonstrations, eq. (1): AdamW, linear warm-up, cosine decay to `final_fraction` of the peak.
+    """Supervised training on demonstrations, eq. (1), with AdamW.
 
-    smoothing: standard deviation, in bins, of the Gaussian that the target bin is spread over (0: plain cross-entropy).
+    The learning rate warms up linearly, then decays as a cosine. Its peak and the number of steps
+    belong to each checkpoint: `pretrained`, `finetuned`.
+
+    batch_size: states per step, over all processes.
+    weight_decay: AdamW's: every step shrinks the weights by learning rate * weight_decay.
+    warmup_fraction: fraction of the steps that warm up.
+    final_fraction: final learning rate as a fraction of the peak.
+    smoothing: standard deviation, in bins, of the Gaussian that spreads the target over the bins
+        around the demonstrated one; 0 is plain cross-entropy.
+    gradient_clip: maximum L2 norm of the gradient.
+    save_every: steps between resumable saves.
+    threads: CPU threads of the optimizer; the last bits of the weights depend on it.
     """
 
     batch_size: int = Field(default=64, ge=1)
@@ -137,16 +165,23 @@ class FinetuneParams(TrainedParams):
     threads: int = Field(
         default=2,
         ge=1,
-        description="CPU threads of the optimiser; the last bits of the weights depend on it",
+        description="CPU threads of the optimizer; the last bits of the weights depend on it",
     )
 
 
 class PretrainedParams(Section):
-    """One checkpoint made by `finetune` from nothing: from which demonstrations, how many per task, for how long."""
+    """One checkpoint that `finetune` trains from random weights.
+
+    demonstrations: name of the set of demonstrations.
+    per_task: demonstrations per task; all of the set if null.
+    steps: AdamW steps.
+    learning_rate: at the peak, after the warm-up.
+    seed: seed of the initial weights and of the order of states; `run.seed` if null.
+    """
 
     demonstrations: Name
     per_task: int | None = Field(
-        default=None, ge=1, description="demonstrations per task; all of them if null"
+        default=None, ge=1, description="demonstrations per task; all of the set if null"
     )
     steps: int = Field(ge=1)
     learning_rate: float = Field(gt=0)
@@ -154,21 +189,25 @@ class PretrainedParams(Section):
         default=None,
         ge=0,
         exclude_if=is_default(None),
-        description="of its first weights and its order; run.seed if null",
+        description="seed of the initial weights and of the order of states; run.seed if null",
     )
 
 
 class FinetunedParams(PretrainedParams):
-    """One checkpoint made by `finetune` from another, its parent.
+    """One checkpoint that `finetune` trains from another.
 
-    action_statistics (q01, q99) and the vocabulary come from the parent: a token then means the same action in both.
+    parent: that other checkpoint. Its action statistics (q01, q99) and vocabulary are kept, so
+        that a token means the same action in both.
     """
 
     parent: Name
 
 
 class Variant(NamedTuple):
-    """Whose action statistics a public checkpoint has, and what share of a picture's area it sees."""
+    """How a public checkpoint was trained.
+
+    unnorm_key: data set of its action statistics. crop: fraction of the image area that it sees.
+    """
 
     unnorm_key: str | None
     crop: float
@@ -181,57 +220,72 @@ SUITES = {
     "10": "libero_10",
 }
 KNOWN = {
-    f"Haozhan72/Openvla-oft-SFT-libero{suite}-{demonstrations}": Variant(f"{name}_no_noops", 0.9)
-    for suite, name in SUITES.items()
+    f"Haozhan72/Openvla-oft-SFT-libero{suffix}-{demonstrations}": Variant(f"{suite}_no_noops", 0.9)
+    for suffix, suite in SUITES.items()
     for demonstrations in ("traj1", "trajall")
 }
-"""Public checkpoints by the names under which they are published: with which statistics and which pictures SimpleVLA-RL's scripts run them."""
+"""Public checkpoints by published name, with the settings of SimpleVLA-RL's scripts."""
 
 
 class AdoptParams(Section):
-    """One checkpoint made of a public one, OpenVLA-OFT with discrete tokens. See docs/policies.md.
+    """One checkpoint made from a public OpenVLA-OFT with discrete tokens. See docs/policies.md.
 
-    folder:     where its files are: `config.json`, `dataset_statistics.json`, `model*.safetensors`, `tokenizer.json` and so on.
-    known:      the name under which it is published, a key of `KNOWN`, which then says the next two. A folder's name says nothing.
-    unnorm_key: whose action statistics it has; may be left out where there is only one.
-    crop:       share of a picture's area that it sees, from the centre: 1 if it was trained without random crops. No file says it.
-    dtype:      in which its weights are stored here and computed with.
+    folder: folder of the public files: `config.json`, `dataset_statistics.json`,
+        `model*.safetensors`, `tokenizer.json` and so on.
+    known: name under which the checkpoint is published, a key of `KNOWN`. It sets `unnorm_key` and
+        `crop`. (Nothing is inferred from the folder's name.)
+    unnorm_key: data set of the checkpoint's action statistics; may be left out if there is only
+        one.
+    crop: fraction of the image area that the policy sees, at the center; 1 if it was trained
+        without random crops. No public file states it.
+    dtype: precision in which weights are stored and computed.
     """
 
-    folder: Annotated[str, AfterValidator(_plain_path)] = Field(min_length=1)
+    folder: Annotated[str, AfterValidator(_require_plain_path)] = Field(min_length=1)
     known: str | None = Field(default=None, exclude_if=is_default(None))
     unnorm_key: str | None = None
     crop: float = Field(default=0.9, gt=0, le=1)
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
     @model_validator(mode="after")
-    def _as_its_name_says(self) -> "AdoptParams":
+    def _require_known(self) -> "AdoptParams":
         if self.known is not None and self.known not in KNOWN:
             raise ValueError(
-                f"known is {self.known!r}; expected one of {sorted(KNOWN)}, or unnorm_key and crop in its place"
+                f"known is {self.known!r}; expected one of {sorted(KNOWN)}, "
+                "or unnorm_key and crop in its place"
             )
-        for field, (said, known) in {
-            "unnorm_key": (self.unnorm_key, self.variant.unnorm_key),
-            "crop": (self.crop, self.variant.crop),
-        }.items():
-            if field in self.model_fields_set and said not in (None, known):
-                raise ValueError(
-                    f"{field} is {said!r}; expected {known!r}, by which {self.known} was trained, or nothing"
-                )
+        self._require_trained_with("unnorm_key", self.unnorm_key, self.variant.unnorm_key)
+        self._require_trained_with("crop", self.crop, self.variant.crop)
         return self
+
+    def _require_trained_with(self, field: str, value: Any, trained_with: Any) -> None:
+        if field in self.model_fields_set and value not in (None, trained_with):
+            raise ValueError(
+                f"{field} is {value!r}; expected {trained_with!r}, "
+                f"with which {self.known} was trained, or nothing"
+            )
 
     @property
     def variant(self) -> Variant:
-        """By the name, if there is one, and as it is said otherwise."""
+        """Statistics and crop: those of the published name, or those set here."""
         return Variant(self.unnorm_key, self.crop) if self.known is None else KNOWN[self.known]
 
 
 class SampleParams(Section):
-    """Student rollouts, eq. (3): `prompts` placements per task and iteration, G = `group` episodes from each.
+    """Student rollouts, eq. (3).
 
-    visited_by:      who acts. `teacher` is the control of on-policy learning: as many episodes and updates, but the states that the teacher visits.
-    observe_every:   states are kept every that many control steps; below the chunk length the states inside a chunk are labelled too.
-    inference_batch: rows of every forward pass (padded), so that a sampled token never depends on who else was ready.
+    prompts: placements per task and iteration.
+    group: G, episodes per placement.
+    temperature: softmax temperature at which action tokens are sampled.
+    horizon: maximum length of an episode, in control steps.
+    observe_every: control steps per stored state; a divisor of the policy's chunk. Below the chunk,
+        states inside chunks are labeled too.
+    inference_batch: rows per forward pass, padded, so that a sampled token never depends on which
+        other episodes are waiting for the policy.
+    visited_by: the policy that acts. `teacher` is the off-policy control: as many episodes and
+        updates, but on states that the teacher visits.
+    protocol: `held-out` starts from seeded placements. `benchmark` starts from the initial states
+        of the evaluation: this leaks test states into training, for comparison only.
     """
 
     prompts: int = Field(default=1, ge=1)
@@ -243,19 +297,26 @@ class SampleParams(Section):
     visited_by: Literal["student", "teacher"] = "student"
     protocol: Literal["held-out", "benchmark"] = Field(
         default="held-out",
-        description="benchmark trains on the evaluation's own initial states: leakage, for comparison only",
+        description="benchmark trains on the evaluation's initial states: for comparison only",
     )
 
 
 class LabelParams(Section):
-    """Teacher log-probabilities, eq. (4), of all V bins at every kept state, stored as float16 or float32.
+    """Teacher log-probabilities, eq. (4), of all V bins at every stored state.
 
-    expert:        is asked in the teacher's place, as `demonstrate.expert` is: DAgger's oracle. It acts for a chunk from every kept state, in a
-                   simulator that is led there again; its bins are spread by a Gaussian of standard deviation `smoothing`, in bins.
-    recover_every: in episodes that failed, the teacher takes over at every so manieth decision, for `sample.horizon` control steps: whether it still
-                   succeeds is stored beside the labels.
-    transfer:      the teacher's action statistics may be others than the student's: `optimize` shares out its probabilities over the student's bins
-                   by the overlap of their intervals (vla_opd/learning/bin_transfer.py). Otherwise such a teacher is refused.
+    teacher: name of the teacher's checkpoint.
+    expert: scripted expert that labels in the teacher's place (DAgger), as in
+        `demonstrate.expert`. From every stored state, in a simulator that is brought there again,
+        it acts for one chunk; the bins of its actions are the label.
+    smoothing: standard deviation, in bins, of the Gaussian that spreads the expert's bins.
+    recover_every: in failed episodes the teacher takes over at every n-th decision, for
+        `sample.horizon` control steps; the labels record whether it succeeds. Off if null.
+    transfer: accept a teacher with other action statistics than the student's. `optimize` then
+        distributes its probabilities over the student's bins by the overlap of their intervals
+        (`vla_opd/learning/bin_transfer.py`).
+    batch_size: states per forward pass of the teacher.
+    dtype: precision in which the log-probabilities are stored.
+    threads: CPU threads of the teacher; the last bits of a log-probability depend on it.
     """
 
     teacher: Name = "teacher"
@@ -271,16 +332,22 @@ class LabelParams(Section):
 
     @property
     def simulates(self) -> bool:
-        """Whether simulators are needed to label."""
+        """True if labeling needs simulators."""
         return self.expert is not None or self.recover_every is not None
 
 
 class ExploreParams(GroupParams):
-    """Student rollouts for GRPO: like `sample`, hotter and in larger groups, of which only the decisions are kept.
+    """Student rollouts for GRPO: like `sample`, hotter and in larger groups.
 
-    prompts, group: placements per task, and G episodes from each.
-    rounds: as long as fewer than `prompts` groups a task, over all tasks together, are ones to learn from, more placements are tried, in at most so
-            many rounds (dynamic sampling).
+    Only the states at which the student decided are stored.
+
+    prompts: placements per task and round.
+    group: G, episodes per placement.
+    temperature: softmax temperature at which action tokens are sampled.
+    horizon: maximum length of an episode, in control steps.
+    inference_batch: rows per forward pass, padded; see `SampleParams`.
+    rounds: maximum number of rounds (dynamic sampling). Another round follows while the groups to
+        learn from (`keep_low`, `keep_high`) number fewer than `prompts` per task, over all tasks.
     """
 
     prompts: int = Field(default=1, ge=1)
@@ -292,18 +359,30 @@ class ExploreParams(GroupParams):
 
 
 class ReinforceParams(UpdateParams, ClipParams):
-    """Eq. (2), GRPO: the student's update towards its own successes, without a teacher. Its budget and its schedule are its own."""
+    """The student's update by GRPO, eq. (2), without a teacher.
+
+    Steps and schedule are counted apart from those of `optimize`.
+    """
 
     steps: int = Field(default=20, ge=1)
     learning_rate: float = Field(default=1e-4, gt=0)
 
 
 class EvaluateParams(Section):
-    """Greedy rollouts from the benchmark's fixed initial states `first_state ... first_state + episodes - 1` of every task.
+    """Greedy rollouts from the benchmark's fixed initial states.
 
-    unseen: tasks that the run doesn't train on, scored besides and apart: what the student could do before, and may forget.
-    decide: stop as soon as the episodes decide between two success rates, at `confidence`; tasks then take turns, state by state. That takes about
-            half of the episodes, but the success of those is no fair estimate of the rate, and no pair for another evaluation's.
+    unseen: tasks that the run does not train on, scored separately: they show forgetting.
+    decide: two success rates. The evaluation stops as soon as the episodes decide between them, at
+        `confidence`; tasks then take turns, state by state. This takes about half of the episodes,
+        but their success is a biased estimate of the rate, and they cannot be paired with those of
+        another evaluation.
+    episodes: episodes per task, from the initial states first_state ... first_state + episodes - 1.
+    first_state: number of the first initial state.
+    horizon: maximum length of an episode, in control steps.
+    inference_batch: rows per forward pass, padded; see `SampleParams`.
+    confidence: level of the intervals, and of the decision.
+    allow_mismatch: accept an environment that differs from the training's (stepping, rendering,
+        cameras and so on).
     """
 
     unseen: Names | None = None
@@ -315,29 +394,34 @@ class EvaluateParams(Section):
     confidence: float = Field(default=0.95, gt=0, lt=1)
     allow_mismatch: bool = Field(
         default=False,
-        description="evaluate under another stepping, render or camera setting than trained with",
+        description="accept other stepping, rendering or cameras than in training",
     )
 
     @model_validator(mode="after")
-    def _decides_one_thing(self) -> "EvaluateParams":
+    def _require_decidable(self) -> "EvaluateParams":
         if self.decide is not None and (self.unseen or self.confidence <= 0.5):
             raise ValueError(
-                f"decide is set, unseen is {self.unseen} and confidence is {self.confidence}; expected no unseen tasks, and a confidence above 0.5"
+                f"decide is set, unseen is {self.unseen} and confidence is {self.confidence}; "
+                "expected no unseen tasks, and a confidence above 0.5"
             )
         return self
 
     @model_validator(mode="after")
-    def _states_exist(self) -> "EvaluateParams":
+    def _require_existing_states(self) -> "EvaluateParams":
         if self.first_state + self.episodes > EVALUATION_STATES:
             raise ValueError(
-                f"first_state is {self.first_state} and episodes is {self.episodes}; expected first_state + episodes to be at most "
-                f"{EVALUATION_STATES}: a task has the initial states 0 ... {EVALUATION_STATES - 1}"
+                f"first_state is {self.first_state} and episodes is {self.episodes}; "
+                f"expected first_state + episodes to be at most {EVALUATION_STATES}: "
+                f"a task has the initial states 0 ... {EVALUATION_STATES - 1}"
             )
         return self
 
 
 class ReportParams(Section):
-    """The HTML page. `start`, `final` and `teacher` name the evaluations that the summary compares."""
+    """The HTML page: the three evaluations that its summary compares.
+
+    start: of the initial student. final: of the last checkpoint. teacher: of the teacher.
+    """
 
     start: Name = "start"
     final: Name = "final"

@@ -1,4 +1,4 @@
-"""How a policy is trained: adapter, optimiser budget and learning-rate schedule."""
+"""How a policy is trained: adapter, optimizer steps and learning rate schedule."""
 
 from typing import NamedTuple
 
@@ -15,12 +15,14 @@ class Lora(NamedTuple):
 
 
 class TrainedParams(Section):
-    """What of a policy is trained, and how its gradient is computed.
+    """Which weights are trained, and how their gradient is computed.
 
-    lora_rank, lora_alpha:  of an adapter on every linear layer but the head; all weights are trained if the rank is null. A checkpoint that has an
-                            adapter goes on with it; with null it is merged first. OpenVLA-OFT's recipe has 32 and 16. `pretrained` checkpoints,
-                            of which there are no weights yet, have none.
-    gradient_checkpointing: transformer blocks are computed again for the gradient, which takes less memory, and a third more time.
+    lora_rank, lora_alpha: of a low-rank adapter on every linear layer except the head; see `Lora`.
+        A null rank trains all weights. A checkpoint that already has an adapter continues training
+        it; with a null rank the adapter is merged into the weights first. `pretrained` checkpoints
+        start from random weights and never have an adapter. OpenVLA-OFT's recipe: 32 and 16.
+    gradient_checkpointing: recompute the activations of transformer blocks in the backward pass.
+        Saves memory; a step takes about a third longer.
     """
 
     lora_rank: int | None = Field(default=None, ge=1, exclude_if=is_default(None))
@@ -29,12 +31,25 @@ class TrainedParams(Section):
 
     @property
     def lora(self) -> Lora | None:
-        """The adapter, if one is to be trained."""
+        """The adapter to train, or None to train all weights."""
         return None if self.lora_rank is None else Lora(self.lora_rank, self.lora_alpha)
 
 
 class UpdateParams(TrainedParams):
-    """A fixed budget of AdamW steps per iteration, with a schedule over `schedule_iterations` of them; later ones stay at its end."""
+    """The update of one iteration: AdamW with a schedule that spans several iterations.
+
+    steps: AdamW steps per iteration.
+    batch_size: states per step, over all processes.
+    learning_rate: at the peak, after the warm-up.
+    schedule_iterations: length of the schedule, in iterations: linear warm-up, then cosine decay.
+        Later iterations keep the final learning rate.
+    final_fraction: final learning rate as a fraction of the peak.
+    warmup_fraction: fraction of the schedule's steps that warm up.
+    weight_decay: AdamW's: every step shrinks the weights by learning rate * weight_decay.
+    gradient_clip: maximum L2 norm of the gradient.
+    save_every: steps between resumable saves.
+    threads: CPU threads of the optimizer; the last bits of the weights depend on it.
+    """
 
     steps: int = Field(default=80, ge=1)
     batch_size: int = Field(default=64, ge=1)

@@ -1,52 +1,85 @@
-"""Groups of episodes, rolled out and stored: each prompt's G episodes are a shard, written as soon as the last of them is there."""
+"""Groups of episodes, rolled out and stored.
 
+Each group, the G episodes of one prompt, is a shard, written as soon as it is complete.
+"""
+
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from tqdm import tqdm
 
 from vla_opd.artifacts.draft import Draft
 from vla_opd.data.trajectory import Episode, write_shard
+from vla_opd.envs.protocol import Placement
 from vla_opd.machine.host import Host
 from vla_opd.params.stages import EnvironmentParams
 from vla_opd.policies.load import Policy
-from vla_opd.simulation.rollout import Job, PoolSettings, RolloutSettings, Tally, rollout
+from vla_opd.seeds import derive
+from vla_opd.simulation.rollout import (
+    Job,
+    PoolSettings,
+    RolloutSettings,
+    SimulationStats,
+    rollout,
+)
 
 
-def fill(
+def write_groups(
     groups: Mapping[str, Sequence[Job]],
     policy: Policy,
     environment: EnvironmentParams,
     settings: RolloutSettings,
     work: Draft,
     host: Host,
-    tally: Tally,
-    label: str,
+    stats: SimulationStats,
+    description: str,
 ) -> None:
-    """Write the shards of `groups`, `{file: its episodes}`, that are in this process's share and not there yet."""
-    missing = {shard: groups[shard] for shard in work.missing(groups)}
-    home = {(job.placement, job.member): shard for shard, jobs in missing.items() for job in jobs}
-    arrived: dict[str, list[Episode]] = {shard: [] for shard in missing}
-    total = sum(len(groups[shard]) for shard in host.share.of(list(groups)))
-    jobs = [job for jobs in missing.values() for job in jobs]
-    episodes = rollout(
-        policy, jobs, environment, settings, PoolSettings(host.workers, host.timeout_s), tally
+    """Write the missing shards in this process's share; `groups` are the jobs of each shard.
+
+    description: of the progress bar.
+    """
+    jobs: list[Job] = []
+    shard_of: dict[tuple[Placement, int], str] = {}
+    for shard in work.missing(groups):
+        jobs.extend(groups[shard])
+        for job in groups[shard]:
+            shard_of[job.placement, job.member] = shard
+    arrived: defaultdict[str, list[Episode]] = defaultdict(list)
+    planned = host.share.select(list(groups))
+    total = sum(len(groups[shard]) for shard in planned)
+    pool_settings = PoolSettings(host.workers, host.timeout_s)
+    episodes = rollout(policy, jobs, environment, settings, pool_settings, stats)
+    progress = tqdm(
+        episodes,
+        total=total,
+        initial=total - len(jobs),
+        desc=description,
+        unit="episode",
+        mininterval=5,
     )
-    for episode in tqdm(
-        episodes, total=total, initial=total - len(jobs), desc=label, unit="episode", mininterval=5
-    ):
-        shard = home[episode.placement, episode.member]
-        arrived[shard].append(episode)
-        work.remember(tally.environment)
-        if len(arrived[shard]) == len(groups[shard]):
+    for episode in progress:
+        shard = shard_of[episode.placement, episode.member]
+        group = arrived[shard]
+        group.append(episode)
+        work.record_made_with(stats.environment)
+        if len(group) == len(groups[shard]):
+            del arrived[shard]
+            group.sort(key=lambda episode: episode.member)
             with work.part(shard) as path:
-                write_shard(path, sorted(arrived.pop(shard), key=lambda e: e.member), policy.chunk)
+                write_shard(path, group, policy.chunk)
 
 
-def counts(episodes: Sequence[Episode]) -> dict[str, float]:
-    """What a set of rollouts came to."""
+def summarize_episodes(episodes: Sequence[Episode]) -> dict[str, float]:
+    """Return the numbers of a set of rollouts: episodes, success rate, control steps, states."""
+    successes = sum(episode.success for episode in episodes)
     return {
         "episodes": len(episodes),
-        "success": sum(e.success for e in episodes) / len(episodes),
-        "env_steps": sum(e.steps for e in episodes),
-        "states": sum(len(e.step) for e in episodes),
+        "success": successes / len(episodes),
+        "env_steps": sum(episode.steps for episode in episodes),
+        "states": sum(len(episode.step) for episode in episodes),
     }
+
+
+def group_jobs(placement: Placement, size: int, seed: int) -> list[Job]:
+    """Return the jobs of a group: `size` episodes from one placement, each with its own seed."""
+    return [Job(placement, member, derive(seed, "member", member)) for member in range(size)]

@@ -1,6 +1,7 @@
-"""Expert x environment -> demonstrations: whole episodes of a scripted expert, disturbed on purpose, each run inside a simulator process.
+"""Demonstrations: whole episodes of a scripted expert, with disturbances, in a simulator process.
 
-Workers import this module, so it imports no torch, and the episodes that it makes in the parent no sooner than there.
+Workers import this module, so it does not import torch, nor the episodes' module (and Zarr) before
+the parent needs it.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,41 +14,50 @@ from jaxtyping import Bool, Float32
 from vla_opd.envs.protocol import Env, Observation
 from vla_opd.experts import Expert, make_expert
 from vla_opd.params.stages import DemonstrateParams, EnvironmentParams
-from vla_opd.simulation.jobs import Job, Outcome, outcome
-from vla_opd.simulation.pool import Pool, PoolSettings, Tally
+from vla_opd.simulation.jobs import Job, Outcome, stack_outcome
+from vla_opd.simulation.pool import Pool, PoolSettings, SimulationStats
 
 if TYPE_CHECKING:
     from vla_opd.data.trajectory import Episode
 
-BURSTS = (1, 2)  # in an episode that has any
+# Inclusive bounds.
+BURSTS = (1, 2)  # per episode that has any
 BURST_LENGTH = (4, 8)  # control steps
 BURST_START = (5, 60)  # control steps; never in the second half of the horizon
 
 
 @dataclass(frozen=True)
 class Disturbance:
-    """What is done to an expert's xyz at each of H control steps, in the environment's units, drawn before the episode starts.
+    """Changes of an expert's xyz at each of H control steps, drawn before the episode starts.
 
-    noise is added; where `burst`, `random` is executed in the expert's place. Bounds of `BURST_*` are inclusive.
+    `noise` is added. Where `burst` is set, `random` is executed instead of the expert's xyz. Both
+    are in the environment's units.
     """
 
     noise: Float32[np.ndarray, "H 3"]
     burst: Bool[np.ndarray, " H"]
     random: Float32[np.ndarray, "H 3"]
 
-    def executed(self, step: int, action: Float32[np.ndarray, " A"]) -> Float32[np.ndarray, " A"]:
-        """clip(action + noise, -1, 1) on xyz (xy of an action that has no more), or the burst's; the other dimensions are the expert's."""
-        moved = action[:3]
-        xyz = (
-            self.random[step, : len(moved)]
-            if self.burst[step]
-            else moved + self.noise[step, : len(moved)]
-        )
-        return np.clip(np.concatenate([xyz, action[3:]]), -1, 1).astype(np.float32)
+    def apply(self, step: int, action: Float32[np.ndarray, " A"]) -> Float32[np.ndarray, " A"]:
+        """Return clip(action + noise, -1, 1) on xyz, or the burst's xyz.
+
+        An action without z has its xy changed; the other dimensions are the expert's.
+        """
+        expert = action[:3]
+        dims = len(expert)
+        if self.burst[step]:
+            xyz = self.random[step, :dims]
+        else:
+            xyz = expert + self.noise[step, :dims]
+        disturbed = np.concatenate([xyz, action[3:]])
+        return np.clip(disturbed, -1, 1).astype(np.float32)
 
 
 def draw_disturbance(seed: int, horizon: int, noise: float, burst: float) -> Disturbance:
-    """Noise ~ N(0, noise^2), random ~ U(-1, 1); with probability `burst`, one or two bursts at random times."""
+    """Draw noise ~ N(0, noise^2) and random ~ U(-1, 1), and bursts with probability `burst`.
+
+    An episode with bursts has one or two, at random times.
+    """
     random = np.random.Generator(np.random.Philox(seed))
     return Disturbance(
         noise=random.normal(0.0, noise, (horizon, 3)).astype(np.float32),
@@ -60,69 +70,63 @@ def _draw_bursts(
     random: np.random.Generator, horizon: int, probability: float
 ) -> Bool[np.ndarray, " H"]:
     bursts = np.zeros(horizon, dtype=np.bool_)
-    latest = min(BURST_START[1], horizon // 2)
-    if random.random() >= probability or latest < BURST_START[0]:
+    earliest, latest = BURST_START
+    latest = min(latest, horizon // 2)
+    if random.random() >= probability or latest < earliest:
         return bursts
-    for _ in range(random.integers(*BURSTS, endpoint=True)):
-        start = random.integers(BURST_START[0], latest, endpoint=True)
-        bursts[start : start + random.integers(*BURST_LENGTH, endpoint=True)] = True
+    count = random.integers(*BURSTS, endpoint=True)
+    for _ in range(count):
+        start = random.integers(earliest, latest, endpoint=True)
+        length = random.integers(*BURST_LENGTH, endpoint=True)
+        bursts[start : start + length] = True
     return bursts
 
 
 @dataclass(frozen=True)
 class Demonstrate:
-    """A whole episode of the expert. `Outcome.actions` are the expert's own, the labels, and not what was executed."""
+    """Run a whole episode of the expert.
+
+    `Outcome.actions` are the expert's own actions, the labels, not those that were executed.
+    """
 
     job: Job
     params: DemonstrateParams
 
     def __call__(self, env: Env) -> Outcome:
-        seen = [env.reset(self.job.placement)]
-        expert = make_expert(self.params.expert, env)
+        params = self.params
+        observations = [env.reset(self.job.placement)]
+        expert = make_expert(params.expert, env)
         expert.reset()
-        disturbance = draw_disturbance(
-            self.job.seed, self.params.horizon, self.params.noise, self.params.burst
-        )
-        labels: list[Float32[np.ndarray, " A"]] = []
+        disturbance = draw_disturbance(self.job.seed, params.horizon, params.noise, params.burst)
+        actions: list[Float32[np.ndarray, " A"]] = []
         success = False
-        while not success and len(labels) < self.params.horizon:
-            success = self._step(env, expert, disturbance, labels, seen)
-        return self._outcome(labels, seen, disturbance, success=success)
+        while not success and len(actions) < params.horizon:
+            success = self._step(env, expert, disturbance, actions, observations)
+        steps = len(actions)
+        return stack_outcome(
+            steps,
+            observations,
+            np.arange(0, steps + 1, params.observe_every, dtype=np.int32),
+            success=success,
+            actions=np.stack(actions),
+            clean=~disturbance.burst[:steps],
+        )
 
     def _step(
         self,
         env: Env,
         expert: Expert,
         disturbance: Disturbance,
-        labels: list[Float32[np.ndarray, " A"]],
-        seen: list[Observation],
+        actions: list[Float32[np.ndarray, " A"]],
+        observations: list[Observation],
     ) -> bool:
+        """Execute one control step, append to both lists, and return whether it succeeded."""
         action = np.asarray(expert.act(), dtype=np.float32).copy()
-        advance = env.advance(
-            disturbance.executed(len(labels), action)[None], self.params.observe_every
-        )
-        labels.append(action)
-        seen.extend(advance.observations)
+        disturbed = disturbance.apply(len(actions), action)
+        advance = env.advance(disturbed[None], self.params.observe_every)
+        actions.append(action)
+        observations.extend(advance.observations)
         return advance.success
-
-    def _outcome(
-        self,
-        labels: list[Float32[np.ndarray, " A"]],
-        seen: list[Observation],
-        disturbance: Disturbance,
-        *,
-        success: bool,
-    ) -> Outcome:
-        steps = len(labels)
-        observed = np.arange(0, steps + 1, self.params.observe_every, dtype=np.int32)
-        return outcome(
-            steps,
-            seen,
-            observed,
-            success=success,
-            actions=np.stack(labels),
-            clean=~disturbance.burst[:steps],
-        )
 
 
 def demonstrate(
@@ -130,33 +134,34 @@ def demonstrate(
     environment: EnvironmentParams,
     params: DemonstrateParams,
     pool_settings: PoolSettings | None = None,
-    tally: Tally | None = None,
+    stats: SimulationStats | None = None,
 ) -> Iterator["Episode"]:
-    """Episodes of the scripted expert `params.expert`, successful or not, in the order in which they finish.
+    """Yield episodes of the scripted expert `params.expert`, in the order in which they finish.
 
-    Executed is clip(expert + N(0, noise^2)) on xyz, and random xyz in bursts (`clean` False); `actions` holds the expert's own action at every
-    step. Errors as in `rollout.rollout`.
+    They may have failed. Executed is clip(expert + N(0, noise^2), -1, 1) on xyz, and random xyz in
+    bursts (`clean` False); `actions` holds the expert's own action at every step. Errors as in
+    `rollout.rollout`.
     """
-    capacity = params.horizon // params.observe_every + 1
-    settings, tally = pool_settings or PoolSettings(), tally or Tally()
-    with Pool(
+    stats = stats or SimulationStats()
+    pool = Pool(
         environment,
         jobs,
         lambda job: Demonstrate(job, params),
-        capacity=capacity,
-        settings=settings,
-        tally=tally,
-    ) as pool:
+        capacity=params.horizon // params.observe_every + 1,
+        settings=pool_settings or PoolSettings(),
+        stats=stats,
+    )
+    with pool:
         while pool.unfinished:
             for job, outcome in pool.collect():
                 pool.finish(job)
-                episode = _demonstration(job, outcome)
-                tally.states += len(episode.step)
+                episode = _to_episode(job, outcome)
+                stats.states += len(episode.step)
                 yield episode
 
 
-def _demonstration(job: Job, outcome: Outcome) -> "Episode":
-    from vla_opd.data.trajectory import Episode  # brings Zarr, which the workers have no use for
+def _to_episode(job: Job, outcome: Outcome) -> "Episode":
+    from vla_opd.data.trajectory import Episode  # imports Zarr, which the workers don't need
 
     keep = outcome.observed < outcome.steps
     return Episode(

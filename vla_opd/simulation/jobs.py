@@ -1,4 +1,4 @@
-"""What simulator processes are asked, and what they answer."""
+"""Commands to simulator processes, and their outcomes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +14,11 @@ Frames = UInt8[np.ndarray, "N C H W 3"]
 
 @dataclass(frozen=True)
 class Job:
-    """One episode to run: where it starts, which member of its group it is, and the seed of everything random in it but the placement."""
+    """One episode to run.
+
+    member: its number in its group, whose episodes have the same placement.
+    seed:   of everything random in it except the placement.
+    """
 
     placement: Placement
     member: int
@@ -23,13 +27,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command led to: L control steps, N observations.
+    """The result of a command: L control steps, N observations.
 
     success:  the task's predicate held after the last executed step.
-    observed: the control step, counted from the reset (0), of each observation.
-    actions, clean: as in `Episode`, from commands that choose the actions themselves; otherwise empty.
-    seconds:  wall time of the command, in the worker.
-    environment: what the environment says of itself.
+    observed: the control step of each observation, counted from the reset (0).
+    actions, clean: as in `Episode`, from commands that choose the actions themselves; otherwise
+              empty.
+    seconds:  wall time of the command in the worker.
+    environment: the environment's description of itself.
     """
 
     steps: int
@@ -46,26 +51,33 @@ class Outcome:
 
 @runtime_checkable
 class Command(Protocol):
-    """Something for a worker to do: a picklable function of its environment, from a module that is quick to import."""
+    """A picklable function of a worker's environment, from a module that is quick to import."""
 
     def __call__(self, env: Env, /) -> Outcome:
-        """Run in the worker. A ValueError is raised again in the parent; any other exception is a crash."""
+        """Run in the worker.
+
+        A ValueError is raised again in the parent; any other exception is a crash.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class Reset:
-    """Start an episode; one observation, of step 0."""
+    """Start an episode. Returns one observation, of step 0."""
 
     placement: Placement
 
     def __call__(self, env: Env) -> Outcome:
-        return outcome(0, [env.reset(self.placement)], np.zeros(1, np.int32), success=False)
+        observation = env.reset(self.placement)
+        return stack_outcome(0, [observation], np.zeros(1, np.int32), success=False)
 
 
 @dataclass(frozen=True)
 class Forward:
-    """Execute S actions from control step `start` on; observations at the multiples of `observe_every` that are reached."""
+    """Execute S actions from control step `start` on.
+
+    Returns the observations at multiples of `observe_every`.
+    """
 
     start: int
     actions: Float32[np.ndarray, "S A"]
@@ -73,14 +85,14 @@ class Forward:
 
     def __call__(self, env: Env) -> Outcome:
         advance = env.advance(self.actions, self.observe_every)
-        first = (self.start // self.observe_every + 1) * self.observe_every
-        observed = np.arange(
-            first, self.start + advance.steps + 1, self.observe_every, dtype=np.int32
-        )
-        return outcome(advance.steps, advance.observations, observed, success=advance.success)
+        every = self.observe_every
+        first = (self.start // every + 1) * every
+        end = self.start + advance.steps + 1
+        observed = np.arange(first, end, every, dtype=np.int32)
+        return stack_outcome(advance.steps, advance.observations, observed, success=advance.success)
 
 
-def outcome(
+def stack_outcome(
     steps: int,
     observations: Sequence[Observation],
     observed: Int32[np.ndarray, " N"],
@@ -89,30 +101,36 @@ def outcome(
     actions: Float32[np.ndarray, "M A"] | None = None,
     clean: Bool[np.ndarray, " M"] | None = None,
 ) -> Outcome:
-    """An `Outcome` of stacked observations. ValueError if the environment did not return the observations that it was asked for.
+    """Stack observations into an `Outcome`.
 
-    FloatingPointError, a crash, if the simulator has diverged: proprioception that is not finite.
+    ValueError if the environment did not return the observations at the steps `observed`.
+    FloatingPointError, a crash, if the simulator diverged: proprioception is not finite.
     """
     if len(observations) != len(observed):
         raise ValueError(
-            f"environment.family: {len(observations)} observations in {steps} steps; expected one at each step of {observed.tolist()}"
+            f"environment.family: {len(observations)} observations in {steps} steps; "
+            f"expected one at each step of {observed.tolist()}"
         )
-    for step, seen in zip(observed, observations, strict=True):
-        if not np.isfinite(seen.proprio).all():
+    for step, observation in zip(observed, observations, strict=True):
+        if not np.isfinite(observation.proprio).all():
             raise FloatingPointError(
-                f"the simulator diverged: proprioception at control step {step} is {seen.proprio.tolist()}"
+                f"the simulator diverged: proprioception at control step {step} is "
+                f"{observation.proprio.tolist()}"
             )
+    instruction = ""
+    frames = np.zeros((0, 0, 0, 0, 3), np.uint8)
+    proprio = np.zeros((0, 0), np.float32)
+    if observations:
+        instruction = observations[-1].instruction
+        frames = np.stack([observation.frames for observation in observations])
+        proprio = np.stack([observation.proprio for observation in observations])
     return Outcome(
         steps=steps,
         success=success,
-        instruction=observations[-1].instruction if observations else "",
+        instruction=instruction,
         observed=observed,
-        frames=np.stack([o.frames for o in observations])
-        if observations
-        else np.zeros((0, 0, 0, 0, 3), np.uint8),
-        proprio=np.stack([o.proprio for o in observations])
-        if observations
-        else np.zeros((0, 0), np.float32),
+        frames=frames,
+        proprio=proprio,
         actions=np.zeros((0, 0), np.float32) if actions is None else actions,
         clean=np.zeros(0, np.bool_) if clean is None else clean,
     )

@@ -1,8 +1,9 @@
-"""A pool of simulator processes: each owns one `Env`, runs commands in it, and is replaced when it dies or hangs.
+"""A pool of simulator processes: each owns one `Env` and is replaced when it dies or hangs.
 
-A worker is a fresh interpreter (never a fork), started by its own command line: it imports numpy, the params and the environments, but no torch and
-not the caller's `__main__`. Commands and replies travel pickled over a private socket pair; frames come back through anonymous shared memory
-(a memfd: it has no name, so nothing can be left behind, whoever is killed). Linux only.
+A worker is a fresh interpreter (never a fork) with its own command line: it imports numpy, the
+params and the environments, but neither torch nor the caller's `__main__`. Commands and replies
+travel pickled over a private socket pair. Frames come back through anonymous shared memory (a
+memfd, which has no name, so nothing is left behind when processes are killed). Linux only.
 """
 
 import json
@@ -19,9 +20,10 @@ from types import TracebackType
 
 from vla_opd.params.stages import EnvironmentParams
 from vla_opd.simulation.jobs import Command, Job, Outcome
-from vla_opd.simulation.worker import Crash, frames_in
+from vla_opd.simulation.worker import Crash, map_frames
 
-# One thread a worker: W of them share the machine, and the last bits of a sum must not depend on how many cores it has.
+# One thread per worker: the workers share the machine, and the last bits of a sum must not depend
+# on the number of cores.
 _ONE_THREAD = dict.fromkeys(
     (
         "OMP_NUM_THREADS",
@@ -44,10 +46,11 @@ _GRACE_S = 5.0
 
 @dataclass(frozen=True)
 class PoolSettings:
-    """How the simulators are hosted; no episode depends on any of it.
+    """How the simulators are hosted; no episode depends on it.
 
-    workers:   W, simulator processes.
-    timeout_s: seconds that a worker may take over one command (the first includes making the environment) before it counts as hung.
+    workers:   W, the number of simulator processes.
+    timeout_s: seconds per command, after which a worker counts as hung. A worker's first command
+               includes making the environment.
     attempts:  crashes of one episode after which the run gives up.
     """
 
@@ -57,41 +60,41 @@ class PoolSettings:
 
     def __post_init__(self) -> None:
         for name in ("workers", "timeout_s", "attempts"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"pool.{name} is {getattr(self, name)!r}; expected more than 0")
+            value = getattr(self, name)
+            if value <= 0:
+                raise ValueError(f"pool.{name} is {value!r}; expected more than 0")
 
 
 @dataclass
-class Tally:
-    """What a run cost, current while it runs. Crashes of simulators are counted here, and are no failed episodes.
+class SimulationStats:
+    """Costs of a stage's simulations so far. Simulator crashes are not failed episodes.
 
-    states: kept, or labelled, by this process.
+    states:      kept or labelled by this process.
+    policy_s:    seconds in the policy's forward passes.
+    waiting_s:   seconds of waiting for simulators.
+    simulator_s: seconds in commands, summed over the workers.
+    environment: the environment's description of itself, for the manifest.
     """
 
     crashes: int = 0
     states: int = 0
-    policy_s: float = 0.0  # in the policy's forward passes
-    waiting_s: float = 0.0  # waiting for simulators
-    simulator_s: float = 0.0  # in commands, summed over the workers
-    environment: Mapping[str, str] = field(
-        default_factory=dict
-    )  # what the environment says of itself, for the manifest
+    policy_s: float = 0.0
+    waiting_s: float = 0.0
+    simulator_s: float = 0.0
+    environment: Mapping[str, str] = field(default_factory=dict)
     began: float = field(default_factory=time.perf_counter)
 
     def as_metrics(self) -> dict[str, float]:
-        """The numbers, by name."""
-        rate = (
-            {"states_per_second": self.states / (time.perf_counter() - self.began)}
-            if self.states
-            else {}
-        )
-        return {
+        """Return the numbers by name; the rate of states only if there are any."""
+        metrics: dict[str, float] = {
             "crashes": self.crashes,
             "policy_seconds": self.policy_s,
             "waiting_seconds": self.waiting_s,
             "simulator_seconds": self.simulator_s,
-            **rate,
         }
+        if self.states:
+            metrics["states_per_second"] = self.states / (time.perf_counter() - self.began)
+        return metrics
 
 
 class _CrashError(Exception):
@@ -99,37 +102,45 @@ class _CrashError(Exception):
 
 
 class _Worker:
-    """One seat of the pool: shared memory that lasts, and a process that may be replaced."""
+    """One worker of the pool: lasting shared memory, and a process that may be replaced.
+
+    task:     the task that the environment is set up for.
+    awaiting: a command is in progress, until `deadline` (of `time.monotonic`).
+    """
 
     def __init__(self, environment: EnvironmentParams, capacity: int) -> None:
-        size = capacity * len(environment.cameras) * environment.image_size**2 * 3
+        pixels = len(environment.cameras) * environment.image_size**2
         self.job: Job | None = None
-        self.awaiting = False  # a command is under way
-        self.task: str | None = None  # what the environment is set up for
+        self.awaiting = False
+        self.task: str | None = None
         self.deadline = 0.0
         self.connection: mpc.Connection | None = None
         self._greeting = (environment, capacity)
         self._process: subprocess.Popen[bytes] | None = None
         self._shared = os.memfd_create("frames")
-        os.ftruncate(self._shared, size)
-        self._frames = frames_in(self._shared, environment, capacity)
+        os.ftruncate(self._shared, capacity * pixels * 3)
+        self._frames = map_frames(self._shared, environment, capacity)
 
     def send(self, command: Command, timeout_s: float) -> None:
-        """Start a command, and the process if there is none. `_CrashError` if it is dead."""
+        """Send a command, starting the process if there is none. `_CrashError` if it is dead."""
         try:
             connection = self.connection or self._start()
             connection.send(command)
         except OSError as error:
-            raise _CrashError(self._obituary()) from error
-        self.awaiting, self.deadline = True, time.monotonic() + timeout_s
+            raise _CrashError(self._describe_exit()) from error
+        self.awaiting = True
+        self.deadline = time.monotonic() + timeout_s
 
     def receive(self) -> Outcome:
-        """The reply that has arrived. `_CrashError` if it is a death or a crash; the command's own ValueError."""
+        """Return the reply that has arrived.
+
+        `_CrashError` if the process died or the command crashed; the command's own ValueError.
+        """
         assert self.connection is not None
         try:
             reply: Outcome | Crash = self.connection.recv()
         except (EOFError, OSError) as error:
-            raise _CrashError(self._obituary()) from error
+            raise _CrashError(self._describe_exit()) from error
         self.awaiting = False
         if isinstance(reply, Outcome):
             return replace(reply, frames=self._frames[: len(reply.observed)].copy())
@@ -140,111 +151,116 @@ class _Worker:
         raise _CrashError(reply.text)
 
     def kill(self) -> None:
-        """End the process now, whatever it is doing; the next command starts another."""
+        """Kill the process; the next command starts another."""
         self.hang_up()
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-        self._process, self.task, self.awaiting = None, None, False
+        self._process = None
+        self.task = None
+        self.awaiting = False
 
     def hang_up(self) -> None:
-        """Close the connection, which tells an idle process to close its simulator and exit."""
+        """Close the connection, which makes an idle process close its simulator and exit."""
         if self.connection is not None:
             self.connection.close()
         self.connection = None
 
     def close(self) -> None:
-        """End the process, with a grace period if it is idle, and free the shared memory."""
+        """End the process, after a grace period if it is idle, and free the shared memory."""
         self.hang_up()
         if self._process is not None and not self.awaiting:
-            _exits(self._process, _GRACE_S)
+            _wait_for_exit(self._process, _GRACE_S)
         self.kill()
         self._frames = self._frames[:0].copy()  # the mapping holds a descriptor of its own
         os.close(self._shared)
 
     def _start(self) -> mpc.Connection:
-        ours, theirs = mpc.Pipe(duplex=True)
+        parent_end, worker_end = mpc.Pipe(duplex=True)
         start = {
             "path": [str(entry) for entry in sys.path],
-            "serve": [theirs.fileno(), self._shared, os.getpid()],
+            "serve": [worker_end.fileno(), self._shared, os.getpid()],
         }
-        with theirs:
+        with worker_end:
             self._process = subprocess.Popen(  # noqa: S603 - this interpreter, our own code
                 [sys.executable, "-X", "faulthandler", "-c", _BOOT, json.dumps(start)],
                 env={**os.environ, **_ONE_THREAD},
                 stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), self._shared),
+                pass_fds=(worker_end.fileno(), self._shared),
             )
-        self.connection = ours
-        ours.send(self._greeting)
-        return ours
+        self.connection = parent_end
+        parent_end.send(self._greeting)
+        return parent_end
 
-    def _obituary(self) -> str:
-        if self._process is None or not _exits(self._process, _GRACE_S):
+    def _describe_exit(self) -> str:
+        if self._process is None or not _wait_for_exit(self._process, _GRACE_S):
             return "the simulator process closed its connection"
         code = self._process.returncode
-        return (
-            f"the simulator process died of {signal.Signals(-code).name}"
-            if code < 0
-            else f"the simulator process exited with code {code}"
-        )
+        if code < 0:
+            return f"the simulator process died of {signal.Signals(-code).name}"
+        return f"the simulator process exited with code {code}"
 
 
-def _exits(process: subprocess.Popen[bytes], within_s: float) -> bool:
+def _wait_for_exit(process: subprocess.Popen[bytes], timeout_s: float) -> bool:
     try:
-        process.wait(within_s)
+        process.wait(timeout_s)
     except subprocess.TimeoutExpired:
         return False
     return True
 
 
 class JobQueue:
-    """Jobs that wait for a worker, by task; and how often each one's worker crashed."""
+    """Jobs that wait for a worker, by task, and the number of crashes of each job.
+
+    ValueError if a job occurs twice.
+    """
 
     def __init__(self, jobs: Iterable[Job], attempts: int) -> None:
         self._waiting: dict[str, deque[Job]] = {}
         self._crashes: Counter[Job] = Counter()
         self._attempts = attempts
-        seen: set[Job] = set()
+        distinct: set[Job] = set()
         for job in jobs:
-            if job in seen:
+            if job in distinct:
                 raise ValueError(f"jobs: {job} occurs twice; expected distinct jobs")
-            seen.add(job)
+            distinct.add(job)
             self._waiting.setdefault(job.placement.task, deque()).append(job)
 
     def __len__(self) -> int:
         return sum(map(len, self._waiting.values()))
 
     def take(self, task: str | None, served: set[str]) -> Job:
-        """The next job for a worker whose environment has `task` (changing it costs seconds) while others work on `served`.
+        """Remove and return the next job for a worker whose environment is set up for `task`.
 
-        One of its own task; otherwise of the task with the most jobs left among those that nobody serves; otherwise among all.
+        Changing the task costs seconds. So it is a job of that task if there is one; otherwise of
+        the task with the most waiting jobs among those that no worker serves (`served` are the
+        others), or among all tasks.
         """
-        left = {name: len(jobs) for name, jobs in self._waiting.items() if jobs}
-        if task is None or task not in left:
-            unserved = {name: count for name, count in left.items() if name not in served}
-            task = _most(unserved or left)
-        return self._waiting[task].popleft()
+        waiting = self._waiting
+        tasks = [name for name, jobs in waiting.items() if jobs]
+        if task is None or task not in tasks:
+            unserved = [name for name in tasks if name not in served]
+            candidates = unserved or tasks
+            task = max(candidates, key=lambda name: len(waiting[name]))
+        return waiting[task].popleft()
 
-    def again(self, job: Job, error: str) -> None:
-        """Put a job back whose worker crashed. RuntimeError once it has crashed too often."""
+    def put_back(self, job: Job, error: str) -> None:
+        """Put a job whose worker crashed first in line. RuntimeError after too many crashes."""
         self._crashes[job] += 1
         if self._crashes[job] >= self._attempts:
             raise RuntimeError(
-                f"{job.placement}, member {job.member}: the simulator crashed {self._crashes[job]} times; the last time: {error}"
+                f"{job.placement}, member {job.member}: the simulator crashed "
+                f"{self._crashes[job]} times; the last time: {error}"
             )
         self._waiting[job.placement.task].appendleft(job)
 
 
-def _most(counts: Mapping[str, int]) -> str:
-    return max(counts, key=counts.__getitem__)
-
-
 class Pool:
-    """W simulators that work through jobs, each a sequence of commands; use it as a context manager.
+    """W simulators that work through jobs, each a sequence of commands. A context manager.
 
-    `first(job)` gives the command that starts the job, whenever it starts: also when its worker has crashed and it is begun again, with nothing
-    kept of the earlier attempt. After that, the caller answers every outcome of `collect` with `send` or `finish`.
+    `first(job)` returns the command that starts the job, also when it is started again because its
+    worker crashed; nothing of the earlier attempt is kept. After that, the caller answers every
+    outcome of `collect` with `send` or `finish`.
 
     capacity: the most observations that one command may return.
     """
@@ -257,15 +273,16 @@ class Pool:
         *,
         capacity: int,
         settings: PoolSettings,
-        tally: Tally,
+        stats: SimulationStats,
     ) -> None:
         self._queue = JobQueue(jobs, settings.attempts)
-        self._first, self._settings, self._tally = first, settings, tally
-        self._workers = [
-            _Worker(environment, capacity) for _ in range(min(settings.workers, len(self._queue)))
-        ]
+        self._first = first
+        self._settings = settings
+        self._stats = stats
+        workers = min(settings.workers, len(self._queue))
+        self._workers = [_Worker(environment, capacity) for _ in range(workers)]
 
-    def __enter__(self) -> "Pool":  # noqa: PYI034 - the run-time type checker of the tests does not know Self here
+    def __enter__(self) -> "Pool":  # noqa: PYI034 - the tests' run-time type checker fails on Self
         return self
 
     def __exit__(
@@ -276,83 +293,92 @@ class Pool:
     ) -> None:
         for worker in self._workers:
             if not worker.awaiting:
-                worker.hang_up()  # all at once: they close their simulators side by side
+                worker.hang_up()  # all of them first, so that they close their simulators at once
         for worker in self._workers:
             worker.close()
 
     @property
     def unfinished(self) -> bool:
-        """Whether any job waits or runs."""
-        return bool(len(self._queue)) or any(worker.job for worker in self._workers)
+        """Return whether any job waits or runs."""
+        running = any(worker.job for worker in self._workers)
+        return running or len(self._queue) > 0
 
     @property
     def awaiting(self) -> bool:
-        """Whether any worker is busy, so that `collect` has something to wait for."""
+        """Return whether any worker is busy, so that `collect` can return an outcome."""
         return any(worker.awaiting for worker in self._workers)
 
     def send(self, job: Job, command: Command) -> None:
-        """The next command of a job that `collect` returned an outcome of."""
-        self._command(self._worker_of(job), command)
+        """Send the next command of a job that `collect` returned an outcome of."""
+        self._send(self._worker_of(job), command)
 
     def finish(self, job: Job) -> None:
-        """The job is done; its worker takes the next."""
+        """End a job; its worker takes the next."""
         self._worker_of(job).job = None
         self._assign()
 
     def collect(self) -> list[tuple[Job, Outcome]]:
-        """Wait until a busy worker answers, dies or hangs; what has come back. Empty if that was a crash, whose job is begun again.
+        """Wait until a busy worker answers, dies or hangs, and return the outcomes that arrived.
 
-        ValueError of a command as it was raised; RuntimeError after too many crashes of one job, naming its placement and the last error.
+        Empty if that was a crash, whose job is started again. The ValueError of a command is
+        raised as it was; RuntimeError after too many crashes of one job names its placement and
+        the last error.
         """
         self._assign()
         busy = [worker for worker in self._workers if worker.awaiting]
         answered = self._wait(busy)
         outcomes = [self._receive(worker) for worker in busy if worker.connection in answered]
         for worker in busy:
-            if worker.connection not in answered and time.monotonic() > worker.deadline:
-                self._crashed(worker, f"no answer within {self._settings.timeout_s:g} s")
+            late = time.monotonic() > worker.deadline
+            if late and worker.connection not in answered:
+                self._restart(worker, f"no answer within {self._settings.timeout_s:g} s")
         return [pair for pair in outcomes if pair is not None]
 
     def _wait(self, busy: list[_Worker]) -> list[object]:
         began = time.perf_counter()
         nearest = min((worker.deadline for worker in busy), default=0.0)
+        remaining = nearest - time.monotonic()
         connections = [worker.connection for worker in busy if worker.connection is not None]
-        answered = mpc.wait(connections, timeout=max(0.0, nearest - time.monotonic()))
-        self._tally.waiting_s += time.perf_counter() - began
+        answered = mpc.wait(connections, timeout=max(0.0, remaining))
+        self._stats.waiting_s += time.perf_counter() - began
         return list(answered)
 
     def _receive(self, worker: _Worker) -> tuple[Job, Outcome] | None:
         assert worker.job is not None
         try:
-            done = worker.receive()
+            outcome = worker.receive()
         except _CrashError as error:
-            self._crashed(worker, str(error))
+            self._restart(worker, str(error))
             return None
-        self._tally.simulator_s += done.seconds
-        self._tally.environment = done.environment
-        return worker.job, done
+        self._stats.simulator_s += outcome.seconds
+        self._stats.environment = outcome.environment
+        return worker.job, outcome
 
-    def _crashed(self, worker: _Worker, error: str) -> None:
-        job, worker.job = worker.job, None
+    def _restart(self, worker: _Worker, error: str) -> None:
+        """Replace a crashed worker's process and start its job again."""
+        job = worker.job
+        worker.job = None
         assert job is not None
         worker.kill()
-        self._tally.crashes += 1
-        self._queue.again(job, error)
+        self._stats.crashes += 1
+        self._queue.put_back(job, error)
         self._assign()
 
     def _assign(self) -> None:
         for worker in self._workers:
             if worker.job is None and len(self._queue):
-                served = {other.job.placement.task for other in self._workers if other.job}
-                worker.job = self._queue.take(worker.task, served)
-                worker.task = worker.job.placement.task
-                self._command(worker, self._first(worker.job))
+                running = [busy.job for busy in self._workers if busy.job]
+                served = {job.placement.task for job in running}
+                job = self._queue.take(worker.task, served)
+                worker.job = job
+                worker.task = job.placement.task
+                self._send(worker, self._first(job))
 
-    def _command(self, worker: _Worker, command: Command) -> None:
+    def _send(self, worker: _Worker, command: Command) -> None:
         try:
             worker.send(command, self._settings.timeout_s)
         except _CrashError as error:
-            self._crashed(worker, str(error))
+            self._restart(worker, str(error))
 
     def _worker_of(self, job: Job) -> _Worker:
         return next(worker for worker in self._workers if worker.job == job)

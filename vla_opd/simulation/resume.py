@@ -1,9 +1,11 @@
-"""Somebody else goes on from a state of a recorded episode: the actions that led there are executed again, and lead there exactly.
+"""Resuming a recorded episode from one of its states, by an expert or another policy.
 
-Workers import this module, so it imports no torch; what rolls a policy out, no sooner than in the parent.
+The actions that led to the state are executed again and lead there exactly. Workers import this
+module, so it does not import torch, nor the rollouts before the parent needs them.
 """
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,19 +15,25 @@ from jaxtyping import Bool, Float32, Int32
 from vla_opd.envs.protocol import Env, Observation, Placement
 from vla_opd.experts import make_expert
 from vla_opd.params.stages import EnvironmentParams
-from vla_opd.simulation.jobs import Job, Outcome, outcome
-from vla_opd.simulation.pool import Pool, PoolSettings, Tally
+from vla_opd.simulation.jobs import Job, Outcome, stack_outcome
+from vla_opd.simulation.pool import Pool, PoolSettings, SimulationStats
 
 if TYPE_CHECKING:
+    from vla_opd.data.trajectory import Episode
     from vla_opd.policies.load import Policy
     from vla_opd.simulation.rollout import RolloutSettings
 
-SAME = 1e-3  # how far proprioception may be from what was recorded: nothing on one machine, the last bits on another
+# Tolerated difference to the recorded proprioception, in its units: zero on the same machine, the
+# last bits on another.
+TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
-class Recorded:
-    """What is left of an episode of L control steps that leads to its N kept states again; `step` and `proprio` as in `Episode`."""
+class EpisodeRecord:
+    """What leads to the N kept states of an episode of L control steps again.
+
+    `step` and `proprio` are those of `Episode`.
+    """
 
     placement: Placement
     success: bool
@@ -36,167 +44,208 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Resume:
-    """Start where a recorded episode was at its kept state `row`; one observation, which counts as that of step 0.
+    """Start at the kept state `row` of a recorded episode.
 
-    ValueError if the way there ends early, or leads elsewhere: the environment's episodes don't follow from placement and actions.
+    Returns one observation, which counts as that of step 0. ValueError if the episode ends before
+    that state or reaches another one: then the environment's episodes do not follow from placement
+    and actions.
     """
 
-    episode: Recorded
+    episode: EpisodeRecord
     row: int
 
     def __call__(self, env: Env) -> Outcome:
-        return outcome(0, [self.observed(env)], np.zeros(1, np.int32), success=False)
+        return stack_outcome(0, [self.restore(env)], np.zeros(1, np.int32), success=False)
 
-    def observed(self, env: Env) -> Observation:
-        """The state, in the environment, and as it looks there."""
-        step, expected = int(self.episode.step[self.row]), self.episode.proprio[self.row]
-        seen = env.reset(self.episode.placement)
+    def restore(self, env: Env) -> Observation:
+        """Bring the environment to the state, and return its observation."""
+        episode = self.episode
+        step = int(episode.step[self.row])
+        expected = episode.proprio[self.row]
+        observation = env.reset(episode.placement)
         if step:
-            advance = env.advance(self.episode.actions[:step], step)
+            advance = env.advance(episode.actions[:step], step)
             if advance.steps < step or advance.success:
-                raise ValueError(self._elsewhere(f"it ended after {advance.steps}"))
-            seen = advance.observations[-1]
-        if not np.allclose(seen.proprio, expected, rtol=0, atol=SAME):
-            raise ValueError(
-                self._elsewhere(
-                    f"proprioception was {seen.proprio.tolist()}, recorded is {expected.tolist()}"
-                )
-            )
-        return seen
+                reason = f"it ended after {advance.steps}"
+                raise ValueError(self._mismatch(reason))
+            observation = advance.observations[-1]
+        proprio = observation.proprio
+        if not np.allclose(proprio, expected, rtol=0, atol=TOLERANCE):
+            reason = f"proprioception was {proprio.tolist()}, recorded is {expected.tolist()}"
+            raise ValueError(self._mismatch(reason))
+        return observation
 
-    def _elsewhere(self, why: str) -> str:
+    def _mismatch(self, reason: str) -> str:
+        steps = self.episode.step[self.row]
         return (
-            f"environment.family: {self.episode.placement} was replayed for {self.episode.step[self.row]} control steps, and {why}; expected the "
-            "recorded episode"
+            f"environment.family: {self.episode.placement} was replayed for {steps} control steps, "
+            f"and {reason}; expected the recorded episode"
         )
 
 
 @dataclass(frozen=True)
-class Ask:
-    """What a scripted expert would do from every kept state of a recorded episode: S = `chunk` actions from each, executed and closed loop.
+class QueryExpert:
+    """Run a scripted expert in closed loop for S = `chunk` steps from every kept state.
 
-    `Outcome.actions` are N x S rows; `clean` where they were executed: after a success the last action is repeated.
+    `Outcome.actions` are N x S rows, `clean` where they were executed: after a success the last
+    action is repeated.
     """
 
-    episode: Recorded
+    episode: EpisodeRecord
     expert: str
     chunk: int
 
     def __call__(self, env: Env) -> Outcome:
-        answers = [self._answer(env, row) for row in range(len(self.episode.step))]
-        padded = [
-            np.concatenate([actions, np.repeat(actions[-1:], self.chunk - len(actions), axis=0)])
-            for actions in answers
-        ]
-        executed = np.concatenate([np.arange(self.chunk) < len(actions) for actions in answers])
-        return outcome(
+        actions: list[Float32[np.ndarray, "S A"]] = []
+        executed: list[Bool[np.ndarray, " S"]] = []
+        for row in range(len(self.episode.step)):
+            answer = self._run_expert(env, row)
+            unexecuted = self.chunk - len(answer)
+            padding = np.repeat(answer[-1:], unexecuted, axis=0)
+            actions.append(np.concatenate([answer, padding]))
+            executed.append(np.arange(self.chunk) < len(answer))
+        return stack_outcome(
             0,
             [],
             np.zeros(0, np.int32),
             success=False,
-            actions=np.concatenate(padded),
-            clean=executed,
+            actions=np.concatenate(actions),
+            clean=np.concatenate(executed),
         )
 
-    def _answer(self, env: Env, row: int) -> Float32[np.ndarray, "s A"]:
-        Resume(self.episode, row).observed(env)
+    def _run_expert(self, env: Env, row: int) -> Float32[np.ndarray, "s A"]:
+        Resume(self.episode, row).restore(env)
         expert = make_expert(self.expert, env)
         expert.reset()
         actions: list[Float32[np.ndarray, " A"]] = []
         success = False
         while len(actions) < self.chunk and not success:
-            actions.append(np.asarray(expert.act(), dtype=np.float32).copy())
-            success = env.advance(actions[-1][None], 0).success
+            action = np.asarray(expert.act(), dtype=np.float32).copy()
+            actions.append(action)
+            advance = env.advance(action[None], 0)
+            success = advance.success
         return np.stack(actions)
 
 
 @dataclass(frozen=True)
-class Answers:
-    """An expert's S actions from each of N states, and which of them it executed: after a success the last one is repeated."""
+class ExpertActions:
+    """An expert's S actions from each of N states, and which of them were executed.
+
+    After a success the last action is repeated, unexecuted.
+    """
 
     actions: Float32[np.ndarray, "N S A"]
     executed: Bool[np.ndarray, "N S"]
 
 
-def ask(
-    episodes: Mapping[Job, Recorded],
+def query_expert(
+    episodes: Mapping[Job, EpisodeRecord],
     environment: EnvironmentParams,
     expert: str,
     chunk: int,
     pool_settings: PoolSettings,
-    tally: Tally,
-) -> Iterator[tuple[Job, Answers]]:
-    """What the scripted expert would do at every kept state of every episode, as it is known. Errors as in `rollout.rollout`, and `Resume`'s."""
-    with Pool(
+    stats: SimulationStats,
+) -> Iterator[tuple[Job, ExpertActions]]:
+    """Yield the scripted expert's actions at every kept state, an episode at a time.
+
+    Errors as in `rollout.rollout`, and those of `Resume`.
+    """
+    pool = Pool(
         environment,
         episodes,
-        lambda job: Ask(episodes[job], expert, chunk),
+        lambda job: QueryExpert(episodes[job], expert, chunk),
         capacity=1,
         settings=pool_settings,
-        tally=tally,
-    ) as pool:
+        stats=stats,
+    )
+    with pool:
         while pool.unfinished:
-            for job, answered in pool.collect():
+            for job, outcome in pool.collect():
                 pool.finish(job)
                 states = len(episodes[job].step)
-                yield (
-                    job,
-                    Answers(
-                        answered.actions.reshape(states, chunk, -1),
-                        answered.clean.reshape(states, chunk),
-                    ),
-                )
+                actions = outcome.actions.reshape(states, chunk, -1)
+                executed = outcome.clean.reshape(states, chunk)
+                yield job, ExpertActions(actions, executed)
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """Whether the policy succeeds from each of N states, and the control steps and decisions that it took to find out."""
+    """Whether the policy succeeds from each of N states, and the cost of finding out."""
 
     recoverable: Bool[np.ndarray, " N"]
     env_steps: int = 0
     decisions: int = 0
 
+    def add(self, states: Bool[np.ndarray, " N"], episode: "Episode") -> "Recovery":
+        """Return the recovery with the result of one more episode, which holds for `states`."""
+        return Recovery(
+            np.where(states, episode.success, self.recoverable),
+            self.env_steps + episode.steps,
+            self.decisions + len(episode.tokens),
+        )
 
-def take_over(
+
+def find_recoverable_states(
     policy: "Policy",
-    episodes: Mapping[Job, Recorded],
+    episodes: Mapping[Job, EpisodeRecord],
     environment: EnvironmentParams,
     settings: "RolloutSettings",
     every: int,
     pool_settings: PoolSettings,
-    tally: Tally,
+    stats: SimulationStats,
 ) -> Iterator[tuple[Job, Recovery]]:
-    """From which states of the episodes the policy still succeeds, as they are known.
+    """Yield from which states of each episode the policy still succeeds, an episode at a time.
 
-    It takes over at every `every`-th decision of an episode that failed; the states up to the next are as that one. Of an episode that succeeded
-    all are recoverable. Errors as in `rollout.rollout`, and `Resume`'s.
+    In a failed episode the policy takes over at every n-th decision (n = `every`); the states up to
+    the next such decision share its result. All states of a successful episode are recoverable.
+    Errors as in `rollout.rollout`, and those of `Resume`.
     """
     from vla_opd.simulation.rollout import rollout
 
-    starts = {job: _starts(one, policy.chunk * every) for job, one in episodes.items()}
-    tries = [(job, row) for job, rows in starts.items() for row in rows]
-    jobs = [Job(job.placement, number, 0) for number, (job, _) in enumerate(tries)]
-    first = {one: Resume(episodes[job], row) for one, (job, row) in zip(jobs, tries, strict=True)}
-    found: dict[Job, Recovery] = {
-        job: Recovery(np.full(len(one.step), one.success)) for job, one in episodes.items()
-    }
-    left = {job: len(rows) for job, rows in starts.items()}
-    yield from ((job, found[job]) for job in episodes if not left[job])
-    for episode in rollout(
-        policy, jobs, environment, settings, pool_settings, tally, first.__getitem__
-    ):
-        job, row = tries[episode.member]
-        one, step = found[job], episodes[job].step
-        there = (step >= step[row]) & (step < step[row] + policy.chunk * every)
-        recoverable = np.where(there, episode.success, one.recoverable)
-        found[job] = Recovery(
-            recoverable, one.env_steps + episode.steps, one.decisions + len(episode.tokens)
-        )
-        left[job] -= 1
-        if not left[job]:
-            yield job, found[job]
+    stretch = policy.chunk * every
+    attempts: list[tuple[Job, int]] = []
+    recoveries: dict[Job, Recovery] = {}
+    for job, episode in episodes.items():
+        rows = _start_rows(episode, stretch)
+        attempts.extend((job, row) for row in rows)
+        recoveries[job] = Recovery(np.full(len(episode.step), episode.success))
+        if not rows:
+            yield job, recoveries[job]
+    pending = Counter(job for job, _ in attempts)
+    commands = _resume_commands(episodes, attempts)
+    rollouts = rollout(
+        policy,
+        list(commands),
+        environment,
+        settings,
+        pool_settings,
+        stats,
+        commands.__getitem__,
+    )
+    for attempt in rollouts:
+        job, row = attempts[attempt.member]
+        step = episodes[job].step
+        start = step[row]
+        states = (step >= start) & (step < start + stretch)
+        recoveries[job] = recoveries[job].add(states, attempt)
+        pending[job] -= 1
+        if not pending[job]:
+            yield job, recoveries[job]
 
 
-def _starts(episode: Recorded, every: int) -> list[int]:
-    """The kept states at which somebody else takes over: one every so many control steps, in an episode that failed."""
-    return [] if episode.success else np.flatnonzero(episode.step % every == 0).tolist()
+def _start_rows(episode: EpisodeRecord, every: int) -> list[int]:
+    """Return the kept states at which the policy takes over: every n steps, if it failed."""
+    if episode.success:
+        return []
+    return np.flatnonzero(episode.step % every == 0).tolist()
+
+
+def _resume_commands(
+    episodes: Mapping[Job, EpisodeRecord], attempts: Sequence[tuple[Job, int]]
+) -> dict[Job, Resume]:
+    """Return a job for each attempt, whose member is the attempt's number, with its command."""
+    commands: dict[Job, Resume] = {}
+    for number, (job, row) in enumerate(attempts):
+        attempt = Job(job.placement, number, 0)
+        commands[attempt] = Resume(episodes[job], row)
+    return commands

@@ -1,7 +1,8 @@
-"""Policy x environment -> episodes.
+"""Rollouts: policy x environment -> episodes.
 
-An episode's bytes depend on the policy, its job (placement, seed) and the settings, and never on the number of workers, the order of the jobs, or a
-crash on the way: every forward pass has the same number of rows, every decision draws its own noise, and a crashed episode is begun again.
+An episode's bytes depend on the policy, its job (placement, seed) and the settings, but not on the
+number of workers, the order of the jobs or crashes: every forward pass has the same number of
+rows, every decision draws its own noise, and a crashed episode is started again.
 """
 
 import time
@@ -17,17 +18,17 @@ from vla_opd.data.trajectory import Episode
 from vla_opd.params.stages import EnvironmentParams
 from vla_opd.policies.policy import Observations, Policy
 from vla_opd.simulation.jobs import Command, Forward, Job, Outcome, Reset
-from vla_opd.simulation.pool import Pool, PoolSettings, Tally
+from vla_opd.simulation.pool import Pool, PoolSettings, SimulationStats
 
 __all__ = [
     "Job",
     "PoolSettings",
     "RolloutSettings",
-    "Tally",
-    "choose",
+    "SimulationStats",
+    "choose_tokens",
     "rollout",
     "sample_tokens",
-    "threads",
+    "torch_threads",
 ]
 
 
@@ -35,12 +36,13 @@ __all__ = [
 class RolloutSettings:
     """How a policy is rolled out.
 
-    horizon:         the most control steps an episode has.
+    horizon:         the maximum number of control steps per episode.
     temperature:     of sampling; None takes the most likely token.
-    observe_every:   a state is kept every that many control steps, from 0 up to, not including, the last; None keeps none (frames are then
-                     rendered at decisions only).
-    inference_batch: rows of every forward pass, exactly. Where fewer observations are ready, copies of the first fill up. Above 1, that a row's
-                     logits do not depend on its position and its neighbours is assumed of the fixed-shape kernels; at 1 it is certain.
+    observe_every:   keep a state every n control steps, from 0 up to but excluding the last. None
+                     keeps none, and frames are rendered at decisions only.
+    inference_batch: the exact number of rows of every forward pass; copies of the first row fill
+                     up the batch. Above 1, a row's logits are assumed to be independent of its
+                     position and neighbours, as with fixed-shape kernels; at 1 this is certain.
     """
 
     horizon: int
@@ -61,26 +63,28 @@ def rollout(
     environment: EnvironmentParams,
     settings: RolloutSettings,
     pool_settings: PoolSettings | None = None,
-    tally: Tally | None = None,
+    stats: SimulationStats | None = None,
     first: Callable[[Job], Command] = lambda job: Reset(job.placement),
 ) -> Generator[Episode]:
-    """Episodes of `policy`, in the order in which they finish.
+    """Yield the policy's episodes, in the order in which they finish.
 
-    A decision is made every S = `policy.chunk` control steps and executed open loop, cut off at success or at the horizon.
-    `first` starts a job: one observation, of step 0.
-    `tally` counts crashes and seconds while the episodes come. Close the iterator (or exhaust it) to end the simulators.
-    ValueError if `observe_every` does not divide the chunk, and for mistakes that the environment reports; RuntimeError when the simulator crashes
-    too often in one episode; FloatingPointError when a logit is not finite.
+    The policy decides every S = `policy.chunk` control steps. Its actions are executed open loop,
+    cut off at success or at the horizon. Closing or exhausting the iterator ends the simulators.
+
+    first: the command that starts a job; it returns one observation, of step 0.
+    stats: counts crashes and seconds while the episodes arrive.
+    ValueError if `observe_every` does not divide the chunk, and for mistakes that the environment
+    reports; RuntimeError after too many crashes of one episode; FloatingPointError for a logit that
+    is not finite.
     """
     _check_observe_every(settings.observe_every, policy.chunk)
-    pool_settings, tally = pool_settings or PoolSettings(), tally or Tally()
-    return _roll(
+    return _run_episodes(
         policy,
         list(jobs),
         environment,
         settings,
-        pool_settings=pool_settings,
-        tally=tally,
+        pool_settings=pool_settings or PoolSettings(),
+        stats=stats or SimulationStats(),
         first=first,
     )
 
@@ -89,13 +93,14 @@ def _check_observe_every(observe_every: int | None, chunk: int) -> None:
     if observe_every is not None and chunk % observe_every:
         divisors = [n for n in range(1, chunk + 1) if chunk % n == 0]
         raise ValueError(
-            f"sample.observe_every is {observe_every}; expected a divisor of the policy's chunk of {chunk}: one of {divisors}"
+            f"sample.observe_every is {observe_every}; expected a divisor of the policy's chunk of "
+            f"{chunk}: one of {divisors}"
         )
 
 
 @dataclass
-class _Playing:
-    """One episode under way: everything recorded so far, and what the policy sees now."""
+class _RunningEpisode:
+    """An episode in progress: what was recorded so far, and what the policy sees now."""
 
     job: Job
     settings: RolloutSettings
@@ -115,45 +120,45 @@ class _Playing:
     def done(self) -> bool:
         return self.success or self.steps >= self.settings.horizon
 
-    def see(self, outcome: Outcome) -> None:
-        """Take in what the simulator did with the reset, or with the last actions."""
+    def add_outcome(self, outcome: Outcome) -> None:
+        """Record the simulator's outcome of the reset or of the last actions."""
         self.steps += outcome.steps
         self.success = outcome.success
         self.instruction = outcome.instruction or self.instruction
         if self.actions:
             self.actions[-1] = self.actions[-1][: outcome.steps]
         if len(outcome.observed):
-            self._record(outcome)
+            self._add_observations(outcome)
         assert self.done or self.observed[-1][-1] == self.steps, (
             "the environment stopped inside a chunk without success"
         )
 
-    def _record(self, outcome: Outcome) -> None:
-        if self.settings.observe_every is None:  # only the present state is of use
-            self.frames, self.proprio, self.observed = [], [], []
+    def _add_observations(self, outcome: Outcome) -> None:
+        if self.settings.observe_every is None:  # only the current state is needed
+            self.frames = []
+            self.proprio = []
+            self.observed = []
         self.frames.append(outcome.frames)
         self.proprio.append(outcome.proprio)
         self.observed.append(outcome.observed)
 
-    def act(
+    def add_decision(
         self,
         tokens: Int16[np.ndarray, " K"],
         log_probs: Float32[np.ndarray, " K"],
         actions: Float32[np.ndarray, "S A"],
     ) -> Command:
-        """Take a decision, and send what of it lies before the horizon."""
+        """Record a decision and return the command for its actions before the horizon."""
+        remaining = self.settings.horizon - self.steps
+        executed = actions[:remaining]
         self.tokens.append(tokens)
         self.log_probs.append(log_probs)
-        self.actions.append(actions[: self.settings.horizon - self.steps])
-        return Forward(self.steps, self.actions[-1], self.settings.observe_every or self.chunk)
+        self.actions.append(executed)
+        return Forward(self.steps, executed, self.settings.observe_every or self.chunk)
 
-    def episode(self) -> Episode:
-        """The finished episode. The terminal state is not kept: nothing was decided there."""
-        frames, proprio, step = (
-            np.concatenate(self.frames),
-            np.concatenate(self.proprio),
-            np.concatenate(self.observed),
-        )
+    def to_episode(self) -> Episode:
+        """Return the finished episode, without the terminal state, at which nothing is decided."""
+        step = np.concatenate(self.observed)
         keep = (step < self.steps) & (self.settings.observe_every is not None)
         return Episode(
             placement=self.job.placement,
@@ -161,8 +166,8 @@ class _Playing:
             instruction=self.instruction,
             success=self.success,
             steps=self.steps,
-            frames=frames[keep],
-            proprio=proprio[keep],
+            frames=np.concatenate(self.frames)[keep],
+            proprio=np.concatenate(self.proprio)[keep],
             step=step[keep],
             actions=np.concatenate(self.actions),
             clean=np.ones(self.steps, np.bool_),
@@ -171,54 +176,52 @@ class _Playing:
         )
 
 
-def _roll(
+def _run_episodes(
     policy: Policy,
     jobs: Sequence[Job],
     environment: EnvironmentParams,
     settings: RolloutSettings,
     *,
     pool_settings: PoolSettings,
-    tally: Tally,
+    stats: SimulationStats,
     first: Callable[[Job], Command],
 ) -> Generator[Episode]:
-    playing: dict[Job, _Playing] = {}
-    ready: list[_Playing] = []
+    running: dict[Job, _RunningEpisode] = {}
+    ready: list[_RunningEpisode] = []
+    rows = settings.inference_batch
 
     def begin(job: Job) -> Command:
-        playing[job] = _Playing(
-            job, settings, policy.chunk, np.random.Generator(np.random.Philox(job.seed))
-        )
+        random = np.random.Generator(np.random.Philox(job.seed))
+        running[job] = _RunningEpisode(job, settings, policy.chunk, random)
         return first(job)
 
     capacity = policy.chunk // (settings.observe_every or policy.chunk)
-    # One thread: the simulators have the cores, and bits must not depend on how many there are.
-    with (
-        threads(1),
-        Pool(
-            environment, jobs, begin, capacity=capacity, settings=pool_settings, tally=tally
-        ) as pool,
-    ):
+    pool = Pool(environment, jobs, begin, capacity=capacity, settings=pool_settings, stats=stats)
+    # One thread: the simulators need the cores, and bits must not depend on how many there are.
+    with torch_threads(1), pool:
         while pool.unfinished:
             finished: list[Episode] = []
             for job, outcome in pool.collect():
-                episode = playing[job]
-                episode.see(outcome)
-                if episode.done:
-                    finished.append(playing.pop(job).episode())
-                    tally.states += len(finished[-1].step)
+                state = running[job]
+                state.add_outcome(outcome)
+                if state.done:
+                    del running[job]
+                    episode = state.to_episode()
+                    stats.states += len(episode.step)
+                    finished.append(episode)
                     pool.finish(job)
                 else:
-                    ready.append(episode)
-            # Full forward passes while anyone else may still become ready; padded ones otherwise.
-            while len(ready) >= settings.inference_batch or (ready and not pool.awaiting):
-                batch, ready = ready[: settings.inference_batch], ready[settings.inference_batch :]
-                _decide(policy, batch, settings, pool, tally)
+                    ready.append(state)
+            # Full forward passes while more episodes may become ready; padded ones otherwise.
+            while len(ready) >= rows or (ready and not pool.awaiting):
+                _decide(policy, ready[:rows], settings, pool, stats)
+                del ready[:rows]
             yield from finished
 
 
 @contextmanager
-def threads(count: int) -> Generator[None]:
-    """So many torch threads for a while: the last bits of a logit depend on them."""
+def torch_threads(count: int) -> Generator[None]:
+    """Set the number of torch threads temporarily; the last bits of a logit depend on it."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -228,60 +231,82 @@ def threads(count: int) -> Generator[None]:
 
 
 def _decide(
-    policy: Policy, batch: Sequence[_Playing], settings: RolloutSettings, pool: Pool, tally: Tally
+    policy: Policy,
+    batch: Sequence[_RunningEpisode],
+    settings: RolloutSettings,
+    pool: Pool,
+    stats: SimulationStats,
 ) -> None:
-    """One forward pass for the episodes of `batch`; each one's worker gets its actions."""
+    """Make one forward pass for the episodes of `batch` and send each worker its actions."""
     began = time.perf_counter()
     logits = _forward(policy, batch, settings.inference_batch)
-    tally.policy_s += time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    stats.policy_s += seconds
     for episode, row in zip(batch, logits, strict=True):
-        tokens, log_probs = choose(row, settings.temperature, episode.random)
+        tokens, log_probs = choose_tokens(row, settings.temperature, episode.random)
         actions = policy.decode(tokens[None])[0]
-        pool.send(episode.job, episode.act(tokens, log_probs, actions))
+        command = episode.add_decision(tokens, log_probs, actions)
+        pool.send(episode.job, command)
 
 
 def _forward(
-    policy: Policy, batch: Sequence[_Playing], rows: int
+    policy: Policy, batch: Sequence[_RunningEpisode], rows: int
 ) -> Float32[torch.Tensor, "B K V"]:
-    """Logits of B <= `rows` observations, from a forward pass of exactly `rows`; in float32 on the CPU. FloatingPointError if any is not finite."""
-    filled = [*batch, *[batch[0]] * (rows - len(batch))]
-    observations = Observations(
-        frames=np.stack([episode.frames[-1][-1] for episode in filled]),
-        proprio=np.stack([episode.proprio[-1][-1] for episode in filled]),
-        instructions=tuple(episode.instruction for episode in filled),
-    )
+    """Return logits of B <= `rows` observations, in float32 on the CPU.
+
+    The forward pass has exactly `rows` rows. FloatingPointError if a logit is not finite.
+    """
+    padding = [batch[0]] * (rows - len(batch))
+    padded = [*batch, *padding]
+    frames = [episode.frames[-1][-1] for episode in padded]
+    proprio = [episode.proprio[-1][-1] for episode in padded]
+    instructions = [episode.instruction for episode in padded]
+    observations = Observations(np.stack(frames), np.stack(proprio), tuple(instructions))
     with torch.inference_mode():
-        logits = policy.logits(observations)[: len(batch)].float().cpu()
+        logits = policy.logits(observations)[: len(batch)]
+        logits = logits.float().cpu()
     for episode, row in zip(batch, logits, strict=True):
         if not row.isfinite().all():
+            job = episode.job
             raise FloatingPointError(
-                f"{episode.job.placement}, member {episode.job.member}: the policy's logits after {episode.steps} control steps are not finite"
+                f"{job.placement}, member {job.member}: the policy's logits after "
+                f"{episode.steps} control steps are not finite"
             )
     return logits
 
 
-def choose(
+def choose_tokens(
     logits: Float32[torch.Tensor, "K V"], temperature: float | None, random: np.random.Generator
 ) -> tuple[Int16[np.ndarray, " K"], Float32[np.ndarray, " K"]]:
-    """K tokens and log softmax(logits / temperature)[token], in nats; K uniforms are drawn, whatever the temperature.
+    """Return K tokens and log softmax(logits / temperature)[token], in nats.
 
-    temperature None: the first maximum of each row, scored at temperature 1.
+    K uniforms are drawn at any temperature. temperature None: the first maximum of each row, scored
+    at temperature 1.
     """
     uniforms = random.random(len(logits))
     scaled = logits / (temperature or 1.0)
-    tokens = (
-        logits.numpy().argmax(axis=-1) if temperature is None else sample_tokens(scaled, uniforms)
-    )
+    if temperature is None:
+        tokens = logits.numpy().argmax(axis=-1)
+    else:
+        tokens = sample_tokens(scaled, uniforms)
     log_probs = scaled.log_softmax(dim=-1).numpy()
-    return tokens.astype(np.int16), np.take_along_axis(log_probs, tokens[:, None], axis=-1)[:, 0]
+    chosen = np.take_along_axis(log_probs, tokens[:, None], axis=-1)
+    return tokens.astype(np.int16), chosen[:, 0]
 
 
 def sample_tokens(
     logits: Float32[torch.Tensor, "K V"], uniforms: Float64[np.ndarray, " K"]
 ) -> Int[np.ndarray, " K"]:
-    """One token a row from softmax(logits) by inverse CDF: the first v with p(0) + ... + p(v) > u, in float64; u ~ U[0, 1)."""
-    shifted = logits.double().numpy()
-    weights = np.exp(shifted - shifted.max(axis=-1, keepdims=True))
+    """Sample one token per row from softmax(logits) by inverse CDF, in float64.
+
+    The token is the first v with p(0) + ... + p(v) > u, where u ~ U[0, 1).
+    """
+    logits_64 = logits.double().numpy()
+    maxima = logits_64.max(axis=-1, keepdims=True)
+    weights = np.exp(logits_64 - maxima)
     cumulative = weights.cumsum(axis=-1)
-    # Comparing with u times the total, not dividing by it: a token of zero weight is then never taken, and the last index never exceeded.
-    return (cumulative <= uniforms[:, None] * cumulative[:, -1:]).sum(axis=-1)
+    totals = cumulative[:, -1:]
+    # u times the total, instead of a division by it: a token of zero weight is then never taken,
+    # and the last index is never exceeded.
+    thresholds = uniforms[:, None] * totals
+    return (cumulative <= thresholds).sum(axis=-1)

@@ -1,6 +1,7 @@
-"""The simulator process: it owns one `Env`, and runs commands in it until its parent is gone."""
+"""The simulator process: it owns one `Env` and runs commands in it until its parent is gone."""
 
 import functools
+import math
 import mmap
 import multiprocessing.connection as mpc
 import os
@@ -21,33 +22,38 @@ from vla_opd.simulation.jobs import Command, Frames, Outcome
 
 @dataclass(frozen=True)
 class Crash:
-    """What is sent in place of an outcome when a command raised: `mistake` is a ValueError's own text."""
+    """The reply to a command that raised an exception.
+
+    text:    its traceback.
+    mistake: the message of a ValueError; None for any other exception.
+    """
 
     text: str
     mistake: str | None = None
 
 
 def serve(pipe: int, shared: int, parent: int) -> None:
-    """The worker's life: make the environment at the first command, run commands until the parent is gone. `pipe`, `shared`: file descriptors."""
+    """Run commands until the parent is gone; the first one makes the environment.
+
+    pipe, shared: file descriptors of the connection and of the shared memory.
+    """
     die_with_parent(parent=parent)
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C is for the parent, which then closes the pool
-    for descriptor in (pipe, shared):
-        os.set_inheritable(
-            descriptor, False
-        )  # a simulator's own child would keep the pipe open beyond our death
+    # Ctrl-C is handled by the parent, which then closes the pool.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Children of a simulator must not keep the pipe open after this process has died.
+    os.set_inheritable(pipe, False)
+    os.set_inheritable(shared, False)
     connection = mpc.Connection(pipe)
     environment, capacity = connection.recv()
-    block = frames_in(shared, environment, capacity)
+    block = map_frames(shared, environment, capacity)
     simulator = functools.cache(lambda: make_env(environment))
-    for command in _commands(connection):
+    for command in _receive_commands(connection):
         connection.send(_reply(command, simulator, block))
     if simulator.cache_info().currsize:
         simulator().close()
 
 
-def _commands(connection: mpc.Connection) -> Iterator[Command]:
+def _receive_commands(connection: mpc.Connection) -> Iterator[Command]:
     while True:
         try:
             command = connection.recv()
@@ -59,30 +65,36 @@ def _commands(connection: mpc.Connection) -> Iterator[Command]:
 def _reply(command: Command, simulator: Callable[[], Env], block: Frames) -> Outcome | Crash:
     began = time.perf_counter()
     try:
-        done = _publish(command(simulator()), block)
-    except Exception as error:  # noqa: BLE001 - the process boundary: whatever it is, it travels to the parent
-        # ValueError itself is a user's mistake; its subclasses (LinAlgError, UnicodeDecodeError, ...) come from inside a simulator.
-        return Crash(traceback.format_exc(), str(error) if type(error) is ValueError else None)
-    return replace(
-        done, seconds=time.perf_counter() - began, environment=dict(simulator().describe())
-    )
+        outcome = _move_frames(command(simulator()), block)
+    except Exception as error:  # noqa: BLE001 - any exception travels to the parent
+        # A plain ValueError is the user's mistake; its subclasses (LinAlgError, UnicodeDecodeError,
+        # ...) come from inside a simulator.
+        mistake = str(error) if type(error) is ValueError else None
+        return Crash(traceback.format_exc(), mistake)
+    seconds = time.perf_counter() - began
+    return replace(outcome, seconds=seconds, environment=dict(simulator().describe()))
 
 
-def _publish(done: Outcome, block: Frames) -> Outcome:
-    """Move the frames into shared memory."""
-    count = len(done.frames)
-    if count and done.frames.shape[1:] != block.shape[1:]:
+def _move_frames(outcome: Outcome, block: Frames) -> Outcome:
+    """Move an outcome's frames into the shared memory."""
+    count = len(outcome.frames)
+    shape = outcome.frames.shape[1:]
+    if count and shape != block.shape[1:]:
         raise ValueError(
-            f"environment.family: frames of shape {done.frames.shape[1:]}; expected {block.shape[1:]}, as environment.cameras and image_size say"
+            f"environment.family: frames of shape {shape}; expected {block.shape[1:]}, "
+            "as environment.cameras and image_size say"
         )
     assert count <= len(block), (
         f"{count} observations in one reply; the pool was made for {len(block)}"
     )
-    block[:count] = done.frames if count else block[:0]
-    return replace(done, frames=block[:0])
+    if count:
+        block[:count] = outcome.frames
+    return replace(outcome, frames=block[:0])
 
 
-def frames_in(shared: int, environment: EnvironmentParams, capacity: int) -> Frames:
-    """The shared memory behind a file descriptor, as frames: capacity x C x H x W x 3 bytes."""
-    shape = (capacity, len(environment.cameras), environment.image_size, environment.image_size, 3)
-    return np.frombuffer(mmap.mmap(shared, int(np.prod(shape))), np.uint8).reshape(shape)
+def map_frames(shared: int, environment: EnvironmentParams, capacity: int) -> Frames:
+    """Map a file descriptor's memory as frames: capacity x C x H x W x 3 bytes."""
+    size = environment.image_size
+    shape = (capacity, len(environment.cameras), size, size, 3)
+    memory = mmap.mmap(shared, math.prod(shape))
+    return np.frombuffer(memory, np.uint8).reshape(shape)

@@ -11,7 +11,9 @@ from vla_opd.params.load import load
 
 PARAMS = """
 run: {name: public}
-environment: {family: libero, tasks: [libero_object/0], cameras: [agentview], image_size: 256, render: exact, wording: benchmark}
+environment:
+  {family: libero, tasks: [libero_object/0], cameras: [agentview], image_size: 256, render: exact,
+   wording: benchmark}
 adopt: {student: {folder: public}, teacher: {folder: public}}
 label: {batch_size: 2}
 optimize: {lora_rank: 4, batch_size: 4}
@@ -31,8 +33,8 @@ def _project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_stage_that_runs_a_policy_is_in_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "--memory", "--capacity", "80"]) == 0
-    said = capsys.readouterr().out
-    assert [line.split()[0] for line in said.splitlines() if " MB " in line][:6] == [
+    output = capsys.readouterr().out
+    assert [line.split()[0] for line in output.splitlines() if " MB " in line][:6] == [
         "evaluate",
         "sample",
         "label",
@@ -40,9 +42,9 @@ def test_every_stage_that_runs_a_policy_is_in_the_table(capsys: pytest.CaptureFi
         "explore",
         "reinforce",
     ]
-    assert "of 80.00 GB at most 90% are to be had" in said
+    assert "of 80.00 GB at most 90% can be used" in output
     assert (
-        "of an iteration, 450 states at most" in said
+        "of an iteration, 450 states at most" in output
     )  # a task, a placement, six episodes, 150 / 2 states each
 
 
@@ -51,35 +53,32 @@ def test_on_several_devices_each_holds_less_of_what_is_trained(
 ) -> None:
     def gradients() -> str:
         assert cli.main(["plan", "--memory", "--capacity", "80"]) == 0
-        said = capsys.readouterr().out
+        output = capsys.readouterr().out
         return next(
-            line.split()[3] for line in said.splitlines() if line.strip().startswith("optimize")
+            line.split()[3] for line in output.splitlines() if line.strip().startswith("optimize")
         )
 
     alone = float(gradients())
     monkeypatch.setenv("OPD_PROCESSES", "2")
     assert float(gradients()) == pytest.approx(alone / 2, abs=0.1)
-    assert (
-        cli.main(["plan", "--memory", "--capacity", "80", "--processes", "4"]) == 1
-    )  # reinforce learns from two states at a time
-    assert (
-        "reinforce.batch_size is 2; expected a multiple of the 4 processes that are to train together"
-        in capsys.readouterr().err
-    )
+    # reinforce.batch_size is two states
+    assert cli.main(["plan", "--memory", "--capacity", "80", "--processes", "4"]) == 1
+    message = "reinforce.batch_size is 2; expected a multiple of the 4 processes"
+    assert message in capsys.readouterr().err
 
 
 def test_what_does_not_fit_is_named_with_what_would_help(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert cli.main(["plan", "--memory", "--capacity", "0.02"]) == 1
-    said = capsys.readouterr()
-    assert "optimize needs " in said.err
+    output = capsys.readouterr()
+    assert "optimize needs " in output.err
     assert (
-        "expected at most 18.0 MB (optimize.gradient_checkpointing, a smaller optimize.batch_size, an adapter (optimize.lora_rank))"
-        in said.err
+        "expected at most 18.0 MB (optimize.gradient_checkpointing, "
+        "a smaller optimize.batch_size, an adapter (optimize.lora_rank))" in output.err
     )
-    assert "evaluate needs" not in said.err
-    assert "on the device" in said.out
+    assert "evaluate needs" not in output.err
+    assert "on the device" in output.out
 
 
 def test_options_without_an_effect_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,8 +91,8 @@ def test_options_without_an_effect_are_refused(capsys: pytest.CaptureFixture[str
 
 
 def test_more_states_than_the_host_can_hold_are_too_many() -> None:
-    told, too_much = plan(load(overrides=["sample.prompts=100000"]), 80)
-    assert "45000000 states at most" in told
-    assert len(too_much) == 1
-    assert too_much[0].startswith("optimize needs ")
-    assert "of the host's memory" in too_much[0]
+    text, excesses = plan(load(overrides=["sample.prompts=100000"]), 80)
+    assert "45000000 states at most" in text
+    assert len(excesses) == 1
+    assert excesses[0].startswith("optimize needs ")
+    assert "of the host's memory" in excesses[0]

@@ -1,4 +1,4 @@
-"""dvc.lock from memory: what isn't parsed again, what is, and that it comes out as DVC itself would write it."""
+"""The cache of dvc.lock: what is parsed again, and byte-identical results."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -13,34 +13,36 @@ from dvc.utils.serialize import _yaml
 
 from flows.dvc_runner import lock_file
 
-REFERENCE = Path(__file__).parents[2] / "dvc.lock"
+REFERENCE = Path(__file__).parents[3] / "dvc.lock"
 LOCK = "schema: '2.0'  # kept\nstages:\n  a@1:\n    cmd: x\n"
 plain_dump = _yaml._dump
 
 
 @pytest.fixture
 def parsed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The texts that DVC's own parsers got, as if in the process that stays."""
+    """Record the texts that DVC's own parsers get, with the cache installed."""
     texts: list[str] = []
 
-    def noted(parse: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda text, *rest, **named: (texts.append(text), parse(text, *rest, **named))[1]
+    def recording(parse: Callable[..., Any]) -> Callable[..., Any]:
+        def parse_and_record(text: str, *arguments: Any, **named: Any) -> Any:
+            texts.append(text)
+            return parse(text, *arguments, **named)
 
-    read, update = noted(_yaml.parse_yaml), noted(lambda text, path: parse(text, path, typ="rt"))
+        return parse_and_record
+
+    def validate(data: Any, schema: Any, text: str, path: object, **_: Any) -> Any:
+        texts.append(f"validated {len(text)}")
+        return schema(data)
+
     parse = _yaml.parse_yaml
+    read = recording(parse)
+    update = recording(lambda text, path: parse(text, path, typ="rt"))
     monkeypatch.setattr(_yaml, "parse_yaml", read)
     monkeypatch.setattr(strictyaml, "parse_yaml", read)
     monkeypatch.setattr(_yaml, "parse_yaml_for_update", update)
     monkeypatch.setattr(_yaml, "_dump", plain_dump)
-    monkeypatch.setattr(
-        strictyaml,
-        "validate",
-        lambda data, schema, text, path, **_: (
-            texts.append(f"validated {len(text)}"),
-            schema(data),
-        )[1],
-    )
-    lock_file.remember()
+    monkeypatch.setattr(strictyaml, "validate", validate)
+    lock_file.cache_lock_file()
     return texts
 
 
@@ -55,7 +57,7 @@ def dumped(data: Any) -> str:
         return text.getvalue()
 
 
-def test_what_it_wrote_itself_is_not_parsed_again_and_comes_out_the_same(
+def test_its_own_text_is_not_parsed_again_and_gives_the_same_data(
     tmp_path: Path, lock: Path, parsed: list[str]
 ) -> None:
     lock.write_text(LOCK)
@@ -68,13 +70,14 @@ def test_what_it_wrote_itself_is_not_parsed_again_and_comes_out_the_same(
     assert lock.read_text() == LOCK + "".join(f"  {name}:\n    cmd: {name}\n" for name in "bcd")
 
 
-def test_what_somebody_else_wrote_or_a_failure_left_half_changed_is_parsed(
+def test_text_of_another_process_or_a_half_made_change_is_parsed(
     lock: Path, parsed: list[str]
 ) -> None:
     lock.write_text(LOCK)
     with _yaml.modify_yaml(lock) as data:
         data["stages"]["b"] = {"cmd": "b"}
-    lock.write_text(others := lock.read_text().replace("cmd: x", "cmd: y"))
+    edited = lock.read_text().replace("cmd: x", "cmd: y")
+    lock.write_text(edited)
     with _yaml.modify_yaml(lock) as data:
         assert data["stages"]["a@1"]["cmd"] == "y"
     with pytest.raises(KeyboardInterrupt), _yaml.modify_yaml(lock) as data:
@@ -82,12 +85,15 @@ def test_what_somebody_else_wrote_or_a_failure_left_half_changed_is_parsed(
         raise KeyboardInterrupt
     with _yaml.modify_yaml(lock) as data:
         assert set(data["stages"]) == {"a@1", "b"}
-    assert parsed == [LOCK, others, others]
-    assert lock.read_text() == others
+    assert parsed == [LOCK, edited, edited]
+    assert lock.read_text() == edited
 
 
 AWKWARD = {
-    "cmd": "exec python -m stages report --and 'quotes' --and a line that is folded, since it is longer than eighty characters",
+    "cmd": (
+        "exec python -m stages report --and 'quotes' --and a line that is folded, since it is "
+        "longer than eighty characters"
+    ),
     "params": {
         "params.yaml": {
             "text": "two\nlines\n",
@@ -102,8 +108,10 @@ AWKWARD = {
 def test_each_stage_of_the_reference_changed_in_turn_is_written_as_dvc_writes_it(
     lock: Path, parsed: list[str]
 ) -> None:
-    lock.write_text(text := REFERENCE.read_text())
-    for name in (stages := _yaml.parse_yaml(text, REFERENCE)["stages"]):
+    text = REFERENCE.read_text()
+    lock.write_text(text)
+    stages = _yaml.parse_yaml(text, REFERENCE)["stages"]
+    for name in stages:
         stages[name] = stages[name] | deepcopy(AWKWARD)
         with _yaml.modify_yaml(lock) as data:
             data["stages"].update({name: stages[name]})
@@ -112,7 +120,7 @@ def test_each_stage_of_the_reference_changed_in_turn_is_written_as_dvc_writes_it
         "schema": "2.0",
         "stages": stages,
     }
-    assert len(parsed) == 2, "what it says was parsed or validated again"
+    assert len(parsed) == 2, "its own text was parsed or validated again"
     lock.write_text(lock.read_text() + "\n")
     assert strictyaml.load(str(lock), COMPILED_LOCKFILE_SCHEMA)[0]["stages"] == stages
     assert parsed[2:] == [lock.read_text(), f"validated {len(lock.read_text())}"]
@@ -134,10 +142,10 @@ def test_a_lock_file_that_dvc_would_not_write_is_changed_as_dvc_changes_it(
 ) -> None:
     lock.write_text(text)
     expected = _yaml.parse_yaml(text, lock, typ="rt")
-    for said in ({"cmd": "new"}, AWKWARD, {"cmd": "newer"}):
-        expected["stages"]["n"] = said
+    for stage in ({"cmd": "new"}, AWKWARD, {"cmd": "newer"}):
+        expected["stages"]["n"] = stage
         with _yaml.modify_yaml(lock) as data:
-            data["stages"]["n"] = dict(said)
+            data["stages"]["n"] = dict(stage)
         assert lock.read_text() == dumped(expected)
 
 
@@ -151,7 +159,7 @@ def test_a_new_lock_file_grows_from_nothing(lock: Path, parsed: list[str]) -> No
     assert not parsed
 
 
-def test_who_reads_may_change_what_he_got(lock: Path, parsed: list[str]) -> None:
+def test_a_reader_may_change_its_copy(lock: Path, parsed: list[str]) -> None:
     lock.write_text(LOCK)
     with _yaml.modify_yaml(lock) as data:
         data["stages"]["b"] = {"deps": [{"path": "p"}]}
@@ -159,7 +167,8 @@ def test_who_reads_may_change_what_he_got(lock: Path, parsed: list[str]) -> None
         read = strictyaml.load(str(lock))[0]
         assert read["stages"]["b"] == {"deps": [{"path": "p"}]}
         read["stages"]["b"]["deps"][0]["path"] = "another"
-    (params := lock.with_name("params.yaml")).write_text("a: [1]\n")
+    params = lock.with_name("params.yaml")
+    params.write_text("a: [1]\n")
     for _ in range(2):
         read = _yaml.load_yaml(params)
         assert read == {"a": [1]}

@@ -1,4 +1,4 @@
-"""The DVC process that stays: its answers, its death in every way, and what it reads."""
+"""The DVC process: its answers, its death, and the lines of its output."""
 
 import os
 import signal
@@ -20,52 +20,53 @@ STAGE = "demonstrate@main"
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> "list[subprocess.Popen[bytes]]":
-    """The processes that were started in the test."""
-    all_of_them: list[subprocess.Popen[bytes]] = []
-    start = process._started
+    """Record the processes that the test starts."""
+    processes: list[subprocess.Popen[bytes]] = []
+    start = process._start
 
-    def noted() -> "subprocess.Popen[bytes]":
-        all_of_them.append(start())
-        return all_of_them[-1]
+    def start_and_record() -> "subprocess.Popen[bytes]":
+        processes.append(start())
+        return processes[-1]
 
-    monkeypatch.setattr(process, "_started", noted)
-    return all_of_them
+    monkeypatch.setattr(process, "_start", start_and_record)
+    return processes
 
 
 @pytest.fixture
 def dvc() -> Iterator[Dvc]:
-    made = Dvc()
-    yield made
-    made.close()
+    dvc = Dvc()
+    yield dvc
+    dvc.close()
 
 
-def test_it_answers_with_dvcs_exit_code_after_all_that_the_stage_said(toy: Toy, dvc: Dvc) -> None:
-    heard: list[str] = []
-    assert (
-        dvc.repro(STAGE, lambda line: heard.append(line.text), {"TOY_FAILS": "demonstrate main"})
-        == 255
-    ), heard
-    assert "demonstrate main: no luck" in heard
-    heard.clear()
-    assert dvc.repro(STAGE, lambda line: heard.append(line.text), {"TOY_FAILS": ""}) == 0
-    assert "demonstrate: 2/2" in heard
-    assert not [text for text in heard if text.endswith(" 0")], (
-        "the answer was taken for something that the stage said"
+def test_it_answers_with_dvcs_exit_code_after_the_stages_output(toy: Toy, dvc: Dvc) -> None:
+    output: list[str] = []
+
+    def record(line: Line) -> None:
+        output.append(line.text)
+
+    assert dvc.repro(STAGE, record, {"TOY_FAILS": "demonstrate main"}) == 255, output
+    assert "demonstrate main: no luck" in output
+    output.clear()
+    assert dvc.repro(STAGE, record, {"TOY_FAILS": ""}) == 0
+    assert "demonstrate: 2/2" in output
+    assert not [text for text in output if text.endswith(" 0")], (
+        "the answer was taken for the stage's output"
     )
 
 
-def test_one_process_serves_a_context_and_what_is_inside_it(
+def test_nested_contexts_share_one_process(
     toy: Toy, started: "list[subprocess.Popen[bytes]]"
 ) -> None:
-    with process.staying() as outer:
+    with process.shared_dvc() as outer:
         outer.repro(STAGE, lambda _: None, {})
-        with process.staying() as inner:
+        with process.shared_dvc() as inner:
             assert inner.repro(STAGE, lambda _: None, {}) == 0
         assert started[0].poll() is None
-    assert [one.returncode for one in started] == [0]
+    assert [process.returncode for process in started] == [0]
 
 
-def test_one_that_was_killed_between_stages_is_started_again(
+def test_a_process_killed_between_stages_is_started_again(
     toy: Toy, dvc: Dvc, started: "list[subprocess.Popen[bytes]]"
 ) -> None:
     dvc.repro(STAGE, lambda _: None, {})
@@ -75,7 +76,7 @@ def test_one_that_was_killed_between_stages_is_started_again(
     assert len(started) == 2
 
 
-def test_its_death_in_the_middle_of_a_stage_is_the_answer(
+def test_its_death_during_a_stage_is_the_answer(
     toy: Toy, dvc: Dvc, started: "list[subprocess.Popen[bytes]]"
 ) -> None:
     def kill(line: Line) -> None:
@@ -85,10 +86,10 @@ def test_its_death_in_the_middle_of_a_stage_is_the_answer(
     assert dvc.repro(STAGE, kill, {"TOY_SLEEPS": "demonstrate main"}) == -signal.SIGKILL
 
 
-def test_an_interrupted_reader_ends_it_and_with_it_the_stage(
+def test_an_interrupted_reader_ends_it_and_its_stage(
     toy: Toy, dvc: Dvc, started: "list[subprocess.Popen[bytes]]"
 ) -> None:
-    """Of the stage: tests/test_lifeline.py."""
+    """The stage ends with it: tests/vla_opd/machine/test_parent_death.py."""
 
     def interrupt(line: Line) -> None:
         if line.text == "demonstrate main: from 0 inputs":
@@ -100,10 +101,11 @@ def test_an_interrupted_reader_ends_it_and_with_it_the_stage(
 
 
 def test_it_dies_with_the_process_that_started_it(toy: Toy) -> None:
-    """SIGKILL leaves no chance to clean up: the kernel ends the child, in the middle of a stage too."""
+    """After SIGKILL the kernel ends the child, during a stage too."""
     program = (
         "from flows.dvc_runner.process import Dvc; "
-        f"Dvc().repro({STAGE!r}, lambda line: print(line.text, flush=True), {{'TOY_SLEEPS': 'demonstrate main'}})"
+        f"Dvc().repro({STAGE!r}, lambda line: print(line.text, flush=True), "
+        "{'TOY_SLEEPS': 'demonstrate main'})"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(process.__file__).parents[2])}
     with subprocess.Popen(
@@ -121,8 +123,8 @@ def test_carriage_returns_end_passing_lines() -> None:
     os.write(write, b"one\r 50%\r100%\r\ntwo\nlast")
     os.close(write)
     with os.fdopen(read, "rb") as stream:
-        heard = list(process.lines(stream))
-    assert heard == [
+        lines = list(process.read_lines(stream))
+    assert lines == [
         Line("one", passing=True),
         Line(" 50%", passing=True),
         Line("100%"),

@@ -1,4 +1,4 @@
-"""DVC's locks are freed from dead, undead and reborn processes, and from nobody who is at work."""
+"""Locks of dead processes, zombies and reused process ids are dropped; those in use are kept."""
 
 import json
 import os
@@ -20,7 +20,7 @@ AT_WORK = [sys.executable, "-c", "import time; time.sleep(60)", *REPRO.split()[1
 
 @pytest.fixture
 def zombie() -> Iterator[int]:
-    """A process that has ended, and whose parent never asked."""
+    """Yield a process that has ended, and that its parent has not waited for."""
     child = os.fork()
     if child == 0:
         os._exit(0)
@@ -31,7 +31,7 @@ def zombie() -> Iterator[int]:
 
 @pytest.fixture
 def at_work() -> Iterator[int]:
-    """A process with the command line of a `dvc repro`."""
+    """Yield a process with the command line of a `dvc repro`."""
     with subprocess.Popen(AT_WORK) as process:
         yield process.pid
         process.kill()
@@ -46,30 +46,30 @@ def info(pid: int, cmd: str = REPRO) -> dict[str, Any]:
     return {"pid": pid, "cmd": cmd}
 
 
-def test_a_zombie_and_a_reborn_number_hold_nothing_and_who_is_at_work_keeps_all(
+def test_locks_of_zombies_and_reused_ids_are_dropped_and_those_in_use_kept(
     tmp_path: Path, zombie: int, at_work: int
 ) -> None:
-    reborn = info(os.getpid())  # this process's command line is another
+    reused = info(os.getpid())  # this process has another command line
     write(
         tmp_path,
         write={"a": info(zombie), "b": info(at_work)},
-        read={"c": [reborn, info(at_work)], "d": [reborn]},
+        read={"c": [reused, info(at_work)], "d": [reused]},
     )
-    assert stale_locks.heal(tmp_path) == (REPRO,)
-    left = json.loads((tmp_path / "rwlock").read_text())
-    assert left == {"write": {"b": info(at_work)}, "read": {"c": [info(at_work)]}}
-    assert stale_locks.heal(tmp_path) == ()
+    assert stale_locks.drop_stale_locks(tmp_path) == (REPRO,)
+    kept = json.loads((tmp_path / "rwlock").read_text())
+    assert kept == {"write": {"b": info(at_work)}, "read": {"c": [info(at_work)]}}
+    assert stale_locks.drop_stale_locks(tmp_path) == ()
 
 
 @pytest.mark.parametrize("text", ['{"write": {"a": {"pid"', '{"write": {"a": {"pid": "seven"}}}'])
-def test_a_file_cut_short_by_a_kill_is_thrown_away(tmp_path: Path, text: str) -> None:
+def test_a_file_cut_short_by_a_kill_is_deleted(tmp_path: Path, text: str) -> None:
     (tmp_path / "rwlock").write_text(text)
-    assert "cut short" in stale_locks.heal(tmp_path)[0]
+    assert "cut short" in stale_locks.drop_stale_locks(tmp_path)[0]
     assert not (tmp_path / "rwlock").exists()
 
 
-def test_where_there_is_no_lock_nothing_is_made(tmp_path: Path) -> None:
-    assert stale_locks.heal(tmp_path) == ()
+def test_without_a_lock_no_file_is_created(tmp_path: Path) -> None:
+    assert stale_locks.drop_stale_locks(tmp_path) == ()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -77,8 +77,7 @@ def test_where_there_is_no_lock_nothing_is_made(tmp_path: Path) -> None:
 def test_a_stage_that_a_zombie_blocks_runs_all_the_same(toy: Toy, zombie: int) -> None:
     out = toy.folder / "artifacts/toy/demonstrations/pre"
     write(toy.folder / ".dvc/tmp", write={str(out): info(zombie)})
-    assert "is busy" in toy.dvc(
-        "repro", "--single-item", "demonstrate@pre", check=False
-    )  # DVC alone is blocked for ever
-    assert pipeline.bring("demonstrate@pre", lambda _: None)
+    # DVC alone is blocked for ever.
+    assert "is busy" in toy.dvc("repro", "--single-item", "demonstrate@pre", check=False)
+    assert pipeline.reproduce("demonstrate@pre", lambda _: None)
     assert out.is_dir()

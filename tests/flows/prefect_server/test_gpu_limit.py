@@ -1,4 +1,4 @@
-"""When a stage waits for the GPU. The limit itself is Prefect's; tests/flows/test_train.py takes it on a real server."""
+"""Which stages wait for the GPU (tests/flows/test_train.py uses Prefect's limit on a server)."""
 
 from pathlib import Path
 
@@ -28,12 +28,12 @@ def test_only_what_uses_a_gpu_waits_for_it(
     monkeypatch.setenv("OPD_DEVICE", device)
     monkeypatch.setattr(gpu_limit, "DRIVER", tmp_path if driver else tmp_path / "none")
     monkeypatch.setattr(Path, "is_file", Path.exists)
-    assert gpu_limit.needed(verb) is needed
+    assert gpu_limit.needs_gpu(verb) is needed
 
 
-def test_without_a_gpu_nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No Prefect server is there to answer."""
+def test_without_a_gpu_no_server_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No Prefect server answers."""
     monkeypatch.setenv("OPD_DEVICE", "cpu")
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
-    with gpu_limit.held("optimize"):
+    with gpu_limit.hold_gpu("optimize"):
         pass

@@ -1,4 +1,4 @@
-"""What a study's table says: means, differences, costs of coming so far, against numbers worked out by hand, and intervals that cover."""
+"""Results of a study against numbers worked out by hand, and the coverage of intervals."""
 
 import math
 
@@ -22,7 +22,7 @@ def episodes(
     *,
     seen: bool = True,
 ) -> list[EpisodeRow]:
-    """Of each task's ten states, the first so many succeed."""
+    """Of each task's ten states, the first `successes` succeed."""
     return [
         EpisodeRow(
             **(cost or Cost()).model_dump(),
@@ -62,7 +62,7 @@ def spent(iterations: int, env_steps: int) -> Cost:
 
 
 def table() -> Table:
-    """`fast` comes to 90 % with either seed, `slow` to 40 %; the start is at 20 %, the teacher at 100 %."""
+    """`fast` reaches 90 % with either seed, `slow` 40 %; start 20 %, teacher 100 %."""
     rows = episodes(None, None, "start", (2, 2)) + episodes(None, None, "teacher", (10, 10))
     updates = []
     for seed in (0, 1):
@@ -77,7 +77,7 @@ def table() -> Table:
 
 
 def with_unseen() -> Table:
-    """On the tasks that nobody trains on the start is at 60 %, `fast` ends at 50 % and `slow` at 10 %."""
+    """On unseen tasks the start is at 60 %, `fast` ends at 50 % and `slow` at 10 %."""
     rows = episodes(None, None, "start", (6, 6), seen=False) + episodes(
         None, None, "teacher", (3, 3), seen=False
     )
@@ -88,8 +88,8 @@ def with_unseen() -> Table:
     return Table((*table().episodes, *rows), table().updates)
 
 
-def test_what_is_left_of_unseen_tasks_is_read_off_at_equal_success_on_the_seen() -> None:
-    """`fast` goes from 20 % by 60 to 90 % of the seen and from 60 % by 60 to 50 % of the unseen; `slow` never comes so far, a path by both does."""
+def test_success_on_unseen_tasks_is_compared_at_equal_success_on_seen_ones() -> None:
+    """`fast` goes 20, 60, 90 % on seen tasks and 60, 60, 50 % on unseen ones; `slow` fails."""
     seen, unseen = (
         read_study(with_unseen(), "start", "teacher", seen=which) for which in (True, False)
     )
@@ -108,7 +108,7 @@ def test_what_is_left_of_unseen_tasks_is_read_off_at_equal_success_on_the_seen()
 
 
 def test_a_difference_at_equal_success_is_paired() -> None:
-    """A path is no different from itself in any resample, and none is told from one that never comes so far."""
+    """A path does not differ from itself; one that never reaches the level has no difference."""
     seen, unseen = (
         read_study(with_unseen(), "start", "teacher", seen=which) for which in (True, False)
     )
@@ -117,7 +117,7 @@ def test_a_difference_at_equal_success_is_paired() -> None:
     assert at_level(seen, unseen, ["slow"], 0.35).minus(
         at_level(seen, unseen, ["fast"], 0.35)
     ).value == pytest.approx(0.6 + (0.1 - 0.6) * 0.75 - 0.6)
-    assert slow.minus(fast).told("never") == "never"
+    assert slow.minus(fast).format("never") == "never"
     assert slow.seeds == fast.seeds == ((0, 1),)
 
 
@@ -129,24 +129,24 @@ def study() -> Study:
 def test_curves_begin_at_the_start_and_follow_the_iterations(study: Study) -> None:
     fast, slow = study.curves
     assert fast.checkpoints == ("start", "it002", "it004")
-    assert [one.value for one in study.success(fast)] == pytest.approx([0.2, 0.6, 0.9])
+    assert [estimate.value for estimate in study.success(fast)] == pytest.approx([0.2, 0.6, 0.9])
     assert fast.cost("env_steps").tolist() == [0, 1000, 2000]
     assert (slow.arm, slow.seeds, slow.per_seed.tolist()) == ("slow", (0, 1), [0.4, 0.4])
-    assert study.shared(study.teacher) == Estimate(1.0, 1.0, 1.0)
+    assert study.checkpoint_success(study.teacher) == Estimate(1.0, 1.0, 1.0)
     assert study.task_success(fast.outcomes[:, 1]) == {
         "a": pytest.approx(0.7),
         "b": pytest.approx(0.5),
     }
 
 
-def test_what_the_updates_say_is_a_mean_over_seeds(study: Study) -> None:
+def test_metrics_of_updates_are_averaged_over_seeds(study: Study) -> None:
     fast = study.curves[0]
     assert fast.at_end("student_entropy_after") == pytest.approx(7.5)
     assert fast.at_end("reverse_kl_after") is None
     assert fast.by_position("student_entropy_after") == {1: 4.5, 2: 5.5, 3: 6.5, 4: 7.5}
 
 
-def test_the_cost_of_coming_so_far_is_interpolated(study: Study) -> None:
+def test_the_cost_to_reach_a_level_is_interpolated(study: Study) -> None:
     fast, slow = study.curves
     assert study.reach(fast, "env_steps", 0.75).value == pytest.approx(
         1500
@@ -156,7 +156,7 @@ def test_the_cost_of_coming_so_far_is_interpolated(study: Study) -> None:
     assert study.reach(slow, "env_steps", 0.75) == Estimate(math.inf, math.inf, math.inf)
 
 
-def test_who_never_came_so_far_counts_with_what_it_spent(study: Study) -> None:
+def test_an_arm_that_never_reaches_the_level_counts_with_its_total_cost(study: Study) -> None:
     fast, slow = study.curves
     ratio = study.ratio(fast, slow, "env_steps", 0.75)
     assert ratio is not None
@@ -165,14 +165,14 @@ def test_who_never_came_so_far_counts_with_what_it_spent(study: Study) -> None:
     assert study.ratio(slow, fast, "env_steps", 0.75) is None
 
 
-def test_no_ratio_to_an_arm_that_may_not_come_so_far_itself(study: Study) -> None:
-    """At 90 % of two tasks of ten states, a resample in which it doesn't come to 90 % is none of rare ones."""
+def test_no_ratio_to_a_reference_that_may_not_reach_the_level(study: Study) -> None:
+    """With 90 % on two tasks of ten states, many resamples are below 90 %."""
     fast, slow = study.curves
     assert study.reach(fast, "env_steps", 0.9).high == math.inf
     assert study.ratio(fast, slow, "env_steps", 0.9) is None
 
 
-def test_where_one_seed_distils_and_another_does_not_any_more_nothing_is_averaged() -> None:
+def test_iterations_of_two_kinds_are_not_averaged() -> None:
     whole = table()
     other = [
         row.model_copy(update={"kind": "reinforce"}) if (row.seed, row.position) == (1, 4) else row
@@ -186,7 +186,7 @@ def test_where_one_seed_distils_and_another_does_not_any_more_nothing_is_average
 
 
 def test_differences_are_paired(study: Study) -> None:
-    """Both arms succeed in the same states, and one in more of them: so no resample has the other ahead."""
+    """One arm succeeds wherever the other does, so it is ahead in every resample."""
     fast, slow = study.curves
     difference = study.difference(fast, slow)
     assert difference is not None
@@ -199,8 +199,8 @@ def test_unseen_tasks_are_a_study_of_their_own() -> None:
     assert read_study(with_unseen(), "start", "teacher").teacher.mean() == 1
     unseen = read_study(with_unseen(), "start", "teacher", seen=False)
     assert set(unseen.tasks) == {"unseen a", "unseen b"}
-    lost = [unseen.forgotten(curve) for curve in unseen.curves]
-    assert [one.value for one in lost] == pytest.approx([0.1, 0.5])
+    lost = [unseen.forgetting(curve) for curve in unseen.curves]
+    assert [estimate.value for estimate in lost] == pytest.approx([0.1, 0.5])
     assert lost[1].low > 0.1
 
 
@@ -242,21 +242,23 @@ def test_other_episodes_than_the_starts_are_refused() -> None:
     other = whole.episodes[-1].model_copy(update={"state": 77})
     with pytest.raises(
         ValueError,
-        match=r"slow, seed 1, it004: 2 episodes differ from those of the start, the first of them state 9 of b",
+        match=r"slow, seed 1, it004: 2 episodes differ from those of the start, "
+        r"the first of them state 9 of b",
     ):
         read_study(Table((*whole.episodes[:-1], other), whole.updates), "start", "teacher")
 
 
-def test_an_evaluation_that_is_not_there_is_named() -> None:
+def test_a_missing_evaluation_is_named() -> None:
     with pytest.raises(
         ValueError,
-        match=r"no evaluation 'expert' of what the members share; expected one of \['start', 'teacher'\]",
+        match=r"no evaluation 'expert' of what the members share; "
+        r"expected one of \['start', 'teacher'\]",
     ):
         read_study(table(), "start", "expert")
 
 
 @pytest.mark.parametrize(
-    ("success", "wanted", "expected"),
+    ("success", "level", "expected"),
     [
         ([0.2, 0.6, 0.5, 0.9], 0.55, 8.75),
         ([0.2, 0.6, 0.5, 0.9], 0.8, 27.5),
@@ -264,13 +266,13 @@ def test_an_evaluation_that_is_not_there_is_named() -> None:
         ([0.1, 0.2, 0.3, 0.4], 0.5, math.inf),
     ],
 )
-def test_the_first_crossing_counts(success: list[float], wanted: float, expected: float) -> None:
-    spent = np.array([[0.0, 10, 20, 30]])
-    assert crossing(np.array([success]), spent, np.array([wanted]))[0] == pytest.approx(expected)
+def test_the_first_crossing_counts(success: list[float], level: float, expected: float) -> None:
+    quantity = np.array([[0.0, 10, 20, 30]])
+    assert crossing(np.array([success]), quantity, np.array([level]))[0] == pytest.approx(expected)
 
 
-def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
-    """Five seeds of 40 episodes, each seed's own success rate around 0.7: of 150 studies, nine in ten or so have it in their interval."""
+def test_intervals_have_their_nominal_coverage() -> None:
+    """150 studies of five seeds and 40 episodes, with success rates around 0.7."""
     random, covered = np.random.default_rng(0), 0
     for _ in range(150):
         rates = np.clip(random.normal(0.7, 0.05, 5), 0, 1)

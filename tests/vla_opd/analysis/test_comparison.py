@@ -1,4 +1,4 @@
-"""Comparisons: pairs counted by hand, tests against their definitions, intervals against simulation, and what stopping early saves."""
+"""Comparisons: pairs counted by hand, intervals by simulation, and the sequential test."""
 
 import math
 from itertools import product
@@ -25,13 +25,24 @@ SECOND = records({"a": [True, True, True, False], "b": [False, True, True, True]
 
 
 def test_pairs_are_counted_whatever_their_order() -> None:
-    found = compare(FIRST, SECOND[::-1])
-    assert (found.both, found.first, found.second, found.neither, found.episodes) == (2, 1, 4, 1, 8)
-    assert found.difference == pytest.approx(3 / 8)
+    comparison = compare(FIRST, SECOND[::-1])
+    assert (
+        comparison.both,
+        comparison.first,
+        comparison.second,
+        comparison.neither,
+        comparison.episodes,
+    ) == (2, 1, 4, 1, 8)
+    assert comparison.difference == pytest.approx(3 / 8)
     turned = compare(SECOND, FIRST)
-    assert (turned.first, turned.second, turned.difference, turned.p) == (4, 1, -3 / 8, found.p)
+    assert (turned.first, turned.second, turned.difference, turned.p) == (
+        4,
+        1,
+        -3 / 8,
+        comparison.p,
+    )
     assert (turned.low, turned.high) == pytest.approx(
-        (-found.high, -found.low), abs=0.13
+        (-comparison.high, -comparison.low), abs=0.13
     )  # an eighth is one episode
 
 
@@ -48,10 +59,11 @@ def test_a_shorter_horizon_counts_in_both() -> None:
     assert compare(FIRST, SECOND, horizon=49).neither == 8
 
 
-def test_other_episodes_are_refused() -> None:
+def test_evaluations_of_other_episodes_are_refused() -> None:
     with pytest.raises(
         ValueError,
-        match="1 of 8 episodes are in one evaluation only, the first of them state 3 of b; expected the same tasks",
+        match="1 of 8 episodes are in one evaluation only, the first of them state 3 of b; "
+        "expected the same tasks",
     ):
         compare(FIRST, SECOND[:-1])
     with pytest.raises(ValueError, match="expected at least one"):
@@ -59,7 +71,7 @@ def test_other_episodes_are_refused() -> None:
 
 
 def test_the_interval_has_its_confidence() -> None:
-    """Pairs of evaluations, 8 tasks of 10 episodes, that differ by 0.15 in truth, on states that are mostly as hard for the one as for the other."""
+    """Pairs of evaluations with correlated outcomes: 8 tasks of 10 episodes, rates 0.15 apart."""
     random, inside = np.random.default_rng(0), 0
     rates = random.uniform(0.2, 0.8, (8, 1))
     for _ in range(200):
@@ -69,16 +81,14 @@ def test_the_interval_has_its_confidence() -> None:
             records({str(task): list(map(bool, row)) for task, row in enumerate(rows)})
             for rows in (one, other)
         ]
-        found = compare(*pair, confidence=0.9)
-        inside += found.low <= 0.15 <= found.high
+        comparison = compare(*pair, confidence=0.9)
+        inside += comparison.low <= 0.15 <= comparison.high
     assert 0.82 < inside / 200 < 0.97
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.8, 0.9), (0.5, 0.7)])
-def test_stopping_early_takes_less_than_half_of_the_episodes_at_the_same_errors(
-    low: float, high: float
-) -> None:
-    """Against the smallest fixed design with two errors of at most 5 %. For 80 against 90 % no test with them has fewer than a 2.05th."""
+def test_the_sequential_test_needs_less_than_half_of_the_episodes(low: float, high: float) -> None:
+    """Compared with the smallest fixed design with two errors of at most 5 %."""
     fixed = next(
         n
         for n in range(1, 999)
@@ -107,7 +117,7 @@ def test_stopping_early_takes_less_than_half_of_the_episodes_at_the_same_errors(
 
 
 @pytest.mark.parametrize("rates", [(0.8, 0.9), (0.2, 0.35), (0.5, 0.9)])
-def test_bounds_are_drawn_in_as_far_as_the_errors_allow(rates: tuple[float, float]) -> None:
+def test_bounds_are_tightened_as_far_as_the_errors_allow(rates: tuple[float, float]) -> None:
     test = SequentialTest(*rates)
     lower, upper = test.bounds
     assert -math.log(19) < lower < 0 < upper < math.log(19)
@@ -118,7 +128,7 @@ def test_bounds_are_drawn_in_as_far_as_the_errors_allow(rates: tuple[float, floa
     )
 
 
-def test_where_there_is_little_to_draw_in_the_bounds_are_walds() -> None:
+def test_bounds_are_walds_if_the_jumps_are_small() -> None:
     assert SequentialTest(0.01, 0.011).bounds == pytest.approx((-math.log(19), math.log(19)))
 
 
@@ -135,6 +145,6 @@ def test_it_takes_no_more_outcomes_than_it_needs() -> None:
     ("low", "high", "confidence"),
     [*product([0.0, 0.9], [0.9, 1.0], [0.95]), (0.8, 0.9, 1.0), (0.8, 0.9, 0.5)],
 )
-def test_rates_that_are_none_are_refused(low: float, high: float, confidence: float) -> None:
+def test_invalid_rates_are_refused(low: float, high: float, confidence: float) -> None:
     with pytest.raises(ValueError, match="expected"):
         SequentialTest(low, high, confidence)

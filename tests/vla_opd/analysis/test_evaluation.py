@@ -1,4 +1,4 @@
-"""Scores: Wilson's interval against its formula, and records that come back as they were written."""
+"""Scores against Wilson's formula, and records that are read as they were written."""
 
 from pathlib import Path
 
@@ -21,10 +21,10 @@ def test_intervals_are_wilsons(successes: int, episodes: int, confidence: float,
     p = successes / episodes
     centre = (p + z**2 / (2 * episodes)) / (1 + z**2 / episodes)
     half = z / (1 + z**2 / episodes) * np.sqrt(p * (1 - p) / episodes + z**2 / (4 * episodes**2))
-    found = score([True] * successes + [False] * (episodes - successes), confidence)
-    assert (found.success, found.episodes) == (p, episodes)
-    assert found.low == pytest.approx(centre - half, abs=1e-9)
-    assert found.high == pytest.approx(centre + half, abs=1e-9)
+    result = score([True] * successes + [False] * (episodes - successes), confidence)
+    assert (result.success, result.episodes) == (p, episodes)
+    assert result.low == pytest.approx(centre - half, abs=1e-9)
+    assert result.high == pytest.approx(centre + half, abs=1e-9)
 
 
 def test_no_episodes_have_no_score() -> None:
@@ -32,10 +32,10 @@ def test_no_episodes_have_no_score() -> None:
         score([], 0.95)
 
 
-def test_records_come_back(tmp_path: Path) -> None:
-    wanted = tuple(
+def test_records_are_read_as_written(tmp_path: Path) -> None:
+    records = tuple(
         Record(task="reach-v3", instruction="reach", state=n, success=n == 1, steps=7 + n)
         for n in range(3)
     )
-    (tmp_path / EPISODES).write_text("".join(record.model_dump_json() + "\n" for record in wanted))
-    assert read_records(tmp_path) == wanted
+    (tmp_path / EPISODES).write_text("".join(record.model_dump_json() + "\n" for record in records))
+    assert read_records(tmp_path) == records

@@ -1,4 +1,4 @@
-"""The page of a study: the numbers are the table's, it needs nothing but itself, and the same table gives the same bytes."""
+"""The page of a study: its numbers, no external resources, the same bytes for the same table."""
 
 import json
 import re
@@ -56,13 +56,13 @@ def page(root: Path) -> str:
 
 
 def test_the_numbers_are_those_of_the_table(root: Path, page: str) -> None:
-    found = json.loads((root / "report/speed/results.json").read_text())
-    fast, slow = found["arms"]
+    results = json.loads((root / "report/speed/results.json").read_text())
+    fast, slow = results["arms"]
     assert (fast["success"]["value"], slow["success"]["value"]) == (
         pytest.approx(0.9),
         pytest.approx(0.4),
     )
-    assert (found["start"]["value"], found["teacher"]["value"], found["share"]) == (
+    assert (results["start"]["value"], results["teacher"]["value"], results["share"]) == (
         pytest.approx(0.2),
         1.0,
         0.8,
@@ -78,27 +78,27 @@ def test_the_numbers_are_those_of_the_table(root: Path, page: str) -> None:
     assert "4 iterations of distillation, optimize.objective hard_ce" in page
 
 
-def test_costs_that_nobody_knows_are_not_drawn(page: str) -> None:
+def test_unknown_costs_are_not_drawn(page: str) -> None:
     labels = re.findall(r'aria-label="(Success against [^:]*)', page)
     assert labels == ["Success against iterations", "Success against environment steps"]
 
 
-def test_what_is_forgotten_is_shown_where_it_was_scored(tmp_path: Path, page: str) -> None:
-    assert "What is forgotten" not in page
+def test_forgetting_is_shown_if_it_was_evaluated(tmp_path: Path, page: str) -> None:
+    assert "Forgetting" not in page
     publish(tmp_path, with_unseen())
     study_page.run(tmp_path, "speed")
     text = (tmp_path / "report/speed/index.html").read_text()
     assert (
-        "Success on seen tasks and on unseen ones: start 20.0% and 60.0%; fast 90.0% and 50.0%; slow 40.0% and 10.0%."
-        in text
+        "Success on seen tasks and on unseen ones: start 20.0% and 60.0%; "
+        "fast 90.0% and 50.0%; slow 40.0% and 10.0%." in text
     )
-    found = json.loads((tmp_path / "report/speed/results.json").read_text())
-    assert [one["forgotten"]["value"] for one in found["arms"]] == pytest.approx([0.1, 0.5])
-    assert found["unseen_start"]["value"] == pytest.approx(0.6)
-    assert found["start"]["value"] == pytest.approx(0.2)
+    results = json.loads((tmp_path / "report/speed/results.json").read_text())
+    assert [one["forgotten"]["value"] for one in results["arms"]] == pytest.approx([0.1, 0.5])
+    assert results["unseen_start"]["value"] == pytest.approx(0.6)
+    assert results["start"]["value"] == pytest.approx(0.2)
 
 
-def test_the_teacher_is_the_one_that_its_arms_ask_wherever_it_is_from(tmp_path: Path) -> None:
+def test_the_teacher_is_the_one_of_the_arms(tmp_path: Path) -> None:
     rows = table()
     theirs = [
         row.model_copy(update={"evaluation": "theirs", "checkpoint": "other"})
@@ -149,7 +149,7 @@ def test_the_teacher_stands_where_its_own_making_puts_it(tmp_path: Path, page: s
     )
 
 
-def test_it_needs_nothing_but_itself(page: str) -> None:
+def test_the_page_has_no_external_resources(page: str) -> None:
     assert not re.search(r"https?:|@import|<script|<link|<img| src=", page)
     assert not re.search(r"#0000[01]\d", page)
     ids = re.findall(r' id="([^"]*)"', page)
@@ -157,7 +157,7 @@ def test_it_needs_nothing_but_itself(page: str) -> None:
     assert set(re.findall(r"url\(#([^)]*)\)", page)) <= set(ids)
 
 
-def test_it_is_an_artifact_made_from_the_table(root: Path) -> None:
+def test_the_page_is_an_artifact_made_from_the_table(root: Path) -> None:
     made = open_artifact(root / "report/speed", "report")
     assert made.parents == {"study": open_artifact(root / "studies/speed", "study").digest}
 
@@ -171,7 +171,7 @@ def test_same_table_same_bytes(root: Path, tmp_path: Path) -> None:
         ).read_bytes()
 
 
-def test_a_study_of_which_nothing_is_done_has_no_page(tmp_path: Path) -> None:
+def test_a_study_without_finished_members_has_no_page(tmp_path: Path) -> None:
     shared = tuple(row for row in table().episodes if row.arm is None)
     publish(tmp_path, Table(shared, ()))
     with pytest.raises(
@@ -180,7 +180,7 @@ def test_a_study_of_which_nothing_is_done_has_no_page(tmp_path: Path) -> None:
         study_page.run(tmp_path, "speed")
 
 
-def test_a_table_that_was_spoilt_is_refused(tmp_path: Path) -> None:
+def test_a_damaged_table_is_refused(tmp_path: Path) -> None:
     publish(tmp_path, table())
     with (tmp_path / "studies/speed/episodes.parquet").open("ab") as file:
         file.write(b"x")
@@ -189,9 +189,9 @@ def test_a_table_that_was_spoilt_is_refused(tmp_path: Path) -> None:
 
 
 def test_sixteen_arms_can_be_told_apart() -> None:
-    looks = [study_page._look(number) for number in range(16)]
-    assert len({str(look) for look in looks}) == 16
+    styles = [study_page._style(number) for number in range(16)]
+    assert len({str(style) for style in styles}) == 16
     assert [
-        len({look["color"] for look in looks[:8]}),
-        len({look["marker"] for look in looks[:8]}),
+        len({style["color"] for style in styles[:8]}),
+        len({style["marker"] for style in styles[:8]}),
     ] == [8, 8]

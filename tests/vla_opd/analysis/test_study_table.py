@@ -1,4 +1,4 @@
-"""A study's table: rows that add up, and that Parquet gives back as they were."""
+"""A study's table: costs add up, and Parquet restores the rows."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +17,8 @@ from vla_opd.analysis.finished_run import Run, discard, read_run
 from vla_opd.analysis.study_table import (
     Cost,
     Table,
-    joined,
-    made_from_nothing,
+    concatenate,
+    cost_from_scratch,
     member_rows,
     shared_rows,
 )
@@ -47,7 +47,9 @@ def run(root: Path) -> Run:
 
 @pytest.fixture(scope="module")
 def table(run: Run) -> Table:
-    seconds = {manifest.digest: 2.0 for one in run.updates for manifest in one.made.values()}
+    seconds = {
+        manifest.digest: 2.0 for update in run.updates for manifest in update.artifacts.values()
+    }
     return member_rows(run, "arm", 7, seconds)
 
 
@@ -82,7 +84,7 @@ def test_an_iteration_is_a_row_with_its_own_cost(table: Table) -> None:
     assert last.seconds == 4
 
 
-def test_an_episode_bears_what_its_checkpoint_had_cost(table: Table) -> None:
+def test_an_episode_has_the_costs_of_its_checkpoint(table: Table) -> None:
     by_name = {row.evaluation: row for row in table.episodes}
     assert set(by_name) == {"it002", "final"}  # start and teacher are nobody's own
     assert [row.evaluation for row in table.episodes] == ["it002"] * 20 + ["final"] * 20
@@ -98,20 +100,20 @@ def test_an_episode_bears_what_its_checkpoint_had_cost(table: Table) -> None:
     assert sum(row.success for row in table.episodes if row.evaluation == "it002") == 11
 
 
-def test_seconds_that_are_not_known_of_one_part_are_not_known_of_the_whole(run: Run) -> None:
-    first = run.iterations[0].made
-    known = {
+def test_unknown_seconds_of_a_part_make_the_total_unknown(run: Run) -> None:
+    first = run.iterations[0].artifacts
+    seconds = {
         manifest.digest: 1.0
-        for one in run.updates
-        for manifest in one.made.values()
+        for update in run.updates
+        for manifest in update.artifacts.values()
         if manifest.digest != first["logits"].digest
     }
-    rows = member_rows(run, "arm", 0, known)
+    rows = member_rows(run, "arm", 0, seconds)
     assert [row.seconds for row in rows.updates] == [None, 3, 3, 2]
     assert {row.seconds for row in rows.episodes} == {None}
 
 
-def test_a_student_of_its_own_belongs_to_the_arm_and_to_its_cost(run: Run) -> None:
+def test_an_own_student_counts_as_a_cost_of_the_arm(run: Run) -> None:
     rows = member_rows(run, "sft", 0, {run.checkpoints["student"].digest: 4.0}, own_student=True)
     by_name = {row.evaluation: row for row in rows.episodes}
     assert set(by_name) == {"start", "it002", "final"}
@@ -126,9 +128,9 @@ def test_a_student_of_its_own_belongs_to_the_arm_and_to_its_cost(run: Run) -> No
 
 def test_unseen_tasks_are_marked(run: Run) -> None:
     start = run.evaluations["start"]
-    known, other = start.records[:10], start.records[10:]
+    seen, unseen = start.records[:10], start.records[10:]
     rows = shared_rows(
-        replace(run, evaluations={"start": replace(start, records=known, unseen=other)}), {}
+        replace(run, evaluations={"start": replace(start, records=seen, unseen=unseen)}), {}
     )
     assert [(row.task, row.seen) for row in rows] == [("libero_object/0", True)] * 10 + [
         ("libero_object/1", False)
@@ -142,7 +144,7 @@ def test_costs_add_up() -> None:
     assert (Cost(seconds=None) + Cost(seconds=1.0)).seconds is None
 
 
-def test_what_members_share_belongs_to_no_arm(run: Run) -> None:
+def test_shared_episodes_belong_to_no_arm(run: Run) -> None:
     rows = shared_rows(only(run, "start", "teacher"), {})
     assert {(row.arm, row.seed, row.evaluation, row.iterations) for row in rows} == {
         (None, None, "start", 0),
@@ -151,27 +153,28 @@ def test_what_members_share_belongs_to_no_arm(run: Run) -> None:
     assert len(rows) == 40
 
 
-def test_what_is_shared_has_the_cost_of_making_it_from_nothing(run: Run) -> None:
-    """The student is fine-tuned from the teacher, on one of the demonstrations of each task that the teacher has had all of."""
+def test_shared_checkpoints_have_the_cost_of_making_them_from_scratch(run: Run) -> None:
+    """The student is fine-tuned from the teacher, on a part of the teacher's demonstrations."""
     teacher, student = run.checkpoints["teacher"], run.checkpoints["student"]
     demonstrations = teacher.parents["demonstrations"]
     assert student.parents["demonstrations"] == demonstrations
     seconds = {demonstrations: 30.0, teacher.digest: 20.0, student.digest: 4.0}
-    own, its_teachers = (made_from_nothing(run, name, seconds) for name in ("student", "teacher"))
+    student_cost = cost_from_scratch(run, "student", seconds)
+    teacher_cost = cost_from_scratch(run, "teacher", seconds)
     facts, every = teacher.facts, run.params.demonstrate.observe_every
-    assert its_teachers == Cost(
+    assert teacher_cost == Cost(
         episodes=facts["episodes"],
         optimizer_steps=10,
         env_steps=every * facts["states"],
         seconds=50,
     )
-    assert own == Cost(
+    assert student_cost == Cost(
         episodes=facts["episodes"],
         optimizer_steps=15,
         env_steps=every * facts["states"],
         seconds=54,
     )
-    assert made_from_nothing(run, "teacher", {teacher.digest: 20.0}).seconds is None
+    assert cost_from_scratch(run, "teacher", {teacher.digest: 20.0}).seconds is None
     assert {row.seconds for row in shared_rows(only(run, "teacher"), seconds)} == {50}
 
 
@@ -179,14 +182,14 @@ def only(run: Run, *evaluations: str) -> Run:
     return replace(run, evaluations={name: run.evaluations[name] for name in evaluations})
 
 
-def test_parquet_gives_the_rows_back(table: Table, run: Run, tmp_path: Path) -> None:
-    whole = joined([table, member_rows(run, "other", 8, {})]).with_shared(
+def test_parquet_restores_the_rows(table: Table, run: Run, tmp_path: Path) -> None:
+    whole = concatenate([table, member_rows(run, "other", 8, {})]).with_shared(
         shared_rows(only(run, "start"), {})
     )
     study_table.write(whole, tmp_path)
-    again = study_table.read(tmp_path)
-    assert again == whole
-    assert again.arms == ("arm", "other")
+    restored = study_table.read(tmp_path)
+    assert restored == whole
+    assert restored.arms == ("arm", "other")
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "episodes.parquet",
         "updates.parquet",
@@ -200,27 +203,27 @@ def test_the_same_rows_are_the_same_bytes(table: Table, tmp_path: Path) -> None:
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
-def test_an_empty_table_can_be_kept(tmp_path: Path) -> None:
+def test_an_empty_table_can_be_written(tmp_path: Path) -> None:
     study_table.write(Table((), ()), tmp_path)
     assert study_table.read(tmp_path) == Table((), ())
 
 
-def test_a_table_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_table_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError,
-        match=r"episodes\.parquet does not exist; expected a study's table \(opd study NAME makes it\)",
+        match=r"episodes\.parquet does not exist; expected a study's table \(opd study NAME",
     ):
         study_table.read(tmp_path)
 
 
 def test_rows_are_the_same_once_the_rollouts_are_discarded(tmp_path: Path) -> None:
-    its = grown(tmp_path / "small")
-    before = member_rows(read_run(its, tmp_path / "small"), "arm", 0, {})
+    settings = grown(tmp_path / "small")
+    before = member_rows(read_run(settings, tmp_path / "small"), "arm", 0, {})
     for kind in ("trajectories", "logits"):
         for folder in sorted((tmp_path / "small" / kind).glob("[!.]*")):
             discard(tmp_path / "small", kind, folder.name)
     assert not (tmp_path / "small/logits/it001").exists()
-    assert member_rows(read_run(its, tmp_path / "small"), "arm", 0, {}) == before
+    assert member_rows(read_run(settings, tmp_path / "small"), "arm", 0, {}) == before
 
 
 def test_a_distillation_may_follow_grpo(tmp_path: Path) -> None:
@@ -228,12 +231,14 @@ def test_a_distillation_may_follow_grpo(tmp_path: Path) -> None:
     made = {name: publish_finetuned(root / "checkpoints" / name) for name in ("teacher", "student")}
     made["rl001"] = publish_reinforcement(root, "rl001", made["student"])
     publish_iteration(root, "it001", 1, made["rl001"], made["teacher"])
-    its = params(iterations={"it001": "rl001"}, reinforcements={"rl001": "student"}, evaluations={})
-    rows = member_rows(read_run(its, root), "arm", 0, {})
+    settings = params(
+        iterations={"it001": "rl001"}, reinforcements={"rl001": "student"}, evaluations={}
+    )
+    rows = member_rows(read_run(settings, root), "arm", 0, {})
     assert [(row.iteration, row.position) for row in rows.updates] == [("rl001", 1), ("it001", 2)]
 
 
-def test_what_a_killed_discard_left_is_no_hindrance(tmp_path: Path) -> None:
+def test_discard_continues_after_a_kill(tmp_path: Path) -> None:
     grown(tmp_path / "small")
     (tmp_path / "small/logits/.it001.removed/left").mkdir(parents=True)
     discard(tmp_path / "small", "logits", "it001")

@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 from pydantic import ValidationError
 
 from tests.vla_opd import small
-from vla_opd.data.action_space import ActionSpace, action_space
+from vla_opd.data.action_space import ActionSpace, fit_action_space
 
 DATA = Path(__file__).parents[2] / "data"
 FIRST_ID = 31999  # of bin 0
@@ -119,7 +119,7 @@ def test_bins_ascend_with_the_action_and_are_row_major() -> None:
 
 def test_statistics_are_percentiles_and_leave_the_gripper() -> None:
     ramp = np.linspace(0, 1, 101)
-    space = action_space(
+    space = fit_action_space(
         np.stack([ramp, 10 * ramp - 5, np.sign(ramp - 0.5)], axis=1).astype(np.float32),
         chunk=4,
         bins=16,
@@ -131,7 +131,7 @@ def test_statistics_are_percentiles_and_leave_the_gripper() -> None:
 
 
 def test_a_dimension_that_never_moves_stays_finite() -> None:
-    space = action_space(np.full((10, 3), 0.25), chunk=1, bins=8)
+    space = fit_action_space(np.full((10, 3), 0.25), chunk=1, bins=8)
     found = space.decode(space.encode(np.full((1, 3), 0.25)))
     assert np.isfinite(found).all()
     np.testing.assert_allclose(found[0, :2], 0.25, atol=1e-6)
@@ -157,7 +157,7 @@ def test_the_digest_is_of_everything_that_a_token_means() -> None:
 
 def test_statistics_of_different_lengths_are_refused() -> None:
     with pytest.raises(
-        ValidationError, match="have 2, 1, 2 entries; expected one an action dimension"
+        ValidationError, match="have 2, 1, 2 entries; expected one per action dimension"
     ):
         ActionSpace(q01=(0, 0), q99=(1,), normalised=(True, True), chunk=1)
 

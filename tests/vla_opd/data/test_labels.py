@@ -8,12 +8,12 @@ import torch
 
 from vla_opd.data import zarr_zip
 from vla_opd.data.labels import (
-    Cost,
+    LabelCost,
     Labels,
-    normalised,
     read_outcome,
     read_shard,
-    spread,
+    smooth_bins,
+    start_log_softmax,
     write_shard,
 )
 
@@ -21,7 +21,7 @@ from vla_opd.data.labels import (
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_what_is_stored_is_normalised_and_read_back(tmp_path: Path, dtype: str) -> None:
     logits = 5 * torch.randn(20, 6, 8, generator=torch.Generator().manual_seed(0))
-    stored = normalised(logits, dtype)()
+    stored = start_log_softmax(logits, dtype)()
     write_shard(tmp_path / "shard-0", Labels(stored))
     found = read_shard(tmp_path / "shard-0", 20).log_probs
     assert found.dtype == dtype
@@ -47,17 +47,18 @@ def test_another_number_of_states_is_refused(tmp_path: Path, states: int) -> Non
 def test_what_was_simulated_is_kept_beside_the_labels(tmp_path: Path) -> None:
     labels, recoverable = np.zeros((3, 6, 8), np.float16), np.array([True, True, False])
     write_shard(
-        tmp_path / "shard-0", Labels(labels, recoverable, cost=Cost(env_steps=40, decisions=10))
+        tmp_path / "shard-0",
+        Labels(labels, recoverable, cost=LabelCost(env_steps=40, decisions=10)),
     )
     cost, tried = read_outcome(tmp_path / "shard-0")
-    assert cost == read_shard(tmp_path / "shard-0", 3).cost == Cost(40, 10)
+    assert cost == read_shard(tmp_path / "shard-0", 3).cost == LabelCost(40, 10)
     assert tried is not None
     assert tried.tolist() == recoverable.tolist()
     mask = np.ones((3, 6), np.bool_)
-    assert read_shard(tmp_path / "shard-0", 3).labelled(mask) is mask
+    assert read_shard(tmp_path / "shard-0", 3).restrict(mask) is mask
     given = np.array([[True, True, True], [True, False, False], [True, True, False]])
     write_shard(tmp_path / "shard-2", Labels(labels, given=given))
-    labelled = read_shard(tmp_path / "shard-2", 3).labelled
+    labelled = read_shard(tmp_path / "shard-2", 3).restrict
     assert labelled(mask)[1].tolist() == [
         True,
         True,
@@ -69,7 +70,7 @@ def test_what_was_simulated_is_kept_beside_the_labels(tmp_path: Path) -> None:
     mask[2, 3] = False
     assert labelled(mask)[2].tolist() == [True, True, True, False, False, False]
     write_shard(tmp_path / "shard-1", Labels(labels))
-    assert read_outcome(tmp_path / "shard-1") == (Cost(0, 0), None)
+    assert read_outcome(tmp_path / "shard-1") == (LabelCost(0, 0), None)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +97,7 @@ def test_a_shard_whose_arrays_are_of_no_labels_is_refused(
 @pytest.mark.parametrize("sigma", [0.01, 1.5])
 def test_an_experts_bin_is_spread_over_its_neighbours(dtype: str, sigma: float) -> None:
     bins = np.array([[0, 100, 255]])
-    found = spread(bins, 256, sigma, dtype)
+    found = smooth_bins(bins, 256, sigma, dtype)
     assert found.dtype == dtype
     assert np.isfinite(found).all()
     np.testing.assert_array_equal(found.argmax(-1), bins)

@@ -223,7 +223,7 @@ def test_same_episodes_same_bytes(tmp_path: Path) -> None:
 
 
 def test_a_shard_of_two_tasks_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="expected one task, split and instruction a shard"):
+    with pytest.raises(ValueError, match="expected one task, split and instruction per shard"):
         write_shard(tmp_path / "a", [small.episode(), small.episode(task="push-v3")], small.CHUNK)
 
 

@@ -1,4 +1,4 @@
-"""One episode reduced to a digest, by a function that a fresh process can import."""
+"""Digest of one episode, by functions that a fresh process can import."""
 
 import hashlib
 
@@ -11,14 +11,12 @@ from vla_opd.params.stages import EnvironmentParams
 
 
 def digest(observations: list[Observation]) -> str:
-    """sha256 of every byte that a policy would see."""
+    """Return the sha256 of every byte that a policy would see."""
     total = hashlib.sha256()
     for observation in observations:
-        total.update(
-            observation.frames.tobytes()
-            + observation.proprio.tobytes()
-            + observation.instruction.encode()
-        )
+        total.update(observation.frames.tobytes())
+        total.update(observation.proprio.tobytes())
+        total.update(observation.instruction.encode())
     return total.hexdigest()
 
 
@@ -29,17 +27,18 @@ def play(
     observe_every: int = 2,
     chunk: int = 4,
 ) -> str:
-    """The digest of what is seen while `actions` are executed, `chunk` at a time, from `placement`."""
-    seen = [env.reset(placement)]
+    """Execute `actions` from `placement`, `chunk` at a time; return the observations' digest."""
+    observations = [env.reset(placement)]
     for start in range(0, len(actions), chunk):
-        seen.extend(env.advance(actions[start : start + chunk], observe_every).observations)
-    return digest(seen)
+        advance = env.advance(actions[start : start + chunk], observe_every)
+        observations.extend(advance.observations)
+    return digest(observations)
 
 
-def play_afresh(
+def play_in_new_env(
     params: EnvironmentParams, placement: Placement, actions: Float32[np.ndarray, "S A"]
 ) -> str:
-    """`play` in an environment of its own."""
+    """Do `play` in a new environment."""
     env = make_env(params)
     try:
         return play(env, placement, actions)

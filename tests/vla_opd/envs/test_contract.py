@@ -1,4 +1,7 @@
-"""What every environment promises (`vla_opd.envs.protocol.Env`), asked of each family that ships and of one from outside the package."""
+"""The contract of `vla_opd.envs.protocol.Env`.
+
+Tested for each family that ships and for one from outside the package.
+"""
 
 import multiprocessing
 from collections.abc import Iterator
@@ -9,16 +12,16 @@ import numpy as np
 import pytest
 from jaxtyping import Float32
 
-from tests.vla_opd.envs.episode import play, play_afresh
+from tests.vla_opd.envs.episode import play, play_in_new_env
 from vla_opd.envs import Env, Observation, Placement, make_env
 from vla_opd.experts import make_expert
 from vla_opd.params.stages import EnvironmentParams
-from vla_opd.simulation.resume import Recorded, Resume
+from vla_opd.simulation.resume import EpisodeRecord, Resume
 
 
 @dataclass(frozen=True)
 class Case:
-    """A family to hold to the contract: two of its tasks, its cameras, its scripted expert and how long that may take."""
+    """A family, two of its tasks, its cameras, its scripted expert, and the expert's horizon."""
 
     family: str
     tasks: tuple[str, str]
@@ -35,7 +38,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Subject:
-    """A case and its environment, alive for the whole module: earlier tests are the earlier episodes that must not matter."""
+    """A case and its environment, alive for the whole module.
+
+    Earlier tests are earlier episodes, which must not matter.
+    """
 
     case: Case
     env: Env
@@ -44,11 +50,9 @@ class Subject:
         return Placement(self.case.tasks[task], "evaluation", index)
 
     def actions(self, steps: int, seed: int = 0) -> Float32[np.ndarray, "S A"]:
-        return (
-            np.random.default_rng(seed)
-            .uniform(-1, 1, (steps, self.env.action_dim))
-            .astype(np.float32)
-        )
+        generator = np.random.default_rng(seed)
+        actions = generator.uniform(-1, 1, (steps, self.env.action_dim))
+        return actions.astype(np.float32)
 
 
 CASES = [
@@ -81,46 +85,47 @@ def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
     env.close()
 
 
-def _same(left: Observation, right: Observation) -> bool:
+def _is_same(first: Observation, second: Observation) -> bool:
     return (
-        np.array_equal(left.frames, right.frames)
-        and np.array_equal(left.proprio, right.proprio)
-        and left.instruction == right.instruction
+        np.array_equal(first.frames, second.frames)
+        and np.array_equal(first.proprio, second.proprio)
+        and first.instruction == second.instruction
     )
 
 
-def test_reset_shows_what_the_parameters_ask_for(subject: Subject) -> None:
-    seen = subject.env.reset(subject.placement())
-    assert (seen.frames.shape, seen.frames.dtype) == (
-        (len(subject.case.cameras), 48, 48, 3),
-        np.uint8,
-    )
-    assert (seen.proprio.shape, seen.proprio.dtype) == ((subject.env.proprio_dim,), np.float32)
-    assert seen.instruction
-    assert seen.frames.std() > 5, "a frame without contrast shows nothing"
+def test_reset_observes_as_the_parameters_ask(subject: Subject) -> None:
+    observation = subject.env.reset(subject.placement())
+    frames = observation.frames
+    proprio = observation.proprio
+    assert frames.shape == (len(subject.case.cameras), 48, 48, 3)
+    assert frames.dtype == np.uint8
+    assert proprio.shape == (subject.env.proprio_dim,)
+    assert proprio.dtype == np.float32
+    assert observation.instruction
+    assert frames.std() > 5, "the frames have no contrast"
 
 
 def test_steps_and_observations_are_counted_from_the_reset(subject: Subject) -> None:
     subject.env.reset(subject.placement())
-    first, second = (
-        subject.env.advance(subject.actions(steps), observe_every=4) for steps in (7, 3)
-    )
-    assert (first.steps, len(first.observations)) == (7, 1)  # after step 4
-    assert (second.steps, len(second.observations)) == (3, 1)  # after step 8, the chunk's first
+    first = subject.env.advance(subject.actions(7), observe_every=4)
+    second = subject.env.advance(subject.actions(3), observe_every=4)
+    assert first.steps == 7
+    assert len(first.observations) == 1  # after step 4
+    assert second.steps == 3
+    assert len(second.observations) == 1  # after step 8, the first of this chunk
     assert not first.success
 
 
-def test_observing_seldom_shows_the_frames_that_observing_always_shows(subject: Subject) -> None:
+def test_rare_observations_equal_those_of_every_step(subject: Subject) -> None:
     actions = subject.actions(8)
     subject.env.reset(subject.placement())
     always = subject.env.advance(actions, observe_every=1).observations
     subject.env.reset(subject.placement())
-    seldom = subject.env.advance(actions, observe_every=4).observations
+    rarely = subject.env.advance(actions, observe_every=4).observations
     assert len(always) == 8
-    assert [_same(left, right) for left, right in zip(seldom, always[3::4], strict=True)] == [
-        True,
-        True,
-    ]
+    assert len(rarely) == 2
+    assert _is_same(rarely[0], always[3])
+    assert _is_same(rarely[1], always[7])
 
 
 def test_observing_nothing_changes_nothing(subject: Subject) -> None:
@@ -129,24 +134,26 @@ def test_observing_nothing_changes_nothing(subject: Subject) -> None:
     watched = subject.env.advance(actions, observe_every=1).observations[-1]
     subject.env.reset(subject.placement())
     assert subject.env.advance(actions[:5], observe_every=0).observations == ()
-    assert _same(subject.env.advance(actions[5:], observe_every=1).observations[0], watched)
+    unwatched = subject.env.advance(actions[5:], observe_every=1).observations[0]
+    assert _is_same(unwatched, watched)
 
 
 def test_the_recorded_actions_lead_to_the_recorded_state(subject: Subject) -> None:
-    actions, placement = subject.actions(8), subject.placement()
-    seen = [
-        subject.env.reset(placement),
-        *subject.env.advance(actions, observe_every=2).observations,
-    ]
+    actions = subject.actions(8)
+    placement = subject.placement()
+    observations = [subject.env.reset(placement)]
+    observations += subject.env.advance(actions, observe_every=2).observations
     play(subject.env, subject.placement(index=3), subject.actions(9, seed=1))
-    recorded = Recorded(
-        placement,
-        False,
-        actions,
-        np.arange(0, 10, 2, dtype=np.int32),
-        np.stack([one.proprio for one in seen]),
+    recorded = EpisodeRecord(
+        placement=placement,
+        success=False,
+        actions=actions,
+        step=np.arange(0, 10, 2, dtype=np.int32),
+        proprio=np.stack([observation.proprio for observation in observations]),
     )
-    assert all(_same(Resume(recorded, row).observed(subject.env), seen[row]) for row in (4, 0, 2))
+    for row in (4, 0, 2):
+        restored = Resume(recorded, row).restore(subject.env)
+        assert _is_same(restored, observations[row])
 
 
 def test_an_episode_does_not_depend_on_earlier_ones_nor_on_the_chunks(subject: Subject) -> None:
@@ -160,27 +167,30 @@ def test_an_episode_does_not_depend_on_earlier_ones_nor_on_the_chunks(subject: S
 
 def test_a_fresh_process_sees_the_same_bytes(subject: Subject) -> None:
     actions = subject.actions(12)
-    here = play(subject.env, subject.placement(), actions)
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        assert (
-            pool.submit(play_afresh, subject.case.params, subject.placement(), actions).result()
-            == here
-        )
+    placement = subject.placement()
+    digest = play(subject.env, placement, actions)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        future = pool.submit(play_in_new_env, subject.case.params, placement, actions)
+        assert future.result() == digest
 
 
 def test_the_first_success_stops_the_chunk(subject: Subject) -> None:
     subject.env.reset(subject.placement())
     expert = make_expert(subject.case.expert, subject.env)
     expert.reset()
-    taken: list[np.ndarray] = []
+    actions: list[np.ndarray] = []
     success = False
-    while not success and len(taken) < subject.case.horizon:
-        taken.append(expert.act())
-        success = subject.env.advance(taken[-1][None], observe_every=0).success
+    while not success and len(actions) < subject.case.horizon:
+        action = expert.act()
+        actions.append(action)
+        success = subject.env.advance(action[None], observe_every=0).success
     assert success, "the scripted expert failed"
     subject.env.reset(subject.placement())
-    led = subject.env.advance(np.stack([*taken, *taken[:5]]), observe_every=0)
-    assert (led.steps, led.success) == (len(taken), True)
+    chunk = np.stack([*actions, *actions[:5]])
+    advance = subject.env.advance(chunk, observe_every=0)
+    assert advance.steps == len(actions)
+    assert advance.success
 
 
 def test_placements_differ(subject: Subject) -> None:
@@ -196,32 +206,33 @@ def test_placements_differ(subject: Subject) -> None:
 
 
 def test_mistakes_are_named(subject: Subject) -> None:
+    env = subject.env
+    params = subject.case.params
     with pytest.raises(ValueError, match=r"environment\.tasks.*juggle"):
-        make_env(subject.case.params.model_copy(update={"tasks": ("juggle",)}))
+        make_env(params.model_copy(update={"tasks": ("juggle",)}))
     with pytest.raises(ValueError, match=r"environment\.cameras.*periscope"):
-        make_env(subject.case.params.model_copy(update={"cameras": ("periscope",)}))
+        make_env(params.model_copy(update={"cameras": ("periscope",)}))
     with pytest.raises(ValueError, match="juggle"):
-        subject.env.reset(Placement("juggle", "evaluation", 0))
+        env.reset(Placement("juggle", "evaluation", 0))
     for index in (50, -1):
         with pytest.raises(ValueError, match=str(index)):
-            subject.env.reset(subject.placement(index=index))
-    subject.env.reset(subject.placement())
-    for shape in ((subject.env.action_dim,), (2, subject.env.action_dim + 1)):
+            env.reset(subject.placement(index=index))
+    env.reset(subject.placement())
+    for shape in ((env.action_dim,), (2, env.action_dim + 1)):
         with pytest.raises(ValueError, match="shape"):
-            subject.env.advance(np.zeros(shape, np.float32), observe_every=0)
+            env.advance(np.zeros(shape, np.float32), observe_every=0)
 
 
 def test_describe_is_text(subject: Subject) -> None:
     facts = subject.env.describe()
     assert facts
-    assert all(isinstance(text, str) for pair in facts.items() for text in pair)
+    assert all(isinstance(text, str) for text in (*facts.keys(), *facts.values()))
 
 
-def test_closing_twice_is_closing(subject: Subject) -> None:
+def test_closing_twice_is_allowed(subject: Subject) -> None:
     env = make_env(subject.case.params)
     env.reset(subject.placement())
     env.close()
     env.close()
-    assert subject.env.reset(subject.placement()).frames.any(), (
-        "another environment's context went with it"
-    )
+    frames = subject.env.reset(subject.placement()).frames
+    assert frames.any(), "this also freed the context of another environment"

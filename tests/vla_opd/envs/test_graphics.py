@@ -1,4 +1,4 @@
-"""The choice of an OpenGL backend, with and without one that works."""
+"""Choosing an OpenGL backend, with and without one that works."""
 
 import os
 import shutil
@@ -13,10 +13,10 @@ from vla_opd.envs import graphics
 
 
 def _choose() -> str:
-    return graphics.choose_backend.__wrapped__()  # past the cache
+    return graphics.choose_backend.__wrapped__()  # without the cache
 
 
-def test_what_the_user_set_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_users_choice_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MUJOCO_GL", " OSMesa")
     monkeypatch.setattr(graphics, "_failure", lambda _: None)
     assert _choose() == "osmesa"
@@ -28,7 +28,7 @@ def test_the_first_backend_that_draws_is_taken(monkeypatch: pytest.MonkeyPatch) 
     assert _choose() == "osmesa"
 
 
-def test_without_any_the_error_names_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_backend_the_error_names_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MUJOCO_GL", raising=False)
     monkeypatch.setattr(graphics, "_failure", lambda _: "no driver")
     with pytest.raises(
@@ -38,12 +38,12 @@ def test_without_any_the_error_names_the_packages(monkeypatch: pytest.MonkeyPatc
         _choose()
 
 
-def test_a_real_probe_says_why_it_failed() -> None:
+def test_a_real_probe_reports_its_failure() -> None:
     assert "nonsense" in (graphics._failure("nonsense") or "")
 
 
 @pytest.mark.parametrize("value", ["nonsense", "glx", "on", "disabled", "cgl"])
-def test_mujoco_gl_of_another_value_is_refused_with_those_that_are_accepted(
+def test_an_unknown_mujoco_gl_is_refused_with_the_accepted_values(
     monkeypatch: pytest.MonkeyPatch, value: str
 ) -> None:
     monkeypatch.setenv("MUJOCO_GL", value)
@@ -54,7 +54,7 @@ def test_mujoco_gl_of_another_value_is_refused_with_those_that_are_accepted(
         _choose()
 
 
-def test_mujoco_gl_that_needs_a_screen_is_refused_without_one(
+def test_glfw_is_refused_without_a_screen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("MUJOCO_GL", "glfw")
@@ -62,14 +62,15 @@ def test_mujoco_gl_that_needs_a_screen_is_refused_without_one(
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(
         ValueError,
-        match=r"MUJOCO_GL is 'glfw', which draws no frame here .*; expected egl or osmesa, which need no screen",
+        match=r"MUJOCO_GL is 'glfw', which draws no frame here .*; "
+        "expected egl or osmesa, which need no screen",
     ):
         _choose()
 
 
 @pytest.mark.parametrize("backend", ["", "egl"])
 @pytest.mark.parametrize("device", ["99", "gpu", "-1", ""])
-def test_mujoco_egl_device_id_of_no_device_is_refused(
+def test_an_unknown_egl_device_is_refused(
     monkeypatch: pytest.MonkeyPatch, device: str, backend: str
 ) -> None:
     monkeypatch.setenv("MUJOCO_GL", backend)
@@ -82,7 +83,7 @@ def test_mujoco_egl_device_id_of_no_device_is_refused(
     assert _choose() == "egl"
 
 
-def test_a_stage_says_so_before_it_starts_a_simulator(
+def test_a_stage_reports_a_bad_backend_before_it_starts_a_simulator(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import stages.__main__ as command
@@ -102,11 +103,9 @@ def test_children_inherit_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphics, "choose_backend", lambda: "egl")
     monkeypatch.setattr(graphics, "_loaded_backend", lambda: "")
     graphics.use_backend()
-    assert [os.environ[name] for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM", "LP_NUM_THREADS")] == [
-        "egl",
-        "egl",
-        "1",
-    ]
+    assert os.environ["MUJOCO_GL"] == "egl"
+    assert os.environ["PYOPENGL_PLATFORM"] == "egl"
+    assert os.environ["LP_NUM_THREADS"] == "1"
 
 
 def test_another_backend_already_loaded_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,10 +117,9 @@ def test_another_backend_already_loaded_is_an_error(monkeypatch: pytest.MonkeyPa
 
 
 def test_importing_the_environments_loads_no_simulator() -> None:
-    code = "import sys, vla_opd.envs.metaworld, vla_opd.experts.metaworld; print([m for m in ('mujoco', 'metaworld', 'OpenGL') if m in sys.modules])"
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        == "[]"
+    code = (
+        "import sys, vla_opd.envs.metaworld, vla_opd.experts.metaworld\n"
+        "print([m for m in ('mujoco', 'metaworld', 'OpenGL') if m in sys.modules])"
     )
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert child.stdout.strip() == "[]"

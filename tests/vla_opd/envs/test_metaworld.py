@@ -1,4 +1,4 @@
-"""Meta-World behind the protocol: its tasks, its placements and its pictures."""
+"""Meta-World behind the protocol: its tasks, its placements and its images."""
 
 from typing import TYPE_CHECKING
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jaxtyping import UInt8
 
-from vla_opd.envs.metaworld import SCENES, TASKS, MetaworldEnv, _gl_context, _load, _start, make
+from vla_opd.envs.metaworld import SCENES, TASKS, MetaworldEnv, _gl_context, _load, _reset_raw, make
 from vla_opd.envs.protocol import Placement
 from vla_opd.params.stages import EnvironmentParams
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from metaworld.sawyer_xyz_env import SawyerXYZEnv
 
 WINDOW = Placement("window-open-v3", "evaluation", 0)
+FEW = ["window-open-v3", "push-v3", "hammer-v3", "faucet-close-v3"]
+OTHERS = [pytest.param(task, marks=pytest.mark.slow) for task in sorted(set(TASKS) - set(FEW))]
 
 
 def _params(**changes: object) -> EnvironmentParams:
@@ -32,62 +34,68 @@ def env() -> MetaworldEnv:
     return make(_params())
 
 
-def test_tasks_are_metaworlds_and_a_scene_is_one_file() -> None:
+def test_the_tasks_of_a_scene_share_one_model_file() -> None:
     from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
     assert len(TASKS) >= 10
     assert sum(len(scene) >= 2 for scene in SCENES) >= 5
     for scene in SCENES:
-        assert len({ALL_V3_ENVIRONMENTS[task].model_name.fget(None) for task in scene}) == 1
+        environments = [ALL_V3_ENVIRONMENTS[task] for task in scene]
+        files = {environment.model_name.fget(None) for environment in environments}
+        assert len(files) == 1
 
 
-def test_instructions_tell_all_tasks_apart() -> None:
-    assert len(set(TASKS.values())) == len(TASKS) == sum(map(len, SCENES))
+def test_every_task_has_its_own_instruction() -> None:
+    assert len(TASKS) == sum(map(len, SCENES))
+    assert len(set(TASKS.values())) == len(TASKS)
 
 
 def test_placements_move_the_object_and_the_splits_never_meet(env: MetaworldEnv) -> None:
     positions: list[bytes] = []
-    for split, indices in (("evaluation", range(10)), ("training", range(10))):
-        for index in indices:
+    for split in ("evaluation", "training"):
+        for index in range(10):
             env.reset(Placement("window-open-v3", split, index))
-            positions.append(env.raw.model.body("window").pos.tobytes())
+            window = env.raw.model.body("window")
+            positions.append(window.pos.tobytes())
     assert len(set(positions)) == 20
 
 
-FEW = ["window-open-v3", "push-v3", "hammer-v3", "faucet-close-v3"]
-OTHERS = [pytest.param(task, marks=pytest.mark.slow) for task in sorted(set(TASKS) - set(FEW))]
-
-
 @pytest.mark.parametrize("task", [*FEW, *OTHERS])
-def test_a_reset_forgets_the_episode_before(task: str) -> None:
-    used, new = _load(task), _load(task)
+def test_a_reset_forgets_the_previous_episode(task: str) -> None:
+    used = _load(task)
+    new = _load(task)
     generator = np.random.default_rng(0)
-    _start(used, 1)
-    for _ in range(60):  # violently, and into the table
-        used.step(
-            np.array([*generator.choice([-1, 1], 2), -1, generator.choice([-1, 1])], np.float32)
-        )
-    assert _everything(used, 2) == _everything(new, 2)
-    assert _everything(used, 3) != _everything(new, 2)
+    _reset_raw(used, 1)
+    for _ in range(60):  # violent actions, into the table
+        x, y = generator.choice([-1, 1], 2)
+        gripper = generator.choice([-1, 1])
+        used.step(np.array([x, y, -1, gripper], np.float32))
+    assert _full_state(used, 2) == _full_state(new, 2)
+    assert _full_state(used, 3) != _full_state(new, 2)
 
 
-def test_the_first_observation_is_not_stale() -> None:
+def test_the_first_observation_is_current() -> None:
     env = make(_params(settle=0))
     first = env.reset(WINDOW)
     handle = env.raw_observation[4:7].copy()
     after = env.advance(np.array([[0, 0, 0, -1]], np.float32), 1).observations[0]
-    assert np.abs(env.raw_observation[4:7] - handle).max() < 1e-3
-    assert np.abs(after.frames.astype(int) - first.frames).mean() < 1
+    handle_motion = np.abs(env.raw_observation[4:7] - handle)
+    frame_change = np.abs(after.frames.astype(int) - first.frames)
+    assert handle_motion.max() < 1e-3
+    assert frame_change.mean() < 1
     env.close()
 
 
-def test_settling_is_that_many_idle_steps() -> None:
-    settled, idle = make(_params(settle=6)), make(_params(settle=0))
+def test_settling_equals_idle_steps() -> None:
+    settled = make(_params(settle=6))
+    idle = make(_params(settle=0))
     first = settled.reset(WINDOW)
     idle.reset(WINDOW)
     still = np.tile(np.array([0, 0, 0, -1], np.float32), (6, 1))
-    assert np.array_equal(idle.advance(still, 6).observations[0].frames, first.frames)
-    settled.close(), idle.close()
+    after = idle.advance(still, 6).observations[0]
+    assert np.array_equal(after.frames, first.frames)
+    settled.close()
+    idle.close()
 
 
 def test_proprioception_is_hand_and_gripper(env: MetaworldEnv) -> None:
@@ -113,58 +121,64 @@ def test_actions_must_be_finite(env: MetaworldEnv) -> None:
     env.close()
 
 
-def test_exact_pictures_are_the_stock_ones_turned_upright(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exact_images_are_the_stock_ones_turned_upright(monkeypatch: pytest.MonkeyPatch) -> None:
     env = make(_params(render="exact", cameras=("corner2", "topview")))
     corner, top = env.reset(WINDOW).frames
-    assert np.array_equal(corner, _stock(env, "corner2", monkeypatch)[::-1, ::-1])
-    assert np.array_equal(top, _stock(env, "topview", monkeypatch))
+    stock_corner = _stock_image(env, "corner2", monkeypatch)
+    stock_top = _stock_image(env, "topview", monkeypatch)
+    assert np.array_equal(corner, stock_corner[::-1, ::-1])
+    assert np.array_equal(top, stock_top)
     env.close()
 
 
-def test_raising_the_hand_raises_it_in_the_picture() -> None:
+def test_raising_the_hand_raises_it_in_the_image() -> None:
     env = make(_params(cameras=("corner", "corner2", "corner3", "corner4")))
     before = env.reset(WINDOW).frames
-    after = (
-        env.advance(np.tile(np.array([0, 0, 1, -1], np.float32), (20, 1)), 20)
-        .observations[0]
-        .frames
-    )
+    upward = np.tile(np.array([0, 0, 1, -1], np.float32), (20, 1))
+    after = env.advance(upward, 20).observations[0].frames
     for low, high in zip(before, after, strict=True):
         assert _height_of_red(high) > _height_of_red(low) + 0.5
     env.close()
 
 
-def test_fast_pictures_are_near_the_exact_ones_and_physics_the_same() -> None:
-    fast, exact = (make(_params(render=render)) for render in ("fast", "exact"))
-    simple, stock = fast.reset(WINDOW), exact.reset(WINDOW)
+def test_fast_images_resemble_exact_ones_and_the_physics_is_the_same() -> None:
+    fast = make(_params(render="fast"))
+    exact = make(_params(render="exact"))
+    simple = fast.reset(WINDOW)
+    stock = exact.reset(WINDOW)
     assert np.array_equal(simple.proprio, stock.proprio)
     difference = np.abs(simple.frames.astype(int) - stock.frames).mean()
     assert 0.5 < difference < 25
-    fast.close(), exact.close()
+    fast.close()
+    exact.close()
 
 
-def _everything(raw: "SawyerXYZEnv", seed: int) -> list[bytes]:
-    """The first observations of a new episode, the simulator's whole state after it, and every array of the model."""
+def _full_state(raw: "SawyerXYZEnv", seed: int) -> list[bytes]:
+    """Return the first observations of a new episode, and all of the simulator after them.
+
+    The latter are its whole state and every array of the model.
+    """
     import mujoco
 
-    seen = [
-        _start(raw, seed),
-        *(raw.step(np.array([0, 0.5, -0.5, 1], np.float32))[0] for _ in range(10)),
-    ]
+    arrays = [_reset_raw(raw, seed)]
+    for _ in range(10):
+        observation, *_ = raw.step(np.array([0, 0.5, -0.5, 1], np.float32))
+        arrays.append(observation)
     state = np.empty(mujoco.mj_stateSize(raw.model, mujoco.mjtState.mjSTATE_INTEGRATION))
     mujoco.mj_getState(raw.model, raw.data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
-    arrays = [
-        value
-        for name in dir(raw.model)
-        if isinstance(value := getattr(raw.model, name), np.ndarray)
-    ]
-    return [np.ascontiguousarray(array).tobytes() for array in (*seen, state, *arrays)]
+    arrays.append(state)
+    attributes = [getattr(raw.model, name) for name in dir(raw.model)]
+    arrays += [value for value in attributes if isinstance(value, np.ndarray)]
+    return [np.ascontiguousarray(array).tobytes() for array in arrays]
 
 
-def _stock(
+def _stock_image(
     env: MetaworldEnv, camera: str, monkeypatch: pytest.MonkeyPatch
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """MuJoCo's own renderer, on the environment's backend even where an earlier test imported mujoco with none chosen."""
+    """Render with MuJoCo's own renderer, on the environment's backend.
+
+    An earlier test may have imported mujoco with another backend.
+    """
     import mujoco
 
     monkeypatch.setattr(

@@ -5,31 +5,32 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from vla_opd.envs import metaworld as family
+from vla_opd.envs import metaworld
 from vla_opd.envs.protocol import Placement, Split
 from vla_opd.experts.metaworld import make
 from vla_opd.params.stages import EnvironmentParams
 
 
 @pytest.fixture(scope="module")
-def env() -> Iterator[family.MetaworldEnv]:
-    made = family.make(
-        EnvironmentParams(
-            family="metaworld", tasks=("window-open-v3",), cameras=("corner4",), image_size=32
-        )
+def env() -> Iterator[metaworld.MetaworldEnv]:
+    params = EnvironmentParams(
+        family="metaworld", tasks=("window-open-v3",), cameras=("corner4",), image_size=32
     )
-    yield made
-    made.close()
+    environment = metaworld.make(params)
+    yield environment
+    environment.close()
 
 
-def _solve(env: family.MetaworldEnv, placement: Placement, noise: float = 0.0) -> int | None:
-    """Steps that the expert needs, with Gaussian noise on x, y and z; None after 150."""
-    expert, generator = make(env), np.random.default_rng(placement.seed)
+def _solve(env: metaworld.MetaworldEnv, placement: Placement, noise: float = 0.0) -> int | None:
+    """Count the expert's steps to success, with Gaussian noise on x, y and z; None after 150."""
+    expert = make(env)
+    generator = np.random.default_rng(placement.seed)
     env.reset(placement)
     expert.reset()
     for step in range(150):
         action = expert.act()
-        assert (action.shape, action.dtype) == ((4,), np.float32)
+        assert action.shape == (4,)
+        assert action.dtype == np.float32
         assert np.abs(action).max() <= 1
         action[:3] += noise * generator.standard_normal(3).astype(np.float32)
         if env.advance(action[None], 0).success:
@@ -41,21 +42,23 @@ def _solve(env: family.MetaworldEnv, placement: Placement, noise: float = 0.0) -
     "task", ["window-close-v3", "handle-press-v3", "reach-v3", "pick-place-v3"]
 )
 @pytest.mark.parametrize("placement", [("evaluation", 0), ("training", 1)], ids=str)
-def test_it_solves(env: family.MetaworldEnv, task: str, placement: tuple[Split, int]) -> None:
+def test_the_expert_solves_the_task(
+    env: metaworld.MetaworldEnv, task: str, placement: tuple[Split, int]
+) -> None:
     steps = _solve(env, Placement(task, *placement))
     assert steps is not None
-    assert steps > 10, "a task that is solved at once teaches nothing"
+    assert steps > 10, "a task that is solved immediately teaches nothing"
 
 
-def test_it_is_a_feedback_controller(env: family.MetaworldEnv) -> None:
+def test_the_expert_corrects_noise(env: metaworld.MetaworldEnv) -> None:
     assert _solve(env, Placement("handle-press-v3", "evaluation", 1), noise=0.3) is not None
 
 
-def test_it_is_deterministic(env: family.MetaworldEnv) -> None:
+def test_the_expert_is_deterministic(env: metaworld.MetaworldEnv) -> None:
     placement = Placement("handle-press-v3", "training", 1)
     assert _solve(env, placement) == _solve(env, placement)
 
 
-def test_it_must_be_told_the_task_first(env: family.MetaworldEnv) -> None:
+def test_acting_needs_a_reset(env: metaworld.MetaworldEnv) -> None:
     with pytest.raises(RuntimeError, match="reset"):
         make(env).act()

@@ -1,4 +1,4 @@
-"""What a run will need: sizes that can be counted by hand, the same passes on real tensors, and a policy of seven billion in seconds."""
+"""Memory estimates: sizes counted by hand, real tensors, and seven billion weights in seconds."""
 
 import json
 import shutil
@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.vla_opd import public, small
+from tests.vla_opd import public
+from tests.vla_opd import small as tiny
 from vla_opd.data.trajectory import Observations
 from vla_opd.learning.memory_estimate import (
     Described,
@@ -38,6 +39,8 @@ ENVIRONMENT = EnvironmentParams(
     wording="benchmark",
 )
 WIDTH = 1024
+OUTPUTS = tiny.TOKENS * tiny.BINS
+FLOAT32 = 4  # bytes
 
 
 class Chain(nn.Module):
@@ -45,110 +48,111 @@ class Chain(nn.Module):
 
     def __init__(self, facts: CheckpointFacts) -> None:
         super().__init__()
-        self.first, self.second = (
-            nn.Linear(WIDTH, WIDTH, bias=False),
-            nn.Linear(WIDTH, WIDTH, bias=False),
-        )
-        self.head = nn.Linear(WIDTH, small.TOKENS * small.BINS, bias=False)
-        self.chunk, self.action_dim = facts.action_space.chunk, facts.action_space.action_dim
+        self.first = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.second = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.head = nn.Linear(WIDTH, OUTPUTS, bias=False)
+        self.chunk = facts.action_space.chunk
+        self.action_dim = facts.action_space.action_dim
 
     def logits(self, observations: Observations) -> torch.Tensor:
         x = torch.empty(len(observations), WIDTH, device=self.head.weight.device)
-        return self.head(self.second(self.first(x).relu()).relu()).unflatten(
-            -1, (small.TOKENS, small.BINS)
-        )
-
-
-def chain() -> Described:
-    shape = small.SHAPE.model_copy(update={"family": f"{__name__}:Chain"})
-    return Described(
-        small.FACTS.model_copy(update={"policy": shape}), torch.float32, Path("nowhere")
-    )
-
-
-def test_what_can_be_counted_by_hand_is() -> None:
-    rows, answer = 8, small.TOKENS * small.BINS
-    weights = 2 * WIDTH * WIDTH + WIDTH * answer
-    need = inference("evaluate", chain(), rows)
-    assert (need.weights, need.gradients, need.moments) == (4 * weights, 0, 0)
-    assert (
-        need.activations == 4 * rows * 3 * WIDTH
-    )  # x, which its caller holds, what goes into an operation, and what comes out
-    need = update("optimize", chain(), OptimizeParams(batch_size=rows))
-    assert (need.weights, need.gradients, need.moments) == (4 * weights, 4 * weights, 8 * weights)
-    kept = 4 * rows * 3 * WIDTH  # x, and both outputs of a ReLU
-    assert (
-        need.activations == 4 * weights > kept + 4 * rows * (2 * WIDTH + 4 * answer)
-    )  # AdamW's copy is larger than what a few rows keep
-    many = update("optimize", chain(), OptimizeParams(batch_size=512 * rows))
-    assert (
-        512 * (kept - 4 * rows * WIDTH)
-        <= many.activations
-        <= 512 * (kept + 4 * rows * (2 * WIDTH + 4 * answer))
-    )
-    adapted = update("optimize", chain(), OptimizeParams(batch_size=rows, lora_rank=2))
-    extra = 2 * 2 * (WIDTH + WIDTH)
-    assert (adapted.weights, adapted.gradients, adapted.moments) == (
-        4 * (weights + extra),
-        4 * extra,
-        8 * extra,
-    )
+        logits = self.head(self.second(self.first(x).relu()).relu())
+        return logits.unflatten(-1, (tiny.TOKENS, tiny.BINS))
 
 
 class Stack(Chain):
-    """The same, of which the two products are blocks."""
+    """The same with the two products as blocks."""
 
     def __init__(self, facts: CheckpointFacts) -> None:
         super().__init__(facts)
         self.blocks = nn.ModuleList([self.first, self.second])
 
 
-def test_of_processes_that_train_together_each_holds_its_share_and_what_is_gathered() -> None:
-    block, head = 4 * WIDTH * WIDTH, 4 * WIDTH * small.TOKENS * small.BINS
-    shape = small.SHAPE.model_copy(update={"family": f"{__name__}:Stack"})
-    described, settings = (
-        replace(chain(), facts=small.FACTS.model_copy(update={"policy": shape})),
-        OptimizeParams(batch_size=64),
-    )
-    alone, two, four = (update("optimize", described, settings, count) for count in (1, 2, 4))
-    assert alone == update("optimize", chain(), settings)
-    for one, count in ((two, 2), (four, 4)):
-        assert (one.weights, one.gradients, one.moments) == tuple(
-            size // count for size in (alone.weights, alone.gradients, alone.moments)
-        )
-    gathered = 2 * (2 * block + head)  # both blocks and what is in none, and the gradients of all
-    small_share = update("optimize", chain(), settings.model_copy(update={"batch_size": 16}))
-    assert (
-        small_share.activations == small_share.gradients
-    )  # of so few states next to nothing is kept
-    assert gathered < four.activations < gathered + 0.2 * small_share.activations
-    for count in (
-        2,
-        8,
-    ):  # at the end of the forward pass what it keeps is there, and no gradient yet
-        many = OptimizeParams(batch_size=4096)
-        planned, rows = update("optimize", described, many, count), 4096 // count
-        assert planned.activations >= 4 * rows * 3 * WIDTH + gathered // 2
-    with pytest.raises(
-        ValueError, match=r"optimize\.batch_size is 64; expected a multiple of the 3 processes"
-    ):
-        update("optimize", described, settings, 3)
+def describe(policy: type[Chain]) -> Described:
+    shape = tiny.SHAPE.model_copy(update={"family": f"{__name__}:{policy.__name__}"})
+    facts = tiny.FACTS.model_copy(update={"policy": shape})
+    return Described(facts, torch.float32, Path("nowhere"))
+
+
+# Counted by hand
+
+WEIGHTS = 2 * WIDTH * WIDTH + WIDTH * OUTPUTS
+ROWS = 8
+KEPT = FLOAT32 * ROWS * 3 * WIDTH  # for the backward pass: x, and both outputs of a ReLU
+TRANSIENT = FLOAT32 * ROWS * (2 * WIDTH + 4 * OUTPUTS)  # at most, besides
+
+
+def test_inference_holds_the_weights_and_two_activations() -> None:
+    need = inference("evaluate", describe(Chain), ROWS)
+    assert (need.weights, need.gradients, need.moments) == (FLOAT32 * WEIGHTS, 0, 0)
+    # x, which its caller holds, and the input and output of an operation.
+    assert need.activations == FLOAT32 * ROWS * 3 * WIDTH
+
+
+def test_an_update_holds_gradients_moments_and_what_the_backward_pass_needs() -> None:
+    size = FLOAT32 * WEIGHTS
+    need = update("optimize", describe(Chain), OptimizeParams(batch_size=ROWS))
+    assert (need.weights, need.gradients, need.moments) == (size, size, 2 * size)
+    # AdamW's copy is larger than what a few rows keep.
+    assert need.activations == size > KEPT + TRANSIENT
+    need = update("optimize", describe(Chain), OptimizeParams(batch_size=512 * ROWS))
+    inputs = FLOAT32 * ROWS * WIDTH
+    assert 512 * (KEPT - inputs) <= need.activations <= 512 * (KEPT + TRANSIENT)
+
+
+def test_an_adapter_is_all_that_has_gradients_and_moments() -> None:
+    need = update("optimize", describe(Chain), OptimizeParams(batch_size=ROWS, lora_rank=2))
+    adapter = 2 * 2 * (WIDTH + WIDTH)
+    assert need.weights == FLOAT32 * (WEIGHTS + adapter)
+    assert need.gradients == FLOAT32 * adapter
+    assert need.moments == 2 * FLOAT32 * adapter
+
+
+def test_each_of_several_processes_holds_its_share_and_what_is_gathered() -> None:
+    block = FLOAT32 * WIDTH * WIDTH
+    head = FLOAT32 * WIDTH * OUTPUTS
+    checkpoint = describe(Stack)
+    settings = OptimizeParams(batch_size=64)
+    alone, two, four = (update("optimize", checkpoint, settings, count) for count in (1, 2, 4))
+    assert alone == update("optimize", describe(Chain), settings)
+    for need, count in ((two, 2), (four, 4)):
+        assert need.weights == alone.weights // count
+        assert need.gradients == alone.gradients // count
+        assert need.moments == alone.moments // count
+    # Both blocks and what is in no block, and the gradients of all of them.
+    gathered = 2 * (2 * block + head)
+    few_states = settings.model_copy(update={"batch_size": 16})
+    of_few_states = update("optimize", describe(Chain), few_states)
+    assert of_few_states.activations == of_few_states.gradients  # next to nothing is kept
+    assert gathered < four.activations < gathered + 0.2 * of_few_states.activations
+    # At the end of the forward pass all that it keeps exists, and no gradient yet.
+    many_states = OptimizeParams(batch_size=4096)
+    for count in (2, 8):
+        need = update("optimize", checkpoint, many_states, count)
+        kept = FLOAT32 * (4096 // count) * 3 * WIDTH
+        assert need.activations >= kept + gathered // 2
+    message = r"optimize\.batch_size is 64; expected a multiple of the 3 processes"
+    with pytest.raises(ValueError, match=message):
+        update("optimize", checkpoint, settings, 3)
+
+
+# Real policies
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_sizes_without_numbers_are_those_of_real_tensors(recompute: bool) -> None:
     """TinyVLA on the CPU, with its real attention kernel."""
-    checkpoint = Described(small.FACTS, torch.float32, Path("nowhere"))
+    checkpoint = Described(tiny.FACTS, torch.float32, Path("nowhere"))
     settings = OptimizeParams(batch_size=16, gradient_checkpointing=recompute)
-    policy = build_policy(small.FACTS).eval()
+    policy = build_policy(tiny.FACTS).eval()
     with lora.recomputing(policy, wanted=recompute), _counting(policy) as real:
-        policy.logits(_observations(small.FACTS, 16)).log_softmax(-1).mean().backward()
-    planned = update("optimize", checkpoint, settings)
-    assert planned.weights == real.held
-    assert planned.activations + planned.gradients == pytest.approx(
-        real.peak - real.held, rel=0.1
-    )  # pixels lie on the same device there
-    assert planned.activations > planned.gradients
+        policy.logits(_observations(tiny.FACTS, 16)).log_softmax(-1).mean().backward()
+    need = update("optimize", checkpoint, settings)
+    assert need.weights == real.held
+    # On the CPU the pixels are on the same device.
+    expected = pytest.approx(real.peak - real.held, rel=0.1)
+    assert need.activations + need.gradients == expected
+    assert need.activations > need.gradients
 
 
 @pytest.fixture
@@ -157,6 +161,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def adopting(folder: Path, **optimize: object) -> Params:
+    """Return the settings of a run on a public checkpoint."""
     return Params(
         run=RunParams(name="test"),
         environment=ENVIRONMENT,
@@ -168,87 +173,84 @@ def adopting(folder: Path, **optimize: object) -> Params:
 
 
 def test_seven_billion_are_planned_without_their_weights(folder: Path, tmp_path: Path) -> None:
-    """On 80 GB: not with everything kept for the gradient, but with blocks computed again."""
+    """On 80 GB it fits only if blocks are recomputed in the backward pass."""
     config = json.loads((folder / "config.json").read_text())
     del config["golden_timm_overrides"]
     config["text_config"] = {"model_type": "llama", "vocab_size": 32064}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors").unlink()
-    run = adopting(folder, gradient_checkpointing=True)
-    needs = {need.stage: need for need in device(run, tmp_path)}
+    params = adopting(folder, gradient_checkpointing=True)
+    needs = {need.stage: need for need in device(params, tmp_path)}
     assert list(needs) == ["evaluate", "sample", "label", "optimize"]
-    assert needs["label"].weights == pytest.approx(2 * 7_367_871_136, rel=1e-3)
-    assert needs["optimize"].weights - needs["label"].weights == 4 * 111_286_272
-    assert needs["optimize"].gradients == 4 * 111_286_272
-    assert 20e9 < needs["optimize"].total < 40e9
-    greedy = update("optimize", described(run, tmp_path, "student"), adopting(folder).optimize)
-    assert greedy.total > 100e9
-    assert greedy.weights == needs["optimize"].weights
+    label = needs["label"]
+    optimize = needs["optimize"]
+    assert label.weights == pytest.approx(2 * 7_367_871_136, rel=1e-3)
+    assert optimize.weights - label.weights == 4 * 111_286_272
+    assert optimize.gradients == 4 * 111_286_272
+    assert 20e9 < optimize.total < 40e9
+    student = described(params, tmp_path, "student")
+    keeping = update("optimize", student, adopting(folder).optimize)
+    assert keeping.total > 100e9
+    assert keeping.weights == optimize.weights
 
 
-def test_what_is_there_is_described_by_its_manifest(folder: Path, tmp_path: Path) -> None:
-    run = adopting(folder)
-    save_pretrained(build_policy(small.FACTS), small.FACTS, tmp_path / "checkpoints/it001")
-    found = described(run, tmp_path, "it001")
-    assert (found.facts, found.dtype) == (small.FACTS, torch.float32)
-    assert isinstance(described(run, tmp_path, "teacher").facts.policy, Architecture)
-    assert described(run, tmp_path, "teacher").dtype == torch.bfloat16
-    with pytest.raises(
-        ValueError,
-        match=r"checkpoints/base: isn't there yet, and what it will need isn't known before",
-    ):
-        described(run, tmp_path, "base")
+def test_a_checkpoint_that_exists_is_described_by_its_manifest(
+    folder: Path, tmp_path: Path
+) -> None:
+    params = adopting(folder)
+    save_pretrained(build_policy(tiny.FACTS), tiny.FACTS, tmp_path / "checkpoints/it001")
+    checkpoint = described(params, tmp_path, "it001")
+    assert (checkpoint.facts, checkpoint.dtype) == (tiny.FACTS, torch.float32)
+    teacher = described(params, tmp_path, "teacher")
+    assert isinstance(teacher.facts.policy, Architecture)
+    assert teacher.dtype == torch.bfloat16
+    message = r"checkpoints/base: isn't there yet, and what it will need isn't known before"
+    with pytest.raises(ValueError, match=message):
+        described(params, tmp_path, "base")
 
 
-def test_a_checkpoint_with_an_adapter_needs_that_too(tmp_path: Path) -> None:
-    save_pretrained(build_policy(small.FACTS), small.FACTS, tmp_path / "student")
-    plain = Described(small.FACTS, torch.float32, tmp_path / "student")
-    adapted = build_policy(small.FACTS)
-    lora.prepare(adapted, OptimizeParams(lora_rank=2).lora, 0, "optimize")
+def test_a_checkpoint_with_an_adapter_needs_its_weights_too(tmp_path: Path) -> None:
+    save_pretrained(build_policy(tiny.FACTS), tiny.FACTS, tmp_path / "student")
+    plain = Described(tiny.FACTS, torch.float32, tmp_path / "student")
+    policy = build_policy(tiny.FACTS)
+    lora.prepare(policy, OptimizeParams(lora_rank=2).lora, 0, "optimize")
     (tmp_path / "it001").mkdir()
-    lora.write(adapted, tmp_path / "it001" / lora.ADAPTER, tmp_path / "it001" / lora.CONFIG)
-    extra = sum(one.numel() for one in adapted.parameters() if one.requires_grad)
-    need, bare = (
-        inference("evaluate", replace(plain, source=tmp_path / "it001"), 2),
-        inference("evaluate", plain, 2),
-    )
-    assert need.weights - bare.weights == 4 * extra
-    shutil.rmtree(tmp_path / "it001")
+    lora.write(policy, tmp_path / "it001" / lora.ADAPTER, tmp_path / "it001" / lora.CONFIG)
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    adapted = replace(plain, source=tmp_path / "it001")
+    difference = inference("evaluate", adapted, 2).weights - inference("evaluate", plain, 2).weights
+    assert difference == FLOAT32 * sum(parameter.numel() for parameter in trained)
 
 
-def test_what_an_iteration_leaves_is_counted_at_its_longest(folder: Path) -> None:
-    run = adopting(folder)
-    its = run.sample.model_copy(
-        update={"prompts": 2, "group": 3, "horizon": 11, "observe_every": 4}
-    )
+def test_an_iterations_data_is_counted_at_its_longest(folder: Path) -> None:
+    params = adopting(folder)
+    changes = {"prompts": 2, "group": 3, "horizon": 11, "observe_every": 4}
+    sample = params.sample.model_copy(update=changes)
     space = read_public(folder, None).space
-    facts = CheckpointFacts(policy=small.SHAPE, action_space=space, environment=ENVIRONMENT)
-    found = stored(run.model_copy(update={"sample": its}), facts)
-    assert found.states == 2 * 3 * 3
-    assert found.frames == 18 * 256 * 256 * 3
-    assert found.labels == 18 * 56 * 256 * np.dtype("float16").itemsize
-    assert found.held == found.frames + found.labels
-    longer = run.model_copy(
-        update={
-            "sample": its,
-            "optimize": run.optimize.model_copy(update={"earlier": 2, "anchor": 0.1}),
-        }
-    )
-    assert stored(longer, facts).held == 3 * (found.held + 18 * 56 * 256 * 4)
+    facts = CheckpointFacts(policy=tiny.SHAPE, action_space=space, environment=ENVIRONMENT)
+    data = stored(params.model_copy(update={"sample": sample}), facts)
+    assert data.states == 2 * 3 * 3
+    assert data.frames == 18 * 256 * 256 * 3
+    assert data.labels == 18 * 56 * 256 * np.dtype("float16").itemsize
+    assert data.held == data.frames + data.labels
+    optimize = params.optimize.model_copy(update={"earlier": 2, "anchor": 0.1})
+    anchored = params.model_copy(update={"sample": sample, "optimize": optimize})
+    scores = 18 * 56 * 256 * FLOAT32
+    assert stored(anchored, facts).held == 3 * (data.held + scores)
 
 
-def test_an_anchor_is_asked_before_the_student_is_there(folder: Path, tmp_path: Path) -> None:
-    run = adopting(folder, anchor=0.1)
-    (anchor,) = [need for need in device(run, tmp_path) if need.stage == "anchor"]
-    alone = inference("evaluate", described(run, tmp_path, "student"), 32)
+def test_an_anchor_scores_before_the_student_is_loaded(folder: Path, tmp_path: Path) -> None:
+    params = adopting(folder, anchor=0.1)
+    (anchor,) = [need for need in device(params, tmp_path) if need.stage == "anchor"]
+    alone = inference("evaluate", described(params, tmp_path, "student"), 32)
     assert (anchor.weights, anchor.activations) == (alone.weights, alone.activations)
 
 
-def test_params_yaml_is_believed_before_what_was_adopted_by_it(
+def test_params_yaml_comes_before_the_checkpoint_adopted_by_it(
     folder: Path, tmp_path: Path
 ) -> None:
-    run = adopting(folder)
-    save_pretrained(build_policy(small.FACTS), small.FACTS, tmp_path / "checkpoints/student")
-    assert described(run, tmp_path, "student").dtype == torch.bfloat16
+    params = adopting(folder)
+    save_pretrained(build_policy(tiny.FACTS), tiny.FACTS, tmp_path / "checkpoints/student")
+    assert described(params, tmp_path, "student").dtype == torch.bfloat16
     shutil.rmtree(folder)
-    assert described(run, tmp_path, "student").facts == small.FACTS
+    assert described(params, tmp_path, "student").facts == tiny.FACTS

@@ -1,4 +1,4 @@
-"""What may go: nothing that a kept checkpoint needs."""
+"""Garbage collection: nothing that a kept checkpoint needs is removed."""
 
 import shutil
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.vla_opd.lineage.manifests import publish
-from vla_opd.lineage.garbage import garbage, kept, remove
+from vla_opd.lineage.garbage import find_garbage, find_needed, remove
 from vla_opd.lineage.store import read_store
 from vla_opd.params.load import load
 from vla_opd.params.run import Params
@@ -14,7 +14,7 @@ from vla_opd.params.run import Params
 
 @pytest.fixture
 def run(small: Path) -> Path:
-    """The small run with an iteration that params.yaml doesn't have; beside it a run from another time."""
+    """The small run with an iteration that params.yaml doesn't have, and another run."""
     start = read_store().find("checkpoints/it001").digest
     visited = publish(small / "trajectories/it002", "trajectories", {"student": start})
     publish(small / "checkpoints/it002", "checkpoint", {"student": start, "trajectories": visited})
@@ -22,12 +22,14 @@ def run(small: Path) -> Path:
     return small
 
 
-def unneeded(*more: str) -> list[str]:
+def unneeded(*keep: str) -> list[str]:
     store = read_store()
-    return [a.name for a in garbage(store, load(), [store.find(name) for name in more]).artifacts]
+    return [
+        a.name for a in find_garbage(store, load(), [store.find(name) for name in keep]).artifacts
+    ]
 
 
-def test_what_the_run_is_made_of_stays_and_the_rest_may_go(run: Path) -> None:
+def test_the_run_stays_and_other_artifacts_are_garbage(run: Path) -> None:
     assert unneeded() == [
         "older/checkpoints/student",
         "small/checkpoints/it002",
@@ -35,7 +37,7 @@ def test_what_the_run_is_made_of_stays_and_the_rest_may_go(run: Path) -> None:
     ]
 
 
-def test_the_table_of_a_study_stays_although_what_it_came_from_is_not_here(run: Path) -> None:
+def test_a_study_table_stays_even_if_its_parents_are_missing(run: Path) -> None:
     publish(run.parent / "other/studies/objectives", "study", {"checkpoints/teacher": "7" * 64})
     assert unneeded() == [
         "older/checkpoints/student",
@@ -44,7 +46,7 @@ def test_the_table_of_a_study_stays_although_what_it_came_from_is_not_here(run: 
     ]
 
 
-def test_what_is_named_stays_with_all_that_it_came_from(run: Path) -> None:
+def test_artifacts_named_by_the_user_stay_with_their_ancestors(run: Path) -> None:
     assert unneeded("checkpoints/it002") == ["older/checkpoints/student"]
     assert unneeded("older/checkpoints/student") == [
         "small/checkpoints/it002",
@@ -52,44 +54,44 @@ def test_what_is_named_stays_with_all_that_it_came_from(run: Path) -> None:
     ]
 
 
-def test_the_ancestors_of_what_is_kept_are_never_garbage_whatever_params_yaml_has(
+def test_ancestors_of_needed_artifacts_are_never_garbage(
     run: Path,
 ) -> None:
-    """With no iteration left in params.yaml, an evaluation of it001 that stays still keeps the whole of its iteration."""
+    """Without iterations in params.yaml, the evaluation of it001 keeps its whole iteration."""
     text = Path("params.yaml").read_text()
     params = load().model_copy(update={"iterations": {}})
     store = read_store()
-    needed = kept(store, params)
+    needed = find_needed(store, params)
     for artifact in store.artifacts:
         if artifact.digest in needed:
-            assert {one.digest for one in store.ancestors(artifact)} <= needed
+            assert {ancestor.digest for ancestor in store.ancestors(artifact)} <= needed
     assert store.find("logits/it001").digest in needed
     assert Path("params.yaml").read_text() == text
 
 
-def test_removing_takes_what_was_said_and_leaves_a_sound_rest(run: Path) -> None:
+def test_remove_deletes_the_garbage_and_nothing_else(run: Path) -> None:
     store = read_store()
-    found = garbage(store, load())
+    garbage = find_garbage(store, load())
     assert (
-        found.bytes
-        == sum(entry.size for a in found.artifacts for entry in a.manifest.files.values())
+        garbage.bytes
+        == sum(entry.size for a in garbage.artifacts for entry in a.manifest.files.values())
         > 0
     )
-    remove(found)
+    remove(garbage)
     assert unneeded() == []
     assert {a.name for a in read_store().artifacts} == {a.name for a in store.artifacts} - {
-        a.name for a in found.artifacts
+        a.name for a in garbage.artifacts
     }
     assert not list(Path("artifacts").rglob("*.removed"))
 
 
 def named(run_name: str) -> Params:
-    """The settings of the small run, for a run of another name."""
+    """Return the settings of the small run under another name."""
     params = load()
     return params.model_copy(update={"run": params.run.model_copy(update={"name": run_name})})
 
 
-def test_what_another_run_links_to_stays_with_all_that_it_came_from(
+def test_artifacts_linked_by_another_run_stay_with_their_ancestors(
     run: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "artifacts/other/checkpoints").mkdir(parents=True)
@@ -99,29 +101,28 @@ def test_what_another_run_links_to_stays_with_all_that_it_came_from(
     assert unneeded() == ["older/checkpoints/student"]
 
 
-def test_a_run_of_which_nothing_is_here_keeps_nothing_and_is_refused(run: Path) -> None:
+def test_a_run_without_artifacts_is_refused(run: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"run\.name is 'brandnew', and nothing of that run is here"
+        ValueError, match=r"run\.name is 'brandnew', and there is no artifact of that run"
     ):
-        garbage(read_store(), named("brandnew"))
-    assert garbage(
-        read_store(), named("brandnew"), [read_store().find("older/checkpoints/student")]
-    ).artifacts
+        find_garbage(read_store(), named("brandnew"))
+    keep = [read_store().find("older/checkpoints/student")]
+    assert find_garbage(read_store(), named("brandnew"), keep).artifacts
 
 
-def test_a_broken_manifest_hides_what_is_needed_so_nothing_is_removed(run: Path) -> None:
+def test_nothing_is_removed_if_a_manifest_is_broken(run: Path) -> None:
     (run / "checkpoints/it002/manifest.json").write_text("{")
     with pytest.raises(ValueError, match="small/checkpoints/it002"):
         unneeded()
 
 
-def test_a_missing_parent_hides_what_is_needed_so_nothing_is_removed(run: Path) -> None:
+def test_nothing_is_removed_if_a_parent_is_missing(run: Path) -> None:
     shutil.rmtree(run / "logits/it001")
-    with pytest.raises(ValueError, match=r"came from logits [0-9a-f]{12}, which isn't here"):
+    with pytest.raises(ValueError, match=r"came from logits [0-9a-f]{12}, which is missing"):
         unneeded()
 
 
-def test_demonstrations_that_are_not_here_are_in_nobodys_way(run: Path) -> None:
+def test_missing_demonstrations_are_allowed(run: Path) -> None:
     shutil.rmtree(run / "demonstrations")
     assert unneeded() == [
         "older/checkpoints/student",
@@ -130,7 +131,7 @@ def test_demonstrations_that_are_not_here_are_in_nobodys_way(run: Path) -> None:
     ]
 
 
-def test_what_a_kill_left_behind_is_swept_up(run: Path) -> None:
+def test_remains_of_a_killed_removal_are_deleted(run: Path) -> None:
     (run / "checkpoints/.it002.removed/shard").mkdir(parents=True)
-    remove(garbage(read_store(), load()))
+    remove(find_garbage(read_store(), load()))
     assert not [path for path in run.rglob("*it002*") if path.is_dir()]

@@ -1,4 +1,4 @@
-"""Questions in SQL, of a small run."""
+"""SQL queries over a small run."""
 
 import re
 import shutil
@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.flows.toy import ROOT
-from tests.vla_opd.lineage.test_history import executed, record
+from tests.vla_opd.lineage.manifests import execution_of, record
 from vla_opd.analysis.evaluation import read_records
-from vla_opd.lineage.sql import ask
+from vla_opd.lineage.sql import query
 from vla_opd.lineage.store import Store, read_store
 
 
@@ -22,16 +22,17 @@ def store(undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
 
 def test_which_checkpoints_saw_this_shard(store: Store) -> None:
     question = """
-        SELECT a.name FROM files f JOIN ancestors x ON x.ancestor = f.digest JOIN artifacts a ON a.digest = x.descendant
+        SELECT a.name FROM files f JOIN ancestors x ON x.ancestor = f.digest
+        JOIN artifacts a ON a.digest = x.descendant
         WHERE f.path = 'shard-000-00001.zarr.zip' AND a.kind = 'checkpoint'
         AND f.digest = (SELECT digest FROM artifacts WHERE name LIKE '%trajectories/NAME')
         GROUP BY a.name ORDER BY a.name
     """
-    assert ask(store, question.replace("NAME", "it001")) == (
+    assert query(store, question.replace("NAME", "it001")) == (
         ["name"],
         [("small/checkpoints/it001",), ("small/checkpoints/rl001",)],
     )
-    assert ask(store, question.replace("NAME", "rl001")) == (
+    assert query(store, question.replace("NAME", "rl001")) == (
         ["name"],
         [("small/checkpoints/rl001",)],
     )
@@ -41,26 +42,27 @@ def test_which_episodes_changed_between_two_evaluations(store: Store) -> None:
     question = """
         SELECT o.task, o.state, o.success, n.success
         FROM episodes o JOIN artifacts a ON a.digest = o.evaluation AND a.name LIKE '%/start'
-        JOIN episodes n USING (task, state) JOIN artifacts b ON b.digest = n.evaluation AND b.name LIKE '%/teacher'
+        JOIN episodes n USING (task, state)
+        JOIN artifacts b ON b.digest = n.evaluation AND b.name LIKE '%/teacher'
         ORDER BY ALL
     """
-    _, rows = ask(store, question)
+    _, rows = query(store, question)
     assert len(rows) == 20
     assert {task for task, *_ in rows} == {"red", "blue"}
-    assert ask(store, "SELECT count(*) FROM episodes")[1] == [(60,)]
+    assert query(store, "SELECT count(*) FROM episodes")[1] == [(60,)]
 
 
 def test_the_questions_of_the_docs_are_answered(store: Store, undisturbed: Path) -> None:
     saw, changed, succeeded = re.findall(
         r'opd audit "([^"]*)"', (ROOT / "docs/lineage.md").read_text()
     )
-    assert sorted(ask(store, saw.replace("it003", "it001"))[1]) == [
+    assert sorted(query(store, saw.replace("it003", "it001"))[1]) == [
         ("small/checkpoints/it001",),
         ("small/checkpoints/rl001",),
     ]
-    assert ask(store, saw.replace("it003", "rl001"))[1] == [("small/checkpoints/rl001",)]
+    assert query(store, saw.replace("it003", "rl001"))[1] == [("small/checkpoints/rl001",)]
     assert (
-        len(ask(store, succeeded)[1]) == 6
+        len(query(store, succeeded)[1]) == 6
     )  # two tasks, in demonstrations and in the trajectories of either kind
     evaluations = undisturbed / "artifacts/small/evaluations"
     for after in ("final", "teacher"):
@@ -72,15 +74,19 @@ def test_the_questions_of_the_docs_are_answered(store: Store, undisturbed: Path)
             for old, new in pairs
             if old.success != new.success
         ]
-        assert sorted(ask(store, changed.replace("%/final", f"%/{after}"))[1]) == sorted(expected)
+        assert sorted(query(store, changed.replace("%/final", f"%/{after}"))[1]) == sorted(expected)
         assert expected or after == "final"
 
 
 def test_which_rollouts_of_an_iteration_succeeded(store: Store) -> None:
-    _, rows = ask(store, "SELECT task, count(*), count(DISTINCT placement) FROM rollouts r JOIN artifacts a ON a.digest = r.trajectories "
-                         "WHERE a.name LIKE '%/it001' GROUP BY task ORDER BY task")  # fmt: skip
+    question = """
+        SELECT task, count(*), count(DISTINCT placement)
+        FROM rollouts r JOIN artifacts a ON a.digest = r.trajectories
+        WHERE a.name LIKE '%/it001' GROUP BY task ORDER BY task
+    """
+    _, rows = query(store, question)
     assert rows == [("blue", 12, 4), ("red", 12, 4)]
-    assert ask(store, "SELECT min(steps) > 0, max(steps) <= 60, bool_or(success) FROM Rollouts")[
+    assert query(store, "SELECT min(steps) > 0, max(steps) <= 60, bool_or(success) FROM Rollouts")[
         1
     ] == [(True, True, True)]
 
@@ -88,7 +94,7 @@ def test_which_rollouts_of_an_iteration_succeeded(store: Store) -> None:
 def test_every_table_is_filled(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record(tmp_path / "small", executed(store.artifacts[0].digest))
+    record(tmp_path / "small", execution_of(store.artifacts[0].digest))
     for table in (
         "artifacts",
         "parents",
@@ -100,18 +106,18 @@ def test_every_table_is_filled(
         "episodes",
         "executions",
     ):
-        assert ask(store, f"SELECT * FROM {table}", tmp_path)[1], table  # noqa: S608 - names of our own
-    assert ask(store, 'SELECT "user", host, epoch(ended - began) FROM executions', tmp_path)[1] == [
-        ("ada", "box", 90)
-    ]
+        assert query(store, f"SELECT * FROM {table}", tmp_path)[1], table  # noqa: S608 - names of our own
+    assert query(store, 'SELECT "user", host, epoch(ended - began) FROM executions', tmp_path)[
+        1
+    ] == [("ada", "box", 90)]
     with monkeypatch.context() as elsewhere:
         elsewhere.setenv("TZ", "America/New_York")
         time.tzset()
-        assert ask(store, "SELECT hour(began) FROM executions", tmp_path)[1] == [
+        assert query(store, "SELECT hour(began) FROM executions", tmp_path)[1] == [
             (12,)
         ]  # UTC, wherever one asks
     time.tzset()
-    assert ask(store, "SELECT DISTINCT value FROM settings WHERE key = 'sample.group'")[1] == [
+    assert query(store, "SELECT DISTINCT value FROM settings WHERE key = 'sample.group'")[1] == [
         ("3",)
     ]
 
@@ -120,7 +126,7 @@ def test_a_wrong_question_is_answered_with_the_tables(store: Store) -> None:
     with pytest.raises(
         ValueError, match=r"(?s)nme.*CREATE TABLE artifacts \(digest TEXT, name TEXT"
     ):
-        ask(store, "SELECT nme FROM artifacts")
+        query(store, "SELECT nme FROM artifacts")
 
 
 @pytest.mark.parametrize(
@@ -135,7 +141,7 @@ def test_a_wrong_question_is_answered_with_the_tables(store: Store) -> None:
 def test_a_question_reaches_no_file(store: Store, question: str) -> None:
     before = sorted(Path().iterdir())
     with pytest.raises(ValueError, match=r"(?i)permission|configuration|disabled|cannot"):
-        ask(store, question)
+        query(store, question)
     assert sorted(Path().iterdir()) == before
 
 
@@ -147,5 +153,5 @@ def test_an_artifact_of_an_earlier_version_is_warned_of_and_the_others_answer(
     for shard in (tmp_path / "artifacts/small/demonstrations/main").glob("shard-*"):
         shard.unlink()
     with pytest.warns(UserWarning, match=r"demonstrations/main: no shards; .*; see opd verify"):
-        _, rows = ask(read_store(), "SELECT count(*) FROM rollouts")
+        _, rows = query(read_store(), "SELECT count(*) FROM rollouts")
     assert rows == [(72,)]  # 24 of the iteration's, 48 of GRPO's

@@ -1,4 +1,4 @@
-"""The artifacts on disk as a graph, from manifests alone."""
+"""The store of artifacts, from manifests alone."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ def names(artifacts: object) -> list[str]:
     return [artifact.name.removeprefix("one/") for artifact in artifacts]  # pyright: ignore[reportGeneralTypeIssues]
 
 
-def test_everything_published_is_found_and_drafts_are_not(root: Path) -> None:
+def test_published_artifacts_are_found_and_drafts_are_not(root: Path) -> None:
     (root / "one/checkpoints/.it002.draft").mkdir()
     (root / "one/checkpoints/.it002.draft/manifest.json").write_text("{}")
     store = read_store(root)
@@ -19,7 +19,7 @@ def test_everything_published_is_found_and_drafts_are_not(root: Path) -> None:
     assert store.broken == {}
 
 
-def test_ancestors_come_each_after_its_parents_and_the_artifact_last(root: Path) -> None:
+def test_ancestors_are_sorted_parents_first_and_the_artifact_last(root: Path) -> None:
     store = read_store(root)
     order = names(store.ancestors(store.find("checkpoints/it001")))
     assert order[-1] == "checkpoints/it001"
@@ -41,7 +41,7 @@ def test_ancestors_come_each_after_its_parents_and_the_artifact_last(root: Path)
     ]
 
 
-def test_descendants_of_what_is_not_here_are_known(root: Path) -> None:
+def test_a_missing_artifact_has_descendants(root: Path) -> None:
     store = read_store(root)
     assert len(store.descendants("0" * 64)) == 6
     assert names(store.descendants(store.find("logits/it001").digest)) == ["checkpoints/it001"]
@@ -64,11 +64,12 @@ def test_an_artifact_is_found_by_the_beginning_of_its_digest(root: Path) -> None
         store.find(logits.digest[:5])
 
 
-def test_what_means_several_artifacts_or_none_is_refused(root: Path) -> None:
+def test_an_ambiguous_or_unknown_name_is_refused(root: Path) -> None:
     store = read_store(root)
     with pytest.raises(
         ValueError,
-        match=r"it001 means 3 artifacts; expected one of them: one/checkpoints/it001, one/logits/it001",
+        match=r"it001 means 3 artifacts; expected one of them: "
+        r"one/checkpoints/it001, one/logits/it001",
     ):
         store.find("it001")
     with pytest.raises(
@@ -78,21 +79,21 @@ def test_what_means_several_artifacts_or_none_is_refused(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("{", "not a manifest"),
         ('{"kind": "pickle"}', "kind is 'pickle'; expected one of"),
         ('{"kind": "logits"}', "not a manifest of format"),
     ],
 )
-def test_a_manifest_that_cannot_be_trusted_is_told_and_hides_nothing_else(
-    root: Path, text: str, said: str
+def test_a_broken_manifest_is_reported_and_hides_no_other_artifact(
+    root: Path, text: str, message: str
 ) -> None:
     (root / "one/logits/it001/manifest.json").write_text(text)
     store = read_store(root)
-    assert said in store.broken["one/logits/it001"]
+    assert message in store.broken["one/logits/it001"]
     assert len(store.artifacts) == 5
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         store.find("logits/it001")
 
 
@@ -102,7 +103,7 @@ def test_an_edited_manifest_is_broken(root: Path) -> None:
     assert "digest is" in read_store(root).broken["one/checkpoints/it001"]
 
 
-def test_an_empty_place_is_an_empty_store(tmp_path: Path) -> None:
+def test_an_empty_folder_is_an_empty_store(tmp_path: Path) -> None:
     assert read_store(tmp_path / "none") == Store((), {})
     with pytest.raises(ValueError, match="none yet: make run"):
         read_store(tmp_path).find("it001")

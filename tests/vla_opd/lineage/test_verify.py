@@ -1,4 +1,4 @@
-"""Whether what is on disk is what was published: damage of every kind is found, named, and what it voids with it; a shard is made again."""
+"""Verification finds damage of every kind and the artifacts that it voids; replay of a shard."""
 
 import json
 import shutil
@@ -35,11 +35,11 @@ def run(small: Path) -> Path:
     return small.parent
 
 
-def found(deep: bool = False) -> dict[str, Finding]:
+def findings(deep: bool = False) -> dict[str, Finding]:
     return {finding.name: finding for finding in verify(read_store(), deep=deep)}
 
 
-def test_a_whole_run_is_sound(run: Path) -> None:
+def test_an_undamaged_run_has_no_findings(run: Path) -> None:
     assert len(read_store().artifacts) == 12
     assert list(verify(read_store(), deep=True)) == []
 
@@ -49,9 +49,9 @@ def test_a_flipped_bit_is_found_with_its_file_and_what_it_voids(run: Path) -> No
     spoiled = bytearray(path.read_bytes())
     spoiled[len(spoiled) // 3] ^= 4
     path.write_bytes(spoiled)
-    (finding,) = found().values()
-    assert path.name in finding.what
-    assert "corrupt" in finding.what
+    (finding,) = findings().values()
+    assert path.name in finding.problem
+    assert "corrupt" in finding.problem
     assert sorted(finding.void) == sorted(AFTER_LABELS)
 
 
@@ -71,44 +71,44 @@ def test_a_file_too_few_or_too_many_and_a_lost_manifest_are_found(run: Path, dam
             (folder / "manifest.json").unlink()
             if "folder" in damage:
                 (folder / "manifest.json").mkdir()
-    assert list(found()) == [STUDENT]
-    assert STUDENT in next(iter(found().values())).what
+    assert list(findings()) == [STUDENT]
+    assert STUDENT in next(iter(findings().values())).problem
 
 
 def test_an_edited_manifest_voids_what_was_made_from_it(run: Path) -> None:
     path = run / "small/checkpoints/teacher/manifest.json"
     path.write_text(path.read_text().replace('"seed": 3', '"seed": 2'))
     assert {"small/checkpoints/student", LABELS, *AFTER_LABELS} <= set(
-        found()["small/checkpoints/teacher"].void
+        findings()["small/checkpoints/teacher"].void
     )
 
 
-def republished(
+def republish(
     folder: Path, kind: str, params: dict[str, object] | None = None, **changes: object
 ) -> None:
     """Publish an artifact again, intact in itself, with something of its description changed."""
     old = read_manifest(folder, kind)  # pyright: ignore[reportArgumentType]
-    kept = folder.with_name("kept")
-    folder.rename(kept)
+    original = folder.with_name("original")
+    folder.rename(original)
     facts = {**old.facts, **changes}
     with draft(folder, old.kind, old.parents, {**old.params, **(params or {})}) as work:
         for name in old.files:
-            shutil.copyfile(kept / name, work.folder / name)
+            shutil.copyfile(original / name, work.folder / name)
         work.publish(facts)
-    shutil.rmtree(kept)
+    shutil.rmtree(original)
 
 
-def test_labels_of_another_number_of_states_are_found_by_looking_deep(run: Path) -> None:
+def test_deep_verification_finds_labels_of_another_number_of_states(run: Path) -> None:
     """Intact files, a sound manifest, and yet the wrong labels: those of another shard."""
     folder = run / LABELS
     shutil.copyfile(folder / "shard-001-00003.zarr.zip", folder / SHARD)
-    republished(folder, "logits")
-    assert found() == {}
-    assert "labels" in found(deep=True)[LABELS].what
+    republish(folder, "logits")
+    assert findings() == {}
+    assert "labels" in findings(deep=True)[LABELS].problem
 
 
 @pytest.mark.parametrize("transfer", [False, True])
-def test_labels_whose_tokens_mean_other_actions_than_the_teachers_are_found_by_looking_deep(
+def test_deep_verification_finds_labels_in_another_action_space_than_the_teachers(
     run: Path, transfer: bool
 ) -> None:
     manifest = json.loads((run / LABELS / "manifest.json").read_text())
@@ -116,24 +116,24 @@ def test_labels_whose_tokens_mean_other_actions_than_the_teachers_are_found_by_l
         manifest["facts"]["action_space"],
         manifest["params"]["label"] | {"transfer": transfer},
     )
-    republished(
+    republish(
         run / LABELS,
         "logits",
         {"label": label},
         action_space=space | {"q01": [value - 1 for value in space["q01"]]},
     )
-    assert found() == {}
-    assert "action_space.q01" in found(deep=True)[LABELS].what
+    assert findings() == {}
+    assert "action_space.q01" in findings(deep=True)[LABELS].problem
 
 
-def test_rollouts_whose_tokens_mean_other_actions_than_their_students_are_found_by_looking_deep(
+def test_deep_verification_finds_rollouts_in_another_action_space_than_the_students(
     run: Path,
 ) -> None:
-    republished(run / "small/trajectories/rl001", "trajectories", action_space="0" * 64)
-    assert found() == {}
+    republish(run / "small/trajectories/rl001", "trajectories", action_space="0" * 64)
+    assert findings() == {}
     assert (
         "its action space is 000000000000; expected"
-        in found(deep=True)["small/trajectories/rl001"].what
+        in findings(deep=True)["small/trajectories/rl001"].problem
     )
 
 
@@ -146,11 +146,11 @@ def test_rollouts_whose_tokens_mean_other_actions_than_their_students_are_found_
         (LABELS, "shard-001-00001"),
     ],
 )
-def test_a_shard_made_again_has_the_same_bytes(run: Path, name: str, shard: str) -> None:
+def test_a_replayed_shard_has_the_same_bytes(run: Path, name: str, shard: str) -> None:
     store = read_store()
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    again = replay(store, store.find(name), shard, load(), Host(workers=2))
-    assert again.differing == ()
+    replayed = replay(store, store.find(name), shard, load(), Host(workers=2))
+    assert replayed.differing == ()
     assert {
         path: path.read_bytes()
         for path in run.rglob("*")
@@ -158,16 +158,16 @@ def test_a_shard_made_again_has_the_same_bytes(run: Path, name: str, shard: str)
     }.items() <= before.items()
 
 
-def test_a_shard_that_its_student_did_not_make_is_told_by_its_arrays(run: Path) -> None:
-    """The trajectories' manifest and files agree with each other; only rolling out again shows that this isn't what the student does."""
+def test_replay_finds_a_shard_that_the_student_did_not_produce(run: Path) -> None:
+    """Manifest and files are consistent; only a replay shows that the student acts otherwise."""
     folder = run / "small/trajectories/it001"
     shutil.copyfile(folder / "shard-000-00001.zarr.zip", folder / SHARD)
-    republished(folder, "trajectories")
+    republish(folder, "trajectories")
     store = read_store()
-    assert found() == {}
-    again = replay(store, store.find("trajectories/it001"), "shard-000-00000", load(), Host())
-    assert {"tokens", "frames", "index"} <= set(again.differing)
-    assert "clean" not in again.differing
+    assert findings() == {}
+    replayed = replay(store, store.find("trajectories/it001"), "shard-000-00000", load(), Host())
+    assert {"tokens", "frames", "index"} <= set(replayed.differing)
+    assert "clean" not in replayed.differing
 
 
 def test_an_artifact_with_settings_of_another_version_is_not_compared(run: Path) -> None:
@@ -180,21 +180,22 @@ def test_an_artifact_with_settings_of_another_version_is_not_compared(run: Path)
     store = read_store()
     with pytest.raises(
         ValueError,
-        match=r"small/trajectories/it001: with the code that is here .*; tilt would differ",
+        match=r"small/trajectories/it001: this code cannot make it .*; tilt would differ",
     ):
         replay(store, store.find("trajectories/it001"), "shard-000-00000", load(), Host())
 
 
-def test_only_shards_can_be_made_again(run: Path) -> None:
+def test_only_shards_can_be_replayed(run: Path) -> None:
     store = read_store()
     with pytest.raises(
         ValueError,
-        match=r"small/logits/it001 has no shard 'shard-9\.zarr\.zip'; expected one of \['shard-000-00000\.zarr\.zip'",
+        match=r"small/logits/it001 has no shard 'shard-9\.zarr\.zip'; "
+        r"expected one of \['shard-000-00000\.zarr\.zip'",
     ):
         replay(store, store.find(LABELS), "shard-9", load(), Host())
-    with pytest.raises(ValueError, match="a checkpoint isn't made of shards"):
+    with pytest.raises(ValueError, match="a checkpoint has no shards"):
         replay(store, store.find(FINAL), "model.safetensors", load(), Host())
     shutil.rmtree(run / STUDENT)
     without = read_store()
-    with pytest.raises(ValueError, match=r"its student [0-9a-f]{12} isn't here"):
+    with pytest.raises(ValueError, match=r"its student [0-9a-f]{12} is not here"):
         replay(without, without.find("trajectories/it001"), "shard-000-00000", load(), Host())

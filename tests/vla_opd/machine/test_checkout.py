@@ -1,4 +1,4 @@
-"""Whose code runs in a folder, and where its artifacts lie."""
+"""The folder of a command: its code, and links in the paths of its artifacts."""
 
 import shutil
 import subprocess
@@ -9,12 +9,12 @@ import pytest
 
 from vla_opd.machine.checkout import require_no_links, require_own_code
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
 def other(tmp_path: Path) -> Path:
-    """Another checkout, in which one line is other than here."""
+    """Make another checkout with different code."""
     folder = tmp_path / "other"
     for package in ("flows", "stages", "vla_opd"):
         shutil.copytree(
@@ -31,10 +31,11 @@ def test_another_checkouts_code_is_refused_and_both_are_named(
 ) -> None:
     require_own_code()
     monkeypatch.chdir(other)
-    with pytest.raises(
-        ValueError,
-        match=rf"this folder has {other}/\w+, but the code that runs is {ROOT}/\w+; expected one checkout",
-    ):
+    message = (
+        rf"this folder has {other}/\w+, but the code that runs is {ROOT}/\w+; "
+        "expected one checkout"
+    )
+    with pytest.raises(ValueError, match=message):
         require_own_code()
 
 
@@ -47,21 +48,24 @@ def test_another_checkouts_code_is_refused_and_both_are_named(
     ],
 )
 def test_a_command_of_another_checkouts_environment_is_refused(other: Path, command: str) -> None:
-    """As a console script is started: without this folder on the path."""
+    """Start it as a console script, without this folder on the path."""
     arguments = {"flows.cli": ["plan"], "stages.__main__": ["report"], "flows.serve": []}[
         command.split()[1]
     ]
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv[1:] = {arguments!r}; {command}; sys.exit(main())"
-    done = subprocess.run(
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv[1:] = {arguments!r}; "
+        f"{command}; sys.exit(main())"
+    )
+    result = subprocess.run(
         [sys.executable, "-P", "-c", code], cwd=other, capture_output=True, text=True, check=False
     )
-    assert done.returncode in (1, 2)
-    assert str(other) in done.stderr
-    assert str(ROOT) in done.stderr
-    assert "Traceback" not in done.stderr
+    assert result.returncode in (1, 2)
+    assert str(other) in result.stderr
+    assert str(ROOT) in result.stderr
+    assert "Traceback" not in result.stderr
 
 
-def test_a_copy_of_the_code_that_runs_is_as_good_as_it(
+def test_a_copy_of_the_running_code_is_accepted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(
@@ -71,10 +75,10 @@ def test_a_copy_of_the_code_that_runs_is_as_good_as_it(
     require_own_code()
 
 
-def test_a_folder_of_links_to_the_code_that_runs_is_its_own(
+def test_a_folder_of_links_to_the_running_code_is_accepted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the member of a study has them."""
+    """The project of a study's member has such links."""
     (tmp_path / "vla_opd").symlink_to(ROOT / "vla_opd", target_is_directory=True)
     monkeypatch.chdir(tmp_path)
     require_own_code()
@@ -116,8 +120,8 @@ def test_a_stage_that_dvc_runs_refuses_a_link(
     assert "artifacts is a link to" in capsys.readouterr().err
 
 
-def test_line_endings_are_not_converted_whatever_git_is_told(tmp_path: Path) -> None:
-    """What is hashed byte by byte has the same bytes in a clone with core.autocrlf, as Windows users have it."""
+def test_line_endings_are_not_converted_even_with_autocrlf(tmp_path: Path) -> None:
+    """Hashed files have the same bytes in a clone with core.autocrlf, as on Windows."""
     (tmp_path / "one").mkdir()
 
     def git(*words: str) -> None:

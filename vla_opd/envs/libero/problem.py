@@ -1,13 +1,16 @@
-"""LIBERO's own environment class with its reset made repeatable and its stepping opened up.
+"""LIBERO's own environment class with a repeatable reset and single steps.
 
-Imported by `libero.make` only, in the process that owns the simulator: this module imports robosuite at the top.
-Everything here keeps to the stock order of MuJoCo calls; where that order looks odd, the stock environment does it so, and
-the solver's warm start remembers it in the last bits.
+Imported only by `env.LiberoEnv`, in the process that owns the simulator: this module imports
+robosuite at the top.
+
+All functions keep the stock order of MuJoCo calls, however odd it looks: the solver's warm start
+depends on it in the last bits.
 """
 
-# robosuite keeps what is needed here private, and draws from numpy's global generator.
+# robosuite keeps the necessary attributes private, and draws from numpy's global generator.
 # ruff: noqa: SLF001, NPY002
-# pyright: basic, reportAttributeAccessIssue=false, reportUninitializedInstanceVariable=false, reportCallIssue=false
+# pyright: basic, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportUninitializedInstanceVariable=false
 
 import random
 from collections import OrderedDict
@@ -29,7 +32,11 @@ from vla_opd.envs.libero.arm import Arm
 
 SUBSTEPS = 25
 JOINT_NOISE = 0.02
-"""Standard deviation of each arm joint about the rest posture, in rad: robosuite's default, and what the 50 fixed states of every task show."""
+"""Standard deviation of each arm joint about the rest posture, in rad.
+
+robosuite's default, which matches the 50 fixed states of every task.
+"""
+
 _PLACEMENT_ATTEMPTS = 1000
 _NEVER_CHANGED = (
     "tex_",
@@ -46,7 +53,10 @@ _NEVER_CHANGED = (
 
 
 class Simulation(MjSim):
-    """robosuite's simulation, whose reset also puts back the model: robosuite and LIBERO move fixtures by editing it."""
+    """robosuite's simulation, with a reset that also restores the model.
+
+    robosuite and LIBERO move fixtures by editing the model.
+    """
 
     def __init__(self, model: mujoco.MjModel) -> None:
         super().__init__(model)
@@ -54,24 +64,28 @@ class Simulation(MjSim):
         self.is_current = False
 
     def reset(self) -> None:
-        """What a hard reset does, less compiling the same model again: as created, then two forward passes."""
+        """Do a hard reset without compiling the model again.
+
+        Restores the state and the model as created, then makes two forward passes.
+        """
         model = self.model._model
         for name, array in self._pristine.items():
             getattr(model, name)[...] = array
         mujoco.mj_resetData(model, self.data._data)
         self.forward()
-        self.forward()  # the stock render context does one more when it is created
+        self.forward()  # the stock render context makes one more when it is created
 
     def forward(self) -> None:
-        """A forward pass, unless `is_current` says that positions and velocities are already propagated."""
+        """Make a forward pass, unless positions and velocities are propagated (`is_current`)."""
         if not self.is_current:
             super().forward()
 
 
 class Problem:
-    """Mixed in before a LIBERO problem class (which stays the subclass that its BDDL file asks for).
+    """Mixin before a LIBERO problem class, which stays the one that the BDDL file names.
 
-    Attributes used from outside: `sim`, `robots`, `parsed_problem`, `object_states_dict`, `obj_of_interest`, `view_substep`.
+    Attributes used from outside: `sim`, `robots`, `parsed_problem`, `object_states_dict`,
+    `obj_of_interest`, `view_substep`.
     """
 
     def __init__(self, bddl: Path, compile_model: Callable[[str], mujoco.MjModel]) -> None:
@@ -82,7 +96,7 @@ class Problem:
             str(bddl),
             robots=["Panda"],
             controller_configs=robosuite.load_controller_config(default_controller="OSC_POSE"),
-            initialization_noise=None,  # until `restart` knows
+            initialization_noise=None,  # set by `restart`
             use_camera_obs=False,
             has_offscreen_renderer=False,
             ignore_done=True,
@@ -93,31 +107,37 @@ class Problem:
     def _load_model(self) -> None:
         self.object_property_initializers: list[Any] = []
         super()._load_model()
-        # A stock environment has loaded its model twice by the end of its first reset and then samples every drawer twice.
+        # A stock environment has loaded its model twice by the end of its first reset, and then
+        # samples every drawer twice.
         self.object_property_initializers *= 2
 
     def _initialize_sim(self, xml_string: str | None = None) -> None:
         assert xml_string is None
-        self.sim = Simulation(self._compile_model(self.model.get_xml()))
+        xml = self.model.get_xml()
+        self.sim = Simulation(self._compile_model(xml))
         self.initialize_time(self.control_freq)
 
     def _setup_observables(self) -> OrderedDict[str, Any]:
-        return OrderedDict()  # sensors are read when a frame is wanted, not 25 times a control step
+        return OrderedDict()  # sensors are read with a frame, not 25 times per control step
 
     def _reset_internal(self) -> None:
         if self._is_built:  # the stock constructor resets, and then the caller does
             gripper = self.robots[0].gripper
-            gripper.current_action = np.zeros(gripper.dof)  # a hard reset makes a new gripper
+            # A hard reset would make a new gripper.
+            gripper.current_action = np.zeros(gripper.dof)
             super()._reset_internal()
 
     def restart(self, seed: int, state: Float64[np.ndarray, "D"] | None) -> None:
-        """Reset to placements drawn from `seed`, then to the fixed initial `state` (time, qpos, qvel) if there is one.
+        """Reset to placements drawn from `seed`, then to the fixed initial `state` if given.
 
-        The arm starts from its rest posture with `JOINT_NOISE`, as the benchmark's fixed states do. Those carry their own, and are reset to without
-        more, so that the controller, which keeps the posture it was reset in, is that of the stock evaluation.
+        state: time, qpos and qvel in a row.
+
+        Without a state the arm starts from its rest posture with `JOINT_NOISE`. The benchmark's
+        fixed states contain such noise, so none is added to them: the controller keeps the posture
+        it was reset in, which is then that of the stock evaluation.
         """
         self.robots[0].initialization_noise["magnitude"] = JOINT_NOISE if state is None else 0.0
-        with _seeded(seed):
+        with _seed_generators(seed):
             self._place_objects()
         if state is not None:
             self.sim.set_state_from_flattened(state)
@@ -125,7 +145,8 @@ class Problem:
             self._check_success()
             self._post_process()
         self._arm = Arm(self.robots[0], self.sim.model._model, self.sim.data._data)
-        # robosuite's observables sample once a control step, by a clock that every forced update at reset puts one substep ahead.
+        # robosuite's observables sample once per control step, by a clock that every forced update
+        # at reset sets one substep ahead.
         self.view_substep = SUBSTEPS if state is None else SUBSTEPS - 1
 
     def _place_objects(self) -> None:
@@ -142,7 +163,11 @@ class Problem:
     def execute(
         self, action: Float64[np.ndarray, "7"], *, one_pass: bool, view: Callable[[], None] | None
     ) -> bool:
-        """One control step of 25 substeps; `view` is called when the stock sensors would sample. Returns the task's predicate."""
+        """Execute one control step of 25 substeps; return the task's predicate.
+
+        one_pass: make one forward pass per substep instead of the stock environment's several.
+        view:     called when the stock sensors would sample.
+        """
         substep = self._substep_once if one_pass else self._substep_stock
         self.timestep += 1
         for number in range(1, SUBSTEPS + 1):
@@ -159,9 +184,12 @@ class Problem:
         self.sim.step()
 
     def _substep_once(self, action: Float64[np.ndarray, "7"], is_first: bool) -> None:
-        model, data = self.sim.model._model, self.sim.data._data
+        model = self.sim.model._model
+        data = self.sim.data._data
         mujoco.mj_step1(model, data)
-        if is_first:  # robosuite's own control: it sets the goal, and after a fixed initial state still uses the kinematics from before it
+        if is_first:
+            # robosuite's own control sets the goal. After a fixed initial state it still uses the
+            # kinematics from before that state.
             self.sim.is_current = True
             self._pre_action(action, True)
             self.sim.is_current = False
@@ -171,11 +199,12 @@ class Problem:
 
 
 def build_problem(bddl: Path, compile_model: Callable[[str], mujoco.MjModel]) -> Any:
-    """The problem of a BDDL file, built but not reset. `compile_model` turns MJCF into a model."""
-    stock = TASK_MAPPING[get_problem_info(str(bddl))["problem_name"]]
-    return type(stock.__name__, (Problem, stock), {})(
-        bddl, compile_model
-    )  # LIBERO compares the class's name with the file's
+    """Build the problem of a BDDL file without resetting it; `compile_model` compiles MJCF."""
+    name = get_problem_info(str(bddl))["problem_name"]
+    stock = TASK_MAPPING[name]
+    # LIBERO compares the name of the class with the one in the file.
+    problem_class = type(stock.__name__, (Problem, stock), {})
+    return problem_class(bddl, compile_model)
 
 
 def _editable_arrays(model: mujoco.MjModel) -> Iterator[tuple[str, np.ndarray]]:
@@ -188,13 +217,14 @@ def _editable_arrays(model: mujoco.MjModel) -> Iterator[tuple[str, np.ndarray]]:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed the global generators that robosuite and LIBERO draw from, and give the caller's back afterwards."""
-    kept = random.getstate(), np.random.get_state()
+def _seed_generators(seed: int) -> Iterator[None]:
+    """Seed the global generators that robosuite and LIBERO draw from; restore them afterwards."""
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
     random.seed(seed)
     np.random.seed(seed)
     try:
         yield
     finally:
-        random.setstate(kept[0])
-        np.random.set_state(kept[1])
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)

@@ -1,7 +1,9 @@
-"""A scripted expert for LIBERO's pick-and-place tasks: a closed-loop state machine around the geometric search of `grasps`.
+"""A scripted expert for LIBERO's pick-and-place tasks.
 
-It knows no object and no task. The goal's predicates say what goes where, the collision model says how to hold it and what is in the way.
-Every action is computed from the simulator's present state, so whatever was executed instead of the last one is corrected by the next.
+A closed-loop state machine around the geometric search of `grasps`. It knows no object and no task:
+the goal's predicates say what goes where, the collision model says how to hold it and what is in
+the way. Every action is computed from the simulator's current state, so the next action corrects
+whatever was executed instead of the last one.
 """
 
 from collections.abc import Callable
@@ -11,43 +13,51 @@ import numpy as np
 from jaxtyping import Float32, Float64
 
 from vla_opd.experts.libero import grasps
-from vla_opd.experts.libero.grasps import REACH, SITE_ABOVE_TIP, Grasp, Points
-from vla_opd.experts.libero.scene import NEAR, Goal, Hand, Scene, Simulated, Vector
+from vla_opd.experts.libero.grasps import REACH, SITE_ABOVE_TIP, Grasp, Places, PlanarPoint, Points
+from vla_opd.experts.libero.scene import FINE_RADIUS, Goal, Hand, PrivilegedEnv, Scene, Vector
 
 Action = Float32[np.ndarray, "7"]
-Phase = Callable[["Plan", Hand], "Action | str"]  # an action, or the name of the phase that has one
+Phase = Callable[["Plan", Hand], "Action | str"]  # returns an action, or the next phase's name
 
-OPEN, CLOSE = -1.0, 1.0
-GAIN = 28.0  # action per metre: 43 % of the error is gone after a control step, 1.5 cm at most
+OPEN = -1.0
+CLOSE = 1.0
+GAIN = 28.0  # action per metre: removes 43 % of the error, at most 1.5 cm, per control step
 TURN_GAIN = 2.8  # action per radian: the same for the orientation
-DROP = 0.01  # from which height an object may be let go where its resting height is exact; how near to what is below it a hand is low enough then
-BELOW = (
-    0.02  # how far under its place such an object is steered, so that it sinks as fast at the end
-)
-MARGIN = 0.02  # by which whatever is carried clears what it passes over
+DROP = 0.01  # an object may fall from this height if its resting height is exact
+BELOW = 0.02  # such an object is steered this far below its place, so that it keeps sinking
+MARGIN = 0.02  # clearance of hand and load over obstacles
 ATTEMPTS = 20  # plans in one episode before the expert gives up
-PATIENCE = 5  # steps that an object which was pushed has to come to rest before the next plan
+PATIENCE = 5  # steps in which a pushed object may come to rest before the next plan
+CELL = 0.005  # of the height maps in which places are searched
 
 
 @dataclass(frozen=True)
-class Rest:
-    """Where an object is to come to rest: its origin's place in the plane, relative to the anchor, and the height of its lowest point.
+class RestingPlace:
+    """Where an object is to come to rest.
 
-    exact: the height is where the object meets what is below, and not only where its bounding rectangle clears it.
+    offset: horizontal position of its origin, relative to the anchor of the goal.
+    height: of its lowest point.
+    exact:  the height is that of first contact; otherwise only the bounding rectangle is clear.
     """
 
-    offset: Float64[np.ndarray, "2"]
+    offset: PlanarPoint
     height: float
     exact: bool
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How one goal is pursued: the grasp, the place, the object's pose that both were computed for, and what is in the way."""
+    """How to pursue one goal.
+
+    origin:    the object's position for which the grasp and the resting place were computed.
+    obstacles: points on everything in the way.
+    radius:    horizontal reach of the object around the grasp.
+    top:       height of the object's highest point.
+    """
 
     goal: Goal
     grasp: Grasp
-    rest: Rest
+    resting_place: RestingPlace
     origin: Vector
     obstacles: Points
     radius: float
@@ -56,123 +66,253 @@ class Plan:
 
 @dataclass
 class _Memory:
-    """What the state machine remembers between two actions, reset with every change of phase."""
+    """The state machine's memory between two actions, reset with every change of phase.
+
+    steps: actions in this phase.
+    stuck: consecutive actions that hardly moved the hand.
+    start: the hand's position at the start of the phase.
+    last:  the hand's position at the last action.
+    width: the gripper's width at the last action of `close`.
+    """
 
     steps: int = 0
     stuck: int = 0
     start: Vector = field(default_factory=lambda: np.zeros(3))
     last: Vector = field(default_factory=lambda: np.zeros(3))
+    width: float = 0.0
 
 
 def make_plan(scene: Scene, goal: Goal, avoid: tuple[Grasp, ...]) -> Plan | None:
-    """Look at the scene and decide how to pick the goal's object up and where to put it down; None if no grasp or place is found."""
-    origin, hand = scene.origin(goal.item), scene.hand()
-    target, obstacles = scene.boxes(goal.item).surface(grasps.SPACING), scene.obstacles(goal.item)
-    rest = find_rest(scene, goal)
-    near = obstacles[np.linalg.norm(obstacles[:, :2] - origin[:2], axis=1) < NEAR + 0.05]
-    floor = scene.floor(float(target[:, 2].min()))
-    grasp = grasps.best(
-        grasps.Task(
-            target, near, floor, scene.mass_centre(goal.item)[:2], scene.base, hand.yaw, avoid
-        )
-    )
-    if grasp is None or rest is None:
-        return None
-    radius = float(np.linalg.norm(target[:, :2] - grasp.position[:2], axis=1).max())
-    return Plan(goal, grasp, rest, origin, obstacles, min(radius, 0.12), float(target[:, 2].max()))
+    """Decide from the scene how to pick up the goal's object and where to put it down.
 
-
-def find_rest(scene: Scene, goal: Goal) -> Rest | None:
-    """Where the object, with its present orientation, comes to rest such that the benchmark's own test of the place accepts it.
-
-    None if it would not be accepted wherever it were put down from above: a closed drawer, say.
+    None without a grasp or a resting place.
     """
-    target, obstacles = scene.boxes(goal.item).corners(), scene.obstacles(goal.item)
-    shape, floor = target - scene.origin(goal.item), scene.floor(float(target[:, 2].min()))
-    holds, anchor = scene.region_holds(goal), scene.anchor(goal)
+    origin = scene.origin(goal.item)
+    boxes = scene.boxes(goal.item)
+    surface = boxes.surface(grasps.SPACING)
+    obstacles = scene.obstacles(goal.item)
+    resting_place = find_resting_place(scene, goal)
+    gaps = grasps.distances(obstacles[:, :2], origin[:2])
+    task = grasps.GraspTask(
+        target=surface,
+        obstacles=obstacles[gaps < FINE_RADIUS + 0.05],
+        floor=scene.floor(float(surface[:, 2].min())),
+        centre=scene.mass_centre(goal.item)[:2],
+        base=scene.base,
+        yaw=scene.hand().yaw,
+        avoid=avoid,
+    )
+    grasp = grasps.find_grasp(task)
+    if grasp is None or resting_place is None:
+        return None
+    radii = grasps.distances(surface[:, :2], grasp.position[:2])
+    return Plan(
+        goal=goal,
+        grasp=grasp,
+        resting_place=resting_place,
+        origin=origin,
+        obstacles=obstacles,
+        radius=min(float(radii.max()), 0.12),
+        top=float(surface[:, 2].max()),
+    )
+
+
+def find_resting_place(scene: Scene, goal: Goal) -> RestingPlace | None:
+    """Find a place that passes the benchmark's own test, for the object's current orientation.
+
+    None if no place that is reached from above passes: a closed drawer, for example.
+    """
+    holds = scene.region_holds(goal)
     if holds is None:
-        surface = scene.boxes(goal.item).surface(grasps.SPACING) - scene.origin(goal.item)
-        return Rest(np.zeros(2), max(_support(surface, obstacles, anchor), floor), exact=True)
+        return _rest_on_object(scene, goal)
+    return _rest_in_region(scene, goal, holds)
+
+
+def _rest_on_object(scene: Scene, goal: Goal) -> RestingPlace:
+    """Rest at the anchor of a place that is an object."""
+    item = goal.item
+    origin = scene.origin(item)
+    boxes = scene.boxes(item)
+    surface = boxes.surface(grasps.SPACING) - origin
+    support = _support(
+        surface,
+        scene.obstacles(item),
+        scene.anchor(goal),
+    )
+    floor = scene.floor(scene.lowest(item))
+    return RestingPlace(
+        offset=np.zeros(2),
+        height=max(support, floor),
+        exact=True,
+    )
+
+
+def _rest_in_region(
+    scene: Scene, goal: Goal, holds: Callable[[Vector], bool]
+) -> RestingPlace | None:
+    """Choose among accepted places a low one that is central and within reach."""
+    item = goal.item
+    corners = scene.boxes(item).corners()
+    shape = corners - scene.origin(item)
+    places = _region_grid(scene, goal)
+    supports = _supports(
+        shape,
+        scene.obstacles(item),
+        places,
+        floor=scene.floor(scene.lowest(item)),
+    )
+    bottom = shape[:, 2].min()
+    origins = np.column_stack([places, supports - bottom])
+    is_accepted = np.array([holds(origin) for origin in origins])
+    if not is_accepted.any():
+        return None
+
+    middle = places[is_accepted].mean(axis=0)
+    eccentricity = grasps.distances(places, middle)
+    distance = grasps.distances(places, scene.base)
+    costs = eccentricity + 2.0 * supports
+    costs += np.maximum(distance - REACH, 0.0)
+    costs[~is_accepted] = np.inf
+    chosen = int(np.argmin(costs))
+    return RestingPlace(
+        offset=places[chosen] - scene.anchor(goal),
+        height=float(supports[chosen]),
+        exact=False,
+    )
+
+
+def _region_grid(scene: Scene, goal: Goal) -> Places:
+    """Return a grid of places, 1 cm apart, that covers a region."""
     centre, radius = scene.region_centre(goal)
     steps = np.arange(-radius, radius + 0.005, 0.01)
-    places = centre[:2] + np.stack(np.meshgrid(steps, steps), -1).reshape(-1, 2)
-    supports = _supports(shape, obstacles, places, floor)
-    resting = np.column_stack([places, supports - shape[:, 2].min()])
-    accepted = np.array([holds(point) for point in resting])
-    if not accepted.any():
-        return None
-    score = np.linalg.norm(places - places[accepted].mean(axis=0), axis=1) + 2.0 * supports
-    score += np.maximum(np.linalg.norm(places - scene.base, axis=1) - REACH, 0.0)
-    chosen = int(np.argmin(np.where(accepted, score, np.inf)))
-    return Rest(places[chosen] - anchor, float(supports[chosen]), exact=False)
+    grid = np.meshgrid(steps, steps)
+    offsets = np.stack(grid, -1)
+    offsets = offsets.reshape(-1, 2)
+    return centre[:2] + offsets
 
 
-def _support(surface: Points, obstacles: Points, place: Float64[np.ndarray, "2"]) -> float:
-    """Height of the object's lowest point when it comes down at a place and meets what is there: a round one fits where its rectangle doesn't.
+def _support(surface: Points, obstacles: Points, place: PlanarPoint) -> float:
+    """Return the height of the object's lowest point when it is lowered until first contact.
 
-    What is far from the object now is known by a point a centimetre: a thin wall can be missed there. Lowering ends at a touch in any case.
+    This uses the object's shape: a round one fits where its bounding rectangle doesn't.
+
+    Obstacles far from the object's current position are sampled 1 cm apart, which can miss a thin
+    wall. Lowering ends at a touch in any case.
     """
-    low, high = surface[:, :2].min(axis=0), surface[:, :2].max(axis=0)
-    begin = place + low - 0.01
-    ground = grasps.height_map(obstacles, begin, place + high + 0.01, 0.005)
-    below = ground.heights[
-        tuple(np.floor((place + surface[:, :2] - begin) / ground.cell).astype(int).T)
-    ]
-    return float((below - (surface[:, 2] - surface[:, 2].min())).max())
+    planar = surface[:, :2]
+    low = place + planar.min(axis=0)
+    high = place + planar.max(axis=0)
+    ground = grasps.height_map(
+        obstacles,
+        low - 0.01,
+        high + 0.01,
+        CELL,
+    )
+    cells = ground.cells(place + planar)
+    below = ground.heights[tuple(cells.T)]
+    tops = surface[:, 2]
+    heights = tops - tops.min()
+    return float((below - heights).max())
 
 
 def _supports(
-    shape: Points, obstacles: Points, places: Float64[np.ndarray, "P 2"], floor: float
-) -> Float64[np.ndarray, "P"]:
-    """Height of what is below the object's bounding rectangle at each place."""
-    low, high = shape[:, :2].min(axis=0), shape[:, :2].max(axis=0)
-    begin, end = places.min(axis=0) + low - 0.05, places.max(axis=0) + high + 0.05
-    ground = grasps.height_map(obstacles, begin, end, 0.005)
-    half, middle = (high - low) / 2, (high + low) / 2
-    wide = ground.widened(half[0], half[1])
-    index = np.floor((places + middle - begin) / ground.cell).astype(int)
-    return np.maximum(wide[tuple(index.T)], floor)
+    shape: Points, obstacles: Points, places: Places, floor: float
+) -> Float64[np.ndarray, "N"]:
+    """Return the greatest height below the object's bounding rectangle at each place."""
+    planar = shape[:, :2]
+    low = planar.min(axis=0)
+    high = planar.max(axis=0)
+    begin = places.min(axis=0) + low
+    end = places.max(axis=0) + high
+    ground = grasps.height_map(
+        obstacles,
+        begin - 0.05,
+        end + 0.05,
+        CELL,
+    )
+    half_u, half_v = (high - low) / 2
+    dilated = ground.dilate(half_u, half_v)
+    middle = (high + low) / 2
+    cells = ground.cells(places + middle)
+    heights = dilated[tuple(cells.T)]
+    return np.maximum(heights, floor)
 
 
 @dataclass(frozen=True)
 class Corridor:
-    """Heights that must be cleared on the straight way from where the hand is to a place, in bins of `step` metres."""
+    """Heights to clear on the straight way from the hand to a place, in bins of `step` metres."""
 
-    needed: Float64[np.ndarray, "S"]
+    heights: Float64[np.ndarray, "S"]
     step: float = 0.02
 
     @classmethod
-    def between(
-        cls, start: Vector, end: Float64[np.ndarray, "2"], points: Points, radius: float
-    ) -> "Corridor":
-        """Heights along the way: what is within `radius` in full, what is only below the palm less the palm's height above the tips."""
+    def measure(cls, start: Vector, end: PlanarPoint, points: Points, radius: float) -> "Corridor":
+        """Measure the heights along the way.
+
+        Points within `radius` count in full. Points that are only below the palm count less the
+        palm's height above the tips.
+        """
         way = end - start[:2]
         length = max(float(np.linalg.norm(way)), 1e-6)
-        along, aside = way / length, np.array([-way[1], way[0]]) / length
-        offset = points[:, :2] - start[:2]
-        s, lateral = offset @ along, np.abs(offset @ aside)
-        heights = np.where(lateral < radius, points[:, 2], points[:, 2] - grasps.PALM_ABOVE_TIP)
-        near = (
-            (lateral < max(radius, grasps.PALM_HALF_LENGTH))
-            & (s > -radius)
-            & (s < length + radius + cls.step)
+        forward = way / length
+        sideways = np.array([-way[1], way[0]]) / length
+        offsets = points[:, :2] - start[:2]
+        along = offsets @ forward
+        lateral = np.abs(offsets @ sideways)
+
+        tops = points[:, 2]
+        lowered = tops - grasps.PALM_ABOVE_TIP
+        heights = np.where(lateral < radius, tops, lowered)
+        reach = max(radius, grasps.PALM_HALF_LENGTH)
+        is_near = (
+            (lateral < reach)  # beside the way
+            & (along > -radius)
+            & (along < length + radius + cls.step)
         )
-        s, heights = s[near], heights[near]
-        centres = np.arange(int(np.ceil(length / cls.step)) + 1)[:, None] * cls.step
-        inside = np.abs(s - centres) < radius + cls.step / 2
         return cls(
-            np.max(np.broadcast_to(heights, inside.shape), axis=1, where=inside, initial=-np.inf)
+            cls._bin(
+                along[is_near],
+                heights[is_near],
+                length,
+                radius,
+            )
         )
 
-    def ahead(self, distance: float) -> float:
-        """The greatest height needed within a distance."""
-        return float(self.needed[: int(distance / self.step) + 1].max())
+    @classmethod
+    def _bin(
+        cls,
+        along: Float64[np.ndarray, "M"],
+        heights: Float64[np.ndarray, "M"],
+        length: float,
+        radius: float,
+    ) -> Float64[np.ndarray, "S"]:
+        """Return the greatest height within `radius` of each bin."""
+        step = cls.step
+        count = int(np.ceil(length / step)) + 1
+        centres = np.arange(count)[:, None] * step
+        distance = np.abs(along - centres)
+        is_inside = distance < radius + step / 2
+        table = np.broadcast_to(heights, is_inside.shape)
+        return np.max(
+            table,
+            axis=1,
+            where=is_inside,
+            initial=-np.inf,
+        )
+
+    def height_within(self, distance: float) -> float:
+        """Return the greatest height to clear within a distance."""
+        bins = int(distance / self.step) + 1
+        return float(self.heights[:bins].max())
 
 
 class LiberoExpert:
-    """The state machine: approach, descend, close, carry, lower, release, rise, and again for the next goal."""
+    """A state machine: approach, descend, close, carry, lower, release, rise; then the next goal.
 
-    def __init__(self, env: Simulated) -> None:
+    A phase returns an action or the name of the next phase.
+    """
+
+    def __init__(self, env: PrivilegedEnv) -> None:
         self._env = env
         self._phases: dict[str, Phase] = {
             "approach": self._approach,
@@ -186,7 +326,12 @@ class LiberoExpert:
         }
 
     def reset(self) -> None:
-        """Plan for the present state. ValueError if the task's goal has anything but placements."""
+        """Plan for the current state.
+
+        Raises:
+            ValueError: the task's goal has a predicate other than a placement, or a place that is
+                not open from above.
+        """
         self._scene = Scene(self._env)
         self._goals = self._scene.goals()
         self._failed: tuple[Grasp, ...] = ()
@@ -198,258 +343,367 @@ class LiberoExpert:
             self._refuse_unreachable()
 
     def act(self) -> Action:
-        """The next action: three translations, three rotations, gripper; all in [-1, 1]."""
+        """Return the next action: three translations, three rotations, gripper; all in [-1, 1]."""
         hand = self._scene.hand()
         if self._plan is None and self._memory.steps >= PATIENCE:
-            self._enter(self._again(None))
+            self._enter(self._replan(None))
         for _ in range(8):
             if self._plan is None:
-                self._memory.steps += (
-                    1  # what fell may have no grasp in the air: look again once it lies
+                # A falling object may have no grasp: plan again once it lies still.
+                self._memory.steps += 1
+                return _action(
+                    offset=np.zeros(3),
+                    turn=np.zeros(3),
+                    gripper=OPEN,
                 )
-                return _action(np.zeros(3), np.zeros(3), OPEN)
-            outcome = self._phases[self._phase](self._plan, hand)
+            act = self._phases[self._phase]
+            outcome = act(self._plan, hand)
             if not isinstance(outcome, str):
-                self._observe(hand, outcome)
+                self._remember(hand, outcome)
                 return outcome
             self._enter(outcome)
-        raise RuntimeError(f"no phase of {self._plan} wants to act; the last was {self._phase}")
+        raise RuntimeError(f"no phase of {self._plan} acts; the last phase was {self._phase}")
 
     @property
     def phase(self) -> str:
-        """What the expert is doing."""
-        return self._phase if self._plan is not None else "done"
+        """The name of the current phase; `done` without a plan."""
+        if self._plan is None:
+            return "done"
+        return self._phase
 
     def _enter(self, phase: str) -> None:
         self._phase = phase
         self._memory = _Memory(start=self._scene.hand().position)
 
-    def _observe(self, hand: Hand, action: Action) -> None:
-        """Count steps, and how long the hand has hardly moved although it was told to."""
+    def _remember(self, hand: Hand, action: Action) -> None:
+        """Count steps, and consecutive steps in which the hand hardly moved despite its action."""
         memory = self._memory
-        moved = np.linalg.norm(hand.position - memory.last)
-        memory.stuck = memory.stuck + 1 if moved < 0.0015 and np.abs(action[:3]).max() > 0.1 else 0
+        moved = _distance(hand.position, memory.last)
+        command = np.abs(action[:3]).max()
+        if moved < 0.0015 and command > 0.1:
+            memory.stuck += 1
+        else:
+            memory.stuck = 0
         memory.last = hand.position
         memory.steps += 1
 
     def _next_plan(self) -> Plan | None:
-        """A plan for the first goal that does not hold yet."""
+        """Plan for the first goal that does not hold yet."""
+        if self._attempts >= ATTEMPTS:
+            return None
         for goal in self._goals:
-            if not self._scene.holds(goal) and self._attempts < ATTEMPTS:
+            if not self._scene.holds(goal):
                 self._attempts += 1
                 return make_plan(self._scene, goal, self._failed)
         return None
 
     def _refuse_unreachable(self) -> None:
         for goal in self._goals:
-            if not self._scene.holds(goal) and find_rest(self._scene, goal) is None:
+            if self._scene.holds(goal):
+                continue
+            if find_resting_place(self._scene, goal) is None:
                 raise ValueError(
-                    f"goal is {goal}; the scripted expert for LIBERO only reaches places from above: expected one that is open there"
+                    f"goal is {goal}; the scripted expert for LIBERO only reaches places from "
+                    "above: expected a place that is open from above"
                 )
 
-    def _again(self, failed: Grasp | None) -> str:
-        """Start over, from the scene as it is now."""
-        self._failed = (*self._failed, failed) if failed is not None else ()
+    def _replan(self, failed: Grasp | None) -> str:
+        """Start over from the current scene, without the grasp that failed."""
+        if failed is None:
+            self._failed = ()
+        else:
+            self._failed = (*self._failed, failed)
         self._plan = self._next_plan()
         return "approach"
-
-    def _toward(self, hand: Hand, goal: Vector, yaw: float, gripper: float) -> Action:
-        return _action(goal - hand.position, _orientation_error(hand, yaw), gripper)
 
     def _approach(self, plan: Plan, hand: Hand) -> Action | str:
         """Go above the grasp with open fingers, over whatever is in between."""
         has_moved = self._has_moved(plan)
         if has_moved and self._memory.steps >= PATIENCE:
-            return self._again(None)
+            return self._replan(None)
         if self._memory.stuck > 8:
             return "back_off"
-        goal = plan.grasp.position
-        distance = float(np.linalg.norm(goal[:2] - hand.position[:2]))
-        is_open = hand.width > 0.9 * grasps.OPENING
-        if (
-            is_open
-            and not has_moved
-            and distance < 0.012
-            and _misaligned(hand, plan.grasp.yaw) < 0.12
-        ):
+        if not has_moved and _is_above_grasp(plan, hand):
             return "descend"
-        hover = max(goal[2] + 0.03, plan.top + SITE_ABOVE_TIP + 0.015)
-        everything = np.concatenate([plan.obstacles, np.append(plan.origin[:2], plan.top)[None]])
-        way = self._over(
-            hand,
-            np.append(goal[:2], hover),
-            everything,
-            grasps.FINGER_OUTER,
-            hand.position[2] - SITE_ABOVE_TIP,
+        target = plan.grasp.position
+        hover = max(
+            target[2] + 0.03,
+            plan.top + SITE_ABOVE_TIP + 0.015,
         )
-        return self._toward(hand, way, plan.grasp.yaw, OPEN)
-
-    def _over(
-        self, hand: Hand, goal: Vector, obstacles: Points, radius: float, lowest: float
-    ) -> Vector:
-        """A point to head for so that `lowest`, now the lowest point of hand and load, passes over everything on the way to `goal`."""
-        corridor = Corridor.between(hand.position, goal[:2], obstacles, radius)
-        below = hand.position[2] - lowest
-        height = max(goal[2], corridor.ahead(0.14) + MARGIN + below)
-        short = corridor.ahead(0.05) + MARGIN / 2 - lowest
-        speed = float(np.clip(1.0 - short / 0.03, 0.0, 1.0))
-        return np.append(hand.position[:2] + speed * (goal[:2] - hand.position[:2]), height)
+        object_top = np.append(plan.origin[:2], plan.top)
+        waypoint = _pass_over(
+            hand,
+            goal=np.append(target[:2], hover),
+            obstacles=np.concatenate([plan.obstacles, object_top[None]]),
+            radius=grasps.FINGER_OUTER,
+            lowest=hand.height - SITE_ABOVE_TIP,
+        )
+        return _move(plan, hand, waypoint, OPEN)
 
     def _descend(self, plan: Plan, hand: Hand) -> Action | str:
-        """Straight down around the object."""
-        error = plan.grasp.position - hand.position
-        if np.linalg.norm(error[:2]) > 0.025 or self._has_moved(plan):
+        """Go straight down around the object."""
+        memory = self._memory
+        target = plan.grasp.position
+        lateral = _distance(target[:2], hand.planar)
+        depth = target[2] - hand.height
+        vertical = abs(depth)
+        if lateral > 0.025 or self._has_moved(plan):
             return "approach"
-        if self._memory.stuck > 5 or self._memory.steps > 60:
-            return "close" if abs(error[2]) < 0.02 else self._again(plan.grasp)
-        if np.linalg.norm(error[:2]) < 0.006 and abs(error[2]) < 0.003:
+        if memory.stuck > 5 or memory.steps > 60:
+            return "close" if vertical < 0.02 else self._replan(plan.grasp)
+        if lateral < 0.006 and vertical < 0.003:
             return "close"
-        return self._toward(hand, plan.grasp.position, plan.grasp.yaw, OPEN)
+        return _move(plan, hand, target, OPEN)
 
     def _close(self, plan: Plan, hand: Hand) -> Action | str:
         """Close until the fingers stand still."""
         memory = self._memory
-        speed = abs(memory.start[0] - hand.width)
-        memory.start = np.array([hand.width, 0.0, 0.0])
-        if memory.steps >= 5 and (speed < 0.0006 or memory.steps > 16):
+        speed = abs(memory.width - hand.width)
+        memory.width = hand.width
+        is_still = speed < 0.0006 or memory.steps > 16
+        if memory.steps >= 5 and is_still:
             if hand.width < 0.0015:
-                return self._again(plan.grasp)
-            self._held = self._scene.origin(plan.goal.item) - hand.position
+                return self._replan(plan.grasp)
+            origin = self._scene.origin(plan.goal.item)
+            self._held = origin - hand.position
             return "carry"
-        # A thin edge between the pads slips or swings: press down by what the search kept clear of what is below.
-        press = grasps.CLEARANCE if plan.grasp.overlap < grasps.FIRM else 0.0
-        return self._toward(
-            hand, plan.grasp.position - np.array([0.0, 0.0, press]), plan.grasp.yaw, CLOSE
-        )
+        # A thin edge between the pads slips or swings: press down by the clearance of the search.
+        press = 0.0
+        if plan.grasp.overlap < grasps.FIRM:
+            press = grasps.CLEARANCE
+        target = plan.grasp.position - _vertical(press)
+        return _move(plan, hand, target, CLOSE)
 
     def _carry(self, plan: Plan, hand: Hand) -> Action | str:
-        """Lift and move, steering by where the object is in the hand now."""
+        """Lift and move, steering by the object's current position in the hand."""
         if self._is_lost(plan, hand):
-            return self._again(plan.grasp)
+            return self._replan(plan.grasp)
         if self._memory.stuck > 8:
             return "back_off"
-        goal, lowest = hand.position[:2] + self._missing(plan), self._scene.lowest(plan.goal.item)
-        if np.linalg.norm(goal - hand.position[:2]) < 0.01:
+        target = hand.planar + self._missing(plan)
+        if _distance(target, hand.planar) < 0.01:
             return "lower"
-        below = hand.position[2] - min(lowest, hand.position[2] - SITE_ABOVE_TIP)
-        way = self._over(
+        lowest = self._scene.lowest(plan.goal.item)
+        below = hand.height - min(lowest, hand.height - SITE_ABOVE_TIP)
+        height = plan.resting_place.height + MARGIN + below
+        waypoint = _pass_over(
             hand,
-            np.append(goal, plan.rest.height + MARGIN + below),
-            plan.obstacles,
-            plan.radius,
-            hand.position[2] - below,
+            goal=np.append(target, height),
+            obstacles=plan.obstacles,
+            radius=plan.radius,
+            lowest=hand.height - below,
         )
-        return self._toward(hand, way, plan.grasp.yaw, CLOSE)
+        return _move(plan, hand, waypoint, CLOSE)
 
     def _lower(self, plan: Plan, hand: Hand) -> Action | str:
-        """Down until the object touches something, the hand would, or the object is just above its place if that is known exactly.
+        """Go down until the object touches something, or is just above an exact place.
 
-        Then fast, and not to the last millimetre: held by its rim, a heavy bowl tilts the hand, and a tilted hand drifts and hardly sinks. Who
-        imitates a demonstrator that waits there for an arm that stands still doesn't see why it lets go in the end.
+        The hand stops above obstacles, too.
+
+        For an exact place this is fast and leaves the last millimetres: held by its rim, a heavy
+        bowl tilts the hand, and a tilted hand drifts and hardly sinks. A policy that imitates an
+        expert that waits for such an arm can't see why it lets go in the end.
         """
         if self._is_lost(plan, hand):
-            return self._again(plan.grasp)
-        goal, lowest = hand.position[:2] + self._missing(plan), self._scene.lowest(plan.goal.item)
-        limit = grasps.lowest_tip(plan.obstacles, hand.position[:2], hand.yaw) + SITE_ABOVE_TIP
-        exact = plan.rest.exact
-        height = max(
-            hand.position[2] - lowest + plan.rest.height - (BELOW if exact else 0.005), limit
+            return self._replan(plan.grasp)
+        target = hand.planar + self._missing(plan)
+        lowest = self._scene.lowest(plan.goal.item)
+        tip = grasps.lowest_tip(
+            plan.obstacles,
+            hand.planar,
+            hand.yaw,
         )
-        above = (
-            min(lowest - plan.rest.height, hand.position[2] - limit) - DROP
-            if exact
-            else hand.position[2] - height - 0.004
-        )
-        if (
-            above < 0
-            or self._scene.touches(plan.goal.item, robot=False)
-            or self._memory.stuck > 5
-            or self._memory.steps > 50
-        ):
+        limit = tip + SITE_ABOVE_TIP
+        place = plan.resting_place
+        sink = BELOW if place.exact else 0.005
+        below = hand.height - lowest
+        height = max(below + place.height - sink, limit)
+        if place.exact:
+            gap = min(
+                lowest - place.height,
+                hand.height - limit,
+            )
+            gap -= DROP
+        else:
+            gap = hand.height - height - 0.004
+        if gap < 0 or self._is_stopped(plan):
             return "release"
-        return self._toward(hand, np.append(goal, height), plan.grasp.yaw, CLOSE)
+        return _move(plan, hand, np.append(target, height), CLOSE)
+
+    def _is_stopped(self, plan: Plan) -> bool:
+        """Return True if the lowered object touches something, or the hand no longer sinks."""
+        memory = self._memory
+        item = plan.goal.item
+        touches = self._scene.touches(item, robot=False)
+        return touches or memory.stuck > 5 or memory.steps > 50
 
     def _release(self, plan: Plan, hand: Hand) -> Action | str:
-        """Open where the hand is."""
-        if self._memory.steps >= 4 and (hand.width > 0.065 or self._memory.steps > 10):
+        """Open the gripper in place."""
+        memory = self._memory
+        if memory.steps >= 4 and (hand.width > 0.065 or memory.steps > 10):
             return "rise"
-        return self._toward(hand, self._memory.start, plan.grasp.yaw, OPEN)
+        return _move(plan, hand, memory.start, OPEN)
 
     def _rise(self, plan: Plan, hand: Hand) -> Action | str:
-        """Up and away; an object that still hangs on a finger is shaken off."""
-        if hand.position[2] > self._memory.start[2] + 0.08 or self._memory.steps > 30:
-            return self._again(None)
-        goal = self._memory.start + np.array([0.0, 0.0, 0.12])
-        if self._memory.steps > 3 and self._scene.touches(plan.goal.item, robot=True):
-            sway = 0.03 * (-1.0) ** (self._memory.steps // 2)
-            goal = hand.position + sway * hand.rotation[:, 0] + np.array([0.0, 0.0, 0.01])
-        return self._toward(hand, goal, plan.grasp.yaw, OPEN)
+        """Go up and away; shake off an object that still hangs on a finger."""
+        memory = self._memory
+        start = memory.start
+        risen = start[2] + 0.08
+        if hand.height > risen or memory.steps > 30:
+            return self._replan(None)
+        target = start + _vertical(0.12)
+        if memory.steps > 3 and self._touches_robot(plan):
+            side = (-1.0) ** (memory.steps // 2)
+            sway = 0.03 * side
+            closing_axis = hand.rotation[:, 0]
+            shaken = hand.position + sway * closing_axis
+            target = shaken + _vertical(0.01)
+        return _move(plan, hand, target, OPEN)
 
     def _back_off(self, plan: Plan, hand: Hand) -> Action | str:
-        """Up and toward the base: an arm that is locked straight can't follow any other command."""
-        holding = hand.width < 0.9 * grasps.OPENING and self._scene.touches(
-            plan.goal.item, robot=True
-        )
+        """Go up and toward the base: an arm locked straight can't follow other commands."""
+        is_closed = hand.width < 0.9 * grasps.OPENING
+        is_holding = is_closed and self._touches_robot(plan)
         if self._memory.steps >= 10:
-            return "carry" if holding else "approach"
-        toward = self._scene.base - hand.position[:2]
-        step = np.append(0.05 * toward / np.linalg.norm(toward), 0.03)
-        return _action(step, _orientation_error(hand, plan.grasp.yaw), CLOSE if holding else OPEN)
-
-    def _missing(self, plan: Plan) -> Float64[np.ndarray, "2"]:
-        """How far the object is from where it is to be let go: its live offset, whatever its place in the hand."""
-        return (
-            self._scene.anchor(plan.goal)
-            + plan.rest.offset
-            - self._scene.origin(plan.goal.item)[:2]
+            return "carry" if is_holding else "approach"
+        inward = self._scene.base - hand.planar
+        distance = np.linalg.norm(inward)
+        step = 0.05 * inward / distance
+        return _action(
+            offset=np.append(step, 0.03),
+            turn=_orientation_error(hand, plan.grasp.yaw),
+            gripper=CLOSE if is_holding else OPEN,
         )
+
+    def _missing(self, plan: Plan) -> PlanarPoint:
+        """Return the horizontal offset from the object's current position to its resting place."""
+        origin = self._scene.origin(plan.goal.item)
+        anchor = self._scene.anchor(plan.goal)
+        offset = plan.resting_place.offset
+        return anchor + offset - origin[:2]
 
     def _has_moved(self, plan: Plan) -> bool:
-        return bool(np.linalg.norm(self._scene.origin(plan.goal.item) - plan.origin) > 0.012)
+        """Return True if the object is not where the plan expects it."""
+        origin = self._scene.origin(plan.goal.item)
+        return _distance(origin, plan.origin) > 0.012
 
     def _is_lost(self, plan: Plan, hand: Hand) -> bool:
-        """Whether the fingers closed on nothing, or the object has left them (one that only swings is still held)."""
-        slip = float(
-            np.linalg.norm(self._scene.origin(plan.goal.item) - hand.position - self._held)
-        )
-        return (
-            hand.width < 0.001
-            or slip > 0.10
-            or (slip > 0.02 and not self._scene.touches(plan.goal.item, robot=True))
-        )
+        """Return True if the fingers closed on nothing, or the object has left them.
+
+        An object that only swings is still held.
+        """
+        origin = self._scene.origin(plan.goal.item)
+        offset = origin - hand.position
+        slip = _distance(offset, self._held)
+        if hand.width < 0.001 or slip > 0.10:
+            return True
+        return slip > 0.02 and not self._touches_robot(plan)
+
+    def _touches_robot(self, plan: Plan) -> bool:
+        return self._scene.touches(plan.goal.item, robot=True)
 
 
-def make(env: Simulated) -> LiberoExpert:
-    """The expert for a `LiberoEnv`."""
+def make(env: PrivilegedEnv) -> LiberoExpert:
+    """Make the expert for a `LiberoEnv`."""
     return LiberoExpert(env)
+
+
+def _is_above_grasp(plan: Plan, hand: Hand) -> bool:
+    """Return True if the open, aligned hand is above the grasp."""
+    grasp = plan.grasp
+    lateral = _distance(grasp.position[:2], hand.planar)
+    error = _orientation_error(hand, grasp.yaw)
+    misalignment = float(np.linalg.norm(error))
+    is_open = hand.width > 0.9 * grasps.OPENING
+    is_aligned = lateral < 0.012 and misalignment < 0.12
+    return is_open and is_aligned
+
+
+def _pass_over(hand: Hand, goal: Vector, obstacles: Points, radius: float, lowest: float) -> Vector:
+    """Return a waypoint that leads to `goal` over everything on the way.
+
+    lowest: height of the lowest point of hand and load, which has to clear the obstacles.
+    """
+    target = goal[:2]
+    corridor = Corridor.measure(
+        hand.position,
+        target,
+        obstacles,
+        radius,
+    )
+    below = hand.height - lowest
+    ahead = corridor.height_within(0.14)
+    height = max(goal[2], ahead + MARGIN + below)
+
+    close_by = corridor.height_within(0.05)
+    missing = close_by + MARGIN / 2 - lowest
+    speed = 1.0 - missing / 0.03
+    speed = min(max(speed, 0.0), 1.0)
+    way = target - hand.planar
+    planar = hand.planar + speed * way
+    return np.append(planar, height)
+
+
+def _move(plan: Plan, hand: Hand, target: Vector, gripper: float) -> Action:
+    """Return the action toward a position, in the orientation of the grasp."""
+    error = _orientation_error(hand, plan.grasp.yaw)
+    return _action(target - hand.position, error, gripper)
 
 
 def _action(offset: Vector, turn: Vector, gripper: float) -> Action:
     """Proportional control; a translation or rotation that is too large keeps its direction."""
-    parts = [_limited(GAIN * offset), _limited(TURN_GAIN * turn), np.array([gripper])]
-    return np.concatenate(parts).astype(np.float32)
+    translation = _limit(GAIN * offset)
+    rotation = _limit(TURN_GAIN * turn)
+    action = np.concatenate(
+        [
+            translation,
+            rotation,
+            [gripper],
+        ]
+    )
+    return action.astype(np.float32)
 
 
-def _limited(vector: Vector) -> Vector:
-    return vector / max(1.0, float(np.abs(vector).max()))
+def _vertical(height: float) -> Vector:
+    return np.array([0.0, 0.0, height])
 
 
-def _misaligned(hand: Hand, yaw: float) -> float:
-    return float(np.linalg.norm(_orientation_error(hand, yaw)))
+def _limit(vector: Vector) -> Vector:
+    largest = float(np.abs(vector).max())
+    return vector / max(1.0, largest)
+
+
+def _distance(a: Float64[np.ndarray, "D"], b: Float64[np.ndarray, "D"]) -> float:
+    return float(np.linalg.norm(a - b))
 
 
 def _orientation_error(hand: Hand, yaw: float) -> Vector:
-    """Rotation vector, in the world, that points the hand down with its closing axis at `yaw` (or at `yaw + pi`, if that is nearer).
+    """Return the rotation vector, in the world, that points the hand down with a given yaw.
 
-    Half the sum of the cross products of present and wanted axes: exact to second order, and of the right sign everywhere.
+    The closing axis turns to `yaw` or to `yaw + pi`, whichever is nearer.
+
+    Half the sum of the cross products of current and desired axes: exact to second order, and of
+    the right sign everywhere.
     """
-    yaw = hand.yaw + grasps.angle(yaw, hand.yaw)
-    wanted = _downward(yaw)
-    return 0.5 * sum(
-        (np.cross(hand.rotation[:, k], wanted[:, k]) for k in range(3)), start=np.zeros(3)
-    )
+    nearest = hand.yaw + grasps.yaw_difference(yaw, hand.yaw)
+    desired = _downward(nearest)
+    error = np.zeros(3)
+    for axis in range(3):
+        error += np.cross(
+            hand.rotation[:, axis],
+            desired[:, axis],
+        )
+    return 0.5 * error
 
 
 def _downward(yaw: float) -> Float64[np.ndarray, "3 3"]:
-    c, s = np.cos(yaw), np.sin(yaw)
-    return np.array([[c, s, 0.0], [s, -c, 0.0], [0.0, 0.0, -1.0]])
+    """Return the rotation of a hand that points down."""
+    c = np.cos(yaw)
+    s = np.sin(yaw)
+    return np.array(
+        [
+            [c, s, 0.0],
+            [s, -c, 0.0],
+            [0.0, 0.0, -1.0],
+        ]
+    )

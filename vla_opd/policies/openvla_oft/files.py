@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, m
 from pydantic_core import PydanticCustomError
 from tokenizers import Tokenizer
 
-from vla_opd.params.load import SHORTER
+from vla_opd.params.load import short_repr
 
 CONFIG, STATISTICS = "config.json", "dataset_statistics.json"
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
@@ -151,7 +151,7 @@ class PublicFile(BaseModel):
         for name, value in (self.model_extra or {}).items():
             if name not in self.HARMLESS:
                 raise PydanticCustomError(
-                    "unknown_setting", UNKNOWN, {"name": name, "value": SHORTER.repr(value)}
+                    "unknown_setting", UNKNOWN, {"name": name, "value": short_repr(value)}
                 )
         return self
 
@@ -524,7 +524,7 @@ def explain(error: ValidationError, *outer: str) -> str:
 
 def _mistake(one: Any, outer: tuple[str, ...]) -> str:
     place = [*outer, *map(str, one["loc"])]
-    value = SHORTER.repr(one["input"])
+    value = short_repr(one["input"])
     if one["type"] == "json_invalid":
         return f"isn't JSON ({one['ctx']['error']}); expected a JSON object"
     if one["type"] == "missing":

@@ -1,6 +1,7 @@
-"""The scripted expert in LIBERO itself, by the benchmark's own predicate."""
+"""The scripted expert in LIBERO, judged by the benchmark's own predicate."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,21 +33,20 @@ def env() -> Iterator[Env]:
 
 
 def solve(env: Env, placement: Placement, noise: float = 0.0) -> tuple[bool, np.ndarray]:
-    """Whether the expert solves an episode, and the actions that it wanted."""
+    """Play an episode; return success and the expert's actions (before noise)."""
     env.reset(placement)
     scripted = make_expert("libero", env)
     scripted.reset()
-    rng = np.random.default_rng(placement.index)
+    generator = np.random.default_rng(placement.index)
     actions: list[np.ndarray] = []
     for _ in range(200):
         action = scripted.act()
         actions.append(action)
-        executed = (
-            action + np.append(rng.normal(0, noise, 3), np.zeros(4)).astype(np.float32)
-            if noise
-            else action
-        )
-        if env.advance(np.clip(executed, -1, 1)[None], observe_every=0).success:
+        executed = action.copy()
+        if noise:
+            executed[:3] += generator.normal(0, noise, 3).astype(np.float32)
+        clipped = np.clip(executed, -1, 1)
+        if env.advance(clipped[None], observe_every=0).success:
             return True, np.array(actions)
     return False, np.array(actions)
 
@@ -59,8 +59,8 @@ def test_expert_solves_a_task_quickly_and_repeatably(env: Env, task: str) -> Non
     assert actions.dtype == np.float32
     assert np.abs(actions).max() <= 1
     assert set(actions[:, 6]) <= {-1.0, 1.0}
-    _, again = solve(env, Placement(task, "evaluation", 0))
-    np.testing.assert_array_equal(actions, again)
+    _, repeated = solve(env, Placement(task, "evaluation", 0))
+    np.testing.assert_array_equal(actions, repeated)
 
 
 def test_expert_corrects_what_was_executed_instead(env: Env) -> None:
@@ -85,7 +85,7 @@ def test_thin_rims_and_narrow_gaps_are_grasped(env: Env, placement: Placement) -
         Placement("libero_spatial/1", "training", 104),
     ],
 )
-def test_a_load_that_tilts_the_hand_is_let_go_before_the_arm_stands_still(
+def test_a_load_that_tilts_the_hand_is_released_before_the_arm_stands_still(
     env: Env, placement: Placement
 ) -> None:
     env.reset(placement)
@@ -95,7 +95,7 @@ def test_a_load_that_tilts_the_hand_is_let_go_before_the_arm_stands_still(
     while not env.advance(scripted.act()[None], observe_every=0).success:
         phases.append(scripted.phase)
         assert len(phases) < 100
-    assert 1 <= phases.count("lower") <= 5  # 13 and 14 where it waited
+    assert 1 <= phases.count("lower") <= 5  # an expert that waits takes 13 or 14
 
 
 def test_a_bowl_comes_to_rest_where_only_the_corners_of_its_rectangle_would_meet_another(
@@ -105,14 +105,15 @@ def test_a_bowl_comes_to_rest_where_only_the_corners_of_its_rectangle_would_meet
     env.reset(placement)
     scene = Scene(env)  # pyright: ignore[reportArgumentType]
     (goal,) = scene.goals()
-    rest = expert.find_rest(scene, goal)
-    assert rest is not None
-    table = scene.floor(float(scene.boxes(goal.item).corners()[:, 2].min()))
-    assert 0 < rest.height - table < 0.03  # on the plate; the other bowl's rim is 3 cm higher
-    assert solve(env, placement)[0]
+    place = expert.find_resting_place(scene, goal)
+    assert place is not None
+    table = scene.floor(scene.lowest(goal.item))
+    assert 0 < place.height - table < 0.03  # on the plate; the other bowl's rim is 3 cm higher
+    success, _ = solve(env, placement)
+    assert success
 
 
-def test_a_bowl_is_taken_by_the_same_side_wherever_it_stands(env: Env) -> None:
+def test_a_bowl_is_grasped_by_the_same_side_wherever_it_stands(env: Env) -> None:
     sides = []
     for task in BOWLS:
         for index in range(6):
@@ -121,17 +122,19 @@ def test_a_bowl_is_taken_by_the_same_side_wherever_it_stands(env: Env) -> None:
             (goal,) = scene.goals()
             plan = expert.make_plan(scene, goal, ())
             assert plan is not None
-            sides.append(np.sign(plan.grasp.position[1] - scene.origin(goal.item)[1]))
+            offset = plan.grasp.position - scene.origin(goal.item)
+            sides.append(np.sign(offset[1]))
     assert set(sides) == {1.0}
 
 
-def test_expert_looks_again_where_it_found_no_grasp(
-    env: Env, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make_plan, refused = expert.make_plan, [True, True]
-    monkeypatch.setattr(
-        expert, "make_plan", lambda *scene: None if refused and refused.pop() else make_plan(*scene)
-    )
+def test_expert_plans_again_without_a_grasp(env: Env, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_plan = expert.make_plan
+    failures = [None, None]
+
+    def fail_twice(*arguments: Any) -> expert.Plan | None:
+        return failures.pop() if failures else make_plan(*arguments)
+
+    monkeypatch.setattr(expert, "make_plan", fail_twice)
     success, actions = solve(env, Placement(TASKS[0], "evaluation", 0))
     assert success
     assert not actions[: 2 * expert.PATIENCE, :6].any()

@@ -1,0 +1,406 @@
+"""Distillation, eq. (5): student-visited states with the teacher's labels, and their loss."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from vla_opd.artifacts.manifest import Manifest, open_artifact, read_manifest
+from vla_opd.data.action_space import ActionSpace
+from vla_opd.data.divergence import Divergence
+from vla_opd.data.labels import Labels, read_shard
+from vla_opd.data.trajectory import Observations, read_states, shards, split_batches
+from vla_opd.data.trajectory import concatenate as concatenate_states
+from vla_opd.learning import fsdp
+from vla_opd.learning.bin_transfer import between, require_comparable
+from vla_opd.learning.decisions import Decisions, read_decisions
+from vla_opd.learning.measure import measure_divergence
+from vla_opd.learning.objectives import (
+    OBJECTIVES,
+    ON_DECISIONS,
+    DecisionBatch,
+    SampledTokens,
+    TokenBatch,
+    at_temperature,
+    confidence_weight,
+    entropy,
+    is_clamped,
+    is_clipped,
+    masked_mean,
+    reverse_kl,
+    rewards_to_go,
+    sample_tokens,
+    select_token,
+)
+from vla_opd.learning.optimizer import Row, StepLoss
+from vla_opd.learning.update import probe_states, require_own_rollouts, state_order
+from vla_opd.params.objective import OptimizeParams
+from vla_opd.plugins import named_function
+from vla_opd.policies.checkpoint import Checkpoint, open_checkpoint, require_same_actions
+from vla_opd.policies.policy import Policy
+from vla_opd.seeds import derive
+
+
+@dataclass(frozen=True)
+class RolloutDecisions:
+    """The rollout's decisions, for objectives that learn from them.
+
+    usable:      states at which it decided, with a valid token.
+    advantage:   GRPO's, times the state's weight in its mean; zero in groups not learned from.
+    temperature: at which tokens were sampled. to_go: see `rewards_to_go`.
+    """
+
+    decisions: Decisions
+    usable: Bool[np.ndarray, " N"]
+    advantage: Float[np.ndarray, " N"]
+    temperature: float
+    to_go: Float[np.ndarray, " N"]
+
+
+@dataclass(frozen=True)
+class DistillationBatch:
+    """N student-visited states with the teacher's log-probabilities.
+
+    selected:  the states to learn from; None for all.
+    initial:   log-probabilities of the run's initial student; only for the anchor.
+    decisions: only for objectives that learn from the rollout's own tokens.
+    """
+
+    observations: Observations
+    mask: Bool[np.ndarray, "N K"]
+    teacher: Float[np.ndarray, "N K V"]
+    selected: Bool[np.ndarray, " N"] | None = None
+    initial: Float[np.ndarray, "N K V"] | None = None
+    decisions: RolloutDecisions | None = None
+
+    @property
+    def usable(self) -> Int[np.ndarray, " U"]:
+        """The states to learn from: selected, with a valid token, defined for the objective."""
+        usable = self.mask.any(1) if self.decisions is None else self.decisions.usable
+        if self.selected is not None:
+            usable = usable & self.selected
+        return np.flatnonzero(usable)
+
+    @property
+    def trained_tokens(self) -> Bool[np.ndarray, "N K"]:
+        """The valid tokens of the selected states."""
+        return self.mask if self.selected is None else self.mask & self.selected[:, None]
+
+    def arrays(self, rows: Int[np.ndarray, " B"]) -> dict[str, np.ndarray]:
+        """Return some states, by name, with their indices."""
+        observations = self.observations.at(rows)
+        return {
+            "states": rows,
+            "frames": observations.frames,
+            "proprio": observations.proprio,
+            "mask": self.mask[rows],
+            "teacher": self.teacher[rows],
+        }
+
+
+def require_alignment(student: Checkpoint, trajectories: Path, labels: Path) -> dict[str, str]:
+    """Return the parents' digests by role. ValueError unless the three belong together.
+
+    Checks that the labels are of these trajectories, that the student sampled them, and that the
+    teacher's tokens mean the student's actions.
+    """
+    visited = open_artifact(trajectories, "trajectories")
+    answers = open_artifact(labels, "logits")
+    labeled = answers.parents["trajectories"]
+    if labeled != visited.digest:
+        raise ValueError(
+            f"{labels}: labels trajectories {labeled[:12]}; expected {visited.digest[:12]}, "
+            f"those of {trajectories}"
+        )
+    require_own_rollouts(student, visited, trajectories)
+    require_comparable(student.facts, answers, str(labels))
+    return {"student": student.digest, "trajectories": visited.digest, "logits": answers.digest}
+
+
+def open_anchor(student: Checkpoint, initial: Path) -> Checkpoint:
+    """Open the run's initial student. ValueError unless its tokens mean the student's actions."""
+    anchor = open_checkpoint(initial)
+    require_same_actions(student.facts, anchor.facts.action_space, str(initial))
+    return anchor
+
+
+def require_parents(checkpoint: Path, sources: Iterable[tuple[str, Path]]) -> None:
+    """ValueError unless the checkpoint was made from these artifacts, each with its kind."""
+    parents = read_manifest(checkpoint, "checkpoint").parents
+    for kind, folder in sources:
+        digest = open_artifact(folder, kind).digest  # pyright: ignore[reportArgumentType]
+        if digest != parents[kind]:
+            raise ValueError(
+                f"{folder}: is {digest[:12]}; expected {parents[kind][:12]}, "
+                f"which {checkpoint} learned from (optimize.earlier)"
+            )
+
+
+def read_action_space(labels: Path) -> ActionSpace:
+    """Return the action space of the teacher that labeled."""
+    return ActionSpace.model_validate(read_manifest(labels, "logits").facts["action_space"])
+
+
+def read_batch(
+    trajectories: Path, labels: Path, space: ActionSpace, settings: OptimizeParams
+) -> DistillationBatch:
+    """Read states and labels, these over the bins of `space`.
+
+    ValueError for what the settings need and the artifacts don't have: recoverable states, or the
+    student's own tokens.
+    """
+    paths = shards(trajectories)
+    states = [read_states([path]) for path in paths]
+    stores = [
+        read_shard(labels / path.name, len(part)) for path, part in zip(paths, states, strict=True)
+    ]
+    transfer = between(read_action_space(labels), space)
+    log_probs = [
+        store.log_probs if transfer is None else transfer(store.log_probs) for store in stores
+    ]
+    masks = [store.restrict(part.mask) for store, part in zip(stores, states, strict=True)]
+    batch = DistillationBatch(
+        observations=concatenate_states(states).observations,
+        mask=np.concatenate(masks),
+        teacher=np.concatenate(log_probs),
+        selected=_recoverable(stores, labels) if settings.recoverable else None,
+    )
+    if settings.objective not in ON_DECISIONS:
+        return batch
+    visited = read_manifest(trajectories, "trajectories")
+    _require_student_acted(visited, trajectories, settings)
+    decisions = read_decisions(paths, space.chunk)
+    temperature = visited.params["sample"]["temperature"]
+    return with_decisions(batch, decisions, settings, temperature)
+
+
+def _require_student_acted(visited: Manifest, where: Path, settings: OptimizeParams) -> None:
+    if "teacher" in visited.parents:
+        raise ValueError(
+            f"{where}: the teacher acted (sample.visited_by); expected the student, "
+            f"whose own tokens {settings.objective} learns from"
+        )
+
+
+def _recoverable(stores: Sequence[Labels], where: Path) -> Bool[np.ndarray, " N"]:
+    recoverable = [store.recoverable for store in stores if store.recoverable is not None]
+    if len(recoverable) < len(stores):
+        raise ValueError(
+            f"{where}: has no record of the states from which the teacher still succeeds; "
+            "expected labels made with label.recover_every"
+        )
+    return np.concatenate(recoverable)
+
+
+def concatenate(batches: Sequence[DistillationBatch]) -> DistillationBatch:
+    """Join the states of several iterations; a single batch is returned unchanged."""
+    if len(batches) == 1:
+        return batches[0]
+    selected = [batch.selected for batch in batches if batch.selected is not None]
+    return DistillationBatch(
+        observations=Observations.concatenate([batch.observations for batch in batches]),
+        mask=np.concatenate([batch.mask for batch in batches]),
+        teacher=np.concatenate([batch.teacher for batch in batches]),
+        selected=np.concatenate(selected) if selected else None,
+    )
+
+
+def select_states(batch: DistillationBatch, states: int, seed: int) -> DistillationBatch:
+    """Select that many of the usable states at random; none if none is usable.
+
+    ValueError if there are fewer usable states than that.
+    """
+    usable = batch.usable
+    selected = np.zeros(len(batch.mask), np.bool_)
+    if len(usable):
+        if states > len(usable):
+            raise ValueError(
+                f"optimize.states is {states}; expected at most {len(usable)}, the number of states "
+                "to learn from (sample.prompts makes more; optimize.recoverable leaves some out)"
+            )
+        random = np.random.default_rng(derive(seed, "states"))
+        selected[random.choice(usable, states, replace=False)] = True
+    return replace(batch, selected=selected)
+
+
+def with_decisions(
+    batch: DistillationBatch, decisions: Decisions, settings: OptimizeParams, temperature: float
+) -> DistillationBatch:
+    """Add the rollout's decisions to a batch.
+
+    The teacher counts at every decision, each with the same weight. With `mixed`, the groups that
+    GRPO learns from have an advantage, too. GRPO's mean is over the episodes of those groups, the
+    teacher's over all tokens: the advantage is scaled to make up for it.
+    """
+    usable = decisions.decided & batch.mask.any(1)
+    advantage = np.zeros(len(batch.mask), np.float32)
+    if settings.objective == "mixed":
+        grpo = decisions.advantages(batch.trained_tokens, settings)
+        tokens = batch.trained_tokens.sum(1)
+        if not settings.distill:
+            usable = grpo.usable
+        scale = np.float32(tokens[usable].sum() / max(1, tokens[grpo.usable].sum()))
+        advantage = grpo.advantage * grpo.weight * scale
+    to_go = decision_rewards_to_go(batch, decisions, settings)
+    rollout = RolloutDecisions(decisions, usable, advantage, temperature, to_go)
+    return replace(batch, decisions=rollout)
+
+
+def decision_rewards_to_go(
+    batch: DistillationBatch, decisions: Decisions, settings: OptimizeParams
+) -> Float[np.ndarray, " N"]:
+    """Return `rewards_to_go` at every decision, of the recorded rewards; zero without discount."""
+    to_go = np.zeros(len(batch.mask), np.float32)
+    if not settings.discount:
+        return to_go
+    for episode in np.unique(decisions.episode):
+        rows = np.flatnonzero((decisions.episode == episode) & decisions.decided)
+        teacher = at_temperature(
+            torch.from_numpy(batch.teacher[rows]).float(),
+            settings.teacher_temperature or settings.temperature,
+        )
+        tokens = torch.from_numpy(decisions.tokens[rows])
+        rewards = select_token(teacher, tokens) - torch.from_numpy(decisions.log_probs[rows])
+        if settings.clamp is not None:
+            rewards = rewards.clamp(-settings.clamp, settings.clamp)
+        valid = rewards * torch.from_numpy(batch.mask[rows])
+        to_go[rows] = rewards_to_go(valid.sum(1), settings.discount).numpy()
+    return to_go
+
+
+def score_states(
+    policy: Policy, batch: DistillationBatch, settings: OptimizeParams
+) -> Float[np.ndarray, "N K V"]:
+    """Return a policy's log-probabilities at all states, at the student's temperature."""
+    scores: list[np.ndarray] = []
+    with torch.inference_mode():
+        for rows in split_batches(np.arange(len(batch.mask)), settings.batch_size):
+            logits = policy.logits(batch.observations.at(rows))
+            scores.append(at_temperature(logits, settings.temperature).cpu().numpy())
+    return np.concatenate(scores)
+
+
+class DistillationLoss:
+    """The objective's mean over the valid tokens of a step's states.
+
+    ValueError for an objective that is neither known nor importable.
+    """
+
+    def __init__(self, batch: DistillationBatch, settings: OptimizeParams, seed: int) -> None:
+        objectives: dict[str, Callable[[Any], Tensor]] = {**OBJECTIVES, **ON_DECISIONS}
+        self._objective = named_function(settings.objective, objectives, "optimize.objective")
+        self._batch = batch
+        self._settings = settings
+        self._seed = seed
+        self._order = state_order(batch.usable, settings.batch_size, seed)
+
+    def __call__(self, policy: Policy, step: int) -> StepLoss:
+        """Return the loss of this step's states, and its metrics."""
+        rows = self._order(step)
+        settings = self._settings
+        seed = fsdp.own(derive(self._seed, step))
+        tokens, mask = token_batch(policy, self._batch, rows, settings, seed)
+        row = _metrics(tokens, mask)
+        values = self._objective(tokens)
+        if settings.confidence:
+            values = values * confidence_weight(tokens.teacher, settings.confidence)
+        loss = masked_mean(values, mask)
+        if self._batch.initial is not None:
+            initial = torch.from_numpy(self._batch.initial[rows]).to(values.device)
+            anchor_kl = masked_mean(reverse_kl(replace(tokens, teacher=initial)), mask)
+            loss = loss + settings.anchor * anchor_kl
+            row["anchor_kl"] = anchor_kl.item()
+        return StepLoss(loss, row, int(self._batch.mask[rows].sum()))
+
+    def arrays(self, step: int) -> dict[str, np.ndarray]:
+        """Return this step's states, by name."""
+        return self._batch.arrays(self._order(step))
+
+
+def _metrics(batch: TokenBatch, mask: Bool[Tensor, "N K"]) -> Row:
+    """Return a step's entropy and divergence in nats per token, and its options' effects."""
+    settings = batch.settings
+    row = {"student_entropy": masked_mean(entropy(batch.student.detach()), mask).item()}
+    if settings.objective != "reverse_kl" or settings.anchor or settings.confidence:
+        row["reverse_kl"] = masked_mean(reverse_kl(batch).detach(), mask).item()
+    if settings.clamp is not None:
+        clamped = _clamped_tokens(batch).float()
+        row["clamp_fraction"] = masked_mean(clamped, mask).item()
+    if settings.objective == "mixed" and isinstance(batch, DecisionBatch):
+        row["clip_fraction"] = masked_mean(is_clipped(batch.sampled).float(), mask).item()
+    if settings.confidence:
+        weight = confidence_weight(batch.teacher, settings.confidence)
+        row["confidence"] = masked_mean(weight, mask).item()
+    return row
+
+
+def _clamped_tokens(batch: TokenBatch) -> Bool[Tensor, "N K"]:
+    if isinstance(batch, DecisionBatch):
+        return is_clamped(batch, batch.tokens, batch.recorded)
+    return is_clamped(batch, batch.draw())
+
+
+def token_batch(
+    policy: Policy,
+    batch: DistillationBatch,
+    rows: Int[np.ndarray, " B"],
+    settings: OptimizeParams,
+    seed: int,
+) -> tuple[TokenBatch, Bool[Tensor, "B K"]]:
+    """Score student and teacher at some states. Returns their batch and the valid tokens.
+
+    seed: of the student's sampled tokens.
+    """
+    parts = split_batches(rows, settings.batch_size)
+    logits = torch.cat([policy.logits(batch.observations.at(part)) for part in parts])
+    student = at_temperature(logits, settings.temperature)
+    teacher = at_temperature(
+        torch.from_numpy(batch.teacher[rows]).to(logits.device).float(),
+        settings.teacher_temperature or settings.temperature,
+    )
+    mask = torch.from_numpy(batch.mask[rows]).to(logits.device)
+    tokens = TokenBatch(student, teacher, lambda: sample_tokens(student, seed), settings)
+    if batch.decisions is not None:
+        tokens = _decision_batch(tokens, logits, batch.decisions, rows)
+    return tokens, mask
+
+
+def _decision_batch(
+    batch: TokenBatch,
+    logits: Float[Tensor, "B K V"],
+    rollout: RolloutDecisions,
+    rows: Int[np.ndarray, " B"],
+) -> DecisionBatch:
+    def select(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array[rows]).to(logits.device)
+
+    tokens = select(rollout.decisions.tokens)
+    sampled = SampledTokens(
+        now=select_token(at_temperature(logits, rollout.temperature), tokens),
+        then=select(rollout.decisions.log_probs),
+        advantage=select(rollout.advantage),
+        settings=batch.settings,
+    )
+    return DecisionBatch(
+        batch.student,
+        batch.teacher,
+        batch.draw,
+        batch.settings,
+        tokens=tokens,
+        sampled=sampled,
+        to_go=select(rollout.to_go),
+    )
+
+
+def measure_student(
+    policy: Policy, batch: DistillationBatch, settings: OptimizeParams
+) -> Divergence:
+    """Measure student and teacher on a fixed selection of the states."""
+    with torch.inference_mode():
+        tokens, mask = token_batch(policy, batch, probe_states(batch.mask), settings, 0)
+        return measure_divergence(tokens, mask, policy.chunk)
