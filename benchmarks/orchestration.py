@@ -34,7 +34,7 @@ folders = {{
     "demonstrate": "demonstrations",
     "finetune": "checkpoints",
     "sample": "trajectories",
-    "label": "logits",
+    "label": "labels",
     "optimize": "checkpoints",
     "evaluate": "evaluations",
     "report": "report",

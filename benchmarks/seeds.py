@@ -165,7 +165,7 @@ def stages_of_a_seed(params: Params) -> Iterator[tuple[str, ...]]:
     for iteration in sorted(params.updates, key=lambda name: len(params.chain(name))):
         folders = {"explore": "trajectories", "reinforce": "checkpoints"}
         if iteration in params.iterations:
-            folders = {"sample": "trajectories", "label": "logits", "optimize": "checkpoints"}
+            folders = {"sample": "trajectories", "label": "labels", "optimize": "checkpoints"}
         for verb, folder in folders.items():
             yield f"{folder}/{iteration}", verb, f"--iteration={iteration}"
     for name in scored_evaluations(params):

@@ -91,7 +91,7 @@ def _stage_of(artifact: Artifact) -> str:
         return "demonstrate"
     if kind == "trajectories":
         return "explore" if "explore" in artifact.manifest.params else "sample"
-    if kind == "logits":
+    if kind == "labels":
         return "label"
     raise ValueError(
         f"{artifact.name}: a {kind} has no shards; expected demonstrations, trajectories or labels"

@@ -233,7 +233,7 @@ def _read_seconds(run: Params, *projects: Path) -> dict[str, float]:
 
 def _discard_rollouts(root: Path) -> None:
     """Remove trajectories and labels, and DVC's cache, which is this member's alone."""
-    for kind in ("trajectories", "logits"):
+    for kind in ("trajectories", "labels"):
         for folder in sorted((root / kind).glob("[!.]*")):
             discard(root, kind, folder.name)
     shutil.rmtree(".dvc/cache", ignore_errors=True)

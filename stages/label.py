@@ -50,7 +50,7 @@ def run(
     recorded = {"label": settings.model_dump(), "device": host.device}
     parents = {"teacher": checkpoint.digest, "trajectories": source.digest}
     with (
-        draft(out, "logits", parents, recorded, host.share) as work,
+        draft(out, "labels", parents, recorded, host.share) as work,
         track(host, run, "label", out.name, recorded) as log,
     ):
         torch.set_num_threads(settings.threads)

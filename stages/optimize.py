@@ -113,7 +113,7 @@ def _read_earlier(
     batches: list[DistillationBatch] = []
     for name in iterations:
         folders = trajectories.with_name(name), labels.with_name(name)
-        sources = zip(("trajectories", "logits"), folders, strict=True)
+        sources = zip(("trajectories", "labels"), folders, strict=True)
         distillation.require_parents(out.with_name(name), sources)
         batches.append(distillation.read_batch(*folders, space, settings))
     return batches

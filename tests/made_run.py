@@ -101,9 +101,9 @@ def publish_trajectories(
 def publish_labels(
     root: Path, iteration: str, teacher: Manifest, trajectories: Manifest, queries: int
 ) -> Manifest:
-    folder = root / "logits" / iteration
+    folder = root / "labels" / iteration
     parents = {"teacher": teacher.digest, "trajectories": trajectories.digest}
-    with draft(folder, "logits", parents, {"label": {}}) as work:
+    with draft(folder, "labels", parents, {"label": {}}) as work:
         return work.publish({"teacher_queries": queries, "action_space": {}})
 
 
@@ -123,7 +123,7 @@ def publish_iteration(
     parents = {
         "student": student.digest,
         "trajectories": trajectories.digest,
-        "logits": labels.digest,
+        "labels": labels.digest,
     }
     before = 1.9 / (depth + 1)
     after = 1.1 / (depth + 1)

@@ -30,7 +30,7 @@ STAGES = {
     "checkpoints/teacher": ["finetune", "--name", "teacher"],
     "checkpoints/student": ["finetune", "--name", "student"],
     "trajectories/it001": ["sample", "--iteration", "it001"],
-    "logits/it001": ["label", "--iteration", "it001"],
+    "labels/it001": ["label", "--iteration", "it001"],
     "checkpoints/it001": ["optimize", "--iteration", "it001"],
     "trajectories/rl001": ["explore", "--iteration", "rl001"],
     "checkpoints/rl001": ["reinforce", "--iteration", "rl001"],

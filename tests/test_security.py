@@ -90,8 +90,8 @@ def test_a_pickle_in_the_place_of_weights_is_refused(tmp_path: Path, trace: Path
     ],
 )
 def test_a_pickle_under_any_name_is_never_opened(tmp_path: Path, trace: Path, name: str) -> None:
-    folder = publish(tmp_path / "logits", "logits", {name: pickle.dumps(Bomb(trace))})
-    open_artifact(folder, "logits")
+    folder = publish(tmp_path / "labels", "labels", {name: pickle.dumps(Bomb(trace))})
+    open_artifact(folder, "labels")
     for read in (lambda: read_shard(folder / name, 1), lambda: read_states([folder / name])):
         with pytest.raises(ValueError, match=re.escape(str(folder))):
             read()
@@ -247,13 +247,13 @@ def test_a_store_of_the_format_that_knows_pickles_is_refused(tmp_path: Path, tra
 @pytest.mark.parametrize("name", ["../outside", "a/../../outside", os.devnull])
 def test_a_manifest_that_names_files_elsewhere_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "outside").write_bytes(b"secret")
-    folder = publish(tmp_path / "it", "logits", {"file": b"secret"})
-    sound = open_artifact(folder, "logits")
+    folder = publish(tmp_path / "it", "labels", {"file": b"secret"})
+    sound = open_artifact(folder, "labels")
     moved = sound.model_copy(update={"files": {name: sound.files["file"]}}).with_seal()
     (folder / "file").unlink()
     (folder / "manifest.json").write_text(moved.to_json())
     with pytest.raises(ValueError, match="expected a path inside the artifact"):
-        open_artifact(folder, "logits")
+        open_artifact(folder, "labels")
 
 
 def test_a_link_in_an_artifact_is_trusted_only_if_it_leads_to_the_bytes_that_the_manifest_names(
@@ -261,14 +261,14 @@ def test_a_link_in_an_artifact_is_trusted_only_if_it_leads_to_the_bytes_that_the
 ) -> None:
     """As it does where DVC's cache is linked into the workspace."""
     (tmp_path / "outside").write_bytes(b"secret")
-    folder = publish(tmp_path / "it", "logits", {"file": b"weights"})
+    folder = publish(tmp_path / "it", "labels", {"file": b"weights"})
     (folder / "file").rename(tmp_path / "cached")
     (folder / "file").symlink_to(tmp_path / "cached")
-    open_artifact(folder, "logits")
+    open_artifact(folder, "labels")
     (folder / "file").unlink()
     (folder / "file").symlink_to(tmp_path / "outside")
     with pytest.raises(ValueError, match="it is corrupt"):
-        open_artifact(folder, "logits")
+        open_artifact(folder, "labels")
 
 
 def test_the_target_of_a_link_is_never_removed(tmp_path: Path) -> None:
@@ -278,8 +278,8 @@ def test_the_target_of_a_link_is_never_removed(tmp_path: Path) -> None:
     (users_folder / "letter").write_text("dear")
     for name in ("it", ".it.old", ".it.draft"):
         (tmp_path / name).symlink_to(users_folder)
-    publish(tmp_path / "it", "logits", {"file": b"weights"})
-    open_artifact(tmp_path / "it", "logits")
+    publish(tmp_path / "it", "labels", {"file": b"weights"})
+    open_artifact(tmp_path / "it", "labels")
     assert (users_folder / "letter").read_text() == "dear"
     assert not (tmp_path / "it").is_symlink()
 

@@ -114,7 +114,7 @@ def test_pushed_data_is_pulled_by_a_clone_which_then_has_nothing_to_do(
     assert not clone.has("trajectories/it001")
     clone.dvc("pull")
     assert clone.has(
-        "trajectories/it001", "logits/it002", "checkpoints/it002", "demonstrations/main"
+        "trajectories/it001", "labels/it002", "checkpoints/it002", "demonstrations/main"
     )
     assert "Data and pipelines are up to date" in clone.dvc("status")
 
@@ -155,7 +155,7 @@ def test_data_pushed_to_s3_is_pulled_by_a_clone(toy: Toy, tmp_path: Path, s3: st
     toy.dvc("push")
     clone = toy.clone(tmp_path / "clone")
     clone.dvc("pull")
-    assert clone.has("trajectories/it001", "logits/it002", "checkpoints/it002")
+    assert clone.has("trajectories/it001", "labels/it002", "checkpoints/it002")
     assert "Data and pipelines are up to date" in clone.dvc("status")
 
 

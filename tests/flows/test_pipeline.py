@@ -71,7 +71,7 @@ def test_an_iteration_of_grpo_has_no_labels(toy: Toy) -> None:
     names = ran(toy.dvc("repro", "reinforce@rl002"))
     assert [name for name in names if name.endswith(("rl001", "rl002"))] == list(iterations)[:4]
     assert toy.has("checkpoints/rl002", "trajectories/rl002")
-    assert not toy.has("logits/rl001")
+    assert not toy.has("labels/rl001")
     assert due(pipeline.plan(["reinforce@rl002"])) == []
 
 

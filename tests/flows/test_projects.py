@@ -467,7 +467,7 @@ def test_a_member_gets_what_its_predecessor_has_made(run: Params) -> None:
         prepare(member, run)
     continue_predecessor(before, run)  # it has none
     checkpoint = Path("artifacts/toy/checkpoints/it001")
-    discarded = Path("artifacts/toy/.discarded/logits/it001")
+    discarded = Path("artifacts/toy/.discarded/labels/it001")
     digest = publish(before.folder / checkpoint, "checkpoint", {}, name="it001")
     outs = [{"path": str(checkpoint), "md5": "y"}]
     write_lock({"optimize@it001": {"cmd": "x", "outs": outs}}, before.folder)

@@ -89,7 +89,7 @@ def make(
         ("sample@it001", "trajectories/it001", ""),
         ("explore@rl001", "trajectories/rl001", ""),
         ("evaluate@final", "evaluations/final", ""),
-        ("label@it001", "logits/it001", "dask"),
+        ("label@it001", "labels/it001", "dask"),
     ],
 )
 def test_whoever_makes_the_shares_the_bytes_are_those_of_one_process(
@@ -128,18 +128,18 @@ def test_if_no_share_is_made_the_stage_has_failed(
 def test_the_stage_makes_what_a_lost_share_has_not(
     small: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.rmtree(small / "logits/it001")
+    shutil.rmtree(small / "labels/it001")
     with Watch(lambda part, process: process.kill() if part.endswith("2/2") else None):
         lines = make("label@it001", monkeypatch)
     assert lines[0].startswith("share 2/2 on ")
     assert "ended with -9" in lines[0]
     assert lines[1] == "1 of 2 shares are made"
-    draft = small / "logits/.it001.draft"
+    draft = small / "labels/.it001.draft"
     assert 4 <= len(list(draft.glob("shard-*"))) < 8
     monkeypatch.setenv("OPD_LAUNCH", (draft / ".scratch/launch").read_text())
-    run_stage(small.parents[1], STAGES["logits/it001"], workers=1)
-    manifest = small / "logits/it001/manifest.json"
-    expected = undisturbed / "artifacts/small/logits/it001/manifest.json"
+    run_stage(small.parents[1], STAGES["labels/it001"], workers=1)
+    manifest = small / "labels/it001/manifest.json"
+    expected = undisturbed / "artifacts/small/labels/it001/manifest.json"
     assert manifest.read_bytes() == expected.read_bytes()
 
 
@@ -330,7 +330,7 @@ def test_a_run_on_two_nodes_of_ray_is_the_run_of_one_process(
         states = opd(targets=["label@it001"])
         assert {state.name for state in states.values()} == {"Completed"}
         assert not [step for step in pipeline.plan(["label@it001"]) if step.due]
-    for name in ("trajectories/it001", "logits/it001"):
+    for name in ("trajectories/it001", "labels/it001"):
         assert read_digest(tmp_path, name) == read_digest(undisturbed, name)
     for verb in ("sample", "label"):
         assert len({home for part, home in homes.items() if part.startswith(verb)}) == 2, homes

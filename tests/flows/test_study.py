@@ -143,7 +143,7 @@ def test_rollouts_go_and_their_manifests_stay(
     assert first.returncode == 1
     run = member_folder(served, "plain") / "artifacts/small"
     assert not (run / "trajectories/it001").exists()
-    assert (run / ".discarded/logits/it001/manifest.json").is_file()
+    assert (run / ".discarded/labels/it001/manifest.json").is_file()
     assert not (member_folder(served, "plain") / ".dvc/cache").exists()
 
 

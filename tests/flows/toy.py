@@ -48,7 +48,7 @@ verb, key = sys.argv[1], (sys.argv[3:] or [""])[0]
 params = YAML(typ="safe").load(open("params.yaml"))
 root = pathlib.Path("artifacts/toy")
 demonstrations, checkpoints = root / "demonstrations", root / "checkpoints"
-trajectories, labels, evaluations = root / "trajectories", root / "logits", root / "evaluations"
+trajectories, labels, evaluations = root / "trajectories", root / "labels", root / "evaluations"
 recipe = {**params["pretrained"], **params["finetuned"]}.get(key)
 student = checkpoints / {**params["iterations"], **params["reinforcements"]}.get(key, "none")
 

@@ -23,8 +23,8 @@ from vla_opd.policies.checkpoint import WEIGHTS, save_weights
 INPUTS = {
     "checkpoints/student": ["demonstrations/main", "checkpoints/teacher"],
     "trajectories/it001": ["checkpoints/student", "checkpoints/teacher"],
-    "logits/it001": ["trajectories/it001", "checkpoints/teacher"],
-    "checkpoints/it001": ["checkpoints/student", "trajectories/it001", "logits/it001"],
+    "labels/it001": ["trajectories/it001", "checkpoints/teacher"],
+    "checkpoints/it001": ["checkpoints/student", "trajectories/it001", "labels/it001"],
     "trajectories/rl001": ["checkpoints/it001"],
     "checkpoints/rl001": ["checkpoints/it001", "trajectories/rl001"],
     "evaluations/final": ["checkpoints/it001"],
@@ -97,7 +97,7 @@ def test_nothing_is_made_from_a_corrupt_artifact(
     assert not out.with_name(f".{out.name}.draft").exists()
 
 
-@pytest.mark.parametrize("artifact", ["trajectories/it001", "logits/it001"])
+@pytest.mark.parametrize("artifact", ["trajectories/it001", "labels/it001"])
 def test_a_corrupt_shard_is_remade_with_the_same_bytes(
     undisturbed: Path, small: Path, artifact: str
 ) -> None:
@@ -122,7 +122,7 @@ def publish_with_nan(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("artifact", "policy", "message"),
     [
-        ("logits/it001", "teacher", "log-probabilities of"),
+        ("labels/it001", "teacher", "log-probabilities of"),
         ("trajectories/it001", "student", "logits after"),
     ],
 )

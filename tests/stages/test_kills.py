@@ -35,7 +35,7 @@ KILLED_AT = {
     "demonstrations/main": 1,
     "checkpoints/student": 6,
     "trajectories/it001": 2,
-    "logits/it001": 2,
+    "labels/it001": 2,
     "checkpoints/it001": 6,
     "trajectories/rl001": 6,  # in its second round
     "checkpoints/rl001": 6,
@@ -47,7 +47,7 @@ CHANGES = {
     "demonstrations/main": "demonstrate.noise=0.3",
     "checkpoints/student": "finetune.smoothing=2.5",
     "trajectories/it001": "sample.temperature=0.3",
-    "logits/it001": "label.dtype=float32",
+    "labels/it001": "label.dtype=float32",
     "checkpoints/it001": "optimize.steps=23",
     "trajectories/rl001": "explore.temperature=0.5",
     "checkpoints/rl001": "reinforce.steps=11",

@@ -24,7 +24,7 @@ from vla_opd.params.stages import EnvironmentParams, LabelParams
 from vla_opd.policies.checkpoint import open_checkpoint
 from vla_opd.policies.load import build_policy
 
-LABEL = STAGES["logits/it001"]
+LABEL = STAGES["labels/it001"]
 OPTIMIZE = STAGES["checkpoints/it001"]
 EXPERT = "label.expert=tests.out_of_tree:expert"
 
@@ -58,7 +58,7 @@ def test_simulated_labels_are_the_same_with_two_workers_and_after_a_kill(
     small: Path, setting: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert call_stage([*LABEL, "--workers", "1"], setting) == 0
-    expected = read_bytes(small / "logits/it001")
+    expected = read_bytes(small / "labels/it001")
     two_workers = [*LABEL, "--workers", "2"]
     with monkeypatch.context() as patch:
         written: list[str] = []
@@ -72,9 +72,9 @@ def test_simulated_labels_are_the_same_with_two_workers_and_after_a_kill(
         patch.setattr(label, "write_shard", write_two)
         with pytest.raises(KeyboardInterrupt):
             call_stage(two_workers, setting)
-        assert len(list((small / "logits/.it001.draft").glob("shard-*"))) == 2
+        assert len(list((small / "labels/.it001.draft").glob("shard-*"))) == 2
     assert call_stage(two_workers, setting) == 0
-    assert read_bytes(small / "logits/it001") == expected
+    assert read_bytes(small / "labels/it001") == expected
 
 
 def read_distillation(root: Path, *settings: str) -> Run:
@@ -85,7 +85,7 @@ def read_distillation(root: Path, *settings: str) -> Run:
 
 def test_the_student_learns_from_the_experts_labels_and_the_report_names_it(small: Path) -> None:
     assert call_stage(LABEL, EXPERT) == 0
-    manifest = read_manifest(small / "logits/it001", "logits")
+    manifest = read_manifest(small / "labels/it001", "labels")
     assert manifest.params["label"]["expert"] == "tests.out_of_tree:expert"
     visited = read_manifest(small / "trajectories/it001", "trajectories")
     assert manifest.facts["teacher_queries"] == visited.facts["states"]
@@ -124,14 +124,14 @@ def test_the_bins_of_a_teacher_with_other_statistics_are_transferred_on_demand(
     assert call_stage(LABEL, "label.transfer=true") == 0
     trajectories = small / "trajectories/it001"
     stored: list[np.ndarray] = []
-    for path in shards(small / "logits/it001"):
+    for path in shards(small / "labels/it001"):
         states = len(read_states([trajectories / path.name]))
         stored.append(read_shard(path, states).log_probs)
     log_probs = np.concatenate(stored)
     transfer = between(teacher_space, student_space)
     assert transfer is not None
     settings = load("params.yaml").optimize
-    moved = read_batch(trajectories, small / "logits/it001", student_space, settings).teacher
+    moved = read_batch(trajectories, small / "labels/it001", student_space, settings).teacher
     np.testing.assert_array_equal(moved, transfer(log_probs))
     assert np.abs(np.exp(moved) - np.exp(log_probs.astype(np.float32))).max() > 0.1
 
@@ -155,8 +155,8 @@ def test_only_recoverable_states_are_learned_from_with_optimize_recoverable(
     assert message in capsys.readouterr().err
 
     assert call_stage(LABEL, "label.recover_every=2") == 0
-    labels = read_manifest(small / "logits/it001", "logits").facts
-    outcomes = [read_outcome(path)[1] for path in shards(small / "logits/it001")]
+    labels = read_manifest(small / "labels/it001", "labels").facts
+    outcomes = [read_outcome(path)[1] for path in shards(small / "labels/it001")]
     recoverable = np.concatenate([states for states in outcomes if states is not None])
     assert labels["recoverable"] == recoverable.mean()
     assert 0 < labels["recoverable"] < 1

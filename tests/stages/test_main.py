@@ -163,7 +163,7 @@ def test_a_damaged_teacher_is_found_before_any_rollout(
             {
                 "teacher": ROOT / "checkpoints/teacher",
                 "trajectories": ROOT / "trajectories/it001",
-                "out": ROOT / "logits/it001",
+                "out": ROOT / "labels/it001",
             },
         ),
         (
@@ -174,7 +174,7 @@ def test_a_damaged_teacher_is_found_before_any_rollout(
                 "earlier": [],
                 "student": ROOT / "checkpoints/student",
                 "trajectories": ROOT / "trajectories/it001",
-                "labels": ROOT / "logits/it001",
+                "labels": ROOT / "labels/it001",
                 "initial": ROOT / "checkpoints/student",
                 "out": ROOT / "checkpoints/it001",
             },
@@ -187,7 +187,7 @@ def test_a_damaged_teacher_is_found_before_any_rollout(
                 "earlier": ["it001"],
                 "student": ROOT / "checkpoints/it001",
                 "trajectories": ROOT / "trajectories/it002",
-                "labels": ROOT / "logits/it002",
+                "labels": ROOT / "labels/it002",
                 "initial": ROOT / "checkpoints/student",
                 "out": ROOT / "checkpoints/it002",
             },

@@ -54,7 +54,7 @@ def test_the_teachers_rollouts_are_not_taken_for_the_students(
     small: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert small.is_dir()
-    for name in ("trajectories/it001", "logits/it001"):
+    for name in ("trajectories/it001", "labels/it001"):
         assert call_stage(STAGES[name], "sample.visited_by=teacher") == 0
     capsys.readouterr()
     assert call_stage(OPTIMIZE, "optimize.objective=mixed") == 2
@@ -155,9 +155,9 @@ def test_earlier_iterations_are_refused_if_they_changed_or_are_missing(
 ) -> None:
     assert call_it002("sample") == 0
     assert call_it002("label") == 0
-    assert call_stage(STAGES["logits/it001"], "iterations.it002=it001", "label.dtype=float32") == 0
+    assert call_stage(STAGES["labels/it001"], "iterations.it002=it001", "label.dtype=float32") == 0
     assert call_it002("optimize", "optimize.earlier=1") == 2
-    message = r"logits/it001: is \w{12}; expected \w{12}, which \S+checkpoints/it001 learned from"
+    message = r"labels/it001: is \w{12}; expected \w{12}, which \S+checkpoints/it001 learned from"
     assert re.search(message, capsys.readouterr().err)
     shutil.rmtree(small / "trajectories/it001")
     assert call_it002("optimize", "optimize.earlier=1") == 2

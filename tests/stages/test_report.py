@@ -121,8 +121,8 @@ def test_its_parents_are_all_artifacts_that_it_shows(root: Path) -> None:
     manifest = open_artifact(root / "report/page", "report")
     assert set(manifest.files) == {"index.html", "results.json"}
     assert len(manifest.parents) == 2 + 3 * 3 + 4
-    labels = read_manifest(root / "logits/it002", "logits")
-    assert manifest.parents["logits/it002"] == labels.digest
+    labels = read_manifest(root / "labels/it002", "labels")
+    assert manifest.parents["labels/it002"] == labels.digest
 
 
 def test_same_inputs_same_bytes(root: Path, tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ def test_report_names_evaluations_that_exist(field: str, tmp_path: Path) -> None
         "checkpoints/it003",
         "checkpoints/teacher",
         "trajectories/it001",
-        "logits/it002",
+        "labels/it002",
     ],
 )
 def test_a_missing_artifact_is_named(missing: str, copy: Path) -> None:
@@ -375,7 +375,7 @@ def test_iterations_continue_after_one_of_grpo(copy: Path) -> None:
     }
     made["rl001"] = publish_reinforcement(copy, "rl001", made["it001"])
     for depth, (name, parent) in enumerate({"it002": "rl001", "it003": "it002"}.items()):
-        for kind in ("trajectories", "logits", "checkpoints"):
+        for kind in ("trajectories", "labels", "checkpoints"):
             shutil.rmtree(copy / kind / name)
         made[name] = publish_iteration(copy, name, depth, made[parent], made["teacher"])
     settings = params(

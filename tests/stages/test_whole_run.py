@@ -32,7 +32,7 @@ KINDS: dict[str, Kind] = {
     "demonstrations": "demonstrations",
     "checkpoints": "checkpoint",
     "trajectories": "trajectories",
-    "logits": "logits",
+    "labels": "labels",
     "evaluations": "evaluation",
 }
 
@@ -140,7 +140,7 @@ def test_an_evaluation_that_only_decides_stops_early_at_the_same_episode(small: 
 
 def test_the_teachers_states_can_be_visited_as_a_control(small: Path) -> None:
     """The teacher acts; its states are labelled and learned from, and the manifests say so."""
-    for name in ("trajectories/it001", "logits/it001", "checkpoints/it001"):
+    for name in ("trajectories/it001", "labels/it001", "checkpoints/it001"):
         assert call_stage(STAGES[name], "sample.visited_by=teacher") == 0
     visited = open_artifact(small / "trajectories/it001", "trajectories")
     teacher = open_checkpoint(small / "checkpoints/teacher")

@@ -18,7 +18,7 @@ from vla_opd.data.divergence import Divergence, DivergenceMeans
 from vla_opd.params.run import Params
 
 DISCARDED = ".discarded"  # in a run's folder: the manifests of artifacts that were removed from it
-BulkyKind = Literal["trajectories", "logits"]
+BulkyKind = Literal["trajectories", "labels"]
 
 
 class Metadata(BaseModel):
@@ -165,7 +165,7 @@ class Evaluation:
 class Iteration:
     """An iteration of distillation.
 
-    artifacts: their manifests by folder: `checkpoints`, `trajectories`, `logits`.
+    artifacts: their manifests by folder: `checkpoints`, `trajectories`, `labels`.
     before, after: the student's divergence from the teacher before and after the update.
     """
 
@@ -338,9 +338,9 @@ def _read_iteration(name: str, root: Path, depth: int) -> Iteration:
     folder = root / "checkpoints" / name
     checkpoint = open_artifact(folder, "checkpoint")
     trajectories = _read_bulky_manifest(root, "trajectories", name)
-    labels = _read_bulky_manifest(root, "logits", name)
+    labels = _read_bulky_manifest(root, "labels", name)
     _require_parent(folder, checkpoint, "trajectories", trajectories)
-    _require_parent(folder, checkpoint, "logits", labels)
+    _require_parent(folder, checkpoint, "labels", labels)
     steps = _read_steps(folder)
     facts = {
         **checkpoint.facts,
@@ -353,7 +353,7 @@ def _read_iteration(name: str, root: Path, depth: int) -> Iteration:
     }
     return Iteration(
         IterationResult.model_validate(facts),
-        {"checkpoints": checkpoint, "trajectories": trajectories, "logits": labels},
+        {"checkpoints": checkpoint, "trajectories": trajectories, "labels": labels},
         steps,
         Divergence.model_validate(facts["before"]),
         Divergence.model_validate(facts["after"]),

@@ -31,7 +31,7 @@ class Layout:
 
     def labels(self, iteration: str) -> Path:
         """Return the folder of an iteration's labels."""
-        return self.root / "logits" / iteration
+        return self.root / "labels" / iteration
 
     def evaluation(self, name: str) -> Path:
         """Return the folder of an evaluation."""

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 Kind = Literal[
-    "demonstrations", "checkpoint", "trajectories", "logits", "evaluation", "report", "study"
+    "demonstrations", "checkpoint", "trajectories", "labels", "evaluation", "report", "study"
 ]
 MANIFEST = "manifest.json"
 FORMAT = 1

@@ -110,7 +110,7 @@ def require_alignment(student: Checkpoint, trajectories: Path, labels: Path) -> 
     teacher's tokens mean the student's actions.
     """
     visited = open_artifact(trajectories, "trajectories")
-    answers = open_artifact(labels, "logits")
+    answers = open_artifact(labels, "labels")
     labeled = answers.parents["trajectories"]
     if labeled != visited.digest:
         raise ValueError(
@@ -119,7 +119,7 @@ def require_alignment(student: Checkpoint, trajectories: Path, labels: Path) -> 
         )
     require_own_rollouts(student, visited, trajectories)
     require_comparable(student.facts, answers, str(labels))
-    return {"student": student.digest, "trajectories": visited.digest, "logits": answers.digest}
+    return {"student": student.digest, "trajectories": visited.digest, "labels": answers.digest}
 
 
 def open_anchor(student: Checkpoint, initial: Path) -> Checkpoint:
@@ -134,6 +134,11 @@ def require_parents(checkpoint: Path, sources: Iterable[tuple[str, Path]]) -> No
     parents = read_manifest(checkpoint, "checkpoint").parents
     for kind, folder in sources:
         digest = open_artifact(folder, kind).digest  # pyright: ignore[reportArgumentType]
+        if kind not in parents:
+            raise ValueError(
+                f"{checkpoint}: names no {kind} among its parents {sorted(parents)}; expected a "
+                "checkpoint of this version (make it again with `opd run`)"
+            )
         if digest != parents[kind]:
             raise ValueError(
                 f"{folder}: is {digest[:12]}; expected {parents[kind][:12]}, "
@@ -143,7 +148,7 @@ def require_parents(checkpoint: Path, sources: Iterable[tuple[str, Path]]) -> No
 
 def read_action_space(labels: Path) -> ActionSpace:
     """Return the action space of the teacher that labeled."""
-    return ActionSpace.model_validate(read_manifest(labels, "logits").facts["action_space"])
+    return ActionSpace.model_validate(read_manifest(labels, "labels").facts["action_space"])
 
 
 def read_batch(

@@ -99,7 +99,7 @@ def _is_planned(artifact: Artifact, params: Params) -> bool:
     planned: dict[str, set[str]] = {
         "checkpoints": {*params.origins, *params.updates},
         "trajectories": set(params.updates),
-        "logits": set(params.iterations),
+        "labels": set(params.iterations),
         "demonstrations": set(params.demonstrations),
         "evaluations": set(params.evaluations),
         "report": {"page", *params.studies},

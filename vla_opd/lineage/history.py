@@ -166,7 +166,7 @@ class Box:
     y: int
 
 
-COLUMNS = ("demonstrations", "trajectories", "logits", "checkpoint", "evaluation", "report")
+COLUMNS = ("demonstrations", "trajectories", "labels", "checkpoint", "evaluation", "report")
 
 
 def layout(history: History) -> dict[str, Box]:

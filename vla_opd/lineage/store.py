@@ -229,6 +229,11 @@ def _read_kind(path: Path) -> Kind:
     except (ValueError, KeyError, TypeError) as error:
         problem = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path}: not a manifest: {problem}") from error
+    if kind == "logits":
+        raise ValueError(
+            f"{path}: kind is 'logits', which earlier versions called a teacher's labels; expected "
+            "'labels' (make them again with `opd run`, then remove this folder)"
+        )
     if kind not in kinds:
         raise ValueError(f"{path}: kind is {kind!r}; expected one of {list(kinds)}")
     return kind

@@ -86,12 +86,12 @@ def _check_parents(store: Store, artifact: Artifact) -> None:
             read_states(shards(artifact.folder))
             _require_environment(artifact, parents.get("student"))
             _require_action_space(artifact, parents.get("student"))
-        case "logits":
+        case "labels":
             _require_same_rows(artifact, parents.get("trajectories"))
             _require_same_actions(artifact, parents.get("teacher"))
         case "checkpoint":
             open_checkpoint(artifact.folder).weights()
-            _require_comparable(artifact, parents.get("logits"))
+            _require_comparable(artifact, parents.get("labels"))
         case _:
             pass
 

@@ -74,7 +74,7 @@ def test_verify_exits_with_1_if_an_artifact_is_damaged(
     output = capsys.readouterr().out
     assert "metrics.jsonl: 0 bytes" in output
     assert "small/checkpoints/it001" in output.split("void with it:")[1]
-    assert cli.main(["verify", "logits/it001"]) == 0
+    assert cli.main(["verify", "labels/it001"]) == 0
 
 
 @pytest.mark.usefixtures("small")
@@ -179,7 +179,7 @@ def test_gc_removes_artifacts_unless_it_is_a_dry_run(
     for options, remains in (["--dry-run"], True), ([], False):
         assert cli.main(["gc", *options]) == 0
         assert (small / "checkpoints/it001").is_dir() is remains
-        assert "small/logits/it001" in capsys.readouterr().out
+        assert "small/labels/it001" in capsys.readouterr().out
     assert (small / "checkpoints/student").is_dir()
 
 

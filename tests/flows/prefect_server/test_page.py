@@ -36,7 +36,7 @@ def test_the_table_has_digests_parents_and_numbers(
         "digest",
         "parent: student",
         "parent: trajectories",
-        "parent: logits",
+        "parent: labels",
         "before.reverse_kl",
         "after.reverse_kl",
         "states",

@@ -106,7 +106,7 @@ def test_unknown_seconds_of_a_part_make_the_total_unknown(run: Run) -> None:
         manifest.digest: 1.0
         for update in run.updates
         for manifest in update.artifacts.values()
-        if manifest.digest != first["logits"].digest
+        if manifest.digest != first["labels"].digest
     }
     rows = member_rows(run, "arm", 0, seconds)
     assert [row.seconds for row in rows.updates] == [None, 3, 3, 2]
@@ -219,10 +219,10 @@ def test_a_missing_table_is_named(tmp_path: Path) -> None:
 def test_rows_are_the_same_once_the_rollouts_are_discarded(tmp_path: Path) -> None:
     settings = grown(tmp_path / "small")
     before = member_rows(read_run(settings, tmp_path / "small"), "arm", 0, {})
-    for kind in ("trajectories", "logits"):
+    for kind in ("trajectories", "labels"):
         for folder in sorted((tmp_path / "small" / kind).glob("[!.]*")):
             discard(tmp_path / "small", kind, folder.name)
-    assert not (tmp_path / "small/logits/it001").exists()
+    assert not (tmp_path / "small/labels/it001").exists()
     assert member_rows(read_run(settings, tmp_path / "small"), "arm", 0, {}) == before
 
 
@@ -240,6 +240,6 @@ def test_a_distillation_may_follow_grpo(tmp_path: Path) -> None:
 
 def test_discard_continues_after_a_kill(tmp_path: Path) -> None:
     grown(tmp_path / "small")
-    (tmp_path / "small/logits/.it001.removed/left").mkdir(parents=True)
-    discard(tmp_path / "small", "logits", "it001")
-    assert [path.name for path in (tmp_path / "small/logits").glob("*it001*")] == [".it001.lock"]
+    (tmp_path / "small/labels/.it001.removed/left").mkdir(parents=True)
+    discard(tmp_path / "small", "labels", "it001")
+    assert [path.name for path in (tmp_path / "small/labels").glob("*it001*")] == [".it001.lock"]

@@ -19,7 +19,7 @@ def make(
     facts: dict[str, int] | None = None,
     made_with: dict[str, str] | None = None,
 ) -> Manifest:
-    with draft(target, "logits", PARENTS, PARAMS) as work:
+    with draft(target, "labels", PARENTS, PARAMS) as work:
         for name, content in (PARTS if parts is None else parts).items():
             with work.part(name) as path:
                 path.write_bytes(content)
@@ -30,7 +30,7 @@ def make(
 def interrupt(target: Path, done: int) -> None:
     """Finish `done` parts, and be interrupted while writing the next."""
     names = list(PARTS)
-    with pytest.raises(KeyboardInterrupt), draft(target, "logits", PARENTS, PARAMS) as work:
+    with pytest.raises(KeyboardInterrupt), draft(target, "labels", PARENTS, PARAMS) as work:
         for name in names[:done]:
             with work.part(name) as path:
                 path.write_bytes(PARTS[name])
@@ -41,7 +41,7 @@ def interrupt(target: Path, done: int) -> None:
 
 def finished(
     target: Path,
-    kind: Kind = "logits",
+    kind: Kind = "labels",
     parents: dict[str, str] = PARENTS,
     params: dict[str, object] = PARAMS,
 ) -> list[str]:

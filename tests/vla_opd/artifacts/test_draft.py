@@ -57,14 +57,14 @@ def test_a_draft_of_other_code_is_deleted(tmp_path: Path, monkeypatch: pytest.Mo
 def test_an_interrupted_draft_leaves_no_target_and_keeps_its_finished_parts(tmp_path: Path) -> None:
     interrupt(tmp_path / "a", done=2)
     assert not (tmp_path / "a").exists()
-    with draft(tmp_path / "a", "logits", PARENTS, PARAMS) as work:
+    with draft(tmp_path / "a", "labels", PARENTS, PARAMS) as work:
         assert [name for name in PARTS if work.has(name)] == ["one", "two"]
         assert (work.folder / "two").read_bytes() == b"second"
         with work.part("inner/three") as path:
             path.write_bytes(b"third")
         resumed = work.publish({"rows": 1})
     assert resumed == make(tmp_path / "b")
-    assert open_artifact(tmp_path / "a", "logits") == resumed
+    assert open_artifact(tmp_path / "a", "labels") == resumed
 
 
 def test_a_killed_process_leaves_no_target_and_keeps_its_finished_parts(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_a_killed_process_leaves_no_target_and_keeps_its_finished_parts(tmp_path
     killed = run_python(f"""
         import os, pathlib, signal
         from vla_opd.artifacts.draft import draft
-        with draft(pathlib.Path({str(target)!r}), "logits", {PARENTS!r}, {PARAMS!r}) as work:
+        with draft(pathlib.Path({str(target)!r}), "labels", {PARENTS!r}, {PARAMS!r}) as work:
             with work.part("one") as path:
                 path.write_bytes(b"first")
             with work.part("two") as path:
@@ -89,9 +89,9 @@ def test_a_killed_process_leaves_no_target_and_keeps_its_finished_parts(tmp_path
     ("kind", "parents", "params"),
     [
         ("trajectories", PARENTS, PARAMS),
-        ("logits", {"student": "abd"}, PARAMS),
-        ("logits", {"teacher": "abc"}, PARAMS),
-        ("logits", PARENTS, {**PARAMS, "steps": 4}),
+        ("labels", {"student": "abd"}, PARAMS),
+        ("labels", {"teacher": "abc"}, PARAMS),
+        ("labels", PARENTS, {**PARAMS, "steps": 4}),
     ],
 )
 def test_a_draft_of_other_inputs_is_deleted(
@@ -112,17 +112,17 @@ def test_a_draft_of_other_package_versions_is_deleted(
 
 
 def test_scratch_survives_an_interruption_and_is_not_published(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), draft(tmp_path / "a", "logits", PARENTS, PARAMS) as work:
+    with pytest.raises(RuntimeError), draft(tmp_path / "a", "labels", PARENTS, PARAMS) as work:
         (work.scratch / "state").write_text("42")
         raise RuntimeError
-    with draft(tmp_path / "a", "logits", PARENTS, PARAMS) as work:
+    with draft(tmp_path / "a", "labels", PARENTS, PARAMS) as work:
         assert (work.scratch / "state").read_text() == "42"
         assert work.publish({}).files == {}
     assert [path.name for path in (tmp_path / "a").iterdir()] == [MANIFEST]
 
 
 def test_an_exception_in_a_part_keeps_the_finished_part_of_that_name(tmp_path: Path) -> None:
-    with draft(tmp_path / "a", "logits", PARENTS, PARAMS) as work:
+    with draft(tmp_path / "a", "labels", PARENTS, PARAMS) as work:
         with work.part("one") as path:
             path.write_bytes(b"first")
         with pytest.raises(OSError, match="disk"), work.part("one") as path:
@@ -132,28 +132,28 @@ def test_an_exception_in_a_part_keeps_the_finished_part_of_that_name(tmp_path: P
 
 
 def test_folders_are_parts_too(tmp_path: Path) -> None:
-    with draft(tmp_path / "a", "logits", PARENTS, PARAMS) as work:
+    with draft(tmp_path / "a", "labels", PARENTS, PARAMS) as work:
         for content in ("old", "new"):  # the second replaces the first
             with work.part("shard") as path:
                 path.mkdir()
                 (path / content).write_text(content)
         work.publish({})
-    assert list(open_artifact(tmp_path / "a", "logits").files) == ["shard/new"]
+    assert list(open_artifact(tmp_path / "a", "labels").files) == ["shard/new"]
 
 
 def test_a_new_artifact_replaces_the_old_one(tmp_path: Path) -> None:
     old = make(tmp_path / "a", {"one": b"1", "gone": b"2"})
     interrupt(tmp_path / "a", done=1)
-    assert open_artifact(tmp_path / "a", "logits") == old  # intact until the new one is complete
+    assert open_artifact(tmp_path / "a", "labels") == old  # intact until the new one is complete
     new = make(tmp_path / "a", {"one": b"3"})
-    assert open_artifact(tmp_path / "a", "logits") == new != old
+    assert open_artifact(tmp_path / "a", "labels") == new != old
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [MANIFEST, "one"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [".a.lock", "a"]
 
 
 def test_a_second_writer_is_refused(tmp_path: Path) -> None:
     with (
-        draft(tmp_path / "a", "logits", PARENTS, PARAMS),
+        draft(tmp_path / "a", "labels", PARENTS, PARAMS),
         pytest.raises(BusyError, match="another process is writing it"),
     ):
         make(tmp_path / "a")
@@ -163,7 +163,7 @@ def test_a_second_writer_is_refused(tmp_path: Path) -> None:
 def test_nan_is_no_setting(tmp_path: Path) -> None:
     with (
         pytest.raises(ValueError, match="not JSON compliant"),
-        draft(tmp_path / "a", "logits", {}, {"rate": float("nan")}),
+        draft(tmp_path / "a", "labels", {}, {"rate": float("nan")}),
     ):
         pass
 
@@ -223,7 +223,7 @@ def test_whichever_file_operation_fails_nothing_half_is_published_and_the_next_a
         if failing.count < at:
             break
         if (folder / "it001").exists():
-            digest = open_artifact(folder / "it001", "logits").digest
+            digest = open_artifact(folder / "it001", "labels").digest
             assert digest in (old.digest, undisturbed.digest)
         assert make(folder / "it001").digest == undisturbed.digest
         assert sorted(path.name for path in folder.iterdir()) == [".it001.lock", "it001"]
@@ -268,7 +268,7 @@ def test_whichever_file_cannot_be_written_or_closed_the_old_artifact_stays(
     assert result.stderr.count(f"OSError: [Errno {getattr(errno, code)}]") >= len(WRITTEN)
     for nth in range(len(WRITTEN)):
         folder = tmp_path / str(nth)
-        assert open_artifact(folder / "it001", "logits").digest == old[nth].digest
+        assert open_artifact(folder / "it001", "labels").digest == old[nth].digest
         assert make(folder / "it001").digest == undisturbed.digest
         assert sorted(path.name for path in folder.iterdir()) == [".it001.lock", "it001"]
 

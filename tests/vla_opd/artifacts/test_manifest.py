@@ -13,9 +13,9 @@ from vla_opd.artifacts.manifest import MANIFEST, flatten, open_artifact, read_ma
 def test_a_manifest_describes_its_artifact(tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "it001"
     published = make(folder, facts={"rows": 7}, made_with={"device": "cpu"})
-    manifest = open_artifact(folder, "logits")
+    manifest = open_artifact(folder, "labels")
     assert manifest == published
-    assert manifest.kind == "logits"
+    assert manifest.kind == "labels"
     assert manifest.parents == PARENTS
     assert manifest.params == {"steps": 3, "names": ["a", "b"]}
     assert manifest.facts == {"rows": 7}
@@ -44,8 +44,8 @@ def test_the_digest_depends_on_everything_else(tmp_path: Path) -> None:
     }
     for name, kind, parents, params in [
         ("e", "report", PARENTS, PARAMS),
-        ("f", "logits", {}, PARAMS),
-        ("g", "logits", PARENTS, {"steps": 3}),
+        ("f", "labels", {}, PARAMS),
+        ("g", "labels", PARENTS, {"steps": 3}),
     ]:
         with draft(tmp_path / name, kind, parents, params) as work:
             for part, content in PARTS.items():
@@ -61,7 +61,7 @@ def test_a_file_that_was_not_published_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"shard-999: not in manifest\.json; expected only the 3 files"
     ):
-        open_artifact(tmp_path / "a", "logits")
+        open_artifact(tmp_path / "a", "labels")
 
 
 def test_a_folder_without_a_manifest_is_refused(tmp_path: Path) -> None:
@@ -82,43 +82,43 @@ def test_a_changed_or_truncated_file_is_refused_and_named(
         ValueError,
         match=rf"a/one: {size} bytes with sha256 \w+; expected 5 bytes with \w+: it is corrupt",
     ):
-        open_artifact(tmp_path / "a", "logits")
-    assert read_manifest(tmp_path / "a", "logits").files["one"].size == 5
+        open_artifact(tmp_path / "a", "labels")
+    assert read_manifest(tmp_path / "a", "labels").files["one"].size == 5
 
 
 def test_a_missing_file_is_refused_and_named(tmp_path: Path) -> None:
     make(tmp_path / "a")
     (tmp_path / "a" / "inner" / "three").unlink()
     with pytest.raises(ValueError, match="a/inner/three: missing; expected 5 bytes"):
-        open_artifact(tmp_path / "a", "logits")
+        open_artifact(tmp_path / "a", "labels")
 
 
 def test_another_kind_is_refused(tmp_path: Path) -> None:
     make(tmp_path / "a")
-    with pytest.raises(ValueError, match="kind is 'logits'; expected 'checkpoint'"):
+    with pytest.raises(ValueError, match="kind is 'labels'; expected 'checkpoint'"):
         open_artifact(tmp_path / "a", "checkpoint")
 
 
-@pytest.mark.parametrize("text", ["", "{", "{}", '{"kind": "logits"}'])
+@pytest.mark.parametrize("text", ["", "{", "{}", '{"kind": "labels"}'])
 def test_a_broken_manifest_is_refused(tmp_path: Path, text: str) -> None:
     make(tmp_path / "a")
     (tmp_path / "a" / MANIFEST).write_text(text)
     with pytest.raises(ValueError, match=r"a/manifest.json: not a manifest of format 1"):
-        open_artifact(tmp_path / "a", "logits")
+        open_artifact(tmp_path / "a", "labels")
 
 
 def test_a_manifest_of_another_format_is_refused(tmp_path: Path) -> None:
     make(tmp_path / "a")
     _edit(tmp_path / "a", format=2)
     with pytest.raises(ValueError, match="format"):
-        open_artifact(tmp_path / "a", "logits")
+        open_artifact(tmp_path / "a", "labels")
 
 
 def test_a_manifest_that_was_edited_is_refused(tmp_path: Path) -> None:
     make(tmp_path / "a", facts={"rows": 7})
     _edit(tmp_path / "a", facts={"rows": 8})
     with pytest.raises(ValueError, match="digest"):
-        open_artifact(tmp_path / "a", "logits")
+        open_artifact(tmp_path / "a", "labels")
 
 
 def _edit(folder: Path, **changes: object) -> None:

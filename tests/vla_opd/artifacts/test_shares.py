@@ -38,8 +38,8 @@ def test_a_text_that_names_no_share_is_refused(text: str) -> None:
 def test_shares_are_written_in_parallel_and_published_by_one_process(tmp_path: Path) -> None:
     names = sorted(PARTS)
     with (
-        draft(tmp_path / "b", "logits", PARENTS, PARAMS, Share(1, 2)) as first,
-        draft(tmp_path / "b", "logits", PARENTS, PARAMS, Share(2, 2)) as second,
+        draft(tmp_path / "b", "labels", PARENTS, PARAMS, Share(1, 2)) as first,
+        draft(tmp_path / "b", "labels", PARENTS, PARAMS, Share(2, 2)) as second,
     ):
         assert first.missing(names) + second.missing(names) == names
         for work in (first, second):
@@ -48,10 +48,10 @@ def test_shares_are_written_in_parallel_and_published_by_one_process(tmp_path: P
                     path.write_bytes(PARTS[name])
         with (
             pytest.raises(BusyError, match="another process is writing it"),
-            draft(tmp_path / "b", "logits", PARENTS, PARAMS),
+            draft(tmp_path / "b", "labels", PARENTS, PARAMS),
         ):
             pass
-    with draft(tmp_path / "b", "logits", PARENTS, PARAMS) as work:
+    with draft(tmp_path / "b", "labels", PARENTS, PARAMS) as work:
         assert work.missing(names) == []
         shared = work.publish({})
     alone = make(tmp_path / "a")
@@ -64,11 +64,11 @@ def test_shares_are_written_in_parallel_and_published_by_one_process(tmp_path: P
 
 def test_the_publisher_makes_the_parts_that_a_share_left_out(tmp_path: Path) -> None:
     with (
-        draft(tmp_path / "b", "logits", PARENTS, PARAMS, Share(1, 2)) as work,
+        draft(tmp_path / "b", "labels", PARENTS, PARAMS, Share(1, 2)) as work,
         work.part("one") as path,
     ):
         path.write_bytes(PARTS["one"])
-    with draft(tmp_path / "b", "logits", PARENTS, PARAMS) as work:
+    with draft(tmp_path / "b", "labels", PARENTS, PARAMS) as work:
         assert sorted(work.missing(PARTS)) == ["inner/three", "two"]
 
 
@@ -76,11 +76,11 @@ def test_a_share_waits_while_the_draft_is_prepared_and_gives_up_next_to_a_whole_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(drafts, "JOIN_TIMEOUT_S", 0.2)
-    with draft(tmp_path / "b", "logits", PARENTS, PARAMS):
+    with draft(tmp_path / "b", "labels", PARENTS, PARAMS):
         began = time.monotonic()
         with (
             pytest.raises(BusyError),
-            draft(tmp_path / "b", "logits", PARENTS, PARAMS, Share(1, 2)),
+            draft(tmp_path / "b", "labels", PARENTS, PARAMS, Share(1, 2)),
         ):
             pass
         assert time.monotonic() - began >= 0.2
@@ -93,7 +93,7 @@ def test_a_share_waits_while_the_draft_is_prepared_and_gives_up_next_to_a_whole_
 
 
 def _write_second_share(target: Path) -> None:
-    with draft(target, "logits", PARENTS, PARAMS, Share(2, 2)) as work, work.part("two") as path:
+    with draft(target, "labels", PARENTS, PARAMS, Share(2, 2)) as work, work.part("two") as path:
         path.write_bytes(PARTS["two"])
 
 
@@ -125,7 +125,7 @@ def test_a_share_of_other_settings_packages_or_code_is_refused(
     """It runs next to the first share, or after it; the first share's parts are kept."""
     target = tmp_path / "b"
     with ExitStack() as first:
-        work = first.enter_context(draft(target, "logits", PARENTS, PARAMS, Share(1, 2, launch)))
+        work = first.enter_context(draft(target, "labels", PARENTS, PARAMS, Share(1, 2, launch)))
         with work.part("one") as path:
             path.write_bytes(PARTS["one"])
         if not at_once:
@@ -133,7 +133,7 @@ def test_a_share_of_other_settings_packages_or_code_is_refused(
         if patched:
             monkeypatch.setattr(drafts, patched, lambda: value)
         changed = PARAMS | {"steps": steps}
-        second = draft(target, "logits", PARENTS, changed, Share(2, 2, launch))
+        second = draft(target, "labels", PARENTS, changed, Share(2, 2, launch))
         with pytest.raises(ValueError, match=re.escape(f"b: {message}")), second:
             pass
     assert (tmp_path / ".b.draft/one").read_bytes() == PARTS["one"]
@@ -144,22 +144,22 @@ def test_parts_of_a_launch_are_deleted_by_another_launch_but_not_by_the_same(
 ) -> None:
     target = tmp_path / "b"
     with (
-        draft(target, "logits", PARENTS, PARAMS, Share(1, 2, "one")) as work,
+        draft(target, "labels", PARENTS, PARAMS, Share(1, 2, "one")) as work,
         work.part("one") as path,
     ):
         path.write_bytes(PARTS["one"])
     changed = PARAMS | {"device": "cuda"}
-    whole = draft(target, "logits", PARENTS, changed, Share(launch="one"))
+    whole = draft(target, "labels", PARENTS, changed, Share(launch="one"))
     message = (
         r"params\.device is 'cuda' here; expected None, with which another process has started it"
     )
     with pytest.raises(ValueError, match=message), whole:
         pass
-    with draft(target, "logits", PARENTS, PARAMS, Share(1, 2, "two")) as work:
+    with draft(target, "labels", PARENTS, PARAMS, Share(1, 2, "two")) as work:
         assert work.has("one")  # the same fingerprint: launch two takes the draft over
-    with draft(target, "logits", PARENTS, changed, Share(1, 2, "three")) as work:
+    with draft(target, "labels", PARENTS, changed, Share(1, 2, "three")) as work:
         assert not work.has("one")
-    with draft(target, "logits", PARENTS, PARAMS) as work:  # started by hand
+    with draft(target, "labels", PARENTS, PARAMS) as work:  # started by hand
         assert not work.missing([])
         assert work.prepared
 
@@ -177,7 +177,7 @@ def test_a_share_that_arrives_while_another_process_publishes_starts_again(
         lock(file, mode, work)
 
     monkeypatch.setattr(drafts, "_lock", refuse_once)
-    with draft(tmp_path / "b", "logits", PARENTS, PARAMS, Share(1, 2)) as work:
+    with draft(tmp_path / "b", "labels", PARENTS, PARAMS, Share(1, 2)) as work:
         assert work.prepared
     assert refused
 
@@ -193,7 +193,7 @@ def test_the_lock_file_is_readable_as_nfs_requires_for_a_shared_lock(
         lock(file, mode, work)
 
     monkeypatch.setattr(drafts, "_lock", observe)
-    with draft(tmp_path / "b", "logits", PARENTS, PARAMS, Share(1, 2)):
+    with draft(tmp_path / "b", "labels", PARENTS, PARAMS, Share(1, 2)):
         pass
     assert readable
     assert all(readable)

@@ -140,7 +140,7 @@ def test_other_statistics_are_refused_unless_the_labels_are_to_be_transferred() 
 
     def labels(*, transfer: bool) -> Manifest:
         return Manifest.model_construct(
-            kind="logits",
+            kind="labels",
             parents={},
             params={"label": {"transfer": transfer}},
             facts={"action_space": shifted.model_dump()},

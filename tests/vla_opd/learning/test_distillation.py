@@ -21,6 +21,7 @@ from vla_opd.learning.distillation import (
     measure_student,
     read_batch,
     require_alignment,
+    require_parents,
     score_states,
     select_states,
     token_batch,
@@ -73,11 +74,24 @@ def stored(tmp_path: Path) -> dict[str, str]:
     trajectories = store(tmp_path / "trajectories", "trajectories", {"student": student}, {})
     labels = store(
         tmp_path / "labels",
-        "logits",
+        "labels",
         {"trajectories": trajectories},
         {"action_space": tiny.SPACE.model_dump()},
     )
-    return {"student": student, "trajectories": trajectories, "logits": labels}
+    return {"student": student, "trajectories": trajectories, "labels": labels}
+
+
+def test_a_checkpoint_of_an_earlier_version_is_no_source_of_earlier_states(
+    tmp_path: Path, stored: dict[str, str]
+) -> None:
+    """Earlier versions called the labels logits."""
+    parents = {"trajectories": stored["trajectories"], "logits": stored["labels"]}
+    facts = {"checkpoint": tiny.FACTS.model_dump()}
+    with draft(tmp_path / "it001", "checkpoint", parents, {}) as work:
+        work.publish(facts)
+    message = r"it001: names no labels among its parents \['logits', 'trajectories'\]"
+    with pytest.raises(ValueError, match=message):
+        require_parents(tmp_path / "it001", [("labels", tmp_path / "labels")])
 
 
 def align(root: Path) -> dict[str, str]:
@@ -112,7 +126,7 @@ def test_a_teacher_of_other_actions_is_refused(tmp_path: Path, stored: dict[str,
     space = tiny.SPACE.model_copy(update={"q99": (0.5, 2.5, 0.0)})
     store(
         tmp_path / "labels",
-        "logits",
+        "labels",
         {"trajectories": stored["trajectories"]},
         {"action_space": space.model_dump()},
     )
@@ -365,7 +379,7 @@ def test_a_decisions_reward_to_go_is_that_of_its_episode_at_its_valid_tokens() -
 def read_it001(root: Path, settings: OptimizeParams) -> DistillationBatch:
     """Read what the small run's `optimize` reads."""
     space = open_checkpoint(root / "checkpoints/student").facts.action_space
-    return read_batch(root / "trajectories/it001", root / "logits/it001", space, settings)
+    return read_batch(root / "trajectories/it001", root / "labels/it001", space, settings)
 
 
 @pytest.mark.parametrize(

@@ -205,10 +205,10 @@ def test_a_batch_that_cannot_be_shared_is_reported_once_and_before_any_process_s
 
 
 def test_a_mistake_of_the_user_is_reported_once(small: Path) -> None:
-    shutil.rmtree(small / "logits/it001")
+    shutil.rmtree(small / "labels/it001")
     code, messages = finish([*OPTIMIZE, *TWO])
     assert code == 2
-    assert messages.count("logits/it001: no manifest.json; expected a complete artifact") == 1
+    assert messages.count("labels/it001: no manifest.json; expected a complete artifact") == 1
     assert "Traceback" not in messages
 
 

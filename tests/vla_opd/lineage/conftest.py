@@ -16,11 +16,11 @@ def root(tmp_path: Path) -> Path:
     teacher = publish(run / "checkpoints/teacher", "checkpoint", missing, name="teacher", seed=0)
     student = publish(run / "checkpoints/student", "checkpoint", missing, name="student", seed=0)
     visited = publish(run / "trajectories/it001", "trajectories", {"student": student}, seed=0)
-    labels = publish(run / "logits/it001", "logits", {"teacher": teacher, "trajectories": visited})
+    labels = publish(run / "labels/it001", "labels", {"teacher": teacher, "trajectories": visited})
     publish(
         run / "checkpoints/it001",
         "checkpoint",
-        {"student": student, "trajectories": visited, "logits": labels},
+        {"student": student, "trajectories": visited, "labels": labels},
         seed=0,
     )
     publish(run / "evaluations/teacher", "evaluation", {"checkpoint": teacher})

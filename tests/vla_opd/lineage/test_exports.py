@@ -32,7 +32,7 @@ def test_openlineage_has_an_event_for_every_artifact_with_its_inputs(root: Path)
     }
     assert last == {
         f"one/{name}": read_store(root).find(name).digest
-        for name in ("checkpoints/student", "trajectories/it001", "logits/it001")
+        for name in ("checkpoints/student", "trajectories/it001", "labels/it001")
     }
     assert {event["eventType"] for event in events} == {"COMPLETE"}
     assert len({event["run"]["runId"] for event in events}) == 5
@@ -50,7 +50,7 @@ def test_in_toto_has_the_files_as_subjects_and_all_ancestors_as_dependencies(roo
         "one/checkpoints/teacher",
         "one/checkpoints/student",
         "one/trajectories/it001",
-        "one/logits/it001",
+        "one/labels/it001",
         "demonstrations",
     }
 

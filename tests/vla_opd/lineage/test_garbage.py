@@ -65,7 +65,7 @@ def test_ancestors_of_needed_artifacts_are_never_garbage(
     for artifact in store.artifacts:
         if artifact.digest in needed:
             assert {ancestor.digest for ancestor in store.ancestors(artifact)} <= needed
-    assert store.find("logits/it001").digest in needed
+    assert store.find("labels/it001").digest in needed
     assert Path("params.yaml").read_text() == text
 
 
@@ -117,8 +117,8 @@ def test_nothing_is_removed_if_a_manifest_is_broken(run: Path) -> None:
 
 
 def test_nothing_is_removed_if_a_parent_is_missing(run: Path) -> None:
-    shutil.rmtree(run / "logits/it001")
-    with pytest.raises(ValueError, match=r"came from logits [0-9a-f]{12}, which is missing"):
+    shutil.rmtree(run / "labels/it001")
+    with pytest.raises(ValueError, match=r"came from labels [0-9a-f]{12}, which is missing"):
         unneeded()
 
 

@@ -35,7 +35,7 @@ def test_the_tree_has_every_parent_once_and_marks_missing_ones(root: Path) -> No
 def test_the_tree_has_the_executions_that_published_the_digest(
     root: Path,
 ) -> None:
-    labels = read_store(root).find("logits/it001").digest
+    labels = read_store(root).find("labels/it001").digest
     record(
         root / ".metrics/one",
         execution_of("e" * 64, user="eve"),
@@ -45,7 +45,7 @@ def test_the_tree_has_the_executions_that_published_the_digest(
     line = next(
         line
         for line in answers.history(read_history(root)).splitlines()
-        if "logits: one/logits/it001" in line
+        if "labels: one/labels/it001" in line
     )
     assert (
         "2026-11-25 12:00 UTC by ada on box in 90 s, 2 times; "
@@ -56,7 +56,7 @@ def test_the_tree_has_the_executions_that_published_the_digest(
 
 @pytest.mark.filterwarnings("ignore:no commit is recorded")  # outside a repository
 def test_a_truncated_record_of_executions_is_still_read(root: Path) -> None:
-    labels = read_store(root).find("logits/it001").digest
+    labels = read_store(root).find("labels/it001").digest
     record(root / ".metrics/one", execution_of(labels))
     with (root / ".metrics/one" / EXECUTIONS).open("a") as stream:
         stream.write(execution_of(labels, user="cut").model_dump_json()[:40])
@@ -97,9 +97,9 @@ stages:
     - {path: stages/label.py, hash: md5, md5: MD5}
     - {path: vla_opd/policies, hash: md5, md5: FOLDER}
     outs:
-    - {path: artifacts/one/logits/it001, hash: md5, md5: OUT}
+    - {path: artifacts/one/labels/it001, hash: md5, md5: OUT}
 """
-    labels = read_store(root).find("logits/it001")
+    labels = read_store(root).find("labels/it001")
     for text, commit in (("second", commits[1]), ("never committed", "")):
         (folder / "two.py").write_text(f"two, {text}")
         hashes = {
@@ -116,7 +116,7 @@ stages:
     line = next(
         line
         for line in answers.history(read_history(root)).splitlines()
-        if "logits: one/logits/it001" in line
+        if "labels: one/labels/it001" in line
     )
     assert (
         "label@it001, by python -m stages label --iteration it001; its code is in no commit" in line
@@ -125,11 +125,11 @@ stages:
 
 def test_a_dvc_lock_of_other_bytes_is_ignored(tmp_path: Path, root: Path) -> None:
     """A stage was run by hand, or another dvc.lock was checked out: the code is not known."""
-    out = "{path: artifacts/one/logits/it001, md5: 0123.dir}"
+    out = "{path: artifacts/one/labels/it001, md5: 0123.dir}"
     lock = f"{{stages: {{label@it001: {{deps: [], outs: [{out}]}}}}}}"
     (tmp_path / "dvc.lock").write_text(lock)
     provenance.locked_stages.cache_clear()
-    origin = read_history(root).origins[read_store(root).find("logits/it001").digest]
+    origin = read_history(root).origins[read_store(root).find("labels/it001").digest]
     assert (origin.stage, origin.code, origin.commit) == ("", None, "")
 
 
@@ -152,7 +152,7 @@ def test_the_graph_has_an_arrow_for_every_parent(root: Path) -> None:
     assert sorted(arrows) == [
         "demonstrations",
         "demonstrations",
-        "logits",
+        "labels",
         "student",
         "student",
         "teacher",
@@ -215,7 +215,7 @@ def test_diff_names_the_setting_that_differs(root: Path) -> None:
             "not in its history",
         )
     ]
-    assert ("checkpoints/it001", "parent logits") in {(d.part, d.field) for d in differences}
+    assert ("checkpoints/it001", "parent labels") in {(d.part, d.field) for d in differences}
 
 
 def test_diff_compares_an_artifact_with_an_ancestor(root: Path) -> None:

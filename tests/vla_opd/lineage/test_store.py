@@ -27,13 +27,13 @@ def test_ancestors_are_sorted_parents_first_and_the_artifact_last(root: Path) ->
         "checkpoints/teacher",
         "checkpoints/student",
         "trajectories/it001",
-        "logits/it001",
+        "labels/it001",
         "checkpoints/it001",
     }
     assert (
         order.index("checkpoints/student")
         < order.index("trajectories/it001")
-        < order.index("logits/it001")
+        < order.index("labels/it001")
     )
     assert names(store.ancestors(store.find("evaluations/teacher"))) == [
         "checkpoints/teacher",
@@ -44,7 +44,7 @@ def test_ancestors_are_sorted_parents_first_and_the_artifact_last(root: Path) ->
 def test_a_missing_artifact_has_descendants(root: Path) -> None:
     store = read_store(root)
     assert len(store.descendants("0" * 64)) == 6
-    assert names(store.descendants(store.find("logits/it001").digest)) == ["checkpoints/it001"]
+    assert names(store.descendants(store.find("labels/it001").digest)) == ["checkpoints/it001"]
     assert store.descendants("f" * 64) == ()
     assert store.missing(store.find("checkpoints/it001")) == {"0" * 64: "demonstrations"}
 
@@ -58,10 +58,10 @@ def test_an_artifact_is_found_by_its_path_or_the_end_of_its_name(root: Path, tex
 
 def test_an_artifact_is_found_by_the_beginning_of_its_digest(root: Path) -> None:
     store = read_store(root)
-    logits = store.find("logits/it001")
-    assert store.find(logits.digest[:8]) is logits
+    labels = store.find("labels/it001")
+    assert store.find(labels.digest[:8]) is labels
     with pytest.raises(ValueError, match="no such artifact"):
-        store.find(logits.digest[:5])
+        store.find(labels.digest[:5])
 
 
 def test_an_ambiguous_or_unknown_name_is_refused(root: Path) -> None:
@@ -69,7 +69,7 @@ def test_an_ambiguous_or_unknown_name_is_refused(root: Path) -> None:
     with pytest.raises(
         ValueError,
         match=r"it001 means 3 artifacts; expected one of them: "
-        r"one/checkpoints/it001, one/logits/it001",
+        r"one/checkpoints/it001, one/labels/it001",
     ):
         store.find("it001")
     with pytest.raises(
@@ -83,18 +83,19 @@ def test_an_ambiguous_or_unknown_name_is_refused(root: Path) -> None:
     [
         ("{", "not a manifest"),
         ('{"kind": "pickle"}', "kind is 'pickle'; expected one of"),
-        ('{"kind": "logits"}', "not a manifest of format"),
+        ('{"kind": "labels"}', "not a manifest of format"),
+        ('{"kind": "logits"}', "earlier versions called a teacher's labels; expected 'labels'"),
     ],
 )
 def test_a_broken_manifest_is_reported_and_hides_no_other_artifact(
     root: Path, text: str, message: str
 ) -> None:
-    (root / "one/logits/it001/manifest.json").write_text(text)
+    (root / "one/labels/it001/manifest.json").write_text(text)
     store = read_store(root)
-    assert message in store.broken["one/logits/it001"]
+    assert message in store.broken["one/labels/it001"]
     assert len(store.artifacts) == 5
     with pytest.raises(ValueError, match=message):
-        store.find("logits/it001")
+        store.find("labels/it001")
 
 
 def test_an_edited_manifest_is_broken(root: Path) -> None:

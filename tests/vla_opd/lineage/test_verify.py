@@ -15,7 +15,7 @@ from vla_opd.machine.host import Host
 from vla_opd.params.load import load
 
 LABELS, STUDENT, FINAL = (
-    "small/logits/it001",
+    "small/labels/it001",
     "small/checkpoints/student",
     "small/checkpoints/it001",
 )
@@ -102,7 +102,7 @@ def test_deep_verification_finds_labels_of_another_number_of_states(run: Path) -
     """Intact files, a sound manifest, and yet the wrong labels: those of another shard."""
     folder = run / LABELS
     shutil.copyfile(folder / "shard-001-00003.zarr.zip", folder / SHARD)
-    republish(folder, "logits")
+    republish(folder, "labels")
     assert findings() == {}
     assert "labels" in findings(deep=True)[LABELS].problem
 
@@ -118,7 +118,7 @@ def test_deep_verification_finds_labels_in_another_action_space_than_the_teacher
     )
     republish(
         run / LABELS,
-        "logits",
+        "labels",
         {"label": label},
         action_space=space | {"q01": [value - 1 for value in space["q01"]]},
     )
@@ -189,7 +189,7 @@ def test_only_shards_can_be_replayed(run: Path) -> None:
     store = read_store()
     with pytest.raises(
         ValueError,
-        match=r"small/logits/it001 has no shard 'shard-9\.zarr\.zip'; "
+        match=r"small/labels/it001 has no shard 'shard-9\.zarr\.zip'; "
         r"expected one of \['shard-000-00000\.zarr\.zip'",
     ):
         replay(store, store.find(LABELS), "shard-9", load(), Host())

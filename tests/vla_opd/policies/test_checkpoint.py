@@ -75,13 +75,13 @@ def test_corrupt_weights_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_tokens_of_other_actions_are_refused(field: str, theirs: object) -> None:
-    require_same_actions(small.FACTS, small.SPACE, "logits/it001")
+    require_same_actions(small.FACTS, small.SPACE, "labels/it001")
     with pytest.raises(
         ValueError,
-        match=rf"logits/it001: action_space\.{field} is .* for the teacher; expected the student's",
+        match=rf"labels/it001: action_space\.{field} is .* for the teacher; expected the student's",
     ) as caught:
         require_same_actions(
-            small.FACTS, small.SPACE.model_copy(update={field: theirs}), "logits/it001"
+            small.FACTS, small.SPACE.model_copy(update={field: theirs}), "labels/it001"
         )
     assert str(theirs) in str(caught.value)
     assert str(getattr(small.SPACE, field)) in str(caught.value)
