@@ -244,12 +244,12 @@ def _step(stage: Any, upstream: list[Any], stale: bool) -> Step:
 
 
 def _changed(stage: Any, upstream: list[Any]) -> bool:
-    """LineHandler whether DVC would run the stage; what is missing counts as unchanged."""
+    """Return whether DVC would run the stage; what is missing counts as unchanged."""
     return stage.changed(allow_missing=True, upstream=upstream)
 
 
 def _seems_changed(stage: Any, upstream: list[Any]) -> bool:
-    """LineHandler the same without DVC's locks, by the functions that DVC 3.67 wraps in them."""
+    """Return the same without DVC's locks, by the functions that DVC 3.67 wraps in them."""
     changed_deps = type(stage)._changed_deps.__wrapped__  # noqa: SLF001
     changed_outs = type(stage).changed_outs.__wrapped__
     return (
@@ -271,19 +271,20 @@ def mark_due(steps: tuple[Step, ...]) -> tuple[Step, ...]:
         for parent in step.parents:
             children.setdefault(parent, set()).add(step.name)
     due: set[str] = set()
-    while True:
+    count = -1
+    while len(due) > count:
         count = len(due)
         for step in steps:
+            is_goal = not children[step.name]
             follows = not due.isdisjoint(step.parents)
-            needed = not children[step.name] or not due.isdisjoint(children[step.name])
-            if step.stale or follows or (step.missing and needed):
+            precedes = not due.isdisjoint(children[step.name])
+            if step.stale or follows or (step.missing and (is_goal or precedes)):
                 due.add(step.name)
-        if len(due) == count:
-            return tuple(replace(step, due=step.name in due) for step in steps)
+    return tuple(replace(step, due=step.name in due) for step in steps)
 
 
 def would_run(name: str) -> bool:
-    """LineHandler whether DVC would run a stage's command now.
+    """Return whether DVC would run a stage's command now.
 
     It would if the stage is not up to date and what the command makes is in no cache. Errors as of
     `reproduce`.

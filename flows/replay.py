@@ -14,7 +14,7 @@ from typing import Any
 from stages.catalog import STAGES
 from vla_opd.artifacts.draft import Draft
 from vla_opd.artifacts.files import link
-from vla_opd.artifacts.manifest import differing_keys, flatten
+from vla_opd.artifacts.manifest import Manifest, differing_keys, flatten
 from vla_opd.data import zarr_zip
 from vla_opd.data.zarr_zip import SUFFIX
 from vla_opd.lineage.store import SHORT, Artifact, Store
@@ -48,22 +48,30 @@ def replay(store: Store, artifact: Artifact, shard: str, params: Params, host: H
     with tempfile.TemporaryDirectory(dir=artifact.folder.parent, prefix=".replay-") as folder:
         out = Path(folder) / artifact.folder.name
         _draft_without(shard, shards, artifact, out)
-        made = import_module(f"stages.{verb}").run(**inputs, out=out, host=host)
-        assert made is not None  # all of it, not a share
-        changed = sorted(differing_keys(flatten(artifact.manifest.params), flatten(made.params)))
-        if changed:
-            raise ValueError(
-                f"{artifact.name}: this code cannot make it under its own settings; "
-                f"{', '.join(changed)} would differ"
-            )
-        if shard not in made.files:
-            raise ValueError(
-                f"{artifact.name}: this code makes no {shard}; it makes {sorted(made.files)}"
-            )
-        if made.files[shard] == artifact.manifest.files[shard]:
+        remade = import_module(f"stages.{verb}").run(**inputs, out=out, host=host)
+        assert remade is not None  # all of it, not a share
+        _require_comparable(artifact, remade, shard)
+        if remade.files[shard] == artifact.manifest.files[shard]:
             return Replay(artifact.name, shard, ())
-        arrays = sorted(differing_keys(_contents(artifact.folder / shard), _contents(out / shard)))
+        before = _contents(artifact.folder / shard)
+        after = _contents(out / shard)
+        arrays = sorted(differing_keys(before, after))
         return Replay(artifact.name, shard, tuple(arrays) or ("only the bytes of the file",))
+
+
+def _require_comparable(artifact: Artifact, remade: Manifest, shard: str) -> None:
+    """ValueError if the artifact was made again by other settings, or without the shard."""
+    recorded = flatten(artifact.manifest.params)
+    changed = sorted(differing_keys(recorded, flatten(remade.params)))
+    if changed:
+        raise ValueError(
+            f"{artifact.name}: this code cannot make it under its own settings; "
+            f"{', '.join(changed)} would differ"
+        )
+    if shard not in remade.files:
+        raise ValueError(
+            f"{artifact.name}: this code makes no {shard}; it makes {sorted(remade.files)}"
+        )
 
 
 def _draft_without(shard: str, shards: list[str], artifact: Artifact, out: Path) -> None:

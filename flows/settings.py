@@ -72,7 +72,7 @@ def write(changes: Mapping[str, Any], path: Path | str = "params.yaml", run: str
     if not changes:
         return
     before = read_text(source)
-    after = _apply(changes, before)
+    after = apply(changes, before)
     if after == before:
         return
     others_at_work = liveness.other_living_runs(run)
@@ -84,7 +84,7 @@ def write(changes: Mapping[str, Any], path: Path | str = "params.yaml", run: str
     _replace(source.resolve(), after)
 
 
-def _apply(changes: Mapping[str, Any], before: str) -> str:
+def apply(changes: Mapping[str, Any], before: str) -> str:
     """Return the text of a params.yaml with changes, its comments and quotes kept."""
     yaml = YAML()
     yaml.preserve_quotes = True

@@ -1,7 +1,7 @@
 """The flow `study`: every arm with every seed as a subflow, then one table of all of them.
 
 Each member is brought up to date by the flow `opd` in a folder and a process of its own (see
-`flows.projects`), so a study that was stopped resumes where it was, and members can run side by
+`flows.members`), so a study that was stopped resumes where it was, and members can run side by
 side.
 """
 
@@ -24,8 +24,7 @@ from prefect.runtime import flow_run
 from pydantic import Field, ValidationError
 
 from flows import terminal
-from flows.prefect_server import liveness
-from flows.projects import (
+from flows.members import (
     DONE,
     TABLE,
     Member,
@@ -40,6 +39,7 @@ from flows.projects import (
     select_members,
     share_reference,
 )
+from flows.prefect_server import liveness
 from flows.train import opd
 from vla_opd.analysis import study_page
 from vla_opd.analysis.finished_run import discard, read_run

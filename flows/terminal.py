@@ -103,25 +103,42 @@ def _row(label: str, score: dict[str, float]) -> str:
     return f"  {label:<10}{success:>9.1%}{interval:>18}{episodes:>10}"
 
 
-def closing_message(folder: Path, summary: dict[str, Any], interface: str) -> str:
-    """Format the end of a run: results, cost, where the report is, and commands to try next."""
+def closing_message(folder: Path, summary: dict[str, Any], interface: str, project: Path) -> str:
+    """Format the end of a run: results, cost, where the report is, and commands to try next.
+
+    folder:  the run's artifacts, relative to the project.
+    project: the folder of the run, relative to the checkout; `.` for the checkout's own.
+    """
     cost = (
         f"{summary['env_steps']:,} environment steps and "
         f"{summary['teacher_queries']:,} teacher queries in {format_duration(summary['seconds'])}"
     )
+    run = "make run"
+    changed = 'make run ARGS="--set optimize.steps=120"'
+    opd = ".venv/bin/opd {}"
+    if project != Path():
+        opd = f"opd {{}} -p {project}"
+        run = opd.format("run")
+        changed = f"{run} --set optimize.steps=120"
+    hints = {
+        run: "run again: every artifact is reused",
+        changed: "change a setting: only dependent stages run",
+        opd.format("plan"): "list stages that are up to date or to do",
+        f"{opd.format('lineage')} {folder.name}/report/page": "show what the report was made from",
+        "make stop": "stop the server that shows the runs",
+    }
+    width = max(map(len, hints))
+    rows = [f"{command:<{width}}   {meaning}" for command, meaning in hints.items()]
+    indented = "\n             ".join(rows)
     return f"""
 {folder.name}: before, after, teacher
 {results_table(summary)}
 
   cost       {cost}
-  report     {folder / "report" / "page" / "index.html"}
+  report     {project / folder / "report" / "page" / "index.html"}
   runs       {interface}
 
-  next       make run                                   run again: every artifact is reused
-             make run ARGS="--set optimize.steps=120"   change a setting: only dependent stages run
-             .venv/bin/opd plan                         list stages that are up to date or to do
-             .venv/bin/opd lineage {folder.name}/report/page
-             make stop                                  stop the server that shows the runs"""
+  next       {indented}"""
 
 
 def format_duration(seconds: float) -> str:

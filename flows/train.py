@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Annotated, Any
 
 import httpx
@@ -21,7 +22,7 @@ from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settin
 from prefect.states import Completed
 from pydantic import Field
 
-from flows import pipeline, shares, summary
+from flows import pipeline, projects, shares, summary
 from flows.dvc_runner import process
 from flows.dvc_runner.process import Line, LineHandler, ThrottledLog
 from flows.pipeline import Busy, StageFailed, Step
@@ -118,6 +119,7 @@ def opd(
     settings: Settings | None = None,
     iterations: Annotated[int, Field(ge=1)] | None = None,
     targets: list[Annotated[str, Field(pattern=TARGET)]] | None = None,
+    project: Path | None = None,
 ) -> States:
     """Bring the run that params.yaml describes up to date.
 
@@ -125,6 +127,7 @@ def opd(
         settings: `{"optimize.learning_rate": 1e-4}`; written into params.yaml first, for DVC.
         iterations: total number of iterations; existing ones are kept.
         targets: stages, e.g. `optimize@it004`: only what leads to them. All by default.
+        project: the folder of the run, e.g. `runs/NAME`; by default this folder.
 
     Returns:
         The final state of each stage, up to the loss of Prefect's server if it is lost.
@@ -135,18 +138,25 @@ def opd(
             edited while the run is at work.
         RuntimeError: if another run at work in this folder has other settings.
     """
-    run = str(flow_run.get_id())
     checkout.require_own_code()
+    with projects.entered(project):
+        return _bring_up_to_date(settings or {}, iterations, targets or ())
+
+
+def _bring_up_to_date(
+    changes: dict[str, Any], iterations: int | None, targets: Sequence[str]
+) -> States:
+    run = str(flow_run.get_id())
     try:
         shares.wanted()  # refuses a mistake before any stage
         with liveness.hold_run(run):
-            write(settings or {}, run=run)
+            write(changes, run=run)
             write(extension(iterations) if iterations else {}, run=run)
             count = parse_processes(os.environ.get("OPD_PROCESSES", "1"))
             require_equal_shares(batch_sizes(load()), count)
             # Iterations need no heartbeat of their own, which takes up to 1 s to end.
             with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
-                return _reproduce_run(pipeline.plan(targets or ()))
+                return _reproduce_run(pipeline.plan(targets))
     except httpx.HTTPError as error:
         print(
             f"\n  Prefect's server does not answer any more ({error}): continuing without it",
@@ -154,7 +164,7 @@ def opd(
             flush=True,
         )
     with liveness.hold_unreported_run(run):  # on the server it stays in state Running
-        reproduce_without_server(targets or ())
+        reproduce_without_server(targets)
     if DEPLOYED in os.environ:  # a run from the terminal still has things to print
         server.exit_now(0)
     return {}

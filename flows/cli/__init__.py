@@ -4,10 +4,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from flows import terminal
 from flows.cli import policies, provenance, runs
 from flows.cli.app import app
-from flows.pipeline import StageFailed
 from flows.prefect_server import server
 from vla_opd import mistakes
 from vla_opd.machine import checkout
@@ -33,8 +31,6 @@ def _run(arguments: Sequence[str] | None) -> int:
         app(args=None if arguments is None else list(arguments), prog_name="opd")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
-    except StageFailed as failure:
-        _print_failure(failure)
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (Exception, KeyboardInterrupt) as error:
@@ -45,12 +41,3 @@ def _run(arguments: Sequence[str] | None) -> int:
         if code == runs.INTERRUPTED:
             return code
     return 1
-
-
-def _print_failure(failure: StageFailed) -> None:
-    lines = terminal.last_lines(failure.output)
-    print(
-        f"\n{failure.name} failed; its last lines were\n{lines}\n\n"
-        "  when you have fixed this, resume with  make run",
-        file=sys.stderr,
-    )

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from flows.cli.app import ArtifactName, app, find_artifact
+from flows.cli.app import ArtifactName, app, find_artifact, on_project
 from vla_opd.machine.host import METRICS, resolve_host
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ UnnormKey = Annotated[
 
 
 @app.command()
+@on_project
 def parity(
     checkpoint: Annotated[Path, typer.Argument(help="a folder in OpenVLA-OFT's public format")],
     inputs: Annotated[Path, typer.Argument(metavar="INPUTS.npz", help="images and prompts")],
@@ -82,6 +83,7 @@ def _print_comparison(comparison: "Found") -> None:
 
 
 @app.command()
+@on_project
 def export(
     artifact: ArtifactName,
     out: Annotated[Path, typer.Argument(help="a new folder")],

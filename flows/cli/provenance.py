@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.cli.app import ArtifactName, Out, app, find_artifact, needs_lineage_extra
+from flows.cli.app import ArtifactName, Out, app, find_artifact, needs_lineage_extra, on_project
 from vla_opd.machine.host import METRICS, require_equal_bits, resolve_host
 from vla_opd.params.load import load
 
@@ -28,6 +28,7 @@ class Form(StrEnum):
 
 
 @app.command("lineage")
+@on_project
 def show_lineage(
     artifact: ArtifactName,
     form: Annotated[Form, typer.Option("--as")] = Form.tree,
@@ -55,6 +56,7 @@ def _format(artifact_history: "History", form: Form) -> str:
 
 
 @app.command("diff")
+@on_project
 def show_differences(first: ArtifactName, second: ArtifactName) -> None:
     """Show in what the histories of two artifacts differ."""
     from flows.cli import answers
@@ -65,6 +67,7 @@ def show_differences(first: ArtifactName, second: ArtifactName) -> None:
 
 
 @app.command("compare")
+@on_project
 def compare_evaluations(
     first: ArtifactName,
     second: ArtifactName,
@@ -88,6 +91,7 @@ def compare_evaluations(
 
 
 @app.command("verify")
+@on_project
 def verify_artifacts(
     names: Annotated[
         list[str] | None,
@@ -163,6 +167,7 @@ def _replay(store: "Store", artifact: "Artifact", shard: str) -> None:
 
 
 @app.command("audit")
+@on_project
 def query_artifacts(
     sql: Annotated[
         str,
@@ -181,6 +186,7 @@ def query_artifacts(
 
 
 @app.command("sign")
+@on_project
 def sign_history(
     artifact: ArtifactName,
     key: Annotated[Path, typer.Option(help="an Ed25519 private key (PEM)")],
@@ -194,6 +200,7 @@ def sign_history(
 
 
 @app.command("gc")
+@on_project
 def collect_garbage(
     keep: Annotated[
         list[str] | None,

@@ -1,4 +1,4 @@
-"""Commands on runs: run, plan, extend, serve, study, accept."""
+"""Commands on runs: new, run, plan, extend, serve, study, accept."""
 
 import os
 import signal
@@ -11,9 +11,9 @@ from typing import Annotated
 
 import typer
 
-from flows import pipeline, projects, serve, settings, summary, terminal
-from flows.cli.app import app
-from flows.pipeline import Step
+from flows import members, pipeline, projects, serve, settings, summary, terminal
+from flows.cli.app import app, on_project
+from flows.pipeline import StageFailed, Step
 from flows.prefect_server import server
 from vla_opd.machine import host
 from vla_opd.params.load import load
@@ -41,12 +41,32 @@ Changes = Annotated[
 
 
 @app.command()
+def new(
+    name: Annotated[str, typer.Argument(help="the project's name: it becomes runs/NAME")],
+    source: Annotated[
+        Path,
+        typer.Option("--from", metavar="FILE", help="settings to begin with; they are copied"),
+    ] = Path("params.yaml"),
+    changes: Changes = None,
+) -> None:
+    """Make a project: a run in a folder of its own, with its own params.yaml and artifacts."""
+    project = projects.create(name, source, _parse_changes(changes or ()))
+    folder = project.folder
+    taken = len(project.read_lock())
+    print(f"  {folder / 'params.yaml'}   edit it, or change settings by --set")
+    print(f"  {taken} stages are made by the same settings here; their artifacts are linked")
+    print(f"  next       opd plan -p {folder}\n             opd run -p {folder}")
+
+
+@app.command()
+@on_project
 def run(targets: Stages = None, changes: Changes = None) -> None:
     """Bring the run in params.yaml up to date, as a Prefect flow."""
     _configure_prefect()
     settings.write(_parse_changes(changes or ()))
     stages = targets or []
-    with _interruptible("make run"), server.use_server() as url:
+    folder = projects.relative_folder()
+    with _interruptible(projects.resume_command()), server.use_server() as url:
         from httpx import HTTPError
         from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
@@ -55,7 +75,8 @@ def run(targets: Stages = None, changes: Changes = None) -> None:
         try:
             # Nobody needs a heartbeat of a run at the terminal, and its thread takes 1 s to stop.
             with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
-                opd(targets=stages)
+                name = None if folder == Path() else str(folder)
+                opd.with_options(flow_run_name=name)(targets=stages)
         except HTTPError:  # the server was lost and does not know how the run ended
             SERVER_LOST.set()
             reproduce_without_server(stages)
@@ -67,10 +88,11 @@ def _print_results(interface: str) -> None:
     folder = Path("artifacts") / load().run.name
     results = summary.read(folder)
     if results:
-        print(terminal.closing_message(folder, results, interface))
+        print(terminal.closing_message(folder, results, interface, projects.relative_folder()))
 
 
 @app.command()
+@on_project
 def study(
     name: Annotated[str, typer.Argument(help="a study in params.yaml")],
     arms: Annotated[
@@ -85,9 +107,10 @@ def study(
 ) -> None:
     """Bring a study up to date: every arm with every seed, then its table and its page."""
     params = load()
-    projects.select_members(name, params, arms or (), seeds or ())  # refuses unknown names early
+    members.select_members(name, params, arms or (), seeds or ())  # refuses unknown names early
     _configure_prefect()
-    with _interruptible(f"opd study {name}"), server.use_server():
+    resume = f"opd study {name}{projects.option()}"
+    with _interruptible(resume), server.use_server():
         from httpx import HTTPError
 
         from flows.study import study as study_flow
@@ -98,11 +121,12 @@ def study(
             SERVER_LOST.set()
             raise RuntimeError(
                 f"Prefect's server no longer answers ({error}); finished members are kept: "
-                f"resume with  opd study {name}"
+                f"resume with  {resume}"
             ) from error
     folder = Path("artifacts") / params.run.name
     page = folder / "report" / name / "index.html"
-    print(f"\n  table      {folder / 'studies' / name}\n  page       {page}")
+    shown = projects.relative_folder()
+    print(f"\n  table      {shown / folder / 'studies' / name}\n  page       {shown / page}")
 
 
 class _Terminated(KeyboardInterrupt):
@@ -111,7 +135,7 @@ class _Terminated(KeyboardInterrupt):
 
 @contextmanager
 def _interruptible(resume: str) -> Generator[None]:
-    """On Ctrl-C and SIGTERM, print the command that resumes, and exit."""
+    """When a stage fails, and on Ctrl-C and SIGTERM, print the command that resumes, and exit."""
 
     def terminate(*_: object) -> None:
         raise _Terminated
@@ -124,6 +148,14 @@ def _interruptible(resume: str) -> Generator[None]:
         print(f"\n\n  interrupted; what is done is kept: resume with  {resume}", file=sys.stderr)
         code = TERMINATED if isinstance(interrupt, _Terminated) else INTERRUPTED
         raise typer.Exit(code) from None
+    except StageFailed as failure:
+        lines = terminal.last_lines(failure.output)
+        print(
+            f"\n{failure.name} failed; its last lines were\n{lines}\n\n"
+            f"  when you have fixed this, resume with  {resume}",
+            file=sys.stderr,
+        )
+        raise typer.Exit(1) from None
     finally:
         signal.signal(signal.SIGTERM, previous)
 
@@ -135,6 +167,7 @@ def _configure_prefect() -> None:
 
 
 @app.command("plan")
+@on_project
 def show_plan(
     targets: Stages = None,
     memory: Annotated[
@@ -193,12 +226,14 @@ def _print_memory(capacity_gb: float | None, processes: str) -> None:
 
 
 @app.command("serve")
+@on_project
 def serve_deployment() -> None:
     """Serve the deployment opd/train; starts a Prefect server if none answers."""
     raise typer.Exit(serve.main())
 
 
 @app.command()
+@on_project
 def extend(iterations: Annotated[int, typer.Option(min=1, help="how many to add")]) -> None:
     """Add iterations to the end of the run; `opd run` then makes only these."""
     changes = settings.extension(len(load().iterations) + iterations)
@@ -216,6 +251,7 @@ def extend(iterations: Annotated[int, typer.Option(min=1, help="how many to add"
 
 
 @app.command()
+@on_project
 def accept(stages: Annotated[list[str], typer.Argument(metavar="STAGE...")]) -> None:
     """Declare that edits of the code do not change the outputs of these stages."""
     for name in pipeline.accept(stages):

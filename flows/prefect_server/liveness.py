@@ -19,14 +19,17 @@ RUNS = Path(".prefect/runs")
 def hold_lock(path: Path, message: str) -> Generator[None]:
     """Hold the lock on a file, which is created if missing, for the duration of the context.
 
-    RuntimeError(message) if another process holds it.
+    The file then names this process's folder. RuntimeError(message) if another process holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RuntimeError(message) from None
+        file.truncate(0)
+        file.write(str(Path.cwd()))  # a checkout's projects hold their locks in one folder
+        file.flush()
         yield
 
 
@@ -56,7 +59,7 @@ def hold_unreported_run(run: str) -> Generator[None]:
 
 
 def abandoned_runs() -> tuple[str, ...]:
-    """Return the flow runs of this folder whose processes died."""
+    """Return the flow runs of this checkout whose processes died."""
     return tuple(sorted(path.name for path in RUNS.glob("*") if not _is_locked(path)))
 
 
@@ -64,14 +67,20 @@ def is_alive(run: str) -> bool:
     """Return whether a flow run has a process on this machine, in any process's folder."""
     # Other users' processes have no "cwd" here.
     folders = {Path(process.info["cwd"] or "/") for process in psutil.process_iter(["cwd"])}
-    files = {folder / RUNS / run for folder in (*folders, Path())}
-    return any(os.access(file, os.R_OK) and _is_locked(file) for file in files)
+    folders.add(Path())
+    for folder in folders:
+        file = folder / RUNS / run
+        if os.access(file, os.R_OK) and _is_locked(file):
+            return True
+    return False
 
 
 def other_living_runs(current: str = "") -> tuple[str, ...]:
-    """Return the flow runs of this folder that have a process, except the current one."""
-    paths = [path for path in RUNS.glob("*") if path.name != current]
-    return tuple(sorted(path.name for path in paths if _is_locked(path)))
+    """Return the flow runs of this very folder that have a process, except the current one."""
+    folder = str(Path.cwd())
+    others = [path for path in RUNS.glob("*") if path.name != current]
+    living = [path for path in others if _is_locked(path)]
+    return tuple(sorted(path.name for path in living if path.read_text() == folder))
 
 
 def forget_run(run: str) -> None:

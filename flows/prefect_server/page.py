@@ -45,14 +45,15 @@ def _post_report(page: Path, key: str) -> None:
 def table_rows(artifact: Artifact) -> list[dict[str, Any]]:
     """Return one row for the digest, for each parent, and for each number in the facts."""
     manifest = artifact.manifest
-    values: list[tuple[str, Any]] = [("digest", manifest.digest[:SHORT])]
+    values: dict[str, Any] = {"digest": manifest.digest[:SHORT]}
     for role, digest in manifest.parents.items():
-        values.append((f"parent: {role}", digest[:SHORT]))
+        values[f"parent: {role}"] = digest[:SHORT]
     for key, value in flatten(manifest.facts).items():
-        if isinstance(value, int | float) and not key.startswith("checkpoint."):
-            values.append((key, round(value, 4)))
-    values.append(("megabytes", round(artifact.size / 1e6, 2)))
-    return [{"what": name, "value": value} for name, value in values]
+        is_number = isinstance(value, int | float)
+        if is_number and not key.startswith("checkpoint."):
+            values[key] = round(value, 4)
+    values["megabytes"] = round(artifact.size / 1e6, 2)
+    return [{"what": name, "value": value} for name, value in values.items()]
 
 
 def extract_drawings(page: str) -> Iterator[str]:
@@ -63,7 +64,8 @@ def extract_drawings(page: str) -> Iterator[str]:
     for drawing in FIGURE.findall(page):
         attributes, _, shapes = drawing.partition(">")
         svg = f"<svg {NAMESPACES}{attributes}>{style}{shapes}"
-        yield f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
+        encoded = base64.b64encode(svg.encode()).decode()
+        yield f"data:image/svg+xml;base64,{encoded}"
 
 
 def _key(text: str) -> str:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from flows.members import TABLE, Member
 from flows.prefect_server.server import free_port
-from flows.projects import TABLE, Member
 from flows.study import tabulate
 from tests.flows.served import Served, checkout, wait_for
 from tests.small_run import PARAMS

@@ -5,6 +5,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from prefect.exceptions import ParameterTypeError
 from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS, temporary_settings
 from prefect.testing.utilities import prefect_test_harness
 
-from flows import pipeline, shares
+from flows import pipeline, projects, shares
 from flows.dvc_runner import process
 from flows.dvc_runner.process import Line, LineHandler
 from flows.pipeline import StageFailed, Step
@@ -22,6 +23,7 @@ from flows.prefect_server import gpu_limit, liveness
 from flows.train import in_groups, opd
 from tests.flows.toy import Toy, make_toy, ran
 from tests.vla_opd.lineage.manifests import publish
+from vla_opd.params.load import load
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -234,6 +236,21 @@ def test_settings_are_validated_then_written_with_comments_kept(toy: Toy) -> Non
     with pytest.raises(ValueError, match=r"iterations is 1; expected at least the 3"):
         opd(iterations=1)
     assert (toy.folder / "params.yaml").read_text() == text
+
+
+def test_a_project_runs_beside_the_run_of_its_checkout(toy: Toy) -> None:
+    """The checkout's own run is at work meanwhile, and nothing of it is written."""
+    quick = Path("runs/quick")
+    projects.create("quick", Path("params.yaml"), {})
+    before = (toy.folder / "params.yaml").read_text()
+    with liveness.hold_run("another"):
+        states = opd(settings={"optimize.steps": 7}, targets=["finetune@student"], project=quick)
+    assert names(states) == {"Completed"}
+    assert Toy(quick).has("checkpoints/student")
+    assert load(quick / "params.yaml").optimize.steps == 7
+    assert (toy.folder / "params.yaml").read_text() == before
+    assert not (toy.folder / "artifacts/toy").exists()
+    assert Path.cwd() == toy.folder
 
 
 def test_an_edit_of_the_settings_ends_a_run_that_is_at_work(

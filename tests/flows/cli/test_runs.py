@@ -80,27 +80,28 @@ def test_on_a_terminal_a_stage_is_one_line_with_its_last_words() -> None:
 
 
 def test_the_end_shows_before_after_teacher_the_page_and_what_to_do_next(tmp_path: Path) -> None:
-    text = terminal.closing_message(tmp_path, SUMMARY, "http://127.0.0.1:4200")
+    text = terminal.closing_message(tmp_path, SUMMARY, "http://127.0.0.1:4200", Path())
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.split()}
     assert rows["before"] == ["45.0%", "38.0%", "-", "52.0%", "200"]
     assert rows["after"] == ["92.5%", "88.0%", "-", "95.4%", "200"]
     assert rows["report"] == [str(tmp_path / "report/page/index.html")]
     assert "15,890 environment steps and 7,900 teacher queries in 8:20" in text
     assert "make run" in text
+    other = terminal.closing_message(tmp_path, SUMMARY, "http://127.0.0.1:4200", Path("runs/one"))
+    assert "opd run -p runs/one --set optimize.steps=120" in other
+    assert "make run" not in other
 
 
 def test_a_failed_stage_is_reported_with_its_last_lines_and_how_to_resume(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def fail(_: object) -> None:
+    with pytest.raises(typer.Exit) as end, runs._interruptible("opd run -p runs/one"):
         raise StageFailed("label@it001", ["", "shard 3 is corrupt"])
-
-    monkeypatch.setattr(pipeline, "inspect", fail)
-    assert cli.main(["plan"]) == 1
+    assert end.value.exit_code == 1
     said = capsys.readouterr().err
     assert "label@it001 failed" in said
     assert "shard 3 is corrupt" in said
-    assert "make run" in said
+    assert "resume with  opd run -p runs/one" in said
 
 
 def test_the_plan_lists_every_stage(
