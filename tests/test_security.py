@@ -213,8 +213,8 @@ def test_a_chunk_that_unpacks_to_more_than_a_chunk_is_refused_before_there_is_ro
     checksum = google_crc32c.value(frame).to_bytes(4, "little")
     rewrite(path, members(path) | {"log_probs/c/0/0/0": frame + checksum})
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    size = 2**30 if says_its_size else None
-    message = f"log_probs/c/0/0/0 unpacks to {size} bytes, not 192"
+    size = 2**30 if says_its_size else -1
+    message = rf"log_probs/c/0/0/0 declares {size} unpacked bytes \(.*\), not 192"
     with pytest.raises(ValueError, match=message):
         read_shard(path, 1)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 50_000  # KiB

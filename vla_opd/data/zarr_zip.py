@@ -6,6 +6,7 @@ CRC-32C, empty chunks are written too, and reading checks that all of them are t
 it: `zarr.open_group(zarr.storage.ZipStore(path, mode="r"))`.
 """
 
+import math
 import os
 import struct
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -18,6 +19,7 @@ import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore, ZipStore
+from zstandard import ZstdError, frame_content_size
 
 SUFFIX = ".zarr.zip"
 # Consecutive frames compress together (9.1x against 2.6x singly) and still read at random.
@@ -25,8 +27,7 @@ ROWS_PER_CHUNK = 16
 MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 LARGEST = MEMORY // 2  # bytes of all arrays: a description that promises more is a trap
 CODECS = ["bytes", "zstd", "crc32c"]
-ZSTANDARD = bytes.fromhex("28b52ffd")  # how a frame begins
-HEADER = 18  # the most bytes that a frame's header has
+FRAME_HEADER = 18  # the most bytes in the header of a Zstandard frame (RFC 8878, 3.1.1.1)
 # Errors that may be raised by reading a file that is incomplete or of another origin.
 DAMAGED = (
     OSError,
@@ -38,6 +39,7 @@ DAMAGED = (
     EOFError,
     BadZipFile,
     struct.error,
+    ZstdError,
 )
 
 
@@ -78,13 +80,13 @@ def read(
             members = _list_members(archive)
             store = stack.enter_context(ZipStore(path, mode="r"))
             group = zarr.open_group(store, mode="r", zarr_format=3, use_consolidated=False)
-            arrays = {
-                name: array for name, array in group.arrays() if names is None or name in names
-            }
+            arrays = dict(group.arrays())
         except DAMAGED as error:
             raise ValueError(
                 f"{path}: not a zip of a Zarr group ({error}); expected one written by this package"
             ) from error
+        if names is not None:
+            arrays = {name: arrays[name] for name in arrays if name in names}
         _require_memory(path, arrays.values())
         columns: dict[str, np.ndarray] = {}
         for name, array in arrays.items():
@@ -94,8 +96,9 @@ def read(
 
 def _chunk_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return a chunk's shape: all of a vector, some rows of anything else."""
-    rows = ROWS_PER_CHUNK if len(shape) > 1 else max(shape, default=1)
-    return (max(rows, 1), *(max(size, 1) for size in shape[1:]))
+    rows = ROWS_PER_CHUNK if len(shape) > 1 else max([1, *shape])
+    widths = [max(1, size) for size in shape[1:]]
+    return (rows, *widths)
 
 
 def _list_members(archive: ZipFile) -> set[str]:
@@ -121,7 +124,8 @@ def _require_memory(path: Path, arrays: Iterable["zarr.Array[Any]"]) -> None:
     size = sum(array.nbytes for array in arrays)
     if size > LARGEST:
         raise ValueError(
-            f"{path}: its arrays would take {size // 10**9} GB; expected at most {LARGEST // 10**9}"
+            f"{path}: its arrays would take {size / 1e9:.0f} GB;"
+            f" expected at most {LARGEST / 1e9:.0f}"
         )
 
 
@@ -129,10 +133,11 @@ def _read_array(
     archive: ZipFile, members: set[str], name: str, array: "zarr.Array[Any]"
 ) -> np.ndarray:
     path = archive.filename
-    if array.dtype.kind not in "biuf" or array.chunks != _chunk_shape(array.shape):
+    chunk_shape = _chunk_shape(array.shape)
+    if array.dtype.kind not in "biuf" or array.chunks != chunk_shape:
         raise ValueError(
             f"{path}: array {name!r} is of {array.dtype} in chunks of {array.chunks};"
-            f" expected numbers in {_chunk_shape(array.shape)}"
+            f" expected numbers in {chunk_shape}"
         )
     codecs = getattr(array.metadata, "codecs", ())  # Zarr's format 2 has none
     codec_names = [codec.to_dict()["name"] for codec in codecs]
@@ -169,38 +174,23 @@ def _require_chunks(
 
 
 def _require_chunk_sizes(archive: ZipFile, name: str, array: "zarr.Array[Any]") -> None:
-    """Refuse a chunk whose header announces another size than a chunk's.
+    """Refuse a chunk whose header declares another size than a chunk's, or none.
 
-    Zarr would allocate as much as it announces.
+    Zarr would allocate as much as it declares.
     """
     if not array.size:
         return
-    size = int(np.prod(array.chunks)) * array.dtype.itemsize
+    size = math.prod(array.chunks) * array.dtype.itemsize
     for chunk in _chunk_names(name, array):
         with archive.open(chunk) as frame:
-            unpacked = _unpacked_size(frame.read(HEADER))
-        if unpacked != size:
-            raise ValueError(f"{chunk} unpacks to {unpacked} bytes, not {size}")
+            header = frame.read(FRAME_HEADER)
+        declared = frame_content_size(header)  # ZstdError if this is no frame
+        if declared != size:
+            raise ValueError(
+                f"{chunk} declares {declared} unpacked bytes (-1: it declares none), not {size}"
+            )
 
 
 def _chunk_names(name: str, array: "zarr.Array[Any]") -> Iterator[str]:
     for place in np.ndindex(array.cdata_shape):
-        yield "/".join((name, "c", *map(str, place)))
-
-
-def _unpacked_size(header: bytes) -> int | None:
-    """Read the unpacked size in bytes from a Zstandard frame's header (RFC 8878, 3.1.1.1).
-
-    None if the header does not give it, or is none.
-    """
-    if len(header) < 6 or not header.startswith(ZSTANDARD):
-        return None
-    flag = header[4] >> 6
-    single_segment = header[4] >> 5 & 1
-    dictionary = header[4] & 3
-    width = (single_segment, 2, 4, 8)[flag]
-    if not width:
-        return None
-    start = 5 + (1 - single_segment) + (0, 1, 2, 4)[dictionary]
-    offset = 256 if flag == 1 else 0
-    return int.from_bytes(header[start : start + width], "little") + offset
+        yield "/".join([name, "c", *map(str, place)])
