@@ -35,13 +35,13 @@ class ActionSpace(BaseModel):
 
     @model_validator(mode="after")
     def _require_consistent(self) -> "ActionSpace":
-        if not len(self.q01) == len(self.q99) == len(self.normalised):
+        fields = (self.q01, self.q99, self.normalised)
+        lengths = [len(values) for values in fields]
+        if len(set(lengths)) > 1:
             raise ValueError(
-                "q01, q99 and normalised have"
-                f" {len(self.q01)}, {len(self.q99)}, {len(self.normalised)} entries;"
-                " expected one per action dimension"
+                f"q01, q99 and normalised have {lengths} entries; expected one per action dimension"
             )
-        if any(low > high for low, high in zip(self.q01, self.q99, strict=True)):
+        if np.greater(self.q01, self.q99).any():
             raise ValueError(
                 f"q01 is {self.q01} and q99 is {self.q99};"
                 " expected q01 to be at most q99 in each dimension"
@@ -61,12 +61,16 @@ class ActionSpace(BaseModel):
     @property
     def constant(self) -> Bool[np.ndarray, " A"]:
         """The normalised dimensions that never vary."""
-        return np.array(self.normalised) & np.equal(self.q01, self.q99)
+        return np.logical_and(
+            self.normalised,
+            np.equal(self.q01, self.q99),
+        )
 
     @property
     def digest(self) -> str:
         """sha256 of the statistics, bins and chunk."""
-        return sha256(canonical_json(self.model_dump()))
+        fields = self.model_dump()
+        return sha256(canonical_json(fields))
 
     @property
     def edges(self) -> Float[np.ndarray, " V"]:
@@ -76,7 +80,8 @@ class ActionSpace(BaseModel):
     @property
     def _span(self) -> Float64[np.ndarray, " A"]:
         """q99 - q01 + 1e-8."""
-        return np.array(self.q99) - np.array(self.q01) + RANGE_FLOOR
+        difference = np.subtract(self.q99, self.q01)
+        return difference + RANGE_FLOOR
 
     def encode(self, actions: Float[np.ndarray, "*B S A"]) -> Int16[np.ndarray, "*B K"]:
         """Convert actions in the environment's units to bins, row-major [step][dimension].
@@ -86,12 +91,15 @@ class ActionSpace(BaseModel):
         detects such a dimension by min = max; among the statistics kept here, q01 = q99 is nearest
         to that.
         """
-        low = np.array(self.q01)
-        normalised = 2.0 * (actions.astype(np.float64) - low) / self._span - 1.0
+        precise = actions.astype(np.float64)
+        fraction = 2.0 * (precise - self.q01) / self._span
+        normalised = fraction - 1.0
         scaled = np.where(self.normalised, normalised, actions)
         scaled = np.where(self.constant, 0.0, scaled)
-        bins = np.digitize(np.clip(scaled, -1.0, 1.0), self.edges) - 1
-        return bins.reshape(*actions.shape[:-2], self.tokens).astype(np.int16)
+        clipped = np.clip(scaled, -1.0, 1.0)
+        bins = np.digitize(clipped, self.edges) - 1
+        batch = actions.shape[:-2]
+        return bins.astype(np.int16).reshape(*batch, self.tokens)
 
     def decode(self, bins: Int[np.ndarray, "*B K"]) -> Float32[np.ndarray, "*B S A"]:
         """Convert bins to actions.
@@ -101,10 +109,14 @@ class ActionSpace(BaseModel):
         """
         edges = self.edges
         centres = 0.5 * (edges[:-1] + edges[1:])
-        x = centres[np.clip(bins, 0, self.bins - 2)]
-        x = x.reshape(*bins.shape[:-1], self.chunk, self.action_dim)
-        scaled = 0.5 * (x + 1.0) * self._span + np.array(self.q01)
-        return np.where(self.normalised, scaled, x).astype(np.float32)
+        last = self.bins - 2
+        batch = bins.shape[:-1]
+        centred = np.clip(bins, 0, last)
+        x = centres[centred].reshape(*batch, self.chunk, self.action_dim)
+        fraction = 0.5 * (x + 1.0)
+        scaled = fraction * self._span + self.q01
+        actions = np.where(self.normalised, scaled, x)
+        return actions.astype(np.float32)
 
 
 def fit_action_space(actions: Float[np.ndarray, "L A"], chunk: int, bins: int) -> ActionSpace:
@@ -112,12 +124,13 @@ def fit_action_space(actions: Float[np.ndarray, "L A"], chunk: int, bins: int) -
 
     The last dimension is the gripper and passes through, as in LIBERO's and Meta-World's data.
     """
-    q01, q99 = np.quantile(actions.astype(np.float64), [0.01, 0.99], axis=0)
-    normalised = (True,) * (actions.shape[1] - 1) + (False,)
+    precise = actions.astype(np.float64)
+    q01, q99 = np.quantile(precise, [0.01, 0.99], axis=0)
+    arm_dims = actions.shape[1] - 1
     return ActionSpace(
         q01=tuple(q01),
         q99=tuple(q99),
-        normalised=normalised,
+        normalised=(True,) * arm_dims + (False,),
         chunk=chunk,
         bins=bins,
     )
@@ -126,5 +139,6 @@ def fit_action_space(actions: Float[np.ndarray, "L A"], chunk: int, bins: int) -
 def gaussian_logits(bins: int, sigma: float) -> Float32[np.ndarray, "V V"]:
     """Row v: -(u - v)^2 / (2 sigma^2) for every bin u, the logits of a Gaussian around bin v."""
     index = np.arange(bins, dtype=np.float32)
-    distance = index[:, None] - index[None, :]
-    return -(distance**2) / (2 * sigma**2)
+    distance = np.subtract.outer(index, index)
+    variance = sigma**2
+    return -(distance**2) / (2 * variance)

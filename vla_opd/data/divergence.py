@@ -49,14 +49,18 @@ class Divergence(DivergenceMeans):
     @property
     def numbers(self) -> dict[str, float]:
         """All numbers, flat: `reverse_kl`, `by_position/reverse_kl/0`; None is left out."""
+        nested = self.model_dump()
         numbers: dict[str, float] = {}
         for name in DivergenceMeans.model_fields:
-            numbers[name] = getattr(self, name)
+            numbers[name] = nested[name]
         for axis in ("by_position", "by_dimension"):
-            for name, values in getattr(self, axis):
-                numbers |= _number_values(f"{axis}/{name}", values)
+            profile = nested[axis]
+            for name, values in profile.items():
+                _add_numbers(numbers, f"{axis}/{name}", values)
         return numbers
 
 
-def _number_values(name: str, values: tuple[float | None, ...]) -> dict[str, float]:
-    return {f"{name}/{i}": value for i, value in enumerate(values) if value is not None}
+def _add_numbers(numbers: dict[str, float], prefix: str, values: tuple[float | None, ...]) -> None:
+    for position, value in enumerate(values):
+        if value is not None:
+            numbers[f"{prefix}/{position}"] = value

@@ -47,8 +47,10 @@ class Labels:
         """Restrict a mask of valid tokens to those that were labelled."""
         if self.given is None:
             return mask
-        dims = mask.shape[1] // self.given.shape[1]
-        return mask & np.repeat(self.given, dims, axis=1)
+        chunk = self.given.shape[1]
+        dims = mask.shape[1] // chunk
+        given_tokens = np.repeat(self.given, dims, axis=1)
+        return mask & given_tokens
 
 
 def write_shard(path: Path, labels: Labels) -> None:
@@ -70,12 +72,14 @@ def read_shard(path: Path, states: int) -> Labels:
     if "log_probs" not in columns:
         raise ValueError(f"{path}: has no log_probs; expected the labels of {states} states")
     for values in columns.values():
-        if len(values) != states:
+        count = len(values)
+        if count != states:
             raise ValueError(
-                f"{path}: labels {len(values)} states;"
+                f"{path}: labels {count} states;"
                 f" expected the {states} of the trajectory shard of that name"
             )
-    return Labels(**columns, cost=_read_cost(attributes))
+    cost = _read_cost(attributes)
+    return Labels(**columns, cost=cost)
 
 
 def read_outcome(path: Path) -> tuple[LabelCost, Bool[np.ndarray, " N"] | None]:
@@ -85,7 +89,10 @@ def read_outcome(path: Path) -> tuple[LabelCost, Bool[np.ndarray, " N"] | None]:
 
 
 def _read_cost(attributes: Mapping[str, Any]) -> LabelCost:
-    return LabelCost(*(int(attributes.get(name, 0)) for name in LabelCost._fields))
+    return LabelCost(
+        env_steps=int(attributes.get("env_steps", 0)),
+        decisions=int(attributes.get("decisions", 0)),
+    )
 
 
 def smooth_bins(
@@ -95,9 +102,11 @@ def smooth_bins(
 
     log p(v) = -(v - bin)^2 / (2 sigma^2) - log Z, in the stored precision; finite everywhere.
     """
-    log_probs = torch.from_numpy(gaussian_logits(width, sigma)).log_softmax(-1).numpy()
+    logits = torch.from_numpy(gaussian_logits(width, sigma))
+    log_probs = torch.log_softmax(logits, -1).numpy()
     smallest = np.finfo(dtype).min
-    return log_probs.clip(min=smallest).astype(dtype)[bins]
+    finite = log_probs.clip(min=smallest).astype(dtype)
+    return finite[bins]
 
 
 def start_log_softmax(
@@ -107,12 +116,16 @@ def start_log_softmax(
 
     Until it is called, a GPU can go on with other work while the values are copied to the host.
     """
-    log_probs = torch.log_softmax(logits.float(), -1)
+    log_probs = logits.float().log_softmax(-1)
     copied = None
     if log_probs.device.type == "cuda":
         stream = torch.cuda.current_stream(log_probs.device)
         copied = torch.cuda.Event()
-        pinned = torch.empty_like(log_probs, device="cpu", pin_memory=True)
+        pinned = torch.empty_like(
+            log_probs,
+            device="cpu",
+            pin_memory=True,
+        )
         log_probs = pinned.copy_(log_probs, non_blocking=True)
         copied.record(stream)
 

@@ -6,7 +6,8 @@ concatenations over the episodes, in member order: states (N rows: `frames`, `pr
 episode (`index`, `member`, `steps`, `success`, `states`, `decisions`).
 """
 
-from collections import Counter
+import math
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,14 @@ SHARD_FORMAT = 1
 STATE_COLUMNS = ("frames", "proprio", "step")
 STEP_COLUMNS = ("actions", "clean")
 DECISION_COLUMNS = ("tokens", "log_probs")
+EPISODE_COLUMNS = [
+    ("index", np.int64),
+    ("member", np.int32),
+    ("steps", np.int32),
+    ("success", np.bool_),
+    ("states", np.int32),
+    ("decisions", np.int32),
+]
 
 
 @dataclass(frozen=True)
@@ -37,8 +46,12 @@ class Observations:
 
     def at(self, rows: Int[np.ndarray, " R"]) -> "Observations":
         """Select rows."""
-        instructions = tuple(self.instructions[i] for i in rows)
-        return Observations(self.frames[rows], self.proprio[rows], instructions)
+        instructions = [self.instructions[row] for row in rows]
+        return Observations(
+            frames=self.frames[rows],
+            proprio=self.proprio[rows],
+            instructions=tuple(instructions),
+        )
 
     @staticmethod
     def concatenate(parts: "Sequence[Observations]") -> "Observations":
@@ -90,13 +103,15 @@ def valid_tokens(episode: Episode, chunk: int) -> Bool[np.ndarray, "N K"]:
     random burst came in between (`clean` on s ... s + i - 1: the expert's label at the first random
     step still belongs to a state that the chunk leads to).
     """
-    dims = episode.actions.shape[1]
-    index = episode.step[:, None] + np.arange(chunk)
-    clean = np.concatenate([episode.clean, np.zeros(chunk, dtype=bool)])
-    first = np.ones((len(index), 1), dtype=bool)
-    clean_before = np.concatenate([first, clean[index[:, :-1]]], axis=1)
+    index = np.add.outer(episode.step, np.arange(chunk))
+    clean = np.pad(episode.clean, (0, chunk))
+    clean_before = np.ones(index.shape, dtype=bool)
+    clean_before[:, 1:] = clean[index[:, :-1]]
     undisturbed = np.logical_and.accumulate(clean_before, axis=1)
-    return np.repeat((index < episode.steps) & undisturbed, dims, axis=1)
+    executed = index < episode.steps
+    valid = executed & undisturbed
+    dims = episode.actions.shape[1]
+    return np.repeat(valid, dims, axis=1)
 
 
 @dataclass(frozen=True)
@@ -124,43 +139,53 @@ def write_shard(path: Path, episodes: Sequence[Episode], chunk: int) -> None:
 
     ValueError for episodes of several tasks, splits or instructions.
     """
-    kinds = {(e.placement.task, e.placement.split, e.instruction) for e in episodes}
+    kinds: set[tuple[str, str, str]] = set()
+    for episode in episodes:
+        placement = episode.placement
+        kinds.add((placement.task, placement.split, episode.instruction))
     if len(kinds) != 1:
         raise ValueError(
             f"episodes of a shard: {sorted(kinds)};"
             " expected one task, split and instruction per shard"
         )
-    columns = _concatenate_episodes(episodes, chunk) | _list_episodes(episodes)
-    first = episodes[0]
+    task, split, instruction = kinds.pop()
     attributes = {
         "format": SHARD_FORMAT,
-        "task": first.placement.task,
-        "split": first.placement.split,
-        "instruction": first.instruction,
+        "task": task,
+        "split": split,
+        "instruction": instruction,
         "chunk": chunk,
     }
+    columns = _concatenate_episodes(episodes, chunk)
+    columns.update(_list_episodes(episodes))
     zarr_zip.write(path, columns, attributes)
 
 
 def _concatenate_episodes(episodes: Sequence[Episode], chunk: int) -> dict[str, np.ndarray]:
     """Concatenate the arrays of episodes."""
-    columns: dict[str, np.ndarray] = {}
-    for name in (*STATE_COLUMNS, *STEP_COLUMNS, *DECISION_COLUMNS):
-        columns[name] = np.concatenate([getattr(episode, name) for episode in episodes])
-    columns["mask"] = np.concatenate([valid_tokens(episode, chunk) for episode in episodes])
-    return columns
+    parts: defaultdict[str, list[np.ndarray]] = defaultdict(list)
+    for episode in episodes:
+        for name in (*STATE_COLUMNS, *STEP_COLUMNS, *DECISION_COLUMNS):
+            values = getattr(episode, name)
+            parts[name].append(values)
+        mask = valid_tokens(episode, chunk)
+        parts["mask"].append(mask)
+    return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
 
 def _list_episodes(episodes: Sequence[Episode]) -> dict[str, np.ndarray]:
     """Make the columns that have one row per episode."""
-    return {
-        "index": np.array([e.placement.index for e in episodes], dtype=np.int64),
-        "member": np.array([e.member for e in episodes], dtype=np.int32),
-        "steps": np.array([e.steps for e in episodes], dtype=np.int32),
-        "success": np.array([e.success for e in episodes]),
-        "states": np.array([len(e.step) for e in episodes], dtype=np.int32),
-        "decisions": np.array([len(e.tokens) for e in episodes], dtype=np.int32),
-    }
+    table = np.zeros(len(episodes), EPISODE_COLUMNS)
+    for row, episode in enumerate(episodes):
+        table[row] = (
+            episode.placement.index,
+            episode.member,
+            episode.steps,
+            episode.success,
+            len(episode.step),
+            len(episode.tokens),
+        )
+    return {name: table[name] for name, _ in EPISODE_COLUMNS}
 
 
 def read_shard(path: Path) -> tuple[Episode, ...]:
@@ -169,17 +194,14 @@ def read_shard(path: Path) -> tuple[Episode, ...]:
     ValueError names the shard and the array if bytes are missing or corrupt.
     """
     columns, attributes = zarr_zip.read(path)
-    arrays = {
-        **_split_columns(columns, STATE_COLUMNS, columns["states"]),
-        **_split_columns(columns, STEP_COLUMNS, columns["steps"]),
-        **_split_columns(columns, DECISION_COLUMNS, columns["decisions"]),
-    }
+    task = attributes["task"]
+    split = attributes["split"]
+    arrays = _split_columns(columns)
     episodes: list[Episode] = []
-    for row, member in enumerate(columns["member"]):
-        index = int(columns["index"][row])
+    for row, index in enumerate(columns["index"]):
         episode = Episode(
-            placement=Placement(attributes["task"], attributes["split"], index),
-            member=int(member),
+            placement=Placement(task, split, int(index)),
+            member=int(columns["member"][row]),
             instruction=attributes["instruction"],
             success=bool(columns["success"][row]),
             steps=int(columns["steps"][row]),
@@ -189,12 +211,19 @@ def read_shard(path: Path) -> tuple[Episode, ...]:
     return tuple(episodes)
 
 
-def _split_columns(
-    columns: Mapping[str, np.ndarray], names: Sequence[str], lengths: Int[np.ndarray, " E"]
-) -> dict[str, list[np.ndarray]]:
-    """Split columns into one array per episode."""
-    ends = np.cumsum(lengths)[:-1]
-    return {name: np.split(columns[name], ends) for name in names}
+def _split_columns(columns: Mapping[str, np.ndarray]) -> dict[str, list[np.ndarray]]:
+    """Split the concatenated columns into one array per episode."""
+    names_of = {
+        "states": STATE_COLUMNS,
+        "steps": STEP_COLUMNS,
+        "decisions": DECISION_COLUMNS,
+    }
+    arrays: dict[str, list[np.ndarray]] = {}
+    for length, names in names_of.items():
+        ends = np.cumsum(columns[length])[:-1]
+        for name in names:
+            arrays[name] = np.split(columns[name], ends)
+    return arrays
 
 
 def shard_name(task: int, first: int) -> str:
@@ -232,14 +261,13 @@ def read_states(paths: Sequence[Path], per_task: int | None = None) -> States:
             episodes = min(episodes, per_task - counts[task])
         counts[task] += episodes
         if episodes > 0:
-            parts.append(_select_states(columns, attributes, episodes))
+            states = _select_states(columns, attributes, episodes)
+            parts.append(states)
     if per_task is not None:
         _require_episodes(counts, per_task)
     if not parts:
-        raise ValueError(
-            f"no episodes in {[str(path) for path in paths]};"
-            " expected at least one shard with one episode"
-        )
+        names = ", ".join(map(str, paths))
+        raise ValueError(f"no episodes in {names}; expected at least one shard with one episode")
     return concatenate(parts)
 
 
@@ -256,14 +284,18 @@ def _select_states(
     columns: Mapping[str, np.ndarray], attributes: Mapping[str, Any], episodes: int
 ) -> States:
     """Select the states of a shard's first `episodes` episodes."""
-    numbers = np.arange(len(columns["states"]), dtype=np.int32)
-    rows = int(columns["states"][:episodes].sum())
-    episode = np.repeat(numbers, columns["states"])[:rows]
-    ends = np.cumsum(columns["steps"])
-    starts = ends - columns["steps"]
+    lengths = columns["states"][:episodes]
+    rows = int(lengths.sum())
+    numbers = np.arange(episodes, dtype=np.int32)
+    episode = np.repeat(numbers, lengths)
+    steps = columns["steps"]
+    ends = np.cumsum(steps)
+    starts = ends - steps
     first = starts[episode] + columns["step"][:rows]
-    index = first[:, None] + np.arange(attributes["chunk"])
-    index = np.minimum(index, ends[episode, None] - 1)
+    last = ends[episode] - 1
+    offsets = np.arange(attributes["chunk"])
+    index = np.add.outer(first, offsets)
+    index = np.minimum(index, last[:, None])
     observations = Observations(
         frames=columns["frames"][:rows],
         proprio=columns["proprio"][:rows],
@@ -280,10 +312,11 @@ def _select_states(
 def concatenate(parts: Sequence[States]) -> States:
     """Concatenate the states of several shards in the order given."""
     episodes: list[np.ndarray] = []
-    offset = 0
+    count = 0
     for part in parts:
-        episodes.append(part.episode + offset)
-        offset += int(part.episode[-1]) + 1
+        episode = part.episode + count
+        episodes.append(episode)
+        count = int(episode[-1]) + 1
     return States(
         observations=Observations.concatenate([part.observations for part in parts]),
         mask=np.concatenate([part.mask for part in parts]),
@@ -294,5 +327,5 @@ def concatenate(parts: Sequence[States]) -> States:
 
 def split_batches(rows: Int[np.ndarray, " R"], batch_size: int) -> list[Int[np.ndarray, " B"]]:
     """Split rows into batches as equal as possible, none of them larger than `batch_size`."""
-    count = -(-len(rows) // batch_size)
+    count = math.ceil(len(rows) / batch_size)
     return np.array_split(rows, max(1, count))

@@ -156,9 +156,7 @@ def test_the_digest_is_of_everything_that_a_token_means() -> None:
 
 
 def test_statistics_of_different_lengths_are_refused() -> None:
-    with pytest.raises(
-        ValidationError, match="have 2, 1, 2 entries; expected one per action dimension"
-    ):
+    with pytest.raises(ValidationError, match=r"have \[2, 1, 2\] entries; expected one per action"):
         ActionSpace(q01=(0, 0), q99=(1,), normalised=(True, True), chunk=1)
 
 
