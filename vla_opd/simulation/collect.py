@@ -5,6 +5,7 @@ Each group, the G episodes of one prompt, is a shard, written as soon as it is c
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 
 from tqdm import tqdm
 
@@ -41,8 +42,8 @@ def write_groups(
     jobs: list[Job] = []
     shard_of: dict[tuple[Placement, int], str] = {}
     for shard in work.missing(groups):
-        jobs.extend(groups[shard])
         for job in groups[shard]:
+            jobs.append(job)
             shard_of[job.placement, job.member] = shard
     arrived: defaultdict[str, list[Episode]] = defaultdict(list)
     planned = host.share.select(list(groups))
@@ -64,22 +65,33 @@ def write_groups(
         work.record_made_with(stats.environment)
         if len(group) == len(groups[shard]):
             del arrived[shard]
-            group.sort(key=lambda episode: episode.member)
+            group.sort(key=attrgetter("member"))
             with work.part(shard) as path:
                 write_shard(path, group, policy.chunk)
 
 
 def summarize_episodes(episodes: Sequence[Episode]) -> dict[str, float]:
     """Return the numbers of a set of rollouts: episodes, success rate, control steps, states."""
-    successes = sum(episode.success for episode in episodes)
+    count = len(episodes)
+    successes = 0
+    env_steps = 0
+    states = 0
+    for episode in episodes:
+        successes += episode.success
+        env_steps += episode.steps
+        states += len(episode.step)
     return {
-        "episodes": len(episodes),
-        "success": successes / len(episodes),
-        "env_steps": sum(episode.steps for episode in episodes),
-        "states": sum(len(episode.step) for episode in episodes),
+        "episodes": count,
+        "success": successes / count,
+        "env_steps": env_steps,
+        "states": states,
     }
 
 
 def group_jobs(placement: Placement, size: int, seed: int) -> list[Job]:
     """Return the jobs of a group: `size` episodes from one placement, each with its own seed."""
-    return [Job(placement, member, derive(seed, "member", member)) for member in range(size)]
+    jobs: list[Job] = []
+    for member in range(size):
+        job_seed = derive(seed, "member", member)
+        jobs.append(Job(placement, member, job_seed))
+    return jobs

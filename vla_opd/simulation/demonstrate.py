@@ -97,16 +97,22 @@ class Demonstrate:
         observations = [env.reset(self.job.placement)]
         expert = make_expert(params.expert, env)
         expert.reset()
-        disturbance = draw_disturbance(self.job.seed, params.horizon, params.noise, params.burst)
+        disturbance = draw_disturbance(
+            self.job.seed,
+            params.horizon,
+            params.noise,
+            params.burst,
+        )
         actions: list[Float32[np.ndarray, " A"]] = []
         success = False
         while not success and len(actions) < params.horizon:
             success = self._step(env, expert, disturbance, actions, observations)
         steps = len(actions)
+        observed = np.arange(0, steps + 1, params.observe_every, dtype=np.int32)
         return stack_outcome(
             steps,
             observations,
-            np.arange(0, steps + 1, params.observe_every, dtype=np.int32),
+            observed,
             success=success,
             actions=np.stack(actions),
             clean=~disturbance.burst[:steps],

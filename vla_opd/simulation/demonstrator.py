@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 from tqdm import tqdm
 
@@ -31,8 +32,8 @@ class Demonstrator:
     def write_missing(self, work: Draft, shards: Mapping[str, list[Slot]], chunk: int) -> int:
         """Write the missing shards, each once all its slots succeeded. Returns failed episodes."""
         missing = {shard: shards[shard] for shard in work.missing(shards)}
-        slots = [slot for members in missing.values() for slot in members]
-        total = sum(len(members) for members in shards.values())
+        slots = list(chain.from_iterable(missing.values()))
+        total = sum(map(len, shards.values()))
         successes: dict[Slot, Episode] = {}
         failures = 0
         progress = tqdm(
@@ -82,7 +83,8 @@ class Demonstrator:
         for task, number in slots:
             index = derive(self.seed, "demonstrate", self.name, task, number, attempt)
             placement = Placement(task, "training", index)
-            jobs.append(Job(placement, number, derive(index, "noise")))
+            noise_seed = derive(index, "noise")
+            jobs.append(Job(placement, number, noise_seed))
             slot_of[placement, number] = (task, number)
         episodes = demonstrate(jobs, self.environment, self.settings, self.pool, self.stats)
         for episode in episodes:
@@ -90,8 +92,4 @@ class Demonstrator:
 
 
 def _complete(missing: Mapping[str, list[Slot]], successes: Mapping[Slot, Episode]) -> list[str]:
-    return [
-        shard
-        for shard, members in missing.items()
-        if all(member in successes for member in members)
-    ]
+    return [shard for shard, slots in missing.items() if successes.keys() >= set(slots)]

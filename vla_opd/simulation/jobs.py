@@ -69,7 +69,7 @@ class Reset:
 
     def __call__(self, env: Env) -> Outcome:
         observation = env.reset(self.placement)
-        return stack_outcome(0, [observation], np.zeros(1, np.int32), success=False)
+        return observe_start(observation)
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,18 @@ class Forward:
         first = (self.start // every + 1) * every
         end = self.start + advance.steps + 1
         observed = np.arange(first, end, every, dtype=np.int32)
-        return stack_outcome(advance.steps, advance.observations, observed, success=advance.success)
+        return stack_outcome(
+            advance.steps,
+            advance.observations,
+            observed,
+            success=advance.success,
+        )
+
+
+def observe_start(observation: Observation) -> Outcome:
+    """Return the outcome of a command that starts an episode: one observation, of step 0."""
+    observed = np.zeros(1, np.int32)
+    return stack_outcome(0, [observation], observed, success=False)
 
 
 def stack_outcome(
@@ -112,25 +123,30 @@ def stack_outcome(
             f"expected one at each step of {observed.tolist()}"
         )
     for step, observation in zip(observed, observations, strict=True):
-        if not np.isfinite(observation.proprio).all():
+        proprio = observation.proprio
+        if not np.isfinite(proprio).all():
             raise FloatingPointError(
                 f"the simulator diverged: proprioception at control step {step} is "
-                f"{observation.proprio.tolist()}"
+                f"{proprio.tolist()}"
             )
     instruction = ""
     frames = np.zeros((0, 0, 0, 0, 3), np.uint8)
-    proprio = np.zeros((0, 0), np.float32)
+    proprios = np.zeros((0, 0), np.float32)
     if observations:
         instruction = observations[-1].instruction
         frames = np.stack([observation.frames for observation in observations])
-        proprio = np.stack([observation.proprio for observation in observations])
+        proprios = np.stack([observation.proprio for observation in observations])
+    if actions is None:
+        actions = np.zeros((0, 0), np.float32)
+    if clean is None:
+        clean = np.zeros(0, np.bool_)
     return Outcome(
         steps=steps,
         success=success,
         instruction=instruction,
         observed=observed,
         frames=frames,
-        proprio=proprio,
-        actions=np.zeros((0, 0), np.float32) if actions is None else actions,
-        clean=np.zeros(0, np.bool_) if clean is None else clean,
+        proprio=proprios,
+        actions=actions,
+        clean=clean,
     )

@@ -1,7 +1,7 @@
 """Labels of trajectory shards, by the teacher or by a scripted expert."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from vla_opd.data.action_space import ActionSpace
 from vla_opd.data.labels import LabelCost, Labels, smooth_bins, start_log_softmax
-from vla_opd.data.trajectory import read_shard, read_states, split_batches
+from vla_opd.data.trajectory import Observations, read_shard, read_states, split_batches
 from vla_opd.params.stages import EnvironmentParams, LabelParams
 from vla_opd.policies.policy import Policy
 from vla_opd.simulation.jobs import Job
@@ -22,6 +22,7 @@ from vla_opd.simulation.rollout import RolloutSettings, torch_threads
 
 Result = TypeVar("Result")
 Recordings = dict[str, dict[Job, EpisodeRecord]]  # by shard
+PendingLogProbs = Callable[[], Float[np.ndarray, "B K V"]]  # waits for them
 
 
 @dataclass(frozen=True)
@@ -64,23 +65,25 @@ class Labeler:
                 f"{self.trajectories / name}: has {tokens} tokens per state; "
                 f"expected the teacher's {self.space.tokens}"
             )
-        dtype = self.settings.dtype
-        observations = states.observations
-        batches = split_batches(np.arange(len(observations)), self.settings.batch_size)
         with torch.inference_mode(), torch_threads(self.settings.threads):
-            started = (
-                start_log_softmax(self.teacher.logits(observations.at(rows)), dtype)
-                for rows in batches
-            )
+            started = self._start_batches(states.observations)
             labels = np.concatenate([wait() for wait in _one_behind(started)])
-        broken = np.flatnonzero(~np.isfinite(labels).all((1, 2)))
-        if len(broken):
+        finite = np.isfinite(labels).all(axis=(1, 2))
+        if not finite.all():
+            broken = np.flatnonzero(~finite)
             raise FloatingPointError(
                 f"the teacher's log-probabilities of {len(broken)} states of {name} are not finite "
-                f"in {dtype}, the first of them state {broken[0]}; expected finite numbers "
-                "(nothing of this shard is kept)"
+                f"in {self.settings.dtype}, the first of them state {broken[0]}; expected finite "
+                "numbers (nothing of this shard is kept)"
             )
         return labels
+
+    def _start_batches(self, observations: Observations) -> Iterator[PendingLogProbs]:
+        """Yield batches of log-probabilities that are being computed."""
+        numbers = np.arange(len(observations))
+        for rows in split_batches(numbers, self.settings.batch_size):
+            logits = self.teacher.logits(observations.at(rows))
+            yield start_log_softmax(logits, self.settings.dtype)
 
     def _with_recovery(self, names: Sequence[str], every: int) -> Iterator[tuple[str, Labels]]:
         """Yield the teacher's labels, with the states from which it still succeeds, greedily."""
@@ -96,10 +99,11 @@ class Labeler:
             simulation.stats,
         )
         for name, episodes in _by_shard(recordings, recoveries):
-            env_steps = sum(episode.env_steps for episode in episodes)
-            decisions = sum(episode.decisions for episode in episodes)
+            cost = LabelCost(
+                env_steps=sum(episode.env_steps for episode in episodes),
+                decisions=sum(episode.decisions for episode in episodes),
+            )
             recoverable = np.concatenate([episode.recoverable for episode in episodes])
-            cost = LabelCost(env_steps, decisions)
             yield name, Labels(self._log_probs(name), recoverable, cost=cost)
 
     def _by_expert(self, names: Sequence[str], expert: str) -> Iterator[tuple[str, Labels]]:
@@ -127,16 +131,17 @@ class Labeler:
         """Read what leads a simulator to the states of some shards again."""
         recordings: Recordings = {}
         for name in names:
-            recordings[name] = {
-                Job(episode.placement, episode.member, 0): EpisodeRecord(
+            records: dict[Job, EpisodeRecord] = {}
+            for episode in read_shard(self.trajectories / name):
+                job = Job(episode.placement, episode.member, seed=0)
+                records[job] = EpisodeRecord(
                     episode.placement,
                     episode.success,
                     episode.actions,
                     episode.step,
                     episode.proprio,
                 )
-                for episode in read_shard(self.trajectories / name)
-            }
+            recordings[name] = records
         return recordings
 
 

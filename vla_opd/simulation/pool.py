@@ -7,6 +7,7 @@ memfd, which has no name, so nothing is left behind when processes are killed). 
 """
 
 import json
+import math
 import multiprocessing.connection as mpc
 import os
 import signal
@@ -20,7 +21,7 @@ from types import TracebackType
 
 from vla_opd.params.stages import EnvironmentParams
 from vla_opd.simulation.jobs import Command, Job, Outcome
-from vla_opd.simulation.worker import Crash, map_frames
+from vla_opd.simulation.worker import Crash, frames_shape, map_frames
 
 # One thread per worker: the workers share the machine, and the last bits of a sum must not depend
 # on the number of cores.
@@ -93,7 +94,8 @@ class SimulationStats:
             "simulator_seconds": self.simulator_s,
         }
         if self.states:
-            metrics["states_per_second"] = self.states / (time.perf_counter() - self.began)
+            elapsed_s = time.perf_counter() - self.began
+            metrics["states_per_second"] = self.states / elapsed_s
         return metrics
 
 
@@ -109,7 +111,6 @@ class _Worker:
     """
 
     def __init__(self, environment: EnvironmentParams, capacity: int) -> None:
-        pixels = len(environment.cameras) * environment.image_size**2
         self.job: Job | None = None
         self.awaiting = False
         self.task: str | None = None
@@ -117,8 +118,9 @@ class _Worker:
         self.connection: mpc.Connection | None = None
         self._greeting = (environment, capacity)
         self._process: subprocess.Popen[bytes] | None = None
+        size = math.prod(frames_shape(environment, capacity))
         self._shared = os.memfd_create("frames")
-        os.ftruncate(self._shared, capacity * pixels * 3)
+        os.ftruncate(self._shared, size)
         self._frames = map_frames(self._shared, environment, capacity)
 
     def send(self, command: Command, timeout_s: float) -> None:
@@ -143,7 +145,9 @@ class _Worker:
             raise _CrashError(self._describe_exit()) from error
         self.awaiting = False
         if isinstance(reply, Outcome):
-            return replace(reply, frames=self._frames[: len(reply.observed)].copy())
+            count = len(reply.observed)
+            frames = self._frames[:count].copy()
+            return replace(reply, frames=frames)
         if reply.mistake is not None:
             mistake = ValueError(reply.mistake)
             mistake.add_note(f"In the simulator process:\n{reply.text}")
@@ -169,35 +173,39 @@ class _Worker:
     def close(self) -> None:
         """End the process, after a grace period if it is idle, and free the shared memory."""
         self.hang_up()
-        if self._process is not None and not self.awaiting:
-            _wait_for_exit(self._process, _GRACE_S)
+        process = self._process
+        if process is not None and not self.awaiting:
+            _wait_for_exit(process, _GRACE_S)
         self.kill()
         self._frames = self._frames[:0].copy()  # the mapping holds a descriptor of its own
         os.close(self._shared)
 
     def _start(self) -> mpc.Connection:
         parent_end, worker_end = mpc.Pipe(duplex=True)
+        pipe = worker_end.fileno()
         start = {
-            "path": [str(entry) for entry in sys.path],
-            "serve": [worker_end.fileno(), self._shared, os.getpid()],
+            "path": list(map(str, sys.path)),
+            "serve": [pipe, self._shared, os.getpid()],
         }
         with worker_end:
             self._process = subprocess.Popen(  # noqa: S603 - this interpreter, our own code
                 [sys.executable, "-X", "faulthandler", "-c", _BOOT, json.dumps(start)],
                 env={**os.environ, **_ONE_THREAD},
                 stdin=subprocess.DEVNULL,
-                pass_fds=(worker_end.fileno(), self._shared),
+                pass_fds=(pipe, self._shared),
             )
         self.connection = parent_end
         parent_end.send(self._greeting)
         return parent_end
 
     def _describe_exit(self) -> str:
-        if self._process is None or not _wait_for_exit(self._process, _GRACE_S):
+        process = self._process
+        if process is None or not _wait_for_exit(process, _GRACE_S):
             return "the simulator process closed its connection"
-        code = self._process.returncode
+        code = process.returncode
         if code < 0:
-            return f"the simulator process died of {signal.Signals(-code).name}"
+            cause = signal.Signals(-code)
+            return f"the simulator process died of {cause.name}"
         return f"the simulator process exited with code {code}"
 
 
@@ -224,7 +232,8 @@ class JobQueue:
             if job in distinct:
                 raise ValueError(f"jobs: {job} occurs twice; expected distinct jobs")
             distinct.add(job)
-            self._waiting.setdefault(job.placement.task, deque()).append(job)
+            task = job.placement.task
+            self._waiting.setdefault(task, deque()).append(job)
 
     def __len__(self) -> int:
         return sum(map(len, self._waiting.values()))
@@ -236,23 +245,24 @@ class JobQueue:
         the task with the most waiting jobs among those that no worker serves (`served` are the
         others), or among all tasks.
         """
-        waiting = self._waiting
-        tasks = [name for name, jobs in waiting.items() if jobs]
-        if task is None or task not in tasks:
-            unserved = [name for name in tasks if name not in served]
-            candidates = unserved or tasks
-            task = max(candidates, key=lambda name: len(waiting[name]))
-        return waiting[task].popleft()
+        counts = {name: len(jobs) for name, jobs in self._waiting.items() if jobs}
+        if task is None or task not in counts:
+            unserved = [name for name in counts if name not in served]
+            candidates = unserved or counts
+            task = max(candidates, key=counts.__getitem__)
+        return self._waiting[task].popleft()
 
     def put_back(self, job: Job, error: str) -> None:
         """Put a job whose worker crashed first in line. RuntimeError after too many crashes."""
         self._crashes[job] += 1
-        if self._crashes[job] >= self._attempts:
+        crashes = self._crashes[job]
+        if crashes >= self._attempts:
             raise RuntimeError(
                 f"{job.placement}, member {job.member}: the simulator crashed "
-                f"{self._crashes[job]} times; the last time: {error}"
+                f"{crashes} times; the last time: {error}"
             )
-        self._waiting[job.placement.task].appendleft(job)
+        task = job.placement.task
+        self._waiting[task].appendleft(job)
 
 
 class Pool:
@@ -327,32 +337,39 @@ class Pool:
         self._assign()
         busy = [worker for worker in self._workers if worker.awaiting]
         answered = self._wait(busy)
-        outcomes = [self._receive(worker) for worker in busy if worker.connection in answered]
+        outcomes: list[tuple[Job, Outcome]] = []
+        late: list[_Worker] = []
         for worker in busy:
-            late = time.monotonic() > worker.deadline
-            if late and worker.connection not in answered:
-                self._restart(worker, f"no answer within {self._settings.timeout_s:g} s")
-        return [pair for pair in outcomes if pair is not None]
+            if worker.connection in answered:
+                outcomes.extend(self._receive(worker))
+            elif time.monotonic() > worker.deadline:
+                late.append(worker)
+        for worker in late:
+            self._restart(worker, f"no answer within {self._settings.timeout_s:g} s")
+        return outcomes
 
     def _wait(self, busy: list[_Worker]) -> list[object]:
         began = time.perf_counter()
         nearest = min((worker.deadline for worker in busy), default=0.0)
         remaining = nearest - time.monotonic()
         connections = [worker.connection for worker in busy if worker.connection is not None]
-        answered = mpc.wait(connections, timeout=max(0.0, remaining))
+        timeout_s = max(0.0, remaining)
+        answered = mpc.wait(connections, timeout_s)
         self._stats.waiting_s += time.perf_counter() - began
         return list(answered)
 
-    def _receive(self, worker: _Worker) -> tuple[Job, Outcome] | None:
-        assert worker.job is not None
+    def _receive(self, worker: _Worker) -> list[tuple[Job, Outcome]]:
+        """Receive a worker's outcome; after a crash, restart it and return none."""
+        job = worker.job
+        assert job is not None
         try:
             outcome = worker.receive()
         except _CrashError as error:
             self._restart(worker, str(error))
-            return None
+            return []
         self._stats.simulator_s += outcome.seconds
         self._stats.environment = outcome.environment
-        return worker.job, outcome
+        return [(job, outcome)]
 
     def _restart(self, worker: _Worker, error: str) -> None:
         """Replace a crashed worker's process and start its job again."""
@@ -367,12 +384,12 @@ class Pool:
     def _assign(self) -> None:
         for worker in self._workers:
             if worker.job is None and len(self._queue):
-                running = [busy.job for busy in self._workers if busy.job]
-                served = {job.placement.task for job in running}
+                served = {busy.job.placement.task for busy in self._workers if busy.job}
                 job = self._queue.take(worker.task, served)
+                command = self._first(job)
                 worker.job = job
                 worker.task = job.placement.task
-                self._send(worker, self._first(job))
+                self._send(worker, command)
 
     def _send(self, worker: _Worker, command: Command) -> None:
         try:

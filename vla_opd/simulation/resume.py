@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float32, Int32
 from vla_opd.envs.protocol import Env, Observation, Placement
 from vla_opd.experts import make_expert
 from vla_opd.params.stages import EnvironmentParams
-from vla_opd.simulation.jobs import Job, Outcome, stack_outcome
+from vla_opd.simulation.jobs import Job, Outcome, observe_start, stack_outcome
 from vla_opd.simulation.pool import Pool, PoolSettings, SimulationStats
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Resume:
     row: int
 
     def __call__(self, env: Env) -> Outcome:
-        return stack_outcome(0, [self.restore(env)], np.zeros(1, np.int32), success=False)
+        return observe_start(self.restore(env))
 
     def restore(self, env: Env) -> Observation:
         """Bring the environment to the state, and return its observation."""
@@ -64,7 +64,8 @@ class Resume:
         expected = episode.proprio[self.row]
         observation = env.reset(episode.placement)
         if step:
-            advance = env.advance(episode.actions[:step], step)
+            actions = episode.actions[:step]
+            advance = env.advance(actions, step)
             if advance.steps < step or advance.success:
                 reason = f"it ended after {advance.steps}"
                 raise ValueError(self._mismatch(reason))
@@ -100,10 +101,10 @@ class QueryExpert:
         executed: list[Bool[np.ndarray, " S"]] = []
         for row in range(len(self.episode.step)):
             answer = self._run_expert(env, row)
-            unexecuted = self.chunk - len(answer)
-            padding = np.repeat(answer[-1:], unexecuted, axis=0)
+            steps = len(answer)
+            padding = np.repeat(answer[-1:], self.chunk - steps, axis=0)
             actions.append(np.concatenate([answer, padding]))
-            executed.append(np.arange(self.chunk) < len(answer))
+            executed.append(np.arange(self.chunk) < steps)
         return stack_outcome(
             0,
             [],
@@ -179,9 +180,9 @@ class Recovery:
     def add(self, states: Bool[np.ndarray, " N"], episode: "Episode") -> "Recovery":
         """Return the recovery with the result of one more episode, which holds for `states`."""
         return Recovery(
-            np.where(states, episode.success, self.recoverable),
-            self.env_steps + episode.steps,
-            self.decisions + len(episode.tokens),
+            recoverable=np.where(states, episode.success, self.recoverable),
+            env_steps=self.env_steps + episode.steps,
+            decisions=self.decisions + len(episode.tokens),
         )
 
 
@@ -206,28 +207,30 @@ def find_recoverable_states(
     attempts: list[tuple[Job, int]] = []
     recoveries: dict[Job, Recovery] = {}
     for job, episode in episodes.items():
+        states = len(episode.step)
+        recovery = Recovery(np.full(states, episode.success))
+        recoveries[job] = recovery
         rows = _start_rows(episode, stretch)
         attempts.extend((job, row) for row in rows)
-        recoveries[job] = Recovery(np.full(len(episode.step), episode.success))
         if not rows:
-            yield job, recoveries[job]
+            yield job, recovery
     pending = Counter(job for job, _ in attempts)
     commands = _resume_commands(episodes, attempts)
     rollouts = rollout(
         policy,
-        list(commands),
+        commands,
         environment,
         settings,
         pool_settings,
         stats,
-        commands.__getitem__,
+        first=commands.__getitem__,
     )
     for attempt in rollouts:
         job, row = attempts[attempt.member]
         step = episodes[job].step
-        start = step[row]
-        states = (step >= start) & (step < start + stretch)
-        recoveries[job] = recoveries[job].add(states, attempt)
+        later = step - step[row]
+        covered = (later >= 0) & (later < stretch)
+        recoveries[job] = recoveries[job].add(covered, attempt)
         pending[job] -= 1
         if not pending[job]:
             yield job, recoveries[job]
@@ -237,7 +240,8 @@ def _start_rows(episode: EpisodeRecord, every: int) -> list[int]:
     """Return the kept states at which the policy takes over: every n steps, if it failed."""
     if episode.success:
         return []
-    return np.flatnonzero(episode.step % every == 0).tolist()
+    starts = episode.step % every == 0
+    return np.flatnonzero(starts).tolist()
 
 
 def _resume_commands(

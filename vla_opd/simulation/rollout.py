@@ -91,7 +91,8 @@ def rollout(
 
 def _check_observe_every(observe_every: int | None, chunk: int) -> None:
     if observe_every is not None and chunk % observe_every:
-        divisors = [n for n in range(1, chunk + 1) if chunk % n == 0]
+        numbers = range(1, chunk + 1)
+        divisors = [number for number in numbers if chunk % number == 0]
         raise ValueError(
             f"sample.observe_every is {observe_every}; expected a divisor of the policy's chunk of "
             f"{chunk}: one of {divisors}"
@@ -124,14 +125,16 @@ class _RunningEpisode:
         """Record the simulator's outcome of the reset or of the last actions."""
         self.steps += outcome.steps
         self.success = outcome.success
-        self.instruction = outcome.instruction or self.instruction
+        if outcome.instruction:
+            self.instruction = outcome.instruction
         if self.actions:
-            self.actions[-1] = self.actions[-1][: outcome.steps]
+            planned = self.actions.pop()
+            self.actions.append(planned[: outcome.steps])
         if len(outcome.observed):
             self._add_observations(outcome)
-        assert self.done or self.observed[-1][-1] == self.steps, (
-            "the environment stopped inside a chunk without success"
-        )
+        if not self.done:
+            latest = self.observed[-1][-1]
+            assert latest == self.steps, "the environment stopped inside a chunk without success"
 
     def _add_observations(self, outcome: Outcome) -> None:
         if self.settings.observe_every is None:  # only the current state is needed
@@ -154,12 +157,18 @@ class _RunningEpisode:
         self.tokens.append(tokens)
         self.log_probs.append(log_probs)
         self.actions.append(executed)
-        return Forward(self.steps, executed, self.settings.observe_every or self.chunk)
+        return Forward(
+            start=self.steps,
+            actions=executed,
+            observe_every=self.settings.observe_every or self.chunk,
+        )
 
     def to_episode(self) -> Episode:
         """Return the finished episode, without the terminal state, at which nothing is decided."""
         step = np.concatenate(self.observed)
-        keep = (step < self.steps) & (self.settings.observe_every is not None)
+        keep = step < self.steps
+        if self.settings.observe_every is None:
+            keep[:] = False
         return Episode(
             placement=self.job.placement,
             member=self.job.member,
@@ -195,8 +204,15 @@ def _run_episodes(
         running[job] = _RunningEpisode(job, settings, policy.chunk, random)
         return first(job)
 
-    capacity = policy.chunk // (settings.observe_every or policy.chunk)
-    pool = Pool(environment, jobs, begin, capacity=capacity, settings=pool_settings, stats=stats)
+    observe_every = settings.observe_every or policy.chunk
+    pool = Pool(
+        environment,
+        jobs,
+        begin,
+        capacity=policy.chunk // observe_every,
+        settings=pool_settings,
+        stats=stats,
+    )
     # One thread: the simulators need the cores, and bits must not depend on how many there are.
     with torch_threads(1), pool:
         while pool.unfinished:
@@ -240,12 +256,15 @@ def _decide(
     """Make one forward pass for the episodes of `batch` and send each worker its actions."""
     began = time.perf_counter()
     logits = _forward(policy, batch, settings.inference_batch)
-    seconds = time.perf_counter() - began
-    stats.policy_s += seconds
+    stats.policy_s += time.perf_counter() - began
     for episode, row in zip(batch, logits, strict=True):
-        tokens, log_probs = choose_tokens(row, settings.temperature, episode.random)
-        actions = policy.decode(tokens[None])[0]
-        command = episode.add_decision(tokens, log_probs, actions)
+        tokens, log_probs = choose_tokens(
+            row,
+            settings.temperature,
+            episode.random,
+        )
+        actions = policy.decode(tokens[None])
+        command = episode.add_decision(tokens, log_probs, actions[0])
         pool.send(episode.job, command)
 
 
@@ -256,15 +275,23 @@ def _forward(
 
     The forward pass has exactly `rows` rows. FloatingPointError if a logit is not finite.
     """
-    padding = [batch[0]] * (rows - len(batch))
-    padded = [*batch, *padding]
-    frames = [episode.frames[-1][-1] for episode in padded]
-    proprio = [episode.proprio[-1][-1] for episode in padded]
-    instructions = [episode.instruction for episode in padded]
-    observations = Observations(np.stack(frames), np.stack(proprio), tuple(instructions))
+    count = len(batch)
+    padding = [batch[0]] * (rows - count)
+    frames: list[UInt8[np.ndarray, "C H W 3"]] = []
+    proprio: list[Float32[np.ndarray, " P"]] = []
+    instructions: list[str] = []
+    for episode in (*batch, *padding):
+        frames.append(episode.frames[-1][-1])
+        proprio.append(episode.proprio[-1][-1])
+        instructions.append(episode.instruction)
+    observations = Observations(
+        frames=np.stack(frames),
+        proprio=np.stack(proprio),
+        instructions=tuple(instructions),
+    )
     with torch.inference_mode():
-        logits = policy.logits(observations)[: len(batch)]
-        logits = logits.float().cpu()
+        logits = policy.logits(observations)
+        logits = logits[:count].float().cpu()
     for episode, row in zip(batch, logits, strict=True):
         if not row.isfinite().all():
             job = episode.job
@@ -284,13 +311,18 @@ def choose_tokens(
     at temperature 1.
     """
     uniforms = random.random(len(logits))
-    scaled = logits / (temperature or 1.0)
     if temperature is None:
-        tokens = logits.numpy().argmax(axis=-1)
+        scaled = logits
+        tokens = scaled.numpy().argmax(axis=-1)
     else:
+        scaled = logits / temperature
         tokens = sample_tokens(scaled, uniforms)
     log_probs = scaled.log_softmax(dim=-1).numpy()
-    chosen = np.take_along_axis(log_probs, tokens[:, None], axis=-1)
+    chosen = np.take_along_axis(
+        log_probs,
+        tokens[:, None],
+        axis=-1,
+    )
     return tokens.astype(np.int16), chosen[:, 0]
 
 
@@ -309,4 +341,5 @@ def sample_tokens(
     # u times the total, instead of a division by it: a token of zero weight is then never taken,
     # and the last index is never exceeded.
     thresholds = uniforms[:, None] * totals
-    return (cumulative <= thresholds).sum(axis=-1)
+    passed = cumulative <= thresholds
+    return passed.sum(axis=-1)

@@ -71,30 +71,36 @@ def _reply(command: Command, simulator: Callable[[], Env], block: Frames) -> Out
         # ...) come from inside a simulator.
         mistake = str(error) if type(error) is ValueError else None
         return Crash(traceback.format_exc(), mistake)
-    seconds = time.perf_counter() - began
-    return replace(outcome, seconds=seconds, environment=dict(simulator().describe()))
+    return replace(
+        outcome,
+        seconds=time.perf_counter() - began,
+        environment=dict(simulator().describe()),
+    )
 
 
 def _move_frames(outcome: Outcome, block: Frames) -> Outcome:
     """Move an outcome's frames into the shared memory."""
-    count = len(outcome.frames)
-    shape = outcome.frames.shape[1:]
-    if count and shape != block.shape[1:]:
+    count, *shape = outcome.frames.shape
+    capacity, *expected = block.shape
+    if count and shape != expected:
         raise ValueError(
-            f"environment.family: frames of shape {shape}; expected {block.shape[1:]}, "
+            f"environment.family: frames of shape {shape}; expected {expected}, "
             "as environment.cameras and image_size say"
         )
-    assert count <= len(block), (
-        f"{count} observations in one reply; the pool was made for {len(block)}"
-    )
+    assert count <= capacity, f"{count} observations in one reply; the pool has room for {capacity}"
     if count:
         block[:count] = outcome.frames
     return replace(outcome, frames=block[:0])
 
 
 def map_frames(shared: int, environment: EnvironmentParams, capacity: int) -> Frames:
-    """Map a file descriptor's memory as frames: capacity x C x H x W x 3 bytes."""
-    size = environment.image_size
-    shape = (capacity, len(environment.cameras), size, size, 3)
+    """Map a file descriptor's memory as frames."""
+    shape = frames_shape(environment, capacity)
     memory = mmap.mmap(shared, math.prod(shape))
     return np.frombuffer(memory, np.uint8).reshape(shape)
+
+
+def frames_shape(environment: EnvironmentParams, capacity: int) -> tuple[int, ...]:
+    """Return the shape of a worker's frames, of one byte each: capacity x C x H x W x 3."""
+    size = environment.image_size
+    return (capacity, len(environment.cameras), size, size, 3)
