@@ -31,7 +31,13 @@ from stages.catalog import BEHIND, STAGES
 from vla_opd.artifacts.manifest import MANIFEST, Manifest, flatten
 from vla_opd.data import zarr_zip
 
-SPIN = "while True: pass"
+BUSY_LOOP = """
+import sys
+from vla_opd.machine.parent_death import die_with_parent
+die_with_parent(parent=int(sys.argv[1]))
+while True:
+    pass
+"""
 ARRAYS: dict[str, Callable[[Path], Mapping[str, np.ndarray]]] = {
     ".zip": lambda path: zarr_zip.read(path)[0],
     ".safetensors": safetensors.numpy.load_file,
@@ -110,8 +116,9 @@ def stage_output(stage: str) -> Path:
 
 @contextmanager
 def keep_busy(count: int) -> Generator[None]:
-    """Keep that many processes busy while the context lasts."""
-    processes = [subprocess.Popen([sys.executable, "-c", SPIN]) for _ in range(count)]  # noqa: S603
+    """Keep that many processes busy while the context and this thread last."""
+    command = [sys.executable, "-c", BUSY_LOOP, str(os.getpid())]
+    processes = [subprocess.Popen(command) for _ in range(count)]  # noqa: S603 - our own loop
     try:
         yield
     finally:
