@@ -28,6 +28,7 @@ from vla_opd.artifacts.files import discard, sync, sync_folder
 from vla_opd.artifacts.manifest import (
     FORMAT,
     MANIFEST,
+    FileEntry,
     Kind,
     Manifest,
     canonical_json,
@@ -79,11 +80,12 @@ class Share:
     def parse(cls, text: str, launch: str = "") -> "Share":
         """Parse `2/8`, the second of eight shares. ValueError for anything else."""
         match = re.fullmatch(r"(\d+)/(\d+)", text)
-        if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        number, count = map(int, match.groups()) if match else (0, 0)
+        if not 1 <= number <= count:
             raise ValueError(
                 f"share is {text!r}; expected NUMBER/COUNT, as in 2/8, the second of eight"
             )
-        return cls(int(match[1]), int(match[2]), launch)
+        return cls(number, count, launch)
 
     def __str__(self) -> str:
         return f"{self.number}/{self.count}"
@@ -95,8 +97,9 @@ class Share:
 
     def select(self, items: Sequence[Item]) -> Sequence[Item]:
         """Return this share's stretch of the items."""
-        start = len(items) * (self.number - 1) // self.count
-        stop = len(items) * self.number // self.count
+        length = len(items)
+        start = length * (self.number - 1) // self.count
+        stop = length * self.number // self.count
         return items[start:stop]
 
 
@@ -122,7 +125,7 @@ class Draft:
         self.share = share
         self.kind: Kind = kind
         self.parents = dict(parents)
-        self.params = json.loads(canonical_json(dict(params)))
+        self.params = _as_json(params)
         self.folder = target.parent / f".{target.name}.draft"
         self.scratch = self.folder / SCRATCH
 
@@ -246,8 +249,8 @@ class Draft:
             digest="",
             parents=self.parents,
             params=self.params,
-            facts=json.loads(canonical_json(dict(facts))),
-            files={str(path.relative_to(self.folder)): file_entry(path) for path in self._files()},
+            facts=_as_json(facts),
+            files=self._hash_files(),
             made_with=_package_versions() | self._made_with(),
             seal="",
         ).with_seal()
@@ -258,12 +261,14 @@ class Draft:
         self._rename_to_target()
         return manifest
 
-    def _files(self) -> list[Path]:
-        return [
-            path
-            for path in sorted(self.folder.rglob("*"))
-            if path.is_file() and self.scratch not in path.parents and path.name != MANIFEST
-        ]
+    def _hash_files(self) -> dict[str, FileEntry]:
+        entries: dict[str, FileEntry] = {}
+        for path in sorted(self.folder.rglob("*")):
+            in_scratch = self.scratch in path.parents
+            if path.is_file() and not in_scratch and path.name != MANIFEST:
+                name = str(path.relative_to(self.folder))
+                entries[name] = file_entry(path)
+        return entries
 
     def _made_with(self) -> dict[str, str]:
         path = self.folder / MADE_WITH
@@ -332,6 +337,11 @@ def _join(lock: IO[str], work: Draft) -> None:
             return
         # Its previous owner has published it meanwhile, or was killed while preparing it.
         fcntl.flock(lock, fcntl.LOCK_UN)
+
+
+def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings as JSON reads them: tuples as lists, enumerations as texts."""
+    return json.loads(canonical_json(dict(settings)))
 
 
 def _package_versions() -> dict[str, str]:

@@ -36,7 +36,7 @@ def discard(path: Path) -> None:
 
 def sync(path: Path) -> None:
     """Flush a file, or every file and folder of a tree, to disk."""
-    for child in [path, *path.rglob("*")] if path.is_dir() else [path]:
+    for child in (path, *path.rglob("*")):  # rglob yields nothing for a file
         if child.is_dir():
             sync_folder(child)
         else:

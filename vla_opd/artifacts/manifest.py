@@ -50,9 +50,11 @@ class Manifest(BaseModel):
     def with_seal(self) -> "Manifest":
         """Return a copy whose digest and seal match the contents."""
         identity = self.model_dump(exclude={"digest", "made_with", "seal"})
-        named = self.model_copy(update={"digest": sha256(canonical_json(identity))})
+        digest = sha256(canonical_json(identity))
+        named = self.model_copy(update={"digest": digest})
         sealed_fields = named.model_dump(exclude={"seal"})
-        return named.model_copy(update={"seal": sha256(canonical_json(sealed_fields))})
+        seal = sha256(canonical_json(sealed_fields))
+        return named.model_copy(update={"seal": seal})
 
     def to_json(self) -> str:
         """Return the text of the manifest's file: equal manifests have equal texts."""
@@ -133,7 +135,8 @@ def _require_no_stray_files(folder: Path, manifest: Manifest) -> None:
 
 def _require_file(folder: Path, name: str, entry: FileEntry) -> None:
     path = folder / name
-    if Path(name).is_absolute() or ".." in Path(name).parts:
+    parts = Path(name).parts
+    if Path(name).is_absolute() or ".." in parts:
         raise ValueError(
             f"{folder / MANIFEST}: files has {name!r}; expected a path inside the artifact"
         )
@@ -152,13 +155,14 @@ def _require_file(folder: Path, name: str, entry: FileEntry) -> None:
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested settings by dotted keys: `{"a": {"b": 1}}` becomes `{"a.b": 1}`."""
-    result: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in settings.items():
+        name = prefix + key
         if isinstance(value, Mapping) and value:
-            result.update(flatten(value, f"{prefix}{key}."))
+            flat.update(flatten(value, f"{name}."))
         else:
-            result[f"{prefix}{key}"] = value
-    return result
+            flat[name] = value
+    return flat
 
 
 def differing_keys(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:

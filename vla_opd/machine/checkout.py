@@ -14,9 +14,10 @@ def require_own_code() -> None:
     for package in PACKAGES:
         local = Path(package)
         module = sys.modules.get(package)
-        if module is None or not module.__file__ or not (local / "__init__.py").is_file():
+        file = getattr(module, "__file__", None)
+        if file is None or not (local / "__init__.py").is_file():
             continue
-        running = Path(module.__file__).resolve().parent
+        running = Path(file).resolve().parent
         if local.resolve() != running and read_sources(local) != read_sources(running):
             raise ValueError(
                 f"this folder has {local.resolve()}, but the code that runs is {running}; expected "
@@ -27,7 +28,11 @@ def require_own_code() -> None:
 
 def read_sources(package: Path) -> dict[str, bytes]:
     """Return the contents of a package's Python files, by relative path."""
-    return {str(path.relative_to(package)): path.read_bytes() for path in package.rglob("*.py")}
+    sources: dict[str, bytes] = {}
+    for path in package.rglob("*.py"):
+        name = str(path.relative_to(package))
+        sources[name] = path.read_bytes()
+    return sources
 
 
 def require_no_links(run: Path) -> None:

@@ -18,6 +18,9 @@ def die_with_parent(by: signal.Signals = signal.SIGKILL, parent: int | None = No
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, by)
     current = os.getppid()
-    orphaned = current == 1 if parent is None else current != parent
+    if parent is None:
+        orphaned = current == 1
+    else:
+        orphaned = current != parent
     if orphaned:
         raise SystemExit("the process that started this one has died")

@@ -20,9 +20,11 @@ def bypass() -> None:
 def restore(environment: Mapping[str, str]) -> dict[str, str]:
     """Return an environment with the exceptions from before `bypass`, plus this machine."""
     exceptions = _first_set(environment, (SAVED, *EXCEPTIONS))
-    hosts = [host.strip() for host in exceptions.split(",") if host.strip()]
-    hosts += [host for host in THIS_MACHINE if host not in hosts]
-    return {**environment, **dict.fromkeys(EXCEPTIONS, ",".join(hosts))}
+    hosts = map(str.strip, exceptions.split(","))
+    distinct = dict.fromkeys([*hosts, *THIS_MACHINE])
+    distinct.pop("", None)
+    value = ",".join(distinct)
+    return {**environment, **dict.fromkeys(EXCEPTIONS, value)}
 
 
 def _first_set(environment: Mapping[str, str], names: tuple[str, ...]) -> str:
