@@ -33,14 +33,16 @@ def depends_on_alignment(rows: int, inputs: int, outputs: int) -> bool:
     batch = torch.randn(rows, inputs)
     weights = torch.randn(outputs, inputs)
     bias = torch.randn(outputs)
-    outputs_aligned = linear(copy_to_offset(batch, 0), copy_to_offset(weights, 0), bias)
-    for batch_offset, weights_offset in OFFSETS:
-        moved_batch = copy_to_offset(batch, batch_offset)
-        moved_weights = copy_to_offset(weights, weights_offset)
-        outputs_moved = linear(moved_batch, moved_weights, bias)
-        if not torch.equal(outputs_aligned, outputs_moved):
-            return True
-    return False
+
+    def compute(batch_offset: int, weights_offset: int) -> Tensor:
+        return linear(
+            copy_to_offset(batch, batch_offset),
+            copy_to_offset(weights, weights_offset),
+            bias,
+        )
+
+    aligned = compute(0, 0)
+    return any(not torch.equal(compute(*offsets), aligned) for offsets in OFFSETS)
 
 
 def copy_to_offset(values: Tensor, offset: int) -> Tensor:
@@ -48,9 +50,10 @@ def copy_to_offset(values: Tensor, offset: int) -> Tensor:
     count = values.numel()
     room = torch.empty(count + 2 * LINE)
     address = room.data_ptr() // room.element_size()
-    start = -address % LINE + offset
-    copy = room[start : start + count].view(values.shape)
-    return copy.copy_(values)
+    boundary = -address % LINE
+    start = boundary + offset
+    copy = room[start : start + count]
+    return copy.view(values.shape).copy_(values)
 
 
 if __name__ == "__main__":

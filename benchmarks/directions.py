@@ -23,6 +23,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from vla_opd.artifacts.layout import Layout
+from vla_opd.data.trajectory import split_batches
 from vla_opd.learning import distillation
 from vla_opd.learning.distillation import DistillationBatch, DistillationLoss
 from vla_opd.learning.objectives import OBJECTIVES, ON_DECISIONS, entropy
@@ -80,11 +82,16 @@ class RecordedBatch:
 
     def select_objective(self, arm: str) -> tuple[OptimizeParams, DistillationBatch]:
         """Return an objective's settings, and the batch as it sees it."""
-        settings = OptimizeParams.model_validate({"temperature": self.temperature, **ARMS[arm]})
+        fields = {"temperature": self.temperature, **ARMS[arm]}
+        settings = OptimizeParams.model_validate(fields)
         assert self.data.decisions is not None
         decisions = self.data.decisions.decisions
-        mask = self.data.mask & decisions.decided[:, None]
-        data = replace(self.data, decisions=None, mask=mask)
+        decided = decisions.decided[:, None]
+        data = replace(
+            self.data,
+            decisions=None,
+            mask=self.data.mask & decided,
+        )
         if settings.objective in ON_DECISIONS:
             data = distillation.with_decisions(data, decisions, settings, self.temperature)
         return settings, data
@@ -103,7 +110,8 @@ class Direction:
 
     def average(self, groups: Sequence[int]) -> Tensor:
         """Return the mean over some groups, scaled to length 1."""
-        total = self.by_group[list(groups)].sum(0).double()
+        selected = self.by_group[list(groups)]
+        total = selected.sum(0).double()
         return total / total.norm()
 
 
@@ -136,9 +144,11 @@ def main() -> None:
     batch = read_recorded_batch(load("params.yaml"), arguments.iteration)
     rows = list(compare_objectives(batch, arguments.length))
     if arguments.json:
-        lines = [json.dumps(row) + "\n" for row in rows]
-        arguments.json.write_text("".join(lines))
-    print(f"| {' | '.join(COLUMNS)} |")
+        with arguments.json.open("w") as stream:
+            for row in rows:
+                print(json.dumps(row), file=stream)
+    header = " | ".join(COLUMNS)
+    print(f"| {header} |")
     print("|---" * len(COLUMNS) + "|")
     for row in rows:
         print(format_row(row))
@@ -146,13 +156,15 @@ def main() -> None:
 
 def format_row(row: dict[str, Any]) -> str:
     """Format a row of the table."""
-    cells = [row["objective"], f"{row['states']:,}"]
+    states = row["states"]
+    cells = [row["objective"], f"{states:,}"]
     for name in ("agreement", "cosine"):
         value, low, high = row[name]
         cells.append(f"{value:+.2f} [{low:+.2f}, {high:+.2f}]")
     for name in MEASURED:
         change = row[name]
-        cells.append("" if change is None else f"{change:+.4f}")
+        cell = "" if change is None else f"{change:+.4f}"
+        cells.append(cell)
     return f"| {' | '.join(cells)} |"
 
 
@@ -170,21 +182,26 @@ def read_recorded_batch(params: Params, iteration: str) -> RecordedBatch:
     )
     assert data.decisions is not None
     usable = data.decisions.usable
-    groups = data.decisions.decisions.group
-    rows = [np.flatnonzero((groups == group) & usable) for group in np.unique(groups)]
-    return RecordedBatch(load_policy(student, "cpu"), data, rows, temperature)
+    group_of = data.decisions.decisions.group
+    groups: list[np.ndarray] = []
+    for group in np.unique(group_of):
+        members = group_of == group
+        groups.append(np.flatnonzero(members & usable))
+    policy = load_policy(student, "cpu")
+    return RecordedBatch(policy, data, groups, temperature)
 
 
 def compare_objectives(batch: RecordedBatch, length: float) -> Iterator[dict[str, Any]]:
     """Yield a row per objective that has enough states to learn from."""
-    count = len(batch.groups)
-    halves = list(range(0, count, 2)), list(range(1, count, 2))
+    groups = list(range(len(batch.groups)))
+    even = groups[::2]
+    odd = groups[1::2]
     weights = parameters_to_vector(batch.policy.parameters()).detach()
     reference = Reference(
-        halves=halves,
+        halves=(even, odd),
         before=(
-            measure(batch, batch.policy, halves[0]),
-            measure(batch, batch.policy, halves[1]),
+            measure(batch, batch.policy, even),
+            measure(batch, batch.policy, odd),
         ),
         exact=compute_direction(batch, "reverse_kl"),
         length=length * weights.norm(),
@@ -216,14 +233,14 @@ def changes_by_step(
     changes: dict[str, list[float]] = {name: [] for name in MEASURED}
     for trained, tested in ((0, 1), (1, 0)):
         unit = direction.average(reference.halves[trained])
-        step = (unit * reference.length).float()
+        step = unit * reference.length
         policy = move_weights(batch.policy, step)
         before = reference.before[tested]
         after = measure(batch, policy, reference.halves[tested])
         for name in MEASURED:
             change = after[name] - before[name]
             changes[name].append(change)
-    return {name: float(np.mean(values)) for name, values in changes.items()}
+    return {name: fmean(values) for name, values in changes.items()}
 
 
 def compute_direction(batch: RecordedBatch, arm: str) -> Direction:
@@ -234,8 +251,9 @@ def compute_direction(batch: RecordedBatch, arm: str) -> Direction:
         raise ValueError(f"{len(usable)} states to learn from; expected at least {CHUNK}")
     gradients: list[Tensor] = []
     for seed, group in enumerate(batch.groups):
-        rows = group[np.isin(group, usable)]
-        gradients.append(sum_gradient(batch.policy, settings, data, rows, seed))
+        rows = np.intersect1d(group, usable)
+        gradient = sum_gradient(batch.policy, settings, data, rows, seed)
+        gradients.append(gradient)
     return Direction(-torch.stack(gradients), len(usable))
 
 
@@ -247,49 +265,58 @@ def sum_gradient(
     if len(rows):
         selected = np.zeros(len(data.mask), np.bool_)
         selected[rows] = True
-        one_batch = settings.model_copy(update={"batch_size": len(rows)})
-        loss = DistillationLoss(replace(data, selected=selected), one_batch, seed)
+        single_batch = settings.model_copy(update={"batch_size": len(rows)})
+        selection = replace(data, selected=selected)
+        loss = DistillationLoss(selection, single_batch, seed)
         means = loss(policy, 0)
-        (means.loss * means.tokens).backward()
+        total = means.loss * means.tokens
+        total.backward()
     gradients: list[Tensor] = []
     for parameter in policy.parameters():
-        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        gradient = parameter.grad
+        if gradient is None:
+            gradient = torch.zeros_like(parameter)
         gradients.append(gradient.flatten())
     return torch.cat(gradients)
 
 
 def agreement_of_halves(direction: Direction) -> tuple[float, float, float]:
     """Return the cosine between two random halves of the groups: mean, 5 % and 95 % quantiles."""
-    by_group = direction.by_group.double()
-    gram = (by_group @ by_group.T).numpy()
-    count = len(by_group)
+    gram = inner_products(direction, direction)
+    count = len(gram)
     random = np.random.default_rng(0)
     cosines: list[float] = []
     for _ in range(SPLITS):
         order = random.permutation(count)
+        half = order[: count // 2]
         first = np.zeros(count)
-        first[order[: count // 2]] = 1
+        first[half] = 1
         second = 1 - first
         first_squared = first @ gram @ first
         second_squared = second @ gram @ second
         lengths = first_squared * second_squared
         if lengths > 0:  # zero if a half has no group to learn from
-            cosine = first @ gram @ second / lengths**0.5
-            cosines.append(float(cosine))
+            product = first @ gram @ second
+            cosines.append(product / lengths**0.5)
     low, high = np.quantile(cosines, [0.05, 0.95])
-    return float(np.mean(cosines)), float(low), float(high)
+    return fmean(cosines), float(low), float(high)
+
+
+def inner_products(first: Direction, second: Direction) -> np.ndarray:
+    """Return the inner products of two directions' gradients, group by group, [G, G]."""
+    products = first.by_group.double() @ second.by_group.double().T
+    return products.numpy()
 
 
 def cosine_with_exact(direction: Direction, exact: Direction) -> tuple[float, float, float]:
     """Return the cosine with the exact reverse KL's direction, and its 95 % interval."""
-    by_group = direction.by_group.double()
-    exact_by_group = exact.by_group.double()
-    gram = (by_group @ by_group.T).numpy()
-    exact_gram = (exact_by_group @ exact_by_group.T).numpy()
-    cross = (by_group @ exact_by_group.T).numpy()
-    count = len(by_group)
+    gram = inner_products(direction, direction)
+    exact_gram = inner_products(exact, exact)
+    cross = inner_products(direction, exact)
+    count = len(gram)
+    probabilities = np.full(count, 1 / count)
     random = np.random.default_rng(0)
-    resamples = random.multinomial(count, np.full(count, 1 / count), SPLITS)
+    resamples = random.multinomial(count, probabilities, SPLITS)
 
     def cosine(counts: np.ndarray) -> float:
         squared = counts @ gram @ counts
@@ -300,14 +327,15 @@ def cosine_with_exact(direction: Direction, exact: Direction) -> tuple[float, fl
     # A resample without a group to learn from has no direction.
     cosines = [cosine(counts) for counts in resamples if counts @ gram @ counts > 0]
     low, high = np.quantile(cosines, [0.025, 0.975])
-    return cosine(np.ones(count)), float(low), float(high)
+    value = cosine(np.ones(count))
+    return value, float(low), float(high)
 
 
 def move_weights(policy: Policy, step: Tensor) -> Policy:
     """Return a copy of the policy, moved by a step in the space of all weights."""
     moved = copy.deepcopy(policy)
     weights = parameters_to_vector(policy.parameters()).detach()
-    vector_to_parameters(weights + step, moved.parameters())
+    vector_to_parameters(weights + step.float(), moved.parameters())
     return moved
 
 
@@ -318,13 +346,14 @@ def measure(batch: RecordedBatch, policy: Policy, groups: Sequence[int]) -> dict
     sums = dict.fromkeys(MEASURED, 0.0)
     count = 0
     with torch.inference_mode():
-        for part in np.array_split(rows, -(-len(rows) // CHUNK)):
+        for part in split_batches(rows, CHUNK):
             tokens, mask = distillation.token_batch(policy, data, part, settings, 0)
-            values = {name: OBJECTIVES[name](tokens) for name in MEASURED[:-1]}
-            values["student_entropy"] = entropy(tokens.student)
+            values = {"student_entropy": entropy(tokens.student)}
+            for name in ("reverse_kl", "forward_kl", "hard_ce"):
+                values[name] = OBJECTIVES[name](tokens)
             for name, value in values.items():
-                valid = value[mask]
-                sums[name] += float(valid.sum())
+                total = value[mask].sum()
+                sums[name] += total.item()
             count += int(mask.sum())
     return {name: total / count for name, total in sums.items()}
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float32
 
 from vla_opd.envs import Env, Placement, make_env
 from vla_opd.experts import Expert, make_expert
@@ -47,8 +46,9 @@ class Result:
         """Format one line of the table."""
         if self.refusal:
             return f"{self.task:<18} not covered: {self.refusal}"
-        episodes = len(self.steps) + len(self.failures)
-        cells = f"{self.task:<18} {len(self.steps):>3}/{episodes:<3} "
+        successes = len(self.steps)
+        episodes = successes + len(self.failures)
+        cells = f"{self.task:<18} {successes:>3}/{episodes:<3} "
         if self.steps:
             cells += f"median {statistics.median(self.steps):5.1f}  max {max(self.steps)}"
         if self.failures:
@@ -91,7 +91,8 @@ def run(work: Work) -> Result:
         for state in range(work.states):
             env.reset(Placement(work.task, work.split, state))
             expert.reset()
-            count = run_episode(env, expert, work, np.random.default_rng([work.seed, state]))
+            random = np.random.default_rng([work.seed, state])
+            count = run_episode(env, expert, work, random)
             if count is None:
                 failures.append(state)
             else:
@@ -108,10 +109,13 @@ def run_episode(env: Env, expert: Expert, work: Work, random: np.random.Generato
     disturbed = draw_bursts(random) if work.bursts else set[int]()
     for step in range(work.horizon):
         action = expert.act().copy()
-        action[:3] += random.normal(0, work.noise, 3) if work.noise else 0
+        if work.noise:
+            action[:3] += random.normal(0, work.noise, 3)
         if step in disturbed:
             action = random.uniform(-1, 1, len(action)).astype(np.float32)
-        if env.advance(_clip(action), observe_every=0).success:
+        clipped = np.clip(action, -1, 1).astype(np.float32)
+        advance = env.advance(clipped[None], observe_every=0)
+        if advance.success:
             return step + 1
     return None
 
@@ -120,12 +124,9 @@ def draw_bursts(random: np.random.Generator) -> set[int]:
     """Draw the steps of two bursts of 4 to 8 random actions."""
     steps: set[int] = set()
     for start in random.integers(5, 80, 2):
-        steps.update(range(start, start + random.integers(4, 9)))
+        length = random.integers(4, 9)
+        steps.update(range(start, start + length))
     return steps
-
-
-def _clip(action: Float32[np.ndarray, "A"]) -> Float32[np.ndarray, "1 A"]:
-    return np.clip(action, -1, 1).astype(np.float32)[None]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -153,7 +154,8 @@ def parse_numbers(text: str) -> list[int]:
     numbers: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
-        numbers.extend(range(int(first), int(last or first) + 1))
+        stop = int(last or first) + 1
+        numbers.extend(range(int(first), stop))
     return numbers
 
 

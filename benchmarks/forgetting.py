@@ -79,11 +79,16 @@ class Retained:
         """Return the paired difference."""
         with np.errstate(invalid="ignore"):  # neither may reach the level
             resampled = self.resampled - reference.resampled
-        return Retained(self.seeds, self.value - reference.value, resampled)
+        return Retained(
+            seeds=self.seeds,
+            value=self.value - reference.value,
+            resampled=resampled,
+        )
 
     def estimate(self) -> Estimate:
         """Return the value with the interval of the resamples that reach the level."""
-        return Estimate.from_resamples(self.value, self.resampled[np.isfinite(self.resampled)])
+        finite = np.isfinite(self.resampled)
+        return Estimate.from_resamples(self.value, self.resampled[finite])
 
     def format(self, otherwise: str) -> str:
         """Format in percent; `otherwise` where the level isn't reached."""
@@ -100,8 +105,12 @@ def at_level(seen: Study, unseen: Study, arms: Sequence[str], level: float) -> R
     """
     seen_means, seen_resampled = success_along(seen, arms)
     unseen_means, unseen_resampled = success_along(unseen, arms)
-    (value,) = crossing(seen_means[None], unseen_means[None], np.array([level]))
     levels = np.full(RESAMPLES, level)
+    (value,) = crossing(
+        seen_means[None],
+        unseen_means[None],
+        levels[:1],
+    )
     seeds = {curve.seeds for curve in seen.curves if curve.arm in arms}
     return Retained(
         seeds=tuple(sorted(seeds)),
@@ -115,17 +124,20 @@ def success_along(
 ) -> tuple[Float[np.ndarray, " P"], Float[np.ndarray, "R P"]]:
     """Return the mean success over seeds at the points of a path, and that of each resample."""
     curves = {curve.arm: curve for curve in study.curves}
-    means = [study.start.mean(keepdims=True)]
-    resampled = [study.resampled_start[:, None]]
+    start = study.start.mean(keepdims=True)
+    resampled_start = study.resampled_start[:, None]
+    means = [start]
+    resampled = [resampled_start]
     for arm in arms:
         if arm not in curves:
             raise SystemExit(f"the table has no arm {arm!r}; expected some of {sorted(curves)}")
         curve = curves[arm]
-        first = 1 if curve.checkpoints[0] == "start" else 0  # the path has the start already
+        has_start = curve.checkpoints[0] == "start"  # which the path has already
+        points = slice(1 if has_start else 0, None)
         curve_means = curve.outcomes.mean((0, 2))
         curve_resampled = study.resampled(curve)
-        means.append(curve_means[first:])
-        resampled.append(curve_resampled[:, first:])
+        means.append(curve_means[points])
+        resampled.append(curve_resampled[:, points])
     return np.concatenate(means), np.concatenate(resampled, axis=1)
 
 

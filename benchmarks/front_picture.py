@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from vla_opd.analysis.evaluation import read_records
 from vla_opd.data.trajectory import Episode
 from vla_opd.envs import make_env
 from vla_opd.envs.graphics import use_backend
@@ -42,56 +43,73 @@ def main() -> None:
     run = ROOT / params.run.name
     results = json.loads((run / "report/page/results.json").read_text())
     task = options.task or params.environment.tasks[0]
-    state = _first_gain(run, task) if options.state is None else options.state
+    state = options.state
+    if state is None:
+        state = _first_gain(run, task)
     rows: dict[str, np.ndarray] = {}
-    for when, evaluation in (("before", params.report.start), ("after", params.report.final)):
-        checkpoint = run / "checkpoints" / params.evaluations[evaluation]
-        episode = _play(checkpoint, task, state, params.environment, params.evaluate.horizon)
-        print(f"{when}: {episode.instruction}: success {episode.success}, {episode.steps} steps")
-        rows[when] = _render(episode, params.environment)
+    instruction = ""
+    evaluations = {
+        "before": params.report.start,
+        "after": params.report.final,
+    }
+    for when, evaluation in evaluations.items():
+        episode = _play(
+            run / "checkpoints" / params.evaluations[evaluation],
+            Placement(task, "evaluation", state),
+            params.environment,
+            params.evaluate.horizon,
+        )
         instruction = episode.instruction
+        print(f"{when}: {instruction}: success {episode.success}, {episode.steps} steps")
+        rows[when] = _render(episode, params.environment)
     _draw(rows, instruction, results, options.out)
     print(options.out)
 
 
 def _first_gain(run: Path, task: str) -> int:
     """Return the first initial state that `start` fails and `final` solves."""
-    outcomes: dict[str, dict[int, bool]] = {}
+    solved_by: dict[str, list[int]] = {}
     for name in ("start", "final"):
-        lines = (run / "evaluations" / name / "episodes.jsonl").read_text().splitlines()
-        records = [json.loads(line) for line in lines]
-        outcomes[name] = {
-            record["state"]: record["success"] for record in records if record["task"] == task
-        }
-    for state, success in outcomes["final"].items():
-        if success and not outcomes["start"][state]:
+        records = read_records(run / "evaluations" / name)
+        solved_by[name] = [
+            record.state for record in records if record.success and record.task == task
+        ]
+    for state in solved_by["final"]:
+        if state not in solved_by["start"]:
             return state
     raise ValueError(f"{task}: no state that start fails and final solves; expected --state")
 
 
 def _play(
-    folder: Path, task: str, state: int, environment: EnvironmentParams, horizon: int
+    folder: Path, placement: Placement, environment: EnvironmentParams, horizon: int
 ) -> Episode:
     """Play one episode as `evaluate` does."""
     policy = load_policy(open_checkpoint(folder))
-    job = Job(Placement(task, "evaluation", state), 0, derive(task, state))
-    (episode,) = rollout(policy, [job], environment, RolloutSettings(horizon, None))
+    seed = derive(placement.task, placement.index)
+    job = Job(placement, 0, seed)
+    greedy = RolloutSettings(horizon, temperature=None)
+    (episode,) = rollout(policy, [job], environment, greedy)
     return episode
 
 
 def _render(episode: Episode, environment: EnvironmentParams) -> np.ndarray:
     """Replay the actions with the stock renderer. Returns `FRAMES` frames of the first camera."""
-    update = {"render": "exact", "image_size": PIXELS, "cameras": environment.cameras[:1]}
-    env = make_env(environment.model_copy(update=update))
+    stock = {
+        "render": "exact",
+        "image_size": PIXELS,
+        "cameras": environment.cameras[:1],
+    }
+    env = make_env(environment.model_copy(update=stock))
     try:
-        frames = [env.reset(episode.placement).frames[0]]
+        start = env.reset(episode.placement)
         advance = env.advance(episode.actions, 1)
-        frames += [observation.frames[0] for observation in advance.observations]
         assert advance.success == episode.success, "a replay differs from its episode"
     finally:
         env.close()
-    chosen = np.linspace(0, len(frames) - 1, FRAMES).round().astype(int)
-    return np.stack([frames[index] for index in chosen])
+    observations = [start, *advance.observations]
+    last = len(observations) - 1
+    chosen = np.linspace(0, last, FRAMES).round().astype(int)
+    return np.stack([observations[index].frames[0] for index in chosen])
 
 
 def _draw(rows: dict[str, np.ndarray], instruction: str, results: Any, out: Path) -> None:
@@ -101,8 +119,16 @@ def _draw(rows: dict[str, np.ndarray], instruction: str, results: Any, out: Path
     from matplotlib import pyplot as plt
 
     figure = plt.figure(figsize=(14, 4.4), dpi=100)
-    grid = figure.add_gridspec(2, FRAMES + 2, width_ratios=[1] * FRAMES + [0.35, 2.6])
-    grid.update(left=0.03, right=0.985, top=0.88, bottom=0.13, wspace=0.04, hspace=0.06)
+    widths = [1] * FRAMES + [0.35, 2.6]
+    grid = figure.add_gridspec(2, len(widths), width_ratios=widths)
+    grid.update(
+        left=0.03,
+        right=0.985,
+        top=0.88,
+        bottom=0.13,
+        wspace=0.04,
+        hspace=0.06,
+    )
     for row, (when, frames) in enumerate(rows.items()):
         for column, frame in enumerate(frames):
             axes = figure.add_subplot(grid[row, column])
@@ -112,7 +138,8 @@ def _draw(rows: dict[str, np.ndarray], instruction: str, results: Any, out: Path
             if column == 0:
                 axes.set_ylabel(when, fontsize=13)
     figure.text(0.03, 0.93, f'"{instruction}"', fontsize=13, style="italic")
-    _draw_curve(figure.add_subplot(grid[:, -1]), results)
+    curve_axes = figure.add_subplot(grid[:, -1])
+    _draw_curve(curve_axes, results)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, metadata={"Software": None})
 
@@ -121,16 +148,30 @@ def _draw_curve(axes: Any, results: Any) -> None:
     iterations = results["iterations"]
     depths = [iteration["depth"] for iteration in iterations]
     teacher = results["teacher"]
-    axes.axhspan(100 * teacher["low"], 100 * teacher["high"], color="#e8a33d", alpha=0.25, lw=0)
-    axes.axhline(100 * teacher["success"], color="#c77f12", lw=1.5, label="teacher, 95 % interval")
-    successes = [100 * iteration["success"] for iteration in iterations]
-    axes.plot(depths, successes, "o-", color="#2f6fb2", lw=1.5, ms=4, label="student's rollouts")
-    scored = [(0, results["start"]), (len(depths), results["final"])]
-    for depth, score in scored:
-        percent = 100 * score["success"]
-        axes.plot(depth, percent, "D", color="#15406f", ms=8, zorder=3)
-        offset = (8, -14) if depth else (8, 2)
-        axes.annotate(f"{percent:.0f} %", (depth, percent), offset, textcoords="offset points")
+    axes.axhspan(
+        100 * teacher["low"],
+        100 * teacher["high"],
+        color="#e8a33d",
+        alpha=0.25,
+        lw=0,
+    )
+    axes.axhline(
+        100 * teacher["success"],
+        color="#c77f12",
+        lw=1.5,
+        label="teacher, 95 % interval",
+    )
+    axes.plot(
+        depths,
+        [100 * iteration["success"] for iteration in iterations],
+        "o-",
+        color="#2f6fb2",
+        lw=1.5,
+        ms=4,
+        label="student's rollouts",
+    )
+    _mark_evaluation(axes, 0, results["start"], lift=2)
+    _mark_evaluation(axes, len(depths), results["final"], lift=-14)
     axes.plot([], [], "D", color="#15406f", label="evaluation, 50 episodes")
     axes.set_xlim(-0.5, len(depths) + 1.2)
     axes.set_ylim(0, 103)
@@ -138,6 +179,17 @@ def _draw_curve(axes: Any, results: Any) -> None:
     axes.set_ylabel("success (%)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower right", frameon=False, fontsize=10)
+
+
+def _mark_evaluation(axes: Any, depth: int, score: Any, lift: int) -> None:
+    percent = 100 * score["success"]
+    axes.plot(depth, percent, "D", color="#15406f", ms=8, zorder=3)
+    axes.annotate(
+        f"{percent:.0f} %",
+        xy=(depth, percent),
+        xytext=(8, lift),
+        textcoords="offset points",
+    )
 
 
 if __name__ == "__main__":

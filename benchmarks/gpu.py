@@ -93,8 +93,12 @@ def main() -> None:
 
 def describe(folder: Path, *, tiny: bool, dtype: torch.dtype) -> Described:
     """Describe a policy by its sizes, and write to `folder` a tokenizer that knows no words."""
-    words = Tokenizer(WordLevel({"<unk>": 0, "<s>": 1}, unk_token="<unk>"))  # noqa: S106 - no password
-    words.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    vocabulary = {"<unk>": 0, "<s>": 1}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))  # noqa: S106 - no password
+    words.post_processor = TemplateProcessing(
+        single="<s> $A",
+        special_tokens=[("<s>", 1)],
+    )
     words.save(str(folder / TOKENIZER))
     sizes = SMALL if tiny else {}
     facts = CheckpointFacts(
@@ -117,7 +121,8 @@ def measure_passes(
     for name, rows in passes.items():
         if name == "graphs":
             policy.capture()
-        timing = measure(policy, _black_frames(rows), _infer, repeats)
+        frames = _black_frames(rows)
+        timing = measure(policy, frames, _infer, repeats)
         planned = memory_estimate.inference(name, checkpoint, rows)
         operations = count_operations(checkpoint, rows)
         yield name, _format_line(timing, checkpoint, rows, planned, operations)
@@ -127,7 +132,11 @@ def measure_passes(
 
 def _measure_step(checkpoint: Described, batch: int, repeats: int, device: torch.device) -> str:
     gc.collect()  # a captured policy refers to itself
-    settings = OptimizeParams(lora_rank=32, gradient_checkpointing=True, batch_size=batch)
+    settings = OptimizeParams(
+        lora_rank=32,
+        gradient_checkpointing=True,
+        batch_size=batch,
+    )
     policy = build(checkpoint, device)
     lora.prepare(policy, settings.lora, 0, "optimize")
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
@@ -135,11 +144,14 @@ def _measure_step(checkpoint: Described, batch: int, repeats: int, device: torch
 
     def step(forward: Forward) -> None:
         optimizer.zero_grad()
-        forward().log_softmax(-1)[..., 0].mean().neg().backward()
+        log_probs = forward().log_softmax(-1)
+        loss = -log_probs[..., 0].mean()
+        loss.backward()
         optimizer.step()
 
     with lora.recomputing(policy, wanted=True):
-        timing = measure(policy, _black_frames(batch), step, repeats)
+        frames = _black_frames(batch)
+        timing = measure(policy, frames, step, repeats)
     planned = memory_estimate.update("step", checkpoint, settings)
     operations = count_operations(checkpoint, batch, settings)
     return _format_line(timing, checkpoint, batch, planned, operations)
@@ -147,7 +159,8 @@ def _measure_step(checkpoint: Described, batch: int, repeats: int, device: torch
 
 def _infer(forward: Forward) -> None:
     with torch.inference_mode():
-        forward().argmax(-1).cpu()
+        tokens = forward().argmax(-1)
+        tokens.cpu()
 
 
 def _black_frames(rows: int) -> Observations:
@@ -159,7 +172,8 @@ def _black_frames(rows: int) -> Observations:
 def build(checkpoint: Described, device: torch.device) -> OpenVLAOFT:
     """Build the policy with random weights, drawn on the device."""
     with device:
-        policy = of_facts(checkpoint.facts).to(checkpoint.dtype).eval()
+        policy = of_facts(checkpoint.facts)
+        policy = policy.to(checkpoint.dtype).eval()
     policy.tokenizer = read_tokenizer(checkpoint.source)
     return policy
 
@@ -185,7 +199,8 @@ def measure(
         torch.cuda.reset_peak_memory_stats()
     total = _seconds(run, repeats)
     peak = torch.cuda.max_memory_allocated() if on_gpu else 0
-    return Timing(total, _seconds(run_on_device, repeats), peak)
+    on_device = _seconds(run_on_device, repeats)
+    return Timing(total, on_device, peak)
 
 
 def count_operations(
@@ -195,43 +210,54 @@ def count_operations(
 
     They are counted on torch's meta device, where nothing is computed.
     """
+    learning = settings is not None
     with torch.device("meta"):
-        policy = of_facts(checkpoint.facts).to(checkpoint.dtype).eval()
-        if settings is not None:
+        policy = of_facts(checkpoint.facts)
+        policy = policy.to(checkpoint.dtype).eval()
+        if learning:
             lora.prepare(policy, settings.lora, 0, "optimize")
         prompts = torch.ones(batch, LONGEST, dtype=torch.long)
         lengths = torch.full((batch,), LONGEST)
         pixels = torch.zeros(batch, 6, SIZE, SIZE, dtype=checkpoint.dtype)
-    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(settings is not None):
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(learning):
         logits = policy(pixels, prompts, lengths)
-        if settings is not None:
-            logits.log_softmax(-1).mean().backward()
+        if learning:
+            loss = logits.log_softmax(-1).mean()
+            loss.backward()
     return counter.get_total_flops()
 
 
 def _seconds(work: Callable[[], None], repeats: int) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    _wait_for_gpu()
     began = time.perf_counter()
     for _ in range(repeats):
         work()
+    _wait_for_gpu()
+    elapsed = time.perf_counter() - began
+    return elapsed / repeats
+
+
+def _wait_for_gpu() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return (time.perf_counter() - began) / repeats
 
 
 def _format_line(
     timing: Timing, checkpoint: Described, batch: int, planned: Need, operations: int
 ) -> str:
+    total = timing.total
     speed = _data_sheet_speed()
     utilization = "unknown"
     if speed is not None and checkpoint.dtype == torch.bfloat16:
-        utilization = f"{operations / timing.total / speed:.1%}"
-    tokens_per_second = batch * SEQUENCE / timing.total
-    waits = max(0.0, 1 - timing.device / timing.total)
-    peak = f"{timing.peak / 1e9:.2f} GB" if timing.peak else "not measured"
+        share = operations / total / speed
+        utilization = f"{share:.1%}"
+    tokens = batch * SEQUENCE
+    waits = max(0.0, 1 - timing.device / total)
+    peak = "not measured"
+    if timing.peak:
+        peak = f"{timing.peak / 1e9:.2f} GB"
     return (
-        f"{tokens_per_second:,.0f} tokens/s, utilization {utilization} "
+        f"{tokens / total:,.0f} tokens/s, utilization {utilization} "
         f"({operations / 1e12:.3f} TFLOP), waits {waits:.0%}, "
         f"peak {peak}, planned {planned.total / 1e9:.2f} GB"
     )
@@ -241,7 +267,10 @@ def _data_sheet_speed() -> float | None:
     if not torch.cuda.is_available():
         return None
     device = torch.cuda.get_device_name()
-    return next((speed for name, speed in DENSE.items() if name in device), None)
+    for name, speed in DENSE.items():
+        if name in device:
+            return speed
+    return None
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,28 +48,36 @@ def main() -> None:
         stages = dict(time_stages(params, arguments.iteration, Path(scratch)))
         parts = dict(time_parts(params, arguments.iteration, Path(scratch)))
     total = sum(stages.values())
-    shares = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in stages.items())
-    print(f"stages: {shares}")
-    parts["the rest (start-up, checks, files)"] = total - sum(parts.values())
+    for name, seconds in stages.items():
+        share = seconds / total
+        print(f"{name:<38} {share:6.1%}")
+    in_parts = sum(parts.values())
+    parts["start-up, checks, files"] = total - in_parts
     for name, seconds in parts.items():
-        print(f"  {name:<36} {seconds / total:6.1%}")
+        share = seconds / total
+        print(f"  {name:<36} {share:6.1%}")
 
 
 def time_stages(params: Params, iteration: str, scratch: Path) -> Iterator[tuple[str, float]]:
     """Yield the processor seconds of the three commands, in a folder with links to their inputs."""
-    project = Path.cwd()
-    original = Layout(Layout.of_run(params.run.name).root.resolve())
-    layout = Layout(scratch / "artifacts" / params.run.name)
+    original = Layout.of_run(params.run.name)
+    copy = Layout(scratch / original.root)
     for name in ("params.yaml", "stages", "vla_opd"):
-        (scratch / name).symlink_to(project / name)
-    (layout.root / "checkpoints").mkdir(parents=True)
+        link(Path(name), scratch / name)
     for name in (params.iterations[iteration], params.label.teacher):
-        layout.checkpoint(name).symlink_to(original.checkpoint(name))
+        link(original.checkpoint(name), copy.checkpoint(name))
     for verb in ("sample", "label", "optimize"):
         began = _seconds_of_children()
-        command = [sys.executable, "-m", "stages", verb, "--iteration", iteration]
-        subprocess.run([*command, "--tracking", "jsonl"], cwd=scratch, check=True)  # noqa: S603
+        options = ["--iteration", iteration, "--tracking", "jsonl"]
+        command = [sys.executable, "-m", "stages", verb, *options]
+        subprocess.run(command, cwd=scratch, check=True)  # noqa: S603 - our own command
         yield verb, _seconds_of_children() - began
+
+
+def link(original: Path, copy: Path) -> None:
+    """Link a file or folder under another name, in folders that are made for it."""
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    copy.symlink_to(original.resolve())
 
 
 def time_parts(params: Params, iteration: str, scratch: Path) -> Iterator[tuple[str, float]]:
@@ -80,45 +89,49 @@ def time_parts(params: Params, iteration: str, scratch: Path) -> Iterator[tuple[
         episodes.extend(read_shard(shard))
     use_backend()
     env = make_env(params.environment)
-    physics = _timed(lambda: _replay(env, episodes, params, 0))
+    chunk = params.policy.chunk
+    physics = _timed(_replay, env, episodes, chunk, observe_every=0)
     yield "physics and resets", physics
-    with_frames = _timed(lambda: _replay(env, episodes, params, params.sample.observe_every))
+    every = params.sample.observe_every
+    with_frames = _timed(_replay, env, episodes, chunk, observe_every=every)
     yield "rendering", with_frames - physics
-    yield "inference", _timed(lambda: _decide_again(params, student, episodes))
+    yield "inference", _timed(_decide_again, student, episodes, chunk)
     host = Host(workers=1)
     labeling = stage_arguments("label", params, iteration)
     labeling["out"] = scratch / "labels"
-    yield "labeling", _timed(lambda: label.run(**labeling, host=host))
+    yield "labeling", _timed(label.run, **labeling, host=host)
     updating = stage_arguments("optimize", params, iteration)
     updating["out"] = scratch / "checkpoint"
-    yield "optimization", _timed(lambda: optimize.run(**updating, host=host))
+    yield "optimization", _timed(optimize.run, **updating, host=host)
 
 
-def _replay(env: Env, episodes: list[Episode], params: Params, observe_every: int) -> None:
+def _replay(env: Env, episodes: list[Episode], chunk: int, *, observe_every: int) -> None:
     for episode in episodes:
         env.reset(episode.placement)
-        for first in range(0, episode.steps, params.policy.chunk):
-            env.advance(episode.actions[first : first + params.policy.chunk], observe_every)
+        for first in range(0, episode.steps, chunk):
+            actions = episode.actions[first : first + chunk]
+            env.advance(actions, observe_every)
 
 
-def _decide_again(params: Params, student: Path, episodes: list[Episode]) -> None:
+def _decide_again(student: Path, episodes: list[Episode], chunk: int) -> None:
     torch.set_num_threads(1)
     policy = load_policy(open_checkpoint(student), "cpu")
     for episode in episodes:
-        decisions = np.flatnonzero(episode.step % params.policy.chunk == 0)
+        decisions = np.flatnonzero(episode.step % chunk == 0)
         for row in decisions:
+            rows = slice(row, row + 1)
             observation = Observations(
-                episode.frames[row : row + 1],
-                episode.proprio[row : row + 1],
-                (episode.instruction,),
+                frames=episode.frames[rows],
+                proprio=episode.proprio[rows],
+                instructions=(episode.instruction,),
             )
             with torch.inference_mode():
                 policy.logits(observation)
 
 
-def _timed(work: Callable[[], object]) -> float:
+def _timed(work: Callable[..., object], /, *arguments: Any, **options: Any) -> float:
     began = time.process_time()
-    work()
+    work(*arguments, **options)
     return time.process_time() - began
 
 

@@ -12,59 +12,65 @@ import subprocess
 import sys
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 EVERY_S = 0.5
+MARK = "OPD_MEASURED"
 
 
 @dataclass(frozen=True)
 class Peak:
-    """MiB at the worst moment, in total and per process, by its command."""
+    """MiB at the worst moment, in total and per process with its command, the largest first."""
 
     total: float
-    processes: tuple[tuple[str, float], ...]
+    processes: tuple[tuple[float, str], ...]
 
 
 def main() -> None:
     """Run the command, and print its peak memory."""
     if not sys.argv[1:]:
         raise SystemExit(__doc__)
-    mark = f"OPD_MEASURED={uuid.uuid4().hex}"
-    name, _, value = mark.partition("=")
-    environment = {**os.environ, name: value}
+    mark = uuid.uuid4().hex
+    environment = {**os.environ, MARK: mark}
     child = subprocess.Popen(sys.argv[1:], env=environment)  # noqa: S603 - the command to measure
     peak = Peak(0.0, ())
     while child.poll() is None:
-        now = sample(mark)
-        if now.total > peak.total:
-            peak = now
+        memory = sample(f"{MARK}={mark}")
+        if memory.total > peak.total:
+            peak = memory
         time.sleep(EVERY_S)
     print(f"peak: {peak.total:.0f} MiB in {len(peak.processes)} processes")
-    for command, size in sorted(peak.processes, key=lambda process: -process[1]):
+    for size, command in peak.processes:
         print(f"  {size:7.0f} MiB  {command}")
     raise SystemExit(child.returncode)
 
 
 def sample(mark: str) -> Peak:
     """Return the memory, now, of all processes whose environment holds `mark`."""
-    sizes: list[tuple[str, float]] = []
+    processes: list[tuple[float, str]] = []
     for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark.encode() not in (process / "environ").read_bytes().split(b"\0"):
+        with suppress(OSError):  # it has ended, or belongs to another user
+            environment = (process / "environ").read_bytes()
+            if mark.encode() not in environment.split(b"\0"):
                 continue
-            command = (process / "cmdline").read_bytes().replace(b"\0", b" ")
-            sizes.append((command[:80].decode(errors="replace"), proportional_size(process)))
-        except OSError:  # it has ended, or belongs to another user
-            continue
-    return Peak(sum(size for _, size in sizes), tuple(sizes))
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            command = b" ".join(words).decode(errors="replace")
+            size = proportional_size(process)
+            processes.append((size, command[:80]))
+    processes.sort(reverse=True)
+    total = sum(size for size, _ in processes)
+    return Peak(total, tuple(processes))
 
 
 def proportional_size(process: Path) -> float:
     """Return the proportional set size of a process, in MiB."""
-    for line in (process / "smaps_rollup").read_text().splitlines():
+    lines = (process / "smaps_rollup").read_text().splitlines()
+    for line in lines:
         if line.startswith("Pss:"):
-            return int(line.split()[1]) / 1024
+            kibibytes = line.split()[1]
+            return int(kibibytes) / 1024
     return 0.0
 
 

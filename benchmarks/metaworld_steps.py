@@ -52,13 +52,18 @@ def print_ratios() -> None:
     fast = _environment("fast")
     exact = _environment("exact")
     fast_blind = _seconds(fast, 0)
-    fast_frame = _seconds(fast, 1) - fast_blind
-    exact_frame = _seconds(exact, 1) - _seconds(exact, 0)
+    fast_every = _seconds(fast, 1)
+    fast_in_8 = _seconds(fast, 8)
+    exact_blind = _seconds(exact, 0)
+    exact_every = _seconds(exact, 1)
+    exact_in_8 = _seconds(exact, 8)
+    fast_frame = fast_every - fast_blind
+    exact_frame = exact_every - exact_blind
     ratios = {
         "a frame, exact : fast": exact_frame / fast_frame,
-        "an episode, every frame : one in 8 (fast)": _seconds(fast, 1) / _seconds(fast, 8),
-        "an episode, every frame : one in 8 (exact)": _seconds(exact, 1) / _seconds(exact, 8),
-        "an episode, exact every frame : fast one in 8": _seconds(exact, 1) / _seconds(fast, 8),
+        "an episode, every frame : one in 8 (fast)": fast_every / fast_in_8,
+        "an episode, every frame : one in 8 (exact)": exact_every / exact_in_8,
+        "an episode, exact every frame : fast one in 8": exact_every / fast_in_8,
         "a frame (fast) : a control step": fast_frame / fast_blind,
     }
     for name, ratio in ratios.items():
@@ -90,22 +95,27 @@ def _environment(render: Literal["fast", "exact"]) -> MetaworldEnv:
 
 def _seconds(env: MetaworldEnv, observe_every: int) -> float:
     """Return the seconds of `STEPS` random steps: the least of three times, as load only adds."""
-    actions = np.random.default_rng(0).uniform(-1, 1, (STEPS, 4)).astype(np.float32)
+    random = np.random.default_rng(0)
+    actions = random.uniform(-1, 1, (STEPS, 4)).astype(np.float32)
+    placement = Placement(TASK, "evaluation", 0)
     times: list[float] = []
     for _ in range(3):
-        env.reset(Placement(TASK, "evaluation", 0))
-        start = time.perf_counter()
+        env.reset(placement)
+        began = time.perf_counter()
         env.advance(actions, observe_every)
-        times.append(time.perf_counter() - start)
+        times.append(time.perf_counter() - began)
     return min(times)
 
 
 def run_expert(env: MetaworldEnv, task: str, noise: float) -> Outcome:
     """Run the expert on the 10 first evaluation placements of a task."""
-    placements = [Placement(task, "evaluation", index) for index in range(10)]
-    steps = [_solve(env, placement, noise) for placement in placements]
-    solved = tuple(count for count in steps if count is not None)
-    return Outcome(len(solved), solved)
+    steps: list[int] = []
+    for index in range(10):
+        placement = Placement(task, "evaluation", index)
+        count = _solve(env, placement, noise)
+        if count is not None:
+            steps.append(count)
+    return Outcome(len(steps), tuple(steps))
 
 
 def _solve(env: MetaworldEnv, placement: Placement, noise: float, horizon: int = 250) -> int | None:
@@ -116,7 +126,8 @@ def _solve(env: MetaworldEnv, placement: Placement, noise: float, horizon: int =
     for step in range(horizon):
         action = expert.act()
         action[:3] += noise * generator.standard_normal(3).astype(np.float32)
-        if env.advance(action[None], 0).success:
+        advance = env.advance(action[None], 0)
+        if advance.success:
             return step + 1
     return None
 

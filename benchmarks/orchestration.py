@@ -110,8 +110,11 @@ def make_clone(clone: Path) -> None:
         copy = clone / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(name, copy)
-    times = clone.parent / TIMES
-    copier = COPIER.format(run=str(run), project=str(Path.cwd()), times=str(times))
+    copier = COPIER.format(
+        run=str(run),
+        project=str(Path.cwd()),
+        times=str(clone.parent / TIMES),
+    )
     (clone / "stages/__main__.py").write_text(copier)
 
 

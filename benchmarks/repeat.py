@@ -28,7 +28,7 @@ import safetensors.numpy
 
 from flows import pipeline
 from stages.catalog import BEHIND, STAGES
-from vla_opd.artifacts.manifest import MANIFEST, Manifest, flatten
+from vla_opd.artifacts.manifest import MANIFEST, Manifest, differing_keys, flatten
 from vla_opd.data import zarr_zip
 
 BUSY_LOOP = """
@@ -156,13 +156,18 @@ def attempt(trial: Trial, number: int) -> Path | None:
     shutil.rmtree(folder, ignore_errors=True)
     lay_out(folder, trial.out)
     began = time.monotonic()
-    stage = subprocess.run(trial.command, cwd=folder, capture_output=True, text=True, check=False)  # noqa: S603
+    stage = subprocess.run(  # noqa: S603 - the stage's own command
+        trial.command,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if stage.returncode == 0:
         return folder
     seconds = time.monotonic() - began
-    print(
-        f"repetition {number + 1} failed after {seconds:.0f} s:\n{stage.stderr[-2000:]}", flush=True
-    )
+    print(f"repetition {number + 1} failed after {seconds:.0f} s:", flush=True)
+    print(stage.stderr[-2000:], flush=True)
     return None
 
 
@@ -170,7 +175,8 @@ def lay_out(folder: Path, out: Path) -> None:
     """Link the project's code and all artifacts of the run but `out` into a new folder."""
     folder.mkdir(parents=True)
     for name in LINKED:
-        (folder / name).symlink_to(Path(name).resolve())
+        link = folder / name
+        link.symlink_to(Path(name).resolve())
     run = Path(*out.parts[:2])
     for artifact in run.glob("*/[!.]*"):
         link = folder / artifact
@@ -191,10 +197,10 @@ def differences(first: Path, second: Path) -> Iterator[str]:
     after = read(second)
     yield from differing_values(
         "manifest",
-        flatten(before.model_dump(include=described)),
-        flatten(after.model_dump(include=described)),
+        before.model_dump(include=described),
+        after.model_dump(include=described),
     )
-    for name in dict.fromkeys([*before.files, *after.files]):
+    for name in before.files | after.files:
         if name not in before.files or name not in after.files:
             yield f"{name}: only in one of them"
         elif before.files[name] != after.files[name]:
@@ -207,22 +213,32 @@ def differing_file(first: Path, second: Path) -> Iterator[str]:
     if read_arrays is not None:
         yield from differing_arrays(first.name, read_arrays(first), read_arrays(second))
     elif first.suffix == ".json":
-        before = flatten({"": json.loads(first.read_text())})
-        after = flatten({"": json.loads(second.read_text())})
-        yield from differing_values(first.name, before, after)
+        before = json.loads(first.read_text())
+        after = json.loads(second.read_text())
+        yield from differing_values(first.name, {"": before}, {"": after})
     else:
-        lines = zip(first.read_bytes().splitlines(), second.read_bytes().splitlines(), strict=False)
-        numbers = (number for number, (before, after) in enumerate(lines) if before != after)
-        yield f"{first.name}: differs from line {next(numbers, 'the last')} on"
+        line = first_differing_line(first.read_bytes(), second.read_bytes())
+        yield f"{first.name}: differs from line {line} on"
+
+
+def first_differing_line(first: bytes, second: bytes) -> int:
+    """Return the number of the first line that differs, counted from 1."""
+    before = first.splitlines()
+    after = second.splitlines()
+    for number, lines in enumerate(zip(before, after, strict=False), 1):
+        if len(set(lines)) > 1:
+            return number
+    return min(len(before), len(after)) + 1
 
 
 def differing_values(
     where: str, first: Mapping[str, Any], second: Mapping[str, Any]
 ) -> Iterator[str]:
-    """Yield a line per name whose values differ."""
-    for name in dict.fromkeys([*first, *second]):
-        if first.get(name) != second.get(name):
-            yield f"{where}: {name} is {first.get(name)} and {second.get(name)}"
+    """Yield a line per dotted name whose values differ."""
+    before = flatten(first)
+    after = flatten(second)
+    for name in differing_keys(before, after):
+        yield f"{where}: {name} is {before.get(name)} and {after.get(name)}"
 
 
 def differing_arrays(
@@ -230,22 +246,26 @@ def differing_arrays(
 ) -> Iterator[str]:
     """Yield a line per array that differs: in how many values, by how much, and where first."""
     for name in dict.fromkeys([*first, *second]):
-        if name not in first or name not in second or first[name].shape != second[name].shape:
+        before = first.get(name)
+        after = second.get(name)
+        if before is None or after is None or before.shape != after.shape:
             yield f"{where}: {name} is of another shape or only in one of them"
-            continue
-        before = first[name]
-        after = second[name]
-        differing = before != after
-        if not differing.any():
-            continue
-        places = np.argwhere(differing)
-        rows = len(np.unique(places[:, 0])) if differing.ndim else 1
-        distance = before.astype(np.float64) - after.astype(np.float64)
-        largest = np.abs(distance).max()
-        yield (
-            f"{where}: {name} {list(differing.shape)}: {len(places)} values in {rows} rows, "
-            f"by at most {largest:.3g}, first at {places[0].tolist()}"
-        )
+        elif not np.array_equal(before, after):
+            yield f"{where}: {name} {list(before.shape)}: {describe_difference(before, after)}"
+
+
+def describe_difference(first: np.ndarray, second: np.ndarray) -> str:
+    """Describe how two arrays of one shape differ."""
+    places = np.argwhere(first != second)
+    rows = 1
+    if first.ndim:
+        rows = len(np.unique(places[:, 0]))
+    distance = first.astype(np.float64) - second.astype(np.float64)
+    largest = np.abs(distance).max()
+    return (
+        f"{len(places)} values in {rows} rows, "
+        f"by at most {largest:.3g}, first at {places[0].tolist()}"
+    )
 
 
 if __name__ == "__main__":

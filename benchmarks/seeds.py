@@ -20,8 +20,8 @@ import numpy as np
 from scipy.stats import t
 
 from stages.__main__ import main as stage
-from vla_opd.analysis.evaluation import Record, read_records, score
-from vla_opd.artifacts.manifest import canonical_json, read_manifest
+from vla_opd.analysis.evaluation import Record, Score, read_records, score
+from vla_opd.artifacts.manifest import MANIFEST, canonical_json, read_manifest
 from vla_opd.params.load import load
 from vla_opd.params.run import Params
 from vla_opd.params.section import EVALUATION_STATES
@@ -44,11 +44,12 @@ def main() -> None:
     params = load("params.yaml", arguments.set)
     last = max(0, EVALUATION_STATES - params.evaluate.episodes)
     windows = np.linspace(0, last, len(arguments.seeds)).astype(int)
-    runs = [
-        make_run(params, int(first_state), seed, arguments.set)
-        for first_state, seed in zip(windows, arguments.seeds, strict=True)
-    ]
-    print("\n".join(table(params, runs)))
+    runs: list[Path] = []
+    for first_state, seed in zip(windows, arguments.seeds, strict=True):
+        run = make_run(params, int(first_state), seed, arguments.set)
+        runs.append(run)
+    for line in table(params, runs):
+        print(line)
 
 
 HEAD = (
@@ -63,27 +64,38 @@ HEAD = (
 
 def table(params: Params, runs: Sequence[Path]) -> Iterator[str]:
     """Yield lines of Markdown, one per evaluation."""
-    yield f"| {' | '.join(HEAD)} |"
+    header = " | ".join(HEAD)
+    yield f"| {header} |"
     yield "|---" * len(HEAD) + "|"
     for name in scored_evaluations(params):
         seeds = [read_records(run / "evaluations" / name) for run in runs]
         episodes = list(chain.from_iterable(seeds))
         if name == params.report.teacher:
             episodes = drop_repetitions(episodes)
-        whole = score((record.success for record in episodes), params.evaluate.confidence)
+        confidence = params.evaluate.confidence
+        total = score_records(episodes, confidence)
         cells = [
             name,
-            format_seeds(seeds, params.evaluate.confidence),
-            f"{100 * whole.low:.1f} - {100 * whole.high:.1f}",
+            format_seeds(seeds, confidence),
+            f"{100 * total.low:.1f} - {100 * total.high:.1f}",
             str(len(episodes)),
             format_tasks(episodes, params.environment.tasks),
         ]
-        yield f"| {' | '.join(cells)} |"
+        row = " | ".join(cells)
+        yield f"| {row} |"
 
 
 def drop_repetitions(records: Sequence[Record]) -> list[Record]:
     """Keep one episode per initial state: one greedy policy repeats itself in windows' overlap."""
-    return list({(record.task, record.state): record for record in records}.values())
+    distinct: dict[tuple[str, int], Record] = {}
+    for record in records:
+        distinct[record.task, record.state] = record
+    return list(distinct.values())
+
+
+def score_records(records: Sequence[Record], confidence: float) -> Score:
+    """Return the success of some episodes, with its Wilson interval."""
+    return score((record.success for record in records), confidence)
 
 
 def format_seeds(seeds: Sequence[Sequence[Record]], confidence: float) -> str:
@@ -91,15 +103,15 @@ def format_seeds(seeds: Sequence[Sequence[Record]], confidence: float) -> str:
 
     The interval is that of another seed's mean.
     """
-    percent = [
-        100 * score((record.success for record in records), confidence).success for records in seeds
-    ]
-    spread = ""
-    if len(percent) > 1:
-        factor = t.ppf((1 + confidence) / 2, len(percent) - 1)
-        spread = f" +- {factor * statistics.stdev(percent) / math.sqrt(len(percent)):.1f}"
+    percent = [100 * score_records(records, confidence).success for records in seeds]
+    count = len(percent)
+    mean = f"{statistics.mean(percent):.1f} %"
+    if count > 1:
+        quantile = t.ppf((1 + confidence) / 2, count - 1)
+        standard_error = statistics.stdev(percent) / math.sqrt(count)
+        mean += f" +- {quantile * standard_error:.1f}"
     per_seed = " ".join(f"{success:.1f}" for success in percent)
-    return f"{per_seed} | {statistics.mean(percent):.1f} %{spread}"
+    return f"{per_seed} | {mean}"
 
 
 def format_tasks(records: Sequence[Record], tasks: Sequence[str]) -> str:
@@ -107,7 +119,8 @@ def format_tasks(records: Sequence[Record], tasks: Sequence[str]) -> str:
     cells: list[str] = []
     for task in tasks:
         outcomes = [record.success for record in records if record.task == task]
-        cells.append(f"{sum(outcomes)}/{len(outcomes)}")
+        successes = sum(outcomes)
+        cells.append(f"{successes}/{len(outcomes)}")
     return " ".join(cells)
 
 
@@ -125,8 +138,10 @@ def make_run(params: Params, first_state: int, seed: int, overrides: list[str]) 
     run = Path("artifacts") / f"{params.run.name}-seed{seed}"
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
     for shared in ("demonstrations", "checkpoints/base", "checkpoints/teacher"):
-        if not (run / shared).is_symlink():
-            (run / shared).symlink_to((source / shared).resolve(), target_is_directory=True)
+        link = run / shared
+        original = source / shared
+        if not link.is_symlink():
+            link.symlink_to(original.resolve(), target_is_directory=True)
     require_same_origin(run, source, params)
     settings = (
         *overrides,
@@ -137,7 +152,8 @@ def make_run(params: Params, first_state: int, seed: int, overrides: list[str]) 
     )
     options = ["--tracking=none", *(f"--set={setting}" for setting in settings)]
     for folder, *command in stages_of_a_seed(params):
-        if (run / folder / "manifest.json").is_file():
+        manifest = run / folder / MANIFEST
+        if manifest.is_file():
             continue
         if stage([*command, *options]):
             raise SystemExit(f"seed {seed}: {' '.join(command)} failed")
@@ -146,11 +162,10 @@ def make_run(params: Params, first_state: int, seed: int, overrides: list[str]) 
 
 def require_same_origin(run: Path, source: Path, params: Params) -> None:
     """Note the settings and checkpoints that a run is made from. SystemExit if they differ."""
-    digests = [
-        read_manifest(source / "checkpoints" / name, "checkpoint").digest
-        for name in ("base", "teacher")
-    ]
-    origin = canonical_json([params.model_dump(mode="json"), digests])
+    base = read_manifest(source / "checkpoints/base", "checkpoint")
+    teacher = read_manifest(source / "checkpoints/teacher", "checkpoint")
+    settings = params.model_dump(mode="json")
+    origin = canonical_json([settings, [base.digest, teacher.digest]])
     note = run / "made_from.json"
     if note.is_file() and note.read_text() != origin:
         raise SystemExit(
@@ -162,7 +177,8 @@ def require_same_origin(run: Path, source: Path, params: Params) -> None:
 def stages_of_a_seed(params: Params) -> Iterator[tuple[str, ...]]:
     """Yield the folder that a stage makes, and its command line, in order."""
     yield "checkpoints/student", "finetune", "--name=student"
-    for iteration in sorted(params.updates, key=lambda name: len(params.chain(name))):
+    depths = {name: len(params.chain(name)) for name in params.updates}
+    for iteration in sorted(depths, key=depths.__getitem__):
         folders = {"explore": "trajectories", "reinforce": "checkpoints"}
         if iteration in params.iterations:
             folders = {"sample": "trajectories", "label": "labels", "optimize": "checkpoints"}
