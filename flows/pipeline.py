@@ -15,10 +15,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ruamel.yaml import YAML
+
 from flows.dvc_runner import process, stale_locks
 from flows.dvc_runner.process import Line, LineHandler
+from flows.settings import look_up
 from stages.catalog import BEHIND, STAGES
-from vla_opd.lineage.store import ROOT
+from vla_opd.artifacts.layout import ROOT
 from vla_opd.machine.checkout import require_no_links
 from vla_opd.machine.host import LAUNCH, TASK_RUN
 from vla_opd.params.load import load
@@ -181,7 +184,8 @@ def _survey(
     from dvc.repo.reproduce import collect_stages, get_active_graph, plan_repro
 
     graph = get_active_graph(repo.index.graph)
-    stages: list[Any] = plan_repro(graph, collect_stages(repo, targets or ("dvc.yaml",)))
+    goals = collect_stages(repo, targets) if targets else repo.index.stages
+    stages: list[Any] = plan_repro(graph, goals)
     _require_sections(stages)
     run = load().run.name
     require_no_links(ROOT / run)
@@ -221,11 +225,12 @@ def _require_sections(stages: Iterable[Any]) -> None:
     """
     from dvc.dependency.param import ParamsDependency
 
+    tree = YAML(typ="safe").load(PARAMS.read_text())
     for stage in stages:
         for dep in stage.deps:
             if not isinstance(dep, ParamsDependency):
                 continue
-            absent = sorted(set(dep.params) - set(dep.read_params()))
+            absent = sorted(name for name in dep.params if look_up(tree, name) is None)
             if absent:
                 raise ValueError(
                     f"params.yaml: stage {stage.addressing} depends on {absent}; "

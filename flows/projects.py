@@ -104,8 +104,8 @@ class Project:
 
         All that they depend on has to hold, too.
         """
-        settings = _read_yaml(self.folder / PARAMS)
-        valid = {name: entry for name, entry in entries.items() if _matches(entry, settings)}
+        tree = _read_yaml(self.folder / PARAMS)
+        valid = {name: entry for name, entry in entries.items() if _matches(entry, tree)}
         stale = entries.keys() - valid.keys()
         while stale:
             outs = {path for name in stale for path in _paths(entries[name], "outs")}
@@ -251,19 +251,12 @@ def _link_file(source: str, target: str) -> None:
     link(Path(source), Path(target))
 
 
-def _matches(entry: dict[str, Any], settings: dict[str, Any]) -> bool:
-    """Return whether these settings have the values that an entry of dvc.lock was made with."""
+def _matches(entry: dict[str, Any], tree: dict[str, Any]) -> bool:
+    """Return whether settings have the values that an entry of dvc.lock was made with."""
     params = entry.get("params", {}).get(PARAMS, {})
-    return all(_look_up(settings, dotted) == value for dotted, value in params.items())
+    return all(settings.look_up(tree, dotted) == value for dotted, value in params.items())
 
 
 def _paths(entry: dict[str, Any], role: str) -> list[str]:
     """Return the paths of an entry's `outs` or `deps`."""
     return [file["path"] for file in entry.get(role, ())]
-
-
-def _look_up(settings: Any, dotted: str) -> Any:
-    """Return `settings["section"]["key"]` for `section.key`; None if it is missing."""
-    for key in dotted.split("."):
-        settings = settings.get(key) if isinstance(settings, dict) else None
-    return settings

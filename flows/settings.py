@@ -101,6 +101,13 @@ def apply(changes: Mapping[str, Any], before: str) -> str:
     return stream.getvalue()
 
 
+def look_up(tree: Any, dotted: str) -> Any:
+    """Return `tree["section"]["key"]` for `section.key`; None if it is missing."""
+    for key in dotted.split("."):
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree
+
+
 def _replace(path: Path, new: str) -> None:
     """Replace a file's text atomically: a kill leaves the old file whole."""
     with NamedTemporaryFile(

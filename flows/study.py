@@ -45,8 +45,8 @@ from vla_opd.analysis import study_page
 from vla_opd.analysis.finished_run import discard, read_run
 from vla_opd.analysis.study_table import Table, concatenate, member_rows, read, shared_rows, write
 from vla_opd.artifacts.draft import BusyError, Draft, draft
+from vla_opd.artifacts.layout import ROOT
 from vla_opd.artifacts.manifest import MANIFEST, Manifest, open_artifact
-from vla_opd.lineage.store import ROOT
 from vla_opd.machine.host import METRICS
 from vla_opd.machine.parent_death import die_with_parent
 from vla_opd.machine.tracking import read_executions

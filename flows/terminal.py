@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from flows.dvc_runner.process import Line
+from flows.status import Status
+from vla_opd.artifacts.progress import Progress
 
 ROWS = (("before", "start"), ("after", "final"), ("teacher", "teacher"))
 PASSING_EVERY = 15.0  # seconds between progress lines that cannot be rewritten in place
@@ -139,6 +141,38 @@ def closing_message(folder: Path, summary: dict[str, Any], interface: str, proje
   runs       {interface}
 
   next       {indented}"""
+
+
+def format_status(run: str, status: Status) -> str:
+    """Format how far a run is, in a few lines."""
+    count = len(status.done) + len(status.at_work) + len(status.to_come)
+    lines = [f"{run}: {len(status.done)} of {count} stages are up to date"]
+    for step, progress in status.at_work.items():
+        lines.append(f"  at work    {step.name:<20} {format_progress(progress)}".rstrip())
+    if status.to_come:
+        names = [step.name for step in status.to_come]
+        shown = ", ".join(names) if len(names) <= 3 else f"{names[0]}, {names[1]} ... {names[-1]}"
+        lines.append(f"  to come    {shown} ({len(names)} in all)")
+    if status.at_work or status.to_come:
+        lines.append(f"  time left  {_time_left(status)}")
+    return "\n".join(lines)
+
+
+def _time_left(status: Status) -> str:
+    left = format_duration(status.seconds_left)
+    if status.unknown:
+        return f"over {left}: how long {', '.join(status.unknown)} takes here is not known yet"
+    return f"about {left}, if each stage takes as long as the last of its kind"
+
+
+def format_progress(progress: Progress | None) -> str:
+    """Format how far a stage is, e.g. `12 of 24 shards, 0:14 left`; empty if it isn't known."""
+    if progress is None:
+        return ""
+    text = f"{progress.done} of {progress.total} {progress.unit}s"
+    if progress.seconds_left is None:
+        return text
+    return f"{text}, {format_duration(progress.seconds_left)} left"
 
 
 def format_duration(seconds: float) -> str:

@@ -30,8 +30,8 @@ from flows.prefect_server import gpu_limit, liveness, page, server
 from flows.settings import Settings, extension, write
 from flows.terminal import StageLine, print_heading, results_table
 from stages.catalog import BEHIND, batch_sizes
+from vla_opd.artifacts.layout import ROOT
 from vla_opd.artifacts.manifest import MANIFEST
-from vla_opd.lineage.store import ROOT
 from vla_opd.machine import checkout
 from vla_opd.machine.host import METRICS, parse_processes, require_equal_shares
 from vla_opd.params.load import load

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from tqdm import tqdm
 
 from vla_opd.analysis.comparison import SequentialTest
 from vla_opd.analysis.evaluation import EPISODES, Record, score
 from vla_opd.artifacts.draft import Draft, draft
 from vla_opd.artifacts.manifest import Manifest
+from vla_opd.artifacts.progress import ProgressBar
 from vla_opd.data.trajectory import Episode
 from vla_opd.envs.protocol import Placement
 from vla_opd.machine.host import Host
@@ -134,13 +134,13 @@ def _play(
     greedy = RolloutSettings(settings.horizon, None, None, settings.inference_batch)
     pool = PoolSettings(host.workers, host.timeout_s)
     episodes = rollout(policy, jobs, environment, greedy, pool, stats)
-    progress = tqdm(
+    progress = ProgressBar(
         episodes,
+        "evaluate",
+        scratch=work.scratch,
         total=len(planned),
         initial=len(records),
-        desc="evaluate",
         unit="episode",
-        mininterval=5,
     )
     journal = work.scratch / f"journal-{secrets.token_hex(4)}.jsonl"
     with journal.open("a") as stream, closing(episodes):

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from vla_opd.artifacts.draft import draft
 from vla_opd.artifacts.manifest import Manifest, open_artifact
+from vla_opd.artifacts.progress import ProgressBar
 from vla_opd.data.labels import read_outcome, write_shard
 from vla_opd.data.trajectory import shards
 from vla_opd.experts import EXPERTS
@@ -62,14 +62,15 @@ def run(
         names = [shard.name for shard in shards(trajectories)]
         missing = work.missing(names)
         total = len(host.share.select(names))
-        for name, labels in tqdm(
+        progress = ProgressBar(
             labeler.label(missing),
-            initial=total - len(missing),
+            "label",
+            scratch=work.scratch,
             total=total,
-            desc="label",
+            initial=total - len(missing),
             unit="shard",
-            mininterval=5,
-        ):
+        )
+        for name, labels in progress:
             if simulation.stats.environment:
                 work.record_made_with(simulation.stats.environment)
             with work.part(name) as path:

@@ -1,4 +1,4 @@
-"""Commands on runs: new, run, plan, extend, serve, study, accept."""
+"""Commands on runs: new, run, plan, status, extend, serve, study, accept."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from flows import members, pipeline, projects, serve, settings, summary, terminal
+from flows import members, pipeline, projects, serve, settings, status, summary, terminal
 from flows.cli.app import app, on_project
 from flows.pipeline import StageFailed, Step
 from flows.prefect_server import server
@@ -201,13 +201,24 @@ def show_plan(
             f"--memory with {targets or 'no stages'}, --capacity is {capacity}; "
             "expected --memory without stages, and --capacity with it only"
         )
-    for step in pipeline.inspect(targets or ()):
-        print(f"  {step.name:<20} {_state(step)}")
+    steps = pipeline.inspect(targets or ())
+    at_work = status.read_status(load().run.name, steps).at_work
+    for step in steps:
+        state = _state(step)
+        if step in at_work:
+            state = f"at work  {terminal.format_progress(at_work[step])}"
+        print(f"  {step.name:<20} {state}".rstrip())
+
+
+@app.command("status")
+@on_project
+def show_status() -> None:
+    """Show how far the run is: stages done, at work and to come, and the time left."""
+    run = load().run.name
+    print(terminal.format_status(run, status.read_status(run, pipeline.inspect())))
 
 
 def _state(step: Step) -> str:
-    if step.at_work:
-        return "at work"
     if step.stale:
         return "to do"
     if step.due:

@@ -106,6 +106,16 @@ class Share:
 ALL = Share()
 
 
+def draft_folder(target: Path) -> Path:
+    """Return the folder of an artifact's finished parts before it is published."""
+    return target.parent / f".{target.name}.draft"
+
+
+def scratch_folder(target: Path) -> Path:
+    """Return the folder in a draft that isn't published."""
+    return draft_folder(target) / SCRATCH
+
+
 class Draft:
     """An artifact that is being written. Use `draft(...)`.
 
@@ -126,8 +136,8 @@ class Draft:
         self.kind: Kind = kind
         self.parents = dict(parents)
         self.params = _as_json(params)
-        self.folder = target.parent / f".{target.name}.draft"
-        self.scratch = self.folder / SCRATCH
+        self.folder = draft_folder(target)
+        self.scratch = scratch_folder(target)
 
     @cached_property
     def fingerprint(self) -> str:

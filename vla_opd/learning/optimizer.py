@@ -14,9 +14,9 @@ import safetensors.torch
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from vla_opd.artifacts.manifest import canonical_json
+from vla_opd.artifacts.progress import ProgressBar
 from vla_opd.learning import fsdp
 from vla_opd.machine.tracking import Log
 
@@ -124,7 +124,7 @@ def train(
     if moments:
         _set_moments(optimizer, moments)
     rows = _resume(policy, optimizer, session)
-    for step in _progress(session.label, len(rows), budget.steps):
+    for step in _progress(session, len(rows), budget.steps):
         row = _step(policy, loss, optimizer, budget, session, step)
         rows.append(row)
         session.log(row, budget.first + step)
@@ -133,14 +133,14 @@ def train(
     return rows, _moments(optimizer)
 
 
-def _progress(label: str, first: int, steps: int) -> "tqdm[int]":
-    return tqdm(
+def _progress(session: Session, first: int, steps: int) -> ProgressBar:
+    return ProgressBar(
         range(first, steps),
-        label,
-        steps,
+        session.label,
+        scratch=session.scratch,
+        total=steps,
         initial=first,
         unit="step",
-        mininterval=5,
         disable=fsdp.rank() > 0,
     )
 

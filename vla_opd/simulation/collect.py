@@ -7,9 +7,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
 
-from tqdm import tqdm
-
 from vla_opd.artifacts.draft import Draft
+from vla_opd.artifacts.progress import ProgressBar
 from vla_opd.data.trajectory import Episode, write_shard
 from vla_opd.envs.protocol import Placement
 from vla_opd.machine.host import Host
@@ -50,13 +49,13 @@ def write_groups(
     total = sum(len(groups[shard]) for shard in planned)
     pool_settings = PoolSettings(host.workers, host.timeout_s)
     episodes = rollout(policy, jobs, environment, settings, pool_settings, stats)
-    progress = tqdm(
+    progress = ProgressBar(
         episodes,
+        description,
+        scratch=work.scratch,
         total=total,
         initial=total - len(jobs),
-        desc=description,
         unit="episode",
-        mininterval=5,
     )
     for episode in progress:
         shard = shard_of[episode.placement, episode.member]

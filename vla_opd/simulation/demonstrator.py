@@ -4,9 +4,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 
-from tqdm import tqdm
-
 from vla_opd.artifacts.draft import Draft
+from vla_opd.artifacts.progress import ProgressBar
 from vla_opd.data.trajectory import Episode, write_shard
 from vla_opd.envs.protocol import Placement
 from vla_opd.params.stages import DemonstrateParams, EnvironmentParams
@@ -36,12 +35,13 @@ class Demonstrator:
         total = sum(map(len, shards.values()))
         successes: dict[Slot, Episode] = {}
         failures = 0
-        progress = tqdm(
+        progress = ProgressBar(
+            None,
+            f"demonstrate {self.name}",
+            scratch=work.scratch,
             total=total,
             initial=total - len(slots),
-            desc=f"demonstrate {self.name}",
             unit="episode",
-            mininterval=5,
         )
         with progress:
             for slot, episode in self._until_successful(slots):
