@@ -1,4 +1,4 @@
-"""The smallest of everything: a description of a policy that is built in milliseconds, observations for it, and random episodes."""
+"""The smallest of everything: a policy built in milliseconds, observations, random episodes."""
 
 import numpy as np
 

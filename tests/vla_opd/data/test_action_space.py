@@ -1,7 +1,8 @@
 """Actions and bins: against the outputs of the original tokenizer, and against the definition.
 
-`data/*.npz` hold outputs of OpenVLA-OFT's `ActionTokenizer` and of SimpleVLA-RL's decoding (openvla-oft 213c5ff, SimpleVLA-RL 7c51662), which number
-the bins downwards: token id = 31999 - bin.
+`data/*.npz` hold outputs of OpenVLA-OFT's `ActionTokenizer` (openvla-oft 213c5ff) and of
+SimpleVLA-RL's decoding (SimpleVLA-RL 7c51662), which number the bins downwards: token id = 31999 -
+bin.
 """
 
 from pathlib import Path
@@ -21,9 +22,13 @@ FIRST_ID = 31999  # of bin 0
 
 
 def plain(dims: int, chunk: int = 1, bins: int = 256) -> ActionSpace:
-    """Actions that are normalised already."""
+    """Return the space of actions that are normalised already."""
     return ActionSpace(
-        q01=(-1.0,) * dims, q99=(1.0,) * dims, normalised=(False,) * dims, chunk=chunk, bins=bins
+        q01=(-1.0,) * dims,
+        q99=(1.0,) * dims,
+        normalised=(False,) * dims,
+        chunk=chunk,
+        bins=bins,
     )
 
 
@@ -35,16 +40,17 @@ def golden() -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("suffix", ["", "_float32"])
 def test_bins_are_the_originals(golden: dict[str, np.ndarray], suffix: str) -> None:
-    actions, ids = golden[f"actions{suffix}"], golden[f"token_ids{suffix}"]
+    actions = golden[f"actions{suffix}"]
+    ids = golden[f"token_ids{suffix}"]
     assert len(np.unique(ids)) > 200
-    np.testing.assert_array_equal(plain(1).encode(actions[:, None, None])[:, 0], FIRST_ID - ids)
+    bins = plain(1).encode(actions[:, None, None])
+    np.testing.assert_array_equal(bins[:, 0], FIRST_ID - ids)
 
 
 def test_decoded_actions_are_the_originals(golden: dict[str, np.ndarray]) -> None:
     bins = plain(1).encode(golden["actions"][:, None, None])
-    np.testing.assert_array_equal(
-        plain(1).decode(bins)[:, 0, 0], golden["decoded"].astype(np.float32)
-    )
+    decoded = plain(1).decode(bins)
+    np.testing.assert_array_equal(decoded[:, 0, 0], golden["decoded"].astype(np.float32))
 
 
 def test_the_whole_table_is_the_originals_clipped_at_both_ends(
@@ -53,9 +59,8 @@ def test_the_whole_table_is_the_originals_clipped_at_both_ends(
     bins = FIRST_ID - golden["table_ids"]
     assert bins.min() < 0
     assert bins.max() > 255
-    np.testing.assert_array_equal(
-        plain(1).decode(bins[:, None])[:, 0, 0], golden["table_decoded"].astype(np.float32)
-    )
+    decoded = plain(1).decode(bins[:, None])
+    np.testing.assert_array_equal(decoded[:, 0, 0], golden["table_decoded"].astype(np.float32))
 
 
 def test_unnormalised_actions_are_the_originals() -> None:
@@ -64,16 +69,17 @@ def test_unnormalised_actions_are_the_originals() -> None:
     mask = tuple(bool(m) for m in golden["mask"])
     assert mask == (True,) * 6 + (False,)
     space = ActionSpace(
-        q01=tuple(golden["q01"]), q99=tuple(golden["q99"]), normalised=mask, chunk=8
+        q01=tuple(golden["q01"]),
+        q99=tuple(golden["q99"]),
+        normalised=mask,
+        chunk=8,
     )
     bins = FIRST_ID - golden["token_ids"]
-    np.testing.assert_allclose(
-        plain(7, chunk=8).decode(bins), golden["normalized"], rtol=0, atol=1e-6
-    )
+    normalised = plain(7, chunk=8).decode(bins)
+    np.testing.assert_allclose(normalised, golden["normalized"], rtol=0, atol=1e-6)
     np.testing.assert_allclose(space.decode(bins), golden["unnormalized"], rtol=0, atol=1e-6)
-    np.testing.assert_array_equal(
-        space.encode(golden["unnormalized"]), np.minimum(bins, 254)
-    )  # the last two bins decode alike
+    encoded = space.encode(golden["unnormalized"])
+    np.testing.assert_array_equal(encoded, np.minimum(bins, 254))  # the last two decode alike
 
 
 @settings(max_examples=60, deadline=None)
@@ -88,9 +94,9 @@ def test_a_decoded_bin_is_encoded_as_itself(bins: np.ndarray) -> None:
     )
     actions = space.decode(bins)
     assert (actions.shape, actions.dtype) == ((3, small.CHUNK, small.DIMS), np.float32)
-    found = space.encode(actions)
-    assert found.dtype == np.int16
-    np.testing.assert_array_equal(found, np.minimum(bins, small.BINS - 2))
+    encoded = space.encode(actions)
+    assert encoded.dtype == np.int16
+    np.testing.assert_array_equal(encoded, np.minimum(bins, small.BINS - 2))
 
 
 @settings(max_examples=60, deadline=None)
@@ -98,32 +104,34 @@ def test_a_decoded_bin_is_encoded_as_itself(bins: np.ndarray) -> None:
     actions=hnp.arrays(np.float64, (4, 2, 3), elements=st.floats(-3, 3)), bins=st.integers(2, 256)
 )
 def test_decoding_is_off_by_half_a_bin_at_most(actions: np.ndarray, bins: int) -> None:
-    q01, q99 = np.array([-2.0, 0.0, -1.0]), np.array([1.0, 0.5, 1.0])
+    q01 = np.array([-2.0, 0.0, -1.0])
+    q99 = np.array([1.0, 0.5, 1.0])
     space = ActionSpace(
-        q01=tuple(q01), q99=tuple(q99), normalised=(True, True, False), chunk=2, bins=bins
+        q01=tuple(q01),
+        q99=tuple(q99),
+        normalised=(True, True, False),
+        chunk=2,
+        bins=bins,
     )
-    found = space.decode(space.encode(actions))
+    decoded = space.decode(space.encode(actions))
+    error = np.abs(decoded - np.clip(actions, q01, q99))
     half = (q99 - q01) / (bins - 1) / 2
-    assert (np.abs(found - np.clip(actions, q01, q99)) <= half + 1e-6).all()
+    assert (error <= half + 1e-6).all()
 
 
 def test_bins_ascend_with_the_action_and_are_row_major() -> None:
     space = plain(2, chunk=3, bins=5)
     actions = np.array([[-1.0, -0.4], [0.1, 0.6], [1.0, 7.0]])  # edges -1, -0.5, 0, 0.5, 1
     assert space.encode(actions).tolist() == [0, 1, 2, 3, 4, 4]
-    np.testing.assert_allclose(
-        space.decode(np.array([0, 1, 2, 3, 3, 4])), [[-0.75, -0.25], [0.25, 0.75], [0.75, 0.75]]
-    )
+    decoded = space.decode(np.array([0, 1, 2, 3, 3, 4]))
+    np.testing.assert_allclose(decoded, [[-0.75, -0.25], [0.25, 0.75], [0.75, 0.75]])
     assert space.encode(actions[None].repeat(4, 0)).shape == (4, 6)
 
 
 def test_statistics_are_percentiles_and_leave_the_gripper() -> None:
     ramp = np.linspace(0, 1, 101)
-    space = fit_action_space(
-        np.stack([ramp, 10 * ramp - 5, np.sign(ramp - 0.5)], axis=1).astype(np.float32),
-        chunk=4,
-        bins=16,
-    )
+    actions = np.stack([ramp, 10 * ramp - 5, np.sign(ramp - 0.5)], axis=1)
+    space = fit_action_space(actions.astype(np.float32), chunk=4, bins=16)
     np.testing.assert_allclose(space.q01[:2], [0.01, -4.9], atol=1e-6)
     np.testing.assert_allclose(space.q99[:2], [0.99, 4.9], atol=1e-6)
     assert space.normalised == (True, True, False)
@@ -132,9 +140,9 @@ def test_statistics_are_percentiles_and_leave_the_gripper() -> None:
 
 def test_a_dimension_that_never_moves_stays_finite() -> None:
     space = fit_action_space(np.full((10, 3), 0.25), chunk=1, bins=8)
-    found = space.decode(space.encode(np.full((1, 3), 0.25)))
-    assert np.isfinite(found).all()
-    np.testing.assert_allclose(found[0, :2], 0.25, atol=1e-6)
+    decoded = space.decode(space.encode(np.full((1, 3), 0.25)))
+    assert np.isfinite(decoded).all()
+    np.testing.assert_allclose(decoded[0, :2], 0.25, atol=1e-6)
 
 
 def test_the_digest_is_of_everything_that_a_token_means() -> None:
@@ -146,13 +154,10 @@ def test_the_digest_is_of_everything_that_a_token_means() -> None:
         {"chunk": 2},
         {"bins": 255},
     ]
-    digests = {space.digest, *(space.model_copy(update=change).digest for change in changes)}
-    assert len(digests) == 6
-    assert (
-        space.digest
-        == plain(2).digest
-        == ActionSpace.model_validate_json(space.model_dump_json()).digest
-    )
+    changed = [space.model_copy(update=change) for change in changes]
+    assert len({each.digest for each in [space, *changed]}) == 6
+    stored = ActionSpace.model_validate_json(space.model_dump_json())
+    assert space.digest == plain(2).digest == stored.digest
 
 
 def test_statistics_of_different_lengths_are_refused() -> None:
@@ -166,7 +171,8 @@ def test_a_constant_dimension_is_in_the_middle_bin_as_in_the_data_of_public_chec
 ) -> None:
     space = ActionSpace(q01=(value, -1.0), q99=(value, 1.0), normalised=(True, True), chunk=1)
     noisy = np.float32(value) + np.array([0, 1e-9, -1e-9, 0.5], np.float32)
-    bins = space.encode(np.stack([noisy, np.zeros(4, np.float32)], axis=-1)[:, None])
+    actions = np.stack([noisy, np.zeros(4, np.float32)], axis=-1)
+    bins = space.encode(actions[:, None])
     assert bins[:, 0].tolist() == [127] * 4
     assert space.decode(bins)[:, 0, 0] == pytest.approx([value] * 4, abs=1e-6)
 

@@ -1,4 +1,7 @@
-"""Episodes and their shards: the store returns what it was given, the mask is the rule in words, the labels are the actions."""
+"""Episodes and their shards.
+
+A shard is read as it was written, the mask is the rule in words, the labels are the actions.
+"""
 
 import tempfile
 from dataclasses import fields, replace
@@ -21,15 +24,16 @@ from vla_opd.data.trajectory import (
 )
 
 
-def assert_equal_episodes(found: Episode, expected: Episode) -> None:
+def assert_equal_episodes(actual: Episode, expected: Episode) -> None:
     for field in fields(Episode):
-        ours, theirs = getattr(found, field.name), getattr(expected, field.name)
-        if isinstance(theirs, np.ndarray):
-            np.testing.assert_array_equal(ours, theirs, err_msg=field.name)
-            assert ours.dtype == theirs.dtype, field.name
-            assert ours.shape == theirs.shape, field.name
+        value = getattr(actual, field.name)
+        reference = getattr(expected, field.name)
+        if isinstance(reference, np.ndarray):
+            np.testing.assert_array_equal(value, reference, err_msg=field.name)
+            assert value.dtype == reference.dtype, field.name
+            assert value.shape == reference.shape, field.name
         else:
-            assert ours == theirs, field.name
+            assert value == reference, field.name
 
 
 EPISODES = st.lists(
@@ -46,65 +50,58 @@ EPISODES = st.lists(
 
 @settings(max_examples=6, deadline=None)
 @given(episodes=EPISODES)
-def test_the_store_returns_what_it_was_given(episodes: list[Episode]) -> None:
+def test_a_shard_is_read_as_it_was_written(episodes: list[Episode]) -> None:
     with tempfile.TemporaryDirectory() as root:
-        write_shard(Path(root) / "shard-0", episodes, small.CHUNK)
-        found = read_shard(Path(root) / "shard-0")
-        states = read_states([Path(root) / "shard-0"])
-    for ours, theirs in zip(found, episodes, strict=True):
-        assert_equal_episodes(ours, theirs)
-    np.testing.assert_array_equal(
-        states.mask, np.concatenate([valid_tokens(e, small.CHUNK) for e in episodes])
-    )
-    np.testing.assert_array_equal(
-        states.labels, np.concatenate([labels_in_words(e, small.CHUNK) for e in episodes])
-    )
-    np.testing.assert_array_equal(
-        states.observations.frames, np.concatenate([e.frames for e in episodes])
-    )
-    np.testing.assert_array_equal(
-        states.episode, np.repeat(np.arange(len(episodes)), [len(e.step) for e in episodes])
-    )
+        path = Path(root) / "shard-0"
+        write_shard(path, episodes, small.CHUNK)
+        stored = read_shard(path)
+        states = read_states([path])
+    for actual, expected in zip(stored, episodes, strict=True):
+        assert_equal_episodes(actual, expected)
+    frames = np.concatenate([episode.frames for episode in episodes])
+    mask = np.concatenate([valid_tokens(episode, small.CHUNK) for episode in episodes])
+    labels = np.concatenate([labels_in_words(episode, small.CHUNK) for episode in episodes])
+    lengths = [len(episode.step) for episode in episodes]
+    np.testing.assert_array_equal(states.observations.frames, frames)
+    np.testing.assert_array_equal(states.mask, mask)
+    np.testing.assert_array_equal(states.labels, labels)
+    np.testing.assert_array_equal(states.episode, np.repeat(np.arange(len(episodes)), lengths))
 
 
 def labels_in_words(episode: Episode, chunk: int) -> np.ndarray:
-    """The next S actions from each kept state on; where the episode is over, its last."""
-    return np.array(
-        [
-            [episode.actions[min(s + i, episode.steps - 1)] for i in range(chunk)]
-            for s in episode.step
-        ]
-    )
+    """Return the next S actions from each kept state on; after the episode's end, its last."""
+    last = episode.steps - 1
+    rows: list[np.ndarray] = []
+    for step in episode.step:
+        indices = [min(step + offset, last) for offset in range(chunk)]
+        rows.append(episode.actions[indices])
+    return np.array(rows)
 
 
 def mask_in_words(episode: Episode, chunk: int) -> np.ndarray:
     """Step i of a chunk counts if it was executed, and no burst lies between the state and it."""
-    rows = [
-        [s + i < episode.steps and all(episode.clean[s : s + i]) for i in range(chunk)]
-        for s in episode.step
-    ]
+    rows: list[list[bool]] = []
+    for step in episode.step:
+        row: list[bool] = []
+        for offset in range(chunk):
+            executed = step + offset < episode.steps
+            before = episode.clean[step : step + offset]
+            row.append(executed and all(before))
+        rows.append(row)
     return np.repeat(np.array(rows), episode.actions.shape[1], axis=1)
 
 
 def test_the_mask_of_a_burst_and_of_the_end() -> None:
     episode = small.episode(steps=6, every=2, clean=(True, True, True, False, False, True))
     by_step = valid_tokens(episode, 3)[:, :: small.DIMS]
-    assert (
-        by_step.tolist()
-        == [
-            [True, True, True],  # from step 0: 0, 1, 2 executed as the expert meant
-            [
-                True,
-                True,
-                False,
-            ],  # from step 2: the label at 3 (burst) still answers to this state's chunk; what follows it does not
-            [
-                True,
-                False,
-                False,
-            ],  # from step 4: itself in the burst; its own label counts, the next does not
-        ]
-    )
+    assert by_step.tolist() == [
+        # From step 0: steps 0, 1 and 2 were executed as the expert meant.
+        [True, True, True],
+        # From step 2: the label at 3, where the burst begins, still belongs to this state's chunk.
+        [True, True, False],
+        # From step 4, inside the burst: the state's label counts, the next does not.
+        [True, False, False],
+    ]
     ended = replace(episode, clean=np.ones(6, np.bool_))
     assert valid_tokens(ended, 3)[:, :: small.DIMS].tolist() == [
         [True, True, True],
@@ -125,9 +122,8 @@ def test_the_mask_is_the_rule_in_words(seed: int, steps: int, every: int, chunk:
     episode = small.episode(seed, steps=steps, every=every)
     mask = valid_tokens(episode, chunk)
     np.testing.assert_array_equal(mask, mask_in_words(episode, chunk))
-    assert mask[
-        :, : small.DIMS
-    ].all()  # the first action from a kept state was always executed there
+    first = mask[:, : small.DIMS]
+    assert first.all()  # the first action from a kept state was always executed
 
 
 def test_labels_repeat_the_last_action(tmp_path: Path) -> None:
@@ -135,9 +131,8 @@ def test_labels_repeat_the_last_action(tmp_path: Path) -> None:
     write_shard(tmp_path / "shard-0", [episode, small.episode(1, steps=7, member=1)], chunk=3)
     labels = read_states([tmp_path / "shard-0"]).labels
     np.testing.assert_array_equal(labels[0], episode.actions[0:3])
-    np.testing.assert_array_equal(
-        labels[1], episode.actions[[3, 3, 3]]
-    )  # not the next episode's actions
+    # Not the next episode's actions:
+    np.testing.assert_array_equal(labels[1], episode.actions[[3, 3, 3]])
 
 
 @pytest.fixture(scope="module")
@@ -146,11 +141,12 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("several")
     for task, name in enumerate(["reach-v3", "push-v3"]):
         for number, count in enumerate([2, 3]):
-            members = [
-                small.episode(100 * task + 10 * number + m, steps=4 + m, member=m, task=name)
-                for m in range(count)
-            ]
-            write_shard(root / shard_name(task, number), members, small.CHUNK)
+            episodes: list[Episode] = []
+            for member in range(count):
+                seed = 100 * task + 10 * number + member
+                episode = small.episode(seed, steps=4 + member, member=member, task=name)
+                episodes.append(episode)
+            write_shard(root / shard_name(task, number), episodes, small.CHUNK)
     (root / "manifest.json").touch()
     return root
 
@@ -170,29 +166,23 @@ def test_per_task_takes_the_first_episodes_of_every_task(
 ) -> None:
     paths = shards(several)
     states = read_states(paths, per_task)
-    np.testing.assert_array_equal(states.episode, np.repeat(np.arange(len(lengths)), lengths))
-    assert (
-        len(states)
-        == sum(lengths)
-        == len(states.mask)
-        == len(states.labels)
-        == len(states.observations.proprio)
-    )
-    tasks = [
-        states.observations.instructions[list(states.episode).index(e)] for e in range(len(lengths))
-    ]
-    assert tasks == ["solve reach-v3"] * (len(lengths) // 2) + ["solve push-v3"] * (
-        len(lengths) // 2
-    )
+    count = len(lengths)
+    np.testing.assert_array_equal(states.episode, np.repeat(np.arange(count), lengths))
+    assert len(states) == sum(lengths)
+    assert len(states) == len(states.mask) == len(states.labels)
+    starts = np.searchsorted(states.episode, np.arange(count))
+    instructions = [states.observations.instructions[row] for row in starts]
+    half = count // 2
+    assert instructions == ["solve reach-v3"] * half + ["solve push-v3"] * half
     everything = read_states(paths)
-    wanted = [row for row, e in enumerate(everything.episode) if e % 5 < (per_task or 5)]
-    np.testing.assert_array_equal(states.labels, everything.labels[wanted])
-    np.testing.assert_array_equal(
-        states.observations.frames, everything.observations.frames[wanted]
-    )
+    rows = np.flatnonzero(everything.episode % 5 < (per_task or 5))
+    expected = everything.observations.at(rows)
+    np.testing.assert_array_equal(states.labels, everything.labels[rows])
+    np.testing.assert_array_equal(states.observations.frames, expected.frames)
+    np.testing.assert_array_equal(states.observations.proprio, expected.proprio)
 
 
-def test_more_episodes_of_a_task_than_there_are_are_refused(several: Path) -> None:
+def test_too_few_episodes_of_a_task_are_refused(several: Path) -> None:
     with pytest.raises(ValueError, match=r"per_task is 6; .* \{'reach-v3': 5, 'push-v3': 5\}"):
         read_states(shards(several), 6)
 
@@ -227,14 +217,14 @@ def test_a_shard_of_two_tasks_is_refused(tmp_path: Path) -> None:
         write_shard(tmp_path / "a", [small.episode(), small.episode(task="push-v3")], small.CHUNK)
 
 
-def test_no_shards_no_states() -> None:
+def test_states_of_no_shards_are_refused() -> None:
     with pytest.raises(ValueError, match="expected at least one shard"):
         read_states([])
 
 
-def test_rows_of_observations() -> None:
-    seen = small.observations(5)
-    some = seen.at(np.array([3, 0]))
-    assert len(some) == 2
-    np.testing.assert_array_equal(some.frames, seen.frames[[3, 0]])
-    np.testing.assert_array_equal(some.proprio, seen.proprio[[3, 0]])
+def test_observations_are_selected_by_row() -> None:
+    batch = small.observations(5)
+    selected = batch.at(np.array([3, 0]))
+    assert len(selected) == 2
+    np.testing.assert_array_equal(selected.frames, batch.frames[[3, 0]])
+    np.testing.assert_array_equal(selected.proprio, batch.proprio[[3, 0]])

@@ -13,9 +13,9 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
-def other(tmp_path: Path) -> Path:
+def checkout(tmp_path: Path) -> Path:
     """Make another checkout with different code."""
-    folder = tmp_path / "other"
+    folder = tmp_path / "checkout"
     for package in ("flows", "stages", "vla_opd"):
         shutil.copytree(
             ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__")
@@ -27,12 +27,12 @@ def other(tmp_path: Path) -> Path:
 
 
 def test_another_checkouts_code_is_refused_and_both_are_named(
-    other: Path, monkeypatch: pytest.MonkeyPatch
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     require_own_code()
-    monkeypatch.chdir(other)
+    monkeypatch.chdir(checkout)
     message = (
-        rf"this folder has {other}/\w+, but the code that runs is {ROOT}/\w+; "
+        rf"this folder has {checkout}/\w+, but the code that runs is {ROOT}/\w+; "
         "expected one checkout"
     )
     with pytest.raises(ValueError, match=message):
@@ -47,7 +47,9 @@ def test_another_checkouts_code_is_refused_and_both_are_named(
         "from flows.serve import main",
     ],
 )
-def test_a_command_of_another_checkouts_environment_is_refused(other: Path, command: str) -> None:
+def test_a_command_of_another_checkouts_environment_is_refused(
+    checkout: Path, command: str
+) -> None:
     """Start it as a console script, without this folder on the path."""
     arguments = {"flows.cli": ["plan"], "stages.__main__": ["report"], "flows.serve": []}[
         command.split()[1]
@@ -57,10 +59,14 @@ def test_a_command_of_another_checkouts_environment_is_refused(other: Path, comm
         f"{command}; sys.exit(main())"
     )
     result = subprocess.run(
-        [sys.executable, "-P", "-c", code], cwd=other, capture_output=True, text=True, check=False
+        [sys.executable, "-P", "-c", code],
+        cwd=checkout,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode in (1, 2)
-    assert str(other) in result.stderr
+    assert str(checkout) in result.stderr
     assert str(ROOT) in result.stderr
     assert "Traceback" not in result.stderr
 

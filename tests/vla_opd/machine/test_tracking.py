@@ -474,12 +474,12 @@ def recorded_commit(folder: Path) -> str:
 def test_git_dir_of_another_repository_is_not_followed(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = make_repository(tmp_path / "other", monkeypatch)
+    stranger = make_repository(tmp_path / "stranger", monkeypatch)
     monkeypatch.chdir(repository)
-    assert head(repository) != head(other)
+    assert head(repository) != head(stranger)
     expected = head(repository)
-    monkeypatch.setenv("GIT_DIR", str(other / ".git"))
-    monkeypatch.setenv("GIT_WORK_TREE", str(other))
+    monkeypatch.setenv("GIT_DIR", str(stranger / ".git"))
+    monkeypatch.setenv("GIT_WORK_TREE", str(stranger))
     assert recorded_commit(repository) == expected
 
 
