@@ -78,6 +78,12 @@ class ActionSpace(BaseModel):
         return np.linspace(-1.0, 1.0, self.bins)
 
     @property
+    def _centres(self) -> Float[np.ndarray, " centres"]:
+        """The V - 1 centres."""
+        edges = self.edges
+        return 0.5 * (edges[:-1] + edges[1:])
+
+    @property
     def _span(self) -> Float64[np.ndarray, " A"]:
         """q99 - q01 + 1e-8."""
         difference = np.subtract(self.q99, self.q01)
@@ -99,7 +105,8 @@ class ActionSpace(BaseModel):
         clipped = np.clip(scaled, -1.0, 1.0)
         bins = np.digitize(clipped, self.edges) - 1
         batch = actions.shape[:-2]
-        return bins.astype(np.int16).reshape(*batch, self.tokens)
+        row_major = bins.reshape(*batch, self.tokens)
+        return row_major.astype(np.int16)
 
     def decode(self, bins: Int[np.ndarray, "*B K"]) -> Float32[np.ndarray, "*B S A"]:
         """Convert bins to actions.
@@ -107,12 +114,11 @@ class ActionSpace(BaseModel):
         a = 0.5 (x + 1) (q99 - q01 + 1e-8) + q01 of the bin's centre x where normalised, x
         elsewhere.
         """
-        edges = self.edges
-        centres = 0.5 * (edges[:-1] + edges[1:])
         last = self.bins - 2
+        numbers = np.clip(bins, 0, last)
         batch = bins.shape[:-1]
-        centred = np.clip(bins, 0, last)
-        x = centres[centred].reshape(*batch, self.chunk, self.action_dim)
+        x = self._centres[numbers]
+        x = x.reshape(*batch, self.chunk, self.action_dim)
         fraction = 0.5 * (x + 1.0)
         scaled = fraction * self._span + self.q01
         actions = np.where(self.normalised, scaled, x)

@@ -7,7 +7,7 @@ episode (`index`, `member`, `steps`, `success`, `states`, `decisions`).
 """
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,14 +104,18 @@ def valid_tokens(episode: Episode, chunk: int) -> Bool[np.ndarray, "N K"]:
     step still belongs to a state that the chunk leads to).
     """
     index = np.add.outer(episode.step, np.arange(chunk))
-    clean = np.pad(episode.clean, (0, chunk))
-    clean_before = np.ones(index.shape, dtype=bool)
-    clean_before[:, 1:] = clean[index[:, :-1]]
-    undisturbed = np.logical_and.accumulate(clean_before, axis=1)
     executed = index < episode.steps
-    valid = executed & undisturbed
+    clean = np.pad(episode.clean, (0, chunk))
+    earlier = index[:, :-1]
+    clean_before = np.ones(index.shape, dtype=bool)
+    clean_before[:, 1:] = clean[earlier]
+    undisturbed = np.logical_and.accumulate(clean_before, axis=1)
     dims = episode.actions.shape[1]
-    return np.repeat(valid, dims, axis=1)
+    return np.repeat(
+        executed & undisturbed,
+        dims,
+        axis=1,
+    )
 
 
 @dataclass(frozen=True)
@@ -163,14 +167,13 @@ def write_shard(path: Path, episodes: Sequence[Episode], chunk: int) -> None:
 
 def _concatenate_episodes(episodes: Sequence[Episode], chunk: int) -> dict[str, np.ndarray]:
     """Concatenate the arrays of episodes."""
-    parts: defaultdict[str, list[np.ndarray]] = defaultdict(list)
-    for episode in episodes:
-        for name in (*STATE_COLUMNS, *STEP_COLUMNS, *DECISION_COLUMNS):
-            values = getattr(episode, name)
-            parts[name].append(values)
-        mask = valid_tokens(episode, chunk)
-        parts["mask"].append(mask)
-    return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+    columns: dict[str, np.ndarray] = {}
+    for name in (*STATE_COLUMNS, *STEP_COLUMNS, *DECISION_COLUMNS):
+        parts = [getattr(episode, name) for episode in episodes]
+        columns[name] = np.concatenate(parts)
+    masks = [valid_tokens(episode, chunk) for episode in episodes]
+    columns["mask"] = np.concatenate(masks)
+    return columns
 
 
 def _list_episodes(episodes: Sequence[Episode]) -> dict[str, np.ndarray]:

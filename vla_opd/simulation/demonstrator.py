@@ -78,17 +78,26 @@ class Demonstrator:
         )
 
     def _attempt(self, slots: list[Slot], attempt: int) -> Iterator[tuple[Slot, Episode]]:
+        """Yield an episode per slot, whose number is the episode's member."""
         jobs: list[Job] = []
-        slot_of: dict[tuple[Placement, int], Slot] = {}
         for task, number in slots:
             index = derive(self.seed, "demonstrate", self.name, task, number, attempt)
-            placement = Placement(task, "training", index)
-            noise_seed = derive(index, "noise")
-            jobs.append(Job(placement, number, noise_seed))
-            slot_of[placement, number] = (task, number)
-        episodes = demonstrate(jobs, self.environment, self.settings, self.pool, self.stats)
+            job = Job(
+                placement=Placement(task, "training", index),
+                member=number,
+                seed=derive(index, "noise"),
+            )
+            jobs.append(job)
+        episodes = demonstrate(
+            jobs,
+            self.environment,
+            self.settings,
+            self.pool,
+            self.stats,
+        )
         for episode in episodes:
-            yield slot_of[episode.placement, episode.member], episode
+            task = episode.placement.task
+            yield (task, episode.member), episode
 
 
 def _complete(missing: Mapping[str, list[Slot]], successes: Mapping[Slot, Episode]) -> list[str]:

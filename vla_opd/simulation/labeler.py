@@ -1,6 +1,6 @@
 """Labels of trajectory shards, by the teacher or by a scripted expert."""
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,11 +166,15 @@ def _by_shard(
     recordings: Mapping[str, Mapping[Job, EpisodeRecord]], results: Iterable[tuple[Job, Result]]
 ) -> Iterator[tuple[str, list[Result]]]:
     """Yield the results of each shard, in the order of its episodes, once it is complete."""
-    shard_of = {job: name for name, episodes in recordings.items() for job in episodes}
-    arrived: dict[str, dict[Job, Result]] = {name: {} for name in recordings}
+    shard_of: dict[Job, str] = {}
+    for name, episodes in recordings.items():
+        shard_of.update(dict.fromkeys(episodes, name))
+    arrived: defaultdict[str, dict[Job, Result]] = defaultdict(dict)
     for job, result in results:
         name = shard_of[job]
-        arrived[name][job] = result
-        if len(arrived[name]) == len(recordings[name]):
-            complete = arrived.pop(name)
-            yield name, [complete[episode] for episode in recordings[name]]
+        shard = arrived[name]
+        shard[job] = result
+        episodes = recordings[name]
+        if len(shard) == len(episodes):
+            del arrived[name]
+            yield name, [shard[episode] for episode in episodes]

@@ -248,8 +248,7 @@ class JobQueue:
         counts = {name: len(jobs) for name, jobs in self._waiting.items() if jobs}
         if task is None or task not in counts:
             unserved = [name for name in counts if name not in served]
-            candidates = unserved or counts
-            task = max(candidates, key=counts.__getitem__)
+            task = max(unserved or counts, key=counts.__getitem__)
         return self._waiting[task].popleft()
 
     def put_back(self, job: Job, error: str) -> None:
@@ -289,8 +288,10 @@ class Pool:
         self._first = first
         self._settings = settings
         self._stats = stats
-        workers = min(settings.workers, len(self._queue))
-        self._workers = [_Worker(environment, capacity) for _ in range(workers)]
+        self._workers: list[_Worker] = []
+        for _ in range(min(settings.workers, len(self._queue))):
+            worker = _Worker(environment, capacity)
+            self._workers.append(worker)
 
     def __enter__(self) -> "Pool":  # noqa: PYI034 - the tests' run-time type checker fails on Self
         return self

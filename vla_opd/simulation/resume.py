@@ -101,10 +101,10 @@ class QueryExpert:
         executed: list[Bool[np.ndarray, " S"]] = []
         for row in range(len(self.episode.step)):
             answer = self._run_expert(env, row)
-            steps = len(answer)
-            padding = np.repeat(answer[-1:], self.chunk - steps, axis=0)
-            actions.append(np.concatenate([answer, padding]))
-            executed.append(np.arange(self.chunk) < steps)
+            steps = np.arange(self.chunk)
+            last = len(answer) - 1
+            actions.append(answer[np.minimum(steps, last)])
+            executed.append(steps <= last)
         return stack_outcome(
             0,
             [],
