@@ -36,7 +36,8 @@ from vla_opd.policies import lora
 from vla_opd.policies.checkpoint import CheckpointFacts
 from vla_opd.policies.openvla_oft.files import TOKENIZER, read_tokenizer
 from vla_opd.policies.openvla_oft.layout import QUESTION, Architecture, Tower
-from vla_opd.policies.openvla_oft.model import LONGEST, PATCHES, SIZE, OpenVLAOFT, of_facts
+from vla_opd.policies.openvla_oft.model import LONGEST, OpenVLAOFT, of_facts
+from vla_opd.policies.openvla_oft.towers import PATCHES, SIZE
 
 # Dense bfloat16 operations per second, from the data sheets.
 DENSE = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -191,7 +192,7 @@ def measure(
         work(lambda: policy.logits(batch))
 
     def run_on_device() -> None:
-        work(lambda: policy.answers(pixels, batch.instructions))
+        work(lambda: policy.logits_of_pixels(pixels, batch.instructions))
 
     _seconds(run, 2)
     on_gpu = policy.device.type == "cuda"

@@ -13,8 +13,9 @@ from vla_opd.machine.tracking import track
 from vla_opd.params.stages import AdoptParams, EnvironmentParams
 from vla_opd.policies.checkpoint import WEIGHTS, public_facts, save_weights
 from vla_opd.policies.openvla_oft.files import CONFIG, STATISTICS, TOKENIZER, read_tokenizer
-from vla_opd.policies.openvla_oft.layout import QUESTION, Architecture, sources
+from vla_opd.policies.openvla_oft.layout import QUESTION, Architecture
 from vla_opd.policies.openvla_oft.model import BEGIN, public_weights
+from vla_opd.policies.openvla_oft.weights import source_files
 
 
 def run(
@@ -40,7 +41,7 @@ def run(
         "name": name,
         "adopt": settings.model_dump(exclude={"folder"}),
         "environment": environment.model_dump(exclude={"tasks"}),
-        "sources": {path.name: file_entry(path).sha256 for path in sources(folder)},
+        "sources": {path.name: file_entry(path).sha256 for path in source_files(folder)},
     }
     if STATISTICS not in recorded["sources"]:
         recorded["statistics"] = CONFIG

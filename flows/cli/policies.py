@@ -9,7 +9,7 @@ from flows.cli.app import ArtifactName, app, find_artifact, on_project
 from vla_opd.machine.host import METRICS, resolve_host
 
 if TYPE_CHECKING:
-    from vla_opd.policies.openvla_oft.parity import Found
+    from vla_opd.policies.openvla_oft.parity import Comparison
 
 UnnormKey = Annotated[
     str | None,
@@ -58,18 +58,18 @@ def parity(
     import torch
 
     from vla_opd.policies.openvla_oft.model import from_public
-    from vla_opd.policies.openvla_oft.parity import of_files
+    from vla_opd.policies.openvla_oft.parity import compare_files
 
     precision = getattr(torch, dtype)
     torch_device = resolve_host(None, device, "none", METRICS).device
     policy = from_public(checkpoint, unnorm_key, precision, crop).to(torch_device)
-    comparison = of_files(policy, inputs, reference, tolerance, out)
+    comparison = compare_files(policy, inputs, reference, tolerance, out)
     _print_comparison(comparison)
     if not all(array.holds for array in comparison.compared):
         raise typer.Exit(1)
 
 
-def _print_comparison(comparison: "Found") -> None:
+def _print_comparison(comparison: "Comparison") -> None:
     from flows.cli import answers
 
     rows: list[tuple[str, ...]] = []
@@ -78,8 +78,8 @@ def _print_comparison(comparison: "Found") -> None:
         tolerance = f"{array.tolerance:.0e}"
         rows.append((array.name, difference, tolerance, array.verdict))
     print(answers.table(["array", "largest difference", "allowed", ""], rows))
-    if comparison.left:
-        print(f"  of the reference, not compared: {', '.join(comparison.left)}")
+    if comparison.unmatched:
+        print(f"  of the reference, not compared: {', '.join(comparison.unmatched)}")
 
 
 @app.command()

@@ -172,7 +172,7 @@ def test_weights_that_are_not_finite_are_refused(folder: Path, student: Path) ->
     weights["projector.fc1.bias"][3] = torch.nan
     safetensors.torch.save_file(weights, folder / "model.safetensors")
     message = (
-        r"model\.safetensors: projector\.fc1\.bias is not finite everywhere; "
+        r"model\.safetensors: projector\.fc1\.bias has NaN or infinite values; "
         "expected finite numbers"
     )
     with pytest.raises(ValueError, match=message):
@@ -203,14 +203,14 @@ def test_no_code_in_a_public_checkpoint_is_run(folder: Path, student: Path, tmp_
     assert not mark.exists()
 
 
-def test_an_adopted_family_cannot_be_trained_from_nothing(folder: Path, student: Path) -> None:
+def test_an_adopted_family_cannot_be_trained_from_scratch(folder: Path, student: Path) -> None:
     run_adopt(folder, student)
     open_artifact(student, "checkpoint")
     facts = open_checkpoint(student).facts
     untrained = facts.model_copy(update={"policy": PolicyParams(family="openvla_oft")})
     message = (
-        r"policy\.family is 'openvla_oft'; expected one that is trained from nothing: "
-        "this one comes by `adopt`"
+        r"policy\.family is 'openvla_oft'; expected a family that can be trained from scratch "
+        r"\(for this one, `adopt` a public checkpoint\)"
     )
     with pytest.raises(ValueError, match=message):
         build_policy(untrained)

@@ -1,91 +1,114 @@
-"""A checkpoint back in OpenVLA-OFT's public layout, for the original's own code and whatever else reads that."""
+"""Export a checkpoint to OpenVLA-OFT's public layout, for the original's own code."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
+from pydantic import BaseModel
+from torch import Tensor, nn
 
 from vla_opd.policies import lora
 from vla_opd.policies.checkpoint import Checkpoint
 from vla_opd.policies.load import load_policy
-from vla_opd.policies.openvla_oft.layout import (
-    Architecture,
-    read_public,
-    renamed,
-    restored,
+from vla_opd.policies.openvla_oft.layout import Architecture, read_public
+from vla_opd.policies.openvla_oft.weights import (
+    parameter_names,
+    read_tensors,
+    restore,
     weight_files,
 )
 
-WEIGHTS = {
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-}  # endings of files that may hold other weights than the new ones
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth"}  # files that are not copied
 
 
 def to_public(checkpoint: Checkpoint, like: Path, out: Path, unnorm_key: str | None = None) -> None:
-    """Write the folder `out`: the public checkpoint `like`, which this one came from, with this one's weights, an adapter merged into them.
+    """Write a checkpoint to the new folder `out`, in the layout of `like`.
 
-    W + (alpha / r) B A is rounded to the precision in which W is stored, and that to the public tensor's. What the policy never reads (either tower's
-    last block, rows of words in the head, ...) stays as it is there; the other files of `like`, but for folders and other weights, are copied.
-    All of `out` is there, or nothing. ValueError if `out` is there, and for a checkpoint of another family, size or action statistics than `like`.
+    like: the public checkpoint that it came from. Its small files are copied, and so are weights
+    that the policy never uses (the last block of a tower, the head's rows of words, ...).
+
+    An adapter is merged: W + (alpha / r) B A, rounded to the precision of W here and then to that
+    of the public tensor. `out` is complete or absent.
+
+    ValueError if `out` exists, and for another family, architecture or action space than `like`'s.
     """
-    shape = checkpoint.facts.policy
     if out.exists():
-        raise ValueError(f"{out}: is there already; expected a new folder")
-    if not isinstance(shape, Architecture):
-        raise ValueError(
-            f"{checkpoint.folder}: is of the family {shape.family!r}; expected openvla_oft, whose layout it is"
-        )
-    _require_alike(checkpoint, shape, like, unnorm_key)
+        raise ValueError(f"{out}: exists; expected a new folder")
+    architecture = _require_same_policy(checkpoint, like, unnorm_key)
+    bins = checkpoint.facts.action_space.bins
     shards = list(weight_files(like))
+    parameters = _load_merged(checkpoint).state_dict()
+    draft = out.with_name(f".{out.name}.export")
+    shutil.rmtree(draft, ignore_errors=True)  # of an export that was killed
+    draft.mkdir(parents=True)
+    _copy_small_files(like, draft)
+    written: set[str] = set()
+    for path in shards:
+        written |= _write_weights(path, draft / path.name, parameters, architecture, bins)
+    missing = parameters.keys() - written
+    if missing:
+        raise ValueError(
+            f"{like}: has no tensor for {min(missing)}; "
+            f"expected all the weights that {checkpoint.folder} has"
+        )
+    draft.rename(out)
+
+
+def _require_same_policy(
+    checkpoint: Checkpoint, like: Path, unnorm_key: str | None
+) -> Architecture:
+    """Return the architecture, which must be that of `like`, as must the action space."""
+    architecture = checkpoint.facts.policy
+    if not isinstance(architecture, Architecture):
+        raise ValueError(
+            f"{checkpoint.folder}: policy.family is {architecture.family!r}; "
+            "expected openvla_oft, the only one with this layout"
+        )
+    public = read_public(like, unnorm_key, architecture.crop)
+    _require_equal(public.architecture, architecture, like, checkpoint.folder)
+    _require_equal(public.space, checkpoint.facts.action_space, like, checkpoint.folder)
+    return architecture
+
+
+def _require_equal(public: BaseModel, expected: BaseModel, like: Path, folder: Path) -> None:
+    actual = public.model_dump()
+    for field, value in expected.model_dump().items():
+        if actual[field] != value:
+            raise ValueError(
+                f"{like}: {field} is {actual[field]!r}; expected {value!r}, as in {folder}"
+            )
+
+
+def _load_merged(checkpoint: Checkpoint) -> nn.Module:
     policy = load_policy(checkpoint)
     if lora.attached(policy) is not None:
         lora.merge(policy)
-    hidden = out.with_name(f".{out.name}.export")
-    shutil.rmtree(hidden, ignore_errors=True)  # of one that was killed
-    hidden.mkdir(parents=True)
+    return policy
+
+
+def _copy_small_files(like: Path, out: Path) -> None:
     for path in like.iterdir():
-        if path.is_file() and path.suffix not in WEIGHTS:
-            shutil.copyfile(path, hidden / path.name)
-    ours, bins = policy.state_dict(), checkpoint.facts.action_space.bins
-    written = {
-        name for path in shards for name in _write(path, hidden / path.name, ours, shape, bins)
-    }
-    if lost := ours.keys() - written:
-        raise ValueError(
-            f"{like}: has no tensor for {min(lost)}; expected all that {checkpoint.folder} has"
-        )
-    hidden.rename(out)
+        if path.is_file() and path.suffix not in WEIGHT_SUFFIXES:
+            shutil.copyfile(path, out / path.name)
 
 
-def _write(
-    public: Path, new: Path, ours: dict[str, Any], shape: Architecture, bins: int
-) -> list[str]:
-    """A file of weights with our values; the names, here, of what it holds. ValueError for weights that aren't safetensors, or of another size."""
+def _write_weights(
+    public: Path, out: Path, parameters: Mapping[str, Tensor], architecture: Architecture, bins: int
+) -> set[str]:
+    """Write a file of weights with our values, and return the names of the parameters in it.
+
+    ValueError for another format, and for tensors of another size.
+    """
+    tensors = read_tensors(public)
+    written: set[str] = set()
     try:
-        tensors = safetensors.torch.load_file(public)
-        names = [one for name in tensors for one in renamed(name, shape)]
-        made = {name: restored(name, tensor, ours, shape, bins) for name, tensor in tensors.items()}
-    except (OSError, safetensors.SafetensorError, ValueError, RuntimeError, KeyError) as error:
+        for name, tensor in tensors.items():
+            tensors[name] = restore(name, tensor, parameters, architecture, bins)
+            written.update(parameter_names(name, architecture))
+    except (ValueError, RuntimeError, KeyError) as error:
         raise ValueError(
             f"{public}: {error}; expected the weights of an OpenVLA-OFT of this size"
         ) from error
-    safetensors.torch.save_file(made, new, metadata={"format": "pt"})
-    return names
-
-
-def _require_alike(
-    checkpoint: Checkpoint, shape: Architecture, like: Path, unnorm_key: str | None
-) -> None:
-    """ValueError names the first thing that `like` says otherwise."""
-    theirs = read_public(like, unnorm_key, shape.crop)
-    pairs = ((shape, theirs.architecture), (checkpoint.facts.action_space, theirs.space))
-    for ours, there in ((one.model_dump(), other.model_dump()) for one, other in pairs):
-        for field, value in ours.items():
-            if there[field] != value:
-                raise ValueError(
-                    f"{like}: {field} is {there[field]!r}; expected {value!r}, that of {checkpoint.folder}"
-                )
+    safetensors.torch.save_file(tensors, out, metadata={"format": "pt"})
+    return written

@@ -1,14 +1,15 @@
-"""Is a port of OpenVLA-OFT the original? The same arrays from the same inputs, every step of the way, and how far they are from the original's.
+"""Compare this OpenVLA-OFT with the original: the same arrays from the same inputs, step by step.
 
-`INPUTS.npz` holds `raw_image` [B, H, W, 3] as the simulator gives it (upside down), and prompts: `input_ids` [B, L] with `attention_mask`.
-`REFERENCE.npz` holds any of the arrays that `arrays` gives; steps of the picture's way may lie in the inputs too. Token ids count downwards
+`INPUTS.npz` holds `raw_image` [B, H, W, 3] as the simulator renders it (upside down), and prompts:
+`input_ids` [B, L] with `attention_mask`. `REFERENCE.npz` holds any of the arrays that
+`compute_arrays` returns; preprocessed images may be in the inputs instead. Token ids count down
 (id = vocabulary - 1 - bin), and so do the columns of `logits_action_columns`.
 """
 
 import zlib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 from zipfile import ZipFile
 
 import numpy as np
@@ -20,43 +21,45 @@ from vla_opd.data.zarr_zip import DAMAGED, LARGEST
 from vla_opd.policies.openvla_oft.model import PAD, OpenVLAOFT
 
 TEMPERATURES = (1.0, 1.6)
+SAMPLED = "sampled_token_ids"
 INPUTS = ("raw_image", "input_ids", "attention_mask")
 STEPS = ("rot180", "jpeg_decoded", "resized224", "center_cropped", "pixel_values")
 OUTPUTS = (
-    *(
-        "vision_features",
-        "projected_patch_embeddings",
-        "multimodal_attention_mask",
-        "action_hidden_states",
-        "logits_action_columns",
-    ),
-    *(
-        "greedy_token_ids",
-        "greedy_margin",
-        "normalized_actions",
-        "unnormalized_actions",
-        "env_actions",
-    ),
-    *(
-        f"{name}_T{temperature}"
-        for name in ("logp_greedy", "logp_sampled", "entropy")
-        for temperature in TEMPERATURES
-    ),
+    "vision_features",
+    "projected_patch_embeddings",
+    "multimodal_attention_mask",
+    "action_hidden_states",
+    "logits_action_columns",
+    "greedy_token_ids",
+    "greedy_margin",
+    "normalized_actions",
+    "unnormalized_actions",
+    "env_actions",
+    "logp_greedy_T1.0",
+    "logp_greedy_T1.6",
+    "logp_sampled_T1.0",
+    "logp_sampled_T1.6",
+    "entropy_T1.0",
+    "entropy_T1.6",
 )
-ONE_LEVEL = {
-    "resized224": 1.0,
-    "center_cropped": 1.0,
-    "pixel_values": 0.0175,
-}  # of 255, as it is and divided by the smallest deviation
-# Of pictures' values, but always one, that may be a level off: 1 of 451,584 was, on pictures
-# that this code had not been compared on before.
-SHARE = 5e-6
-NEARLY = 1e-6  # the largest difference allowed of actions and normalised pictures; what is counted is to be equal
+
+# Largest difference allowed between actions and between normalized images.
+ROUNDING = 1e-6
+# One level of 255, as it is and divided by the smallest standard deviation.
+ONE_LEVEL = {"resized224": 1.0, "center_cropped": 1.0, "pixel_values": 0.0175}
+# Fraction of an image's values, and at least one, that may be a level off: 1 of 451,584 was, on
+# images that this code had not been compared on before.
+FRACTION = 5e-6
+
 Arrays = Mapping[str, np.ndarray]
 
 
 class Parity(NamedTuple):
-    """An array: the largest absolute difference from the original's, how large it may be, and how many of its `size` values are farther off."""
+    """How one array compares with the original's.
+
+    difference: largest absolute difference. tolerance: largest one allowed.
+    beyond:     number of values, of `size`, whose difference exceeds the tolerance.
+    """
 
     name: str
     difference: float
@@ -65,223 +68,220 @@ class Parity(NamedTuple):
     size: int
 
     @property
-    def excused(self) -> bool:
-        """Whether it is a picture of which next to no value is one level off, and none more."""
-        return 0 < self.beyond <= max(1, SHARE * self.size) and self.difference <= ONE_LEVEL.get(
-            self.name, 0.0
-        )
+    def is_excused(self) -> bool:
+        """Whether this is an image with very few values off, and by one level only."""
+        allowed = max(1, FRACTION * self.size)
+        one_level = ONE_LEVEL.get(self.name, 0.0)
+        return 0 < self.beyond <= allowed and self.difference <= one_level
 
     @property
     def holds(self) -> bool:
-        """Whether it is near enough. Not if it isn't a number."""
-        return self.difference <= self.tolerance or self.excused
+        """Whether the arrays agree. NaN agrees with nothing."""
+        return self.difference <= self.tolerance or self.is_excused
 
     @property
     def verdict(self) -> str:
-        """What is said of it beside its numbers."""
+        """A remark on the numbers, empty if the array is within its tolerance."""
         if not self.holds:
             return "too far"
-        return (
-            f"one level off in {self.beyond} of {self.size:,} values, which is allowed"
-            if self.excused
-            else ""
-        )
+        if self.is_excused:
+            return f"one level off in {self.beyond} of {self.size:,} values, which is allowed"
+        return ""
 
 
-class Found(NamedTuple):
-    """What was compared, and which of the reference's arrays have no counterpart."""
+class Comparison(NamedTuple):
+    """The compared arrays, and the names of the reference's arrays that have no counterpart."""
 
     compared: tuple[Parity, ...]
-    left: tuple[str, ...]
+    unmatched: tuple[str, ...]
 
 
-def of_files(
+def compare_files(
     policy: OpenVLAOFT, inputs: Path, reference: Path, tolerance: float, out: Path | None
-) -> Found:
-    """The comparison for a policy, from files; our arrays are written to `out` first."""
-    given, (theirs, left) = (
-        _npz(inputs, (*INPUTS, *STEPS))[0],
-        _npz(reference, (*STEPS, *OUTPUTS, "sampled_token_ids")),
-    )
-    if not theirs.keys() - {"sampled_token_ids"}:
+) -> Comparison:
+    """Compute the policy's arrays for `inputs`, write them to `out`, and compare them.
+
+    tolerance: of features, logits and log-probabilities.
+    """
+    given, _ = _read_npz(inputs, (*INPUTS, *STEPS))
+    originals, unmatched = _read_npz(reference, (*STEPS, *OUTPUTS, SAMPLED))
+    if not originals.keys() - {SAMPLED}:
         raise ValueError(
-            f"{reference}: has none of the arrays that can be compared; expected some of {', '.join((*STEPS, *OUTPUTS))}"
+            f"{reference}: has no array that can be compared; "
+            f"expected some of {', '.join((*STEPS, *OUTPUTS))}"
         )
-    ours = arrays(policy, given, theirs.get("sampled_token_ids"))
+    computed = compute_arrays(policy, given, originals.get(SAMPLED))
     if out is not None:
-        np.savez(out, allow_pickle=False, **ours)
-    steps = {name: given[name] for name in STEPS if name in given}
-    return Found(tuple(compare(ours, steps | theirs, tolerance)), left)
+        np.savez(out, allow_pickle=False, **computed)
+    for name in STEPS:
+        if name in given:
+            originals.setdefault(name, given[name])
+    return Comparison(tuple(compare(computed, originals, tolerance)), unmatched)
 
 
-def _npz(path: Path, names: Collection[str]) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """The arrays of these names, and what others there are, which aren't read. ValueError for what is no archive of arrays, or too large a one."""
+def _read_npz(path: Path, names: Collection[str]) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """Read the arrays of these names, and return the names of the others.
+
+    ValueError for another format, for pickles, and for more than half of the memory.
+    """
     try:
         with ZipFile(path) as archive:
-            sizes = {
-                member.filename.removesuffix(".npy"): member.file_size
-                for member in archive.infolist()
-            }
-        if (wanted := sum(size for name, size in sizes.items() if name in names)) > LARGEST:
+            members = archive.infolist()
+        sizes = {member.filename.removesuffix(".npy"): member.file_size for member in members}
+        total = sum(size for name, size in sizes.items() if name in names)
+        if total > LARGEST:
             raise ValueError(
-                f"its arrays would take {wanted // 10**9} GB, more than half of the memory"
+                f"its arrays would take {total // 10**9} GB, more than half of the memory"
             )
-        with np.load(path, allow_pickle=False) as arrays_there:
-            return {name: arrays_there[name] for name in names if name in sizes}, tuple(
-                name for name in sizes if name not in names
-            )
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in names if name in sizes}
     except (*DAMAGED, MemoryError, zlib.error) as error:
         raise ValueError(
             f"{path}: not an archive of arrays ({error}); expected .npz without pickles"
         ) from error
+    return arrays, tuple(name for name in sizes if name not in names)
 
 
-def arrays(
+def compute_arrays(
     policy: OpenVLAOFT, inputs: Arrays, sampled: Int[np.ndarray, "B K"] | None = None
 ) -> dict[str, np.ndarray]:
-    """All arrays that can be compared. sampled: ids of which the log-probability is wanted too. ValueError names an input that can't be one."""
-    _require(policy, inputs, sampled)
-    seen = policy.pictures(inputs["raw_image"][:, ::-1])
+    """Compute all arrays that can be compared.
+
+    sampled: token ids whose log-probabilities are computed too.
+    ValueError names an invalid input.
+    """
+    _require_inputs(policy, inputs)
+    if sampled is not None:
+        _require_sampled(policy, sampled, len(inputs["raw_image"]))
+    images = policy.preprocess(inputs["raw_image"][:, ::-1])
+    ids, lengths = _pad_right(inputs["input_ids"], inputs["attention_mask"])
+    ids = ids.to(policy.device)
+    lengths = lengths.to(policy.device)
     with torch.inference_mode():
-        pixels = policy.normalised(seen.cropped)
+        pixels = policy.normalize(images.cropped)
         features = policy.features(pixels)
         patches = policy.projector(features)
-        prompts, lengths = (
-            one.to(policy.device) for one in _prompts(inputs["input_ids"], inputs["attention_mask"])
-        )
-        _, there = policy.sequence(patches, prompts, lengths)
-        hidden = policy.hidden(patches, prompts, lengths)
+        _, mask = policy.sequence(patches, ids, lengths)
+        hidden = policy.hidden(patches, ids, lengths)
         logits = policy.head(hidden)
-    found = dict(zip(STEPS, (*seen, _numpy(pixels)), strict=True))
-    found |= {
-        "vision_features": _numpy(features),
-        "projected_patch_embeddings": _numpy(patches),
-        "multimodal_attention_mask": _numpy(there),
-    }
-    found |= {
-        "action_hidden_states": _numpy(hidden),
-        "logits_action_columns": _numpy(logits)[..., ::-1],
-    }
-    return found | _answers(policy, logits.float().cpu(), sampled)
+    arrays: dict[str, np.ndarray] = dict(zip(STEPS, (*images, _to_numpy(pixels)), strict=True))
+    arrays["vision_features"] = _to_numpy(features)
+    arrays["projected_patch_embeddings"] = _to_numpy(patches)
+    arrays["multimodal_attention_mask"] = _to_numpy(mask)
+    arrays["action_hidden_states"] = _to_numpy(hidden)
+    arrays["logits_action_columns"] = _to_numpy(logits)[..., ::-1]
 
-
-def _require(policy: OpenVLAOFT, inputs: Arrays, sampled: np.ndarray | None) -> None:
-    if lost := [name for name in INPUTS if name not in inputs]:
-        raise ValueError(f"the inputs have no {lost[0]}; expected {', '.join(INPUTS)}")
-    pictures, ids, mask = (inputs[name] for name in INPUTS)
-    size, rows, highest = (
-        policy.space.tokens,
-        policy.architecture.rows,
-        policy.architecture.vocabulary,
-    )
-    batch = len(pictures)
-    inputs_are = {
-        "raw_image": (
-            pictures,
-            "pictures [B, H, W, 3] of uint8",
-            pictures.dtype == np.uint8 and pictures.ndim == 4 and pictures.shape[-1] == 3,
-        ),
-        "input_ids": (
-            ids,
-            f"[{batch}, L] ids below {rows}",
-            _ids(ids, 0, rows) and ids.ndim == 2 and len(ids) == batch,
-        ),
-        "attention_mask": (
-            mask,
-            "1 for tokens of a prompt, 0 for padding",
-            _ids(mask, 0, 2) and mask.shape == ids.shape and _none_empty(mask),
-        ),
-    }
+    logits = logits.float().cpu()
+    bins = {"greedy": logits.argmax(-1)}
+    arrays |= _greedy_arrays(policy, logits, bins["greedy"].numpy())
     if sampled is not None:
-        lowest = highest - policy.space.bins
-        fits = sampled.shape == (batch, size) and _ids(sampled, lowest, highest)
-        inputs_are["sampled_token_ids"] = (
-            sampled,
-            f"[{batch}, {size}] ids from {lowest} to {highest - 1}, those of action tokens",
-            fits,
-        )
-    for name, (array, expected, fits) in inputs_are.items():
-        if not fits:
-            raise ValueError(f"{name} is {array.dtype} {list(array.shape)}; expected {expected}")
+        bins["sampled"] = torch.from_numpy(policy.architecture.vocabulary - 1 - sampled)
+    return arrays | _log_prob_arrays(logits, bins)
 
 
-def _none_empty(mask: np.ndarray) -> bool:
-    return mask.ndim == 2 and bool(mask.any(1).all())
+def _require_inputs(policy: OpenVLAOFT, inputs: Arrays) -> None:
+    for name in INPUTS:
+        if name not in inputs:
+            raise ValueError(f"the inputs have no {name}; expected {', '.join(INPUTS)}")
+    images, ids, mask = (inputs[name] for name in INPUTS)
+    batch = len(images)
+    rows = policy.architecture.rows
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        _refuse("raw_image", images, "images [B, H, W, 3] of uint8")
+    if not _are_integers(ids, 0, rows) or ids.ndim != 2 or len(ids) != batch:
+        _refuse("input_ids", ids, f"[{batch}, L] ids below {rows}")
+    if not _are_integers(mask, 0, 2) or mask.shape != ids.shape or not mask.any(1).all():
+        _refuse("attention_mask", mask, "1 for tokens of a prompt, 0 for padding")
 
 
-def _ids(array: np.ndarray, low: int, high: int) -> bool:
-    return (
-        array.dtype.kind in "biu"
-        and array.size > 0
-        and low <= int(array.min())
-        and int(array.max()) < high
-    )
+def _require_sampled(policy: OpenVLAOFT, sampled: np.ndarray, batch: int) -> None:
+    shape = (batch, policy.space.tokens)
+    end = policy.architecture.vocabulary
+    start = end - policy.space.bins
+    if sampled.shape != shape or not _are_integers(sampled, start, end):
+        expected = f"{list(shape)} ids from {start} to {end - 1}, those of action tokens"
+        _refuse(SAMPLED, sampled, expected)
 
 
-def compare(ours: Arrays, theirs: Arrays, tolerance: float) -> Iterator[Parity]:
-    """Every array that both have. ValueError where they are of different shapes."""
-    for name in (name for name in ours if name in theirs):
-        if ours[name].shape != theirs[name].shape:
+def _refuse(name: str, array: np.ndarray, expected: str) -> NoReturn:
+    raise ValueError(f"{name} is {array.dtype} {list(array.shape)}; expected {expected}")
+
+
+def _are_integers(array: np.ndarray, start: int, end: int) -> bool:
+    """Whether there are values, all of them integers (or booleans) in [start, end)."""
+    if array.dtype.kind not in "biu" or array.size == 0:
+        return False
+    return start <= int(array.min()) and int(array.max()) < end
+
+
+def compare(computed: Arrays, originals: Arrays, tolerance: float) -> Iterator[Parity]:
+    """Compare every array that both have. ValueError for different shapes."""
+    for name, array in computed.items():
+        if name not in originals:
+            continue
+        original = originals[name]
+        if array.shape != original.shape:
             raise ValueError(
-                f"{name}: is {list(ours[name].shape)} here; expected the reference's {list(theirs[name].shape)}"
+                f"{name}: is {list(array.shape)} here; "
+                f"expected the reference's {list(original.shape)}"
             )
-        exact = ours[name].dtype.kind in "biu"
-        allowed = (
-            0.0
-            if exact
-            else NEARLY
-            if name.endswith("_actions") or name == "pixel_values"
-            else tolerance
-        )
-        difference = np.abs(ours[name].astype(np.float64) - theirs[name].astype(np.float64))
-        yield Parity(
-            name,
-            float(difference.max()),
-            allowed,
-            int(np.sum(~(difference <= allowed))),
-            difference.size,
-        )
+        difference = np.abs(array.astype(np.float64) - original.astype(np.float64))
+        allowed = _allowed_difference(name, array, tolerance)
+        beyond = int(np.sum(~(difference <= allowed)))  # NaN is beyond
+        yield Parity(name, float(difference.max()), allowed, beyond, difference.size)
 
 
-def _prompts(
+def _allowed_difference(name: str, array: np.ndarray, tolerance: float) -> float:
+    if array.dtype.kind in "biu":
+        return 0.0
+    if name.endswith("_actions") or name == "pixel_values":
+        return ROUNDING
+    return tolerance
+
+
+def _pad_right(
     ids: Int[np.ndarray, "B L"], mask: Int[np.ndarray, "B L"]
 ) -> tuple[Int[Tensor, "B L"], Int[Tensor, " B"]]:
-    """Prompts with their padding at the right, wherever it was; and their lengths."""
+    """Move the padding of prompts to the right, and return their lengths."""
     padded = np.full_like(ids, PAD)
-    for row, (prompt, there) in enumerate(zip(ids, mask.astype(bool), strict=True)):
-        padded[row, : there.sum()] = prompt[there]
+    for row, is_token in enumerate(mask.astype(bool)):
+        prompt = ids[row, is_token]
+        padded[row, : len(prompt)] = prompt
     return torch.from_numpy(padded), torch.from_numpy(mask.sum(1))
 
 
-def _answers(
-    policy: OpenVLAOFT, logits: Float[Tensor, "B K V"], sampled: np.ndarray | None
+def _greedy_arrays(
+    policy: OpenVLAOFT, logits: Float[Tensor, "B K V"], bins: Int[np.ndarray, "B K"]
 ) -> dict[str, np.ndarray]:
-    bins, highest = logits.argmax(-1), policy.architecture.vocabulary - 1
-    two = logits.topk(2, dim=-1).values
-    found = {
-        "greedy_token_ids": highest - bins.numpy(),
-        "greedy_margin": (two[..., 0] - two[..., 1]).numpy(),
+    """Compute the greedy tokens, their lead over the second best, and their actions."""
+    best, second = logits.topk(2, dim=-1).values.unbind(-1)
+    unscaled = (False,) * policy.action_dim
+    normalized_space = policy.space.model_copy(update={"normalised": unscaled})
+    return {
+        "greedy_token_ids": policy.architecture.vocabulary - 1 - bins,
+        "greedy_margin": (best - second).numpy(),
+        "normalized_actions": normalized_space.decode(bins),
+        "unnormalized_actions": policy.space.decode(bins),
+        "env_actions": policy.decode(bins),
     }
-    plain = policy.space.model_copy(update={"normalised": (False,) * policy.action_dim})
-    found |= {"normalized_actions": plain.decode(bins.numpy())}
-    found |= {
-        "unnormalized_actions": policy.space.decode(bins.numpy()),
-        "env_actions": policy.decode(bins.numpy()),
-    }
-    asked = {"greedy": bins} | (
-        {} if sampled is None else {"sampled": torch.from_numpy(highest - sampled)}
-    )
+
+
+def _log_prob_arrays(
+    logits: Float[Tensor, "B K V"], bins: Mapping[str, Int[Tensor, "B K"]]
+) -> dict[str, np.ndarray]:
+    """Compute entropies, and the log-probabilities of some bins, at every temperature (nats)."""
+    arrays: dict[str, np.ndarray] = {}
     for temperature in TEMPERATURES:
         log_probs = (logits / temperature).log_softmax(-1)
-        found[f"entropy_T{temperature}"] = -(log_probs.exp() * log_probs).sum(-1).numpy()
-        found |= {
-            f"logp_{name}_T{temperature}": log_probs.gather(-1, ids.unsqueeze(-1))
-            .squeeze(-1)
-            .numpy()
-            for name, ids in asked.items()
-        }
-    return found
+        entropy = -(log_probs.exp() * log_probs).sum(-1)
+        arrays[f"entropy_T{temperature}"] = entropy.numpy()
+        for name, chosen in bins.items():
+            log_prob = log_probs.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+            arrays[f"logp_{name}_T{temperature}"] = log_prob.numpy()
+    return arrays
 
 
-def _numpy(tensor: Tensor) -> np.ndarray:
-    return (tensor if tensor.dtype == torch.bool else tensor.float()).cpu().numpy()
+def _to_numpy(tensor: Tensor) -> np.ndarray:
+    if tensor.dtype != torch.bool:
+        tensor = tensor.float()
+    return tensor.cpu().numpy()

@@ -1,36 +1,60 @@
-"""Public folders as people have them: what a file says is honoured or refused by name, and what isn't there is said in one message."""
+"""Files of public checkpoints as users have them.
+
+A setting is honored or refused by name, and a file that is missing or damaged is one message.
+"""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from transformers import LlamaConfig, PreTrainedConfig
 
 import stages.__main__ as command
 from tests.vla_opd import public
-from tests.vla_opd.policies.openvla_oft.test_layout import edit
 from vla_opd.artifacts.manifest import open_artifact
 from vla_opd.policies.openvla_oft.files import read_tokenizer
 from vla_opd.policies.openvla_oft.layout import read_public
 from vla_opd.policies.openvla_oft.model import from_public
 
 KEY = "libero_spatial_no_noops"
-POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
-ADOPTING = """
+INSTRUCTION = "pick up the alphabet soup and place it in the basket"
+POINTER = """version https://git-lfs.github.com/spec/v1
+oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393
+size 12345
+"""
+PARAMS = """
 run: {{name: test}}
-environment: {{tasks: [libero_object/0], cameras: [agentview], image_size: 256, render: exact, wording: benchmark}}
+environment:
+  tasks: [libero_object/0]
+  cameras: [agentview]
+  image_size: 256
+  render: exact
+  wording: benchmark
 demonstrations: {{}}
 pretrained: {{}}
 finetuned: {{}}
-adopt: {{student: {{folder: "{folder}", dtype: float32}}, teacher: {{folder: "{folder}", dtype: float32}}}}
+adopt:
+  student: {{folder: "{folder}", dtype: float32}}
+  teacher: {{folder: "{folder}", dtype: float32}}
 sample: {{observe_every: 8}}
 iterations: {{}}
 evaluations: {{}}
 """
+
+
+class Outcome(NamedTuple):
+    """Of a command: its exit code, and what it printed to stderr."""
+
+    code: int
+    message: str
+
+
+Adopt = Callable[[Path | str], Outcome]
 
 
 @pytest.fixture
@@ -39,50 +63,59 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def adopted(
-    folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> Callable[..., tuple[int, str]]:
-    """The exit code of `adopt`, and what it says."""
+def adopt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Adopt:
+    """The stage `adopt`, of a public folder."""
     monkeypatch.chdir(tmp_path)
 
-    def adopt(where: Path | str = folder) -> tuple[int, str]:
-        (tmp_path / "params.yaml").write_text(ADOPTING.format(folder=where))
+    def run(folder: Path | str) -> Outcome:
+        (tmp_path / "params.yaml").write_text(PARAMS.format(folder=folder))
         code = command.main(["adopt", "--name", "student", "--device", "cpu", "--tracking", "none"])
-        return code, capsys.readouterr().err
+        return Outcome(code, capsys.readouterr().err)
 
-    return adopt
+    return run
 
 
-def answers(folder: Path) -> torch.Tensor:
+def edit_config(folder: Path, **settings: object) -> None:
+    public.edit(folder / "config.json", lambda config: config.update(settings))
+
+
+def edit_text_config(folder: Path, **settings: object) -> None:
+    public.edit(folder / "config.json", lambda config: config["text_config"].update(settings))
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def logits(folder: Path) -> Tensor:
     policy = from_public(folder)
-    pixels = policy.normalised(
-        np.random.default_rng(0).integers(0, 256, (1, 224, 224, 3), np.uint8)
-    )
+    images = np.random.default_rng(0).integers(0, 256, (1, 224, 224, 3), np.uint8)
+    prompt = torch.tensor([[1, 50, 60, 29871]])
     with torch.inference_mode():
-        return policy(pixels, torch.tensor([[1, 50, 60, 29871]]), torch.tensor([4]))
+        return policy(policy.normalize(images), prompt, torch.tensor([4]))
 
 
-def test_a_missing_shard_is_one_message(
-    folder: Path, adopted: Callable[..., tuple[int, str]]
-) -> None:
+# Files
+
+
+def test_a_missing_shard_is_one_message(folder: Path, adopt: Adopt) -> None:
     public.in_shards(folder)
     (folder / "model-00002-of-00002.safetensors").unlink()
-    code, said = adopted()
+    code, message = adopt(folder)
     assert code == 2
-    assert "model-00002-of-00002.safetensors: missing" in said
-    assert "the download isn't complete" in said
-    assert said.count("\n") == 1
+    assert "model-00002-of-00002.safetensors: missing" in message
+    assert "the download is incomplete" in message
+    assert message.count("\n") == 1
 
 
-def a_folder_in_place_of(path: Path) -> None:
+def replace_by_folder(path: Path) -> None:
     path.unlink()
     path.mkdir()
 
 
-def a_dangling_link(path: Path) -> None:
+def replace_by_dangling_link(path: Path) -> None:
     path.unlink()
     path.symlink_to("../blobs/gone")
 
@@ -97,89 +130,105 @@ def a_dangling_link(path: Path) -> None:
         "model.safetensors",
     ],
 )
-@pytest.mark.parametrize("spoil", [a_folder_in_place_of, a_dangling_link])
+@pytest.mark.parametrize("damage", [replace_by_folder, replace_by_dangling_link])
 def test_a_file_that_cannot_be_read_is_one_message(
-    folder: Path, adopted: Callable[..., tuple[int, str]], name: str, spoil: Callable[[Path], None]
+    folder: Path, adopt: Adopt, name: str, damage: Callable[[Path], None]
 ) -> None:
-    spoil(folder / name)
-    code, said = adopted()
+    damage(folder / name)
+    code, message = adopt(folder)
     assert code == 2
-    assert name in said
-    assert said.count("\n") == 1
+    assert name in message
+    assert message.count("\n") == 1
 
 
-def test_a_folder_that_is_a_file_or_not_there_is_one_message(
-    folder: Path, adopted: Callable[..., tuple[int, str]]
+@pytest.mark.parametrize("name", ["config.json", "nowhere"])
+def test_a_folder_that_is_a_file_or_missing_is_one_message(
+    folder: Path, adopt: Adopt, name: str
 ) -> None:
-    for where in (folder / "config.json", folder / "nowhere"):
-        code, said = adopted(where)
-        assert (code, f"{where}: is no folder" in said) == (2, True)
+    code, message = adopt(folder / name)
+    assert code == 2
+    assert f"{folder / name}: is not a folder" in message
+    assert message.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "tokenizer.json", "config.json", "dataset_statistics.json"]
 )
-def test_a_git_lfs_pointer_is_called_one(
-    folder: Path, adopted: Callable[..., tuple[int, str]], name: str
-) -> None:
+def test_a_git_lfs_pointer_is_named(folder: Path, adopt: Adopt, name: str) -> None:
     (folder / name).write_text(POINTER)
-    code, said = adopted()
+    code, message = adopt(folder)
     assert code == 2
-    assert f"{name}: is a git-lfs pointer, not the file" in said
+    assert f"{name}: is a git-lfs pointer; expected the file it points to" in message
 
 
-def test_a_pointer_among_shards_is_called_one(
-    folder: Path, adopted: Callable[..., tuple[int, str]]
-) -> None:
+def test_a_pointer_among_shards_is_named(folder: Path, adopt: Adopt) -> None:
     public.in_shards(folder)
     (folder / "model-00001-of-00002.safetensors").write_text(POINTER)
-    assert "model-00001-of-00002.safetensors: is a git-lfs pointer" in adopted()[1]
+    assert "model-00001-of-00002.safetensors: is a git-lfs pointer" in adopt(folder).message
 
 
-@pytest.mark.parametrize("where", ["~/ck", "~someone/ck", "$HOME/ck", "${HOME}/ck"])
-def test_a_tilde_in_a_folder_is_refused_by_the_schema(
-    adopted: Callable[..., tuple[int, str]], where: str
-) -> None:
-    code, said = adopted(where)
+@pytest.mark.parametrize("path", ["~/ck", "~someone/ck", "$HOME/ck", "${HOME}/ck"])
+def test_a_tilde_in_a_folder_is_refused_by_the_schema(adopt: Adopt, path: str) -> None:
+    code, message = adopt(path)
     assert code == 2
     assert (
-        f"adopt.student.folder is '{where}': expected a plain path: neither ~ nor $VARIABLE is expanded"
-        in said
-    )
+        f"adopt.student.folder is '{path}': "
+        "expected a plain path: neither ~ nor $VARIABLE is expanded"
+    ) in message
+
+
+def test_the_manifest_lists_every_file_that_was_read(
+    folder: Path, adopt: Adopt, tmp_path: Path
+) -> None:
+    settings = read_settings(folder / "preprocessor_config.json")
+    (folder / "preprocessor_config.json").unlink()
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
+    (folder / "tokenizer_config.json").write_text("{}")
+    assert adopt(folder).code == 0
+    student = open_artifact(tmp_path / "artifacts/test/checkpoints/student", "checkpoint")
+    files = {path.name for path in folder.iterdir()}
+    assert set(student.params["sources"]) == files - {"generation_config.json"}
+
+
+# Action statistics
 
 
 def test_statistics_in_config_json_alone_are_used_and_named(
-    folder: Path, adopted: Callable[..., tuple[int, str]], tmp_path: Path
+    folder: Path, adopt: Adopt, tmp_path: Path
 ) -> None:
     (folder / "dataset_statistics.json").unlink()
-    code, said = adopted()
-    assert code == 0, said
-    made = open_artifact(tmp_path / "artifacts/test/checkpoints/student", "checkpoint")
-    theirs = json.loads((folder / "config.json").read_text())["norm_stats"]["bridge_orig"]["action"]
-    assert made.facts["checkpoint"]["action_space"]["q01"] == theirs["q01"]
-    assert made.params["statistics"] == "config.json"
+    code, message = adopt(folder)
+    assert code == 0, message
+    student = open_artifact(tmp_path / "artifacts/test/checkpoints/student", "checkpoint")
+    datasets = read_settings(folder / "config.json")["norm_stats"]
+    q01 = datasets["bridge_orig"]["action"]["q01"]
+    assert student.facts["checkpoint"]["action_space"]["q01"] == q01
+    assert student.params["statistics"] == "config.json"
 
 
-def test_of_several_statistics_in_config_json_one_has_to_be_named(folder: Path) -> None:
+def test_a_data_set_of_config_json_is_named_if_there_are_several(folder: Path) -> None:
     (folder / "dataset_statistics.json").unlink()
-    edit(folder / "config.json", lambda config: config["norm_stats"].update(fractal={"action": {}}))
-    with pytest.raises(
-        ValueError,
-        match=r"config\.json: unnorm_key is None; expected one of \['bridge_orig', 'fractal'\]",
-    ):
+    public.edit(
+        folder / "config.json", lambda config: config["norm_stats"].update(fractal={"action": {}})
+    )
+    message = r"config\.json: unnorm_key is None; expected one of \['bridge_orig', 'fractal'\]"
+    with pytest.raises(ValueError, match=message):
         read_public(folder, None)
     assert read_public(folder, "bridge_orig").space.action_dim == 7
 
 
 @pytest.mark.parametrize(
-    "other", [{"action": {"mean": [0.0]}}, {"num_trajectories": 3}, {}, "nothing", None]
+    "entry", [{"action": {"mean": [0.0]}}, {"num_trajectories": 3}, {}, "nothing", None]
 )
-def test_another_datasets_entry_is_not_looked_into(folder: Path, other: object) -> None:
-    whole = read_public(folder, KEY)
-    edit(folder / "dataset_statistics.json", lambda statistics: statistics.update(other=other))
-    assert read_public(folder, KEY) == whole
-    with pytest.raises(ValueError, match=r"dataset_statistics\.json: other.*"):
-        read_public(folder, "other")
+def test_another_datasets_entry_is_not_validated(folder: Path, entry: object) -> None:
+    expected = read_public(folder, KEY)
+    public.edit(folder / "dataset_statistics.json", lambda datasets: datasets.update(second=entry))
+    assert read_public(folder, KEY) == expected
+    with pytest.raises(ValueError, match=r"dataset_statistics\.json: second.*"):
+        read_public(folder, "second")
+
+
+# config.json
 
 
 @pytest.mark.parametrize(
@@ -191,64 +240,77 @@ def test_another_datasets_entry_is_not_looked_into(folder: Path, other: object) 
         {"rope_scaling": {"rope_type": "default", "rope_theta": 500000.0}},
     ],
 )
-def test_rope_theta_is_honoured_as_either_version_spells_it(
+def test_rope_theta_is_honored_in_either_versions_spelling(
     folder: Path, spelling: dict[str, Any]
 ) -> None:
-    plain = answers(folder)
-    edit(folder / "config.json", lambda config: config["text_config"].update(rope_theta=500000.0))
-    expected = answers(folder)
-    assert not torch.equal(plain, expected)
-    edit(
-        folder / "config.json",
-        lambda config: (
-            config["text_config"].pop("rope_theta"),
-            config["text_config"].update(spelling),
-        ),
-    )
-    assert torch.equal(answers(folder), expected)
+    default = logits(folder)
+    text = read_settings(folder / "config.json")["text_config"]
+    edit_config(folder, text_config=text | {"rope_theta": 500000.0})
+    expected = logits(folder)
+    assert not torch.equal(default, expected)
+    edit_config(folder, text_config=text | spelling)
+    assert torch.equal(logits(folder), expected)
+
+
+def test_rope_theta_with_two_values_is_refused(folder: Path) -> None:
+    edit_text_config(folder, rope_theta=1e4, rope_parameters={"rope_theta": 5e5})
+    message = r"rope_theta is \[10000\.0, 500000\.0\] in one file; expected one value"
+    with pytest.raises(ValueError, match=message):
+        read_public(folder, None)
 
 
 @pytest.mark.parametrize(
-    ("part", "setting", "value"),
+    ("setting", "value"),
     [
-        ("text_config", "attention_bias", True),
-        ("text_config", "mlp_bias", True),
-        ("text_config", "pretraining_tp", 2),
-        ("text_config", "head_dim", 32),
-        ("text_config", "tie_word_embeddings", True),
-        ("text_config", "sliding_window", 4096),
-        ("text_config", "rope_parameters", {"rope_type": "llama3", "rope_theta": 10000.0}),
-        ("text_config", "rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.5}),
-        (None, "timm_override_act_layers", [None, "quick_gelu"]),
-        (None, "quantization_config", {"load_in_4bit": True}),
-        (None, "vision_backbone_id", "siglip-vit-so400m"),
+        ("attention_bias", True),
+        ("mlp_bias", True),
+        ("pretraining_tp", 2),
+        ("head_dim", 32),
+        ("tie_word_embeddings", True),
+        ("sliding_window", 4096),
+        ("rope_parameters", {"rope_type": "llama3", "rope_theta": 10000.0}),
+        ("rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.5}),
     ],
 )
-def test_a_setting_that_changes_the_numbers_is_refused_by_name(
-    folder: Path, part: str | None, setting: str, value: object
+def test_a_setting_that_changes_the_language_model_is_refused_by_name(
+    folder: Path, setting: str, value: object
 ) -> None:
-    edit(
-        folder / "config.json",
-        lambda config: (config[part] if part else config).update({setting: value}),
-    )
-    with pytest.raises(
-        ValueError,
-        match=rf"config\.json: {f'{part}.' if part else ''}(it.*)?{setting}.* is .*; expected|{setting} is .*; expected",
-    ):
+    edit_text_config(folder, **{setting: value})
+    message = rf"config\.json: text_config.*{setting}.* is .*; .*expected"
+    with pytest.raises(ValueError, match=message):
         read_public(folder, None)
 
 
-def test_rope_theta_said_twice_and_differently_is_refused(folder: Path) -> None:
-    edit(
-        folder / "config.json",
-        lambda config: config["text_config"].update(
-            rope_theta=1e4, rope_parameters={"rope_theta": 5e5}
-        ),
-    )
-    with pytest.raises(
-        ValueError, match=r"rope_theta is \[10000\.0, 500000\.0\] in one file; expected one value"
-    ):
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("timm_override_act_layers", [None, "quick_gelu"]),
+        ("quantization_config", {"load_in_4bit": True}),
+        ("vision_backbone_id", "siglip-vit-so400m"),
+    ],
+)
+def test_a_setting_that_changes_the_policy_is_refused_by_name(
+    folder: Path, setting: str, value: object
+) -> None:
+    edit_config(folder, **{setting: value})
+    message = rf"config\.json: {setting}.* is .*; .*expected"
+    with pytest.raises(ValueError, match=message):
         read_public(folder, None)
+
+
+def test_every_default_that_transformers_writes_is_accepted(folder: Path) -> None:
+    """Complete dumps of the configurations, whose `head_dim` is that of other sizes."""
+    expected = read_public(folder, None)
+    config = read_settings(folder / "config.json")
+    llama = LlamaConfig().to_dict() | {"_attn_implementation_autoset": True}
+    text = llama | config["text_config"] | {"rms_norm_eps": 1e-6}
+    text.pop("head_dim", None)
+    complete = PreTrainedConfig().to_dict() | config | {"text_config": text}
+    (folder / "config.json").write_text(json.dumps(complete))
+    assert read_public(folder, None) == expected
+
+
+# Image processor
 
 
 @pytest.mark.parametrize(
@@ -264,40 +326,40 @@ def test_rope_theta_said_twice_and_differently_is_refused(folder: Path) -> None:
 def test_a_setting_of_the_image_processor_is_refused_by_name(
     folder: Path, setting: str, value: object
 ) -> None:
-    edit(folder / "preprocessor_config.json", lambda processor: processor.update({setting: value}))
+    public.edit(
+        folder / "preprocessor_config.json", lambda processor: processor.update({setting: value})
+    )
     with pytest.raises(ValueError, match=rf"preprocessor_config\.json: {setting}"):
         read_public(folder, None)
 
 
 def test_an_image_processor_in_processor_config_json_is_read(folder: Path) -> None:
-    plain = read_public(folder, None)
-    own = json.loads((folder / "preprocessor_config.json").read_text())
-    (folder / "processor_config.json").write_text(
-        json.dumps({"image_processor": own, "processor_class": "PrismaticProcessor"})
-    )
-    assert read_public(folder, None) == plain  # both, and the same
-    (folder / "preprocessor_config.json").unlink()
-    assert read_public(folder, None) == plain
-    edit(
-        folder / "processor_config.json",
-        lambda found: found["image_processor"].update(tvf_do_letterbox=True),
-    )
-    with pytest.raises(
-        ValueError,
-        match=r"processor_config\.json: image_processor\.tvf_do_letterbox is True; expected False",
-    ):
+    expected = read_public(folder, None)
+    old = folder / "preprocessor_config.json"
+    new = folder / "processor_config.json"
+    settings = read_settings(old)
+    content = {"image_processor": settings, "processor_class": "PrismaticProcessor"}
+    new.write_text(json.dumps(content))
+    assert read_public(folder, None) == expected  # the same settings in both files
+    old.unlink()
+    assert read_public(folder, None) == expected
+    content["image_processor"] = settings | {"tvf_do_letterbox": True}
+    new.write_text(json.dumps(content))
+    message = r"processor_config\.json: image_processor\.tvf_do_letterbox is True; expected False"
+    with pytest.raises(ValueError, match=message):
         read_public(folder, None)
 
 
 def test_image_processors_that_disagree_are_refused(folder: Path) -> None:
-    own = json.loads((folder / "preprocessor_config.json").read_text())
-    own["tvf_normalize_params"][0]["mean"] = [0.485, 0.456, 0.406]
-    (folder / "processor_config.json").write_text(json.dumps({"image_processor": own}))
-    with pytest.raises(
-        ValueError,
-        match=r"processor_config\.json: its image_processor says other things than preprocessor_config\.json",
-    ):
+    settings = read_settings(folder / "preprocessor_config.json")
+    settings["tvf_normalize_params"][0]["mean"] = [0.485, 0.456, 0.406]
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
+    message = r"processor_config\.json: image_processor differs from preprocessor_config\.json"
+    with pytest.raises(ValueError, match=message):
         read_public(folder, None)
+
+
+# Tokenizer
 
 
 @pytest.mark.parametrize(
@@ -312,92 +374,49 @@ def test_image_processors_that_disagree_are_refused(folder: Path) -> None:
 def test_a_tokenizer_that_transformers_would_change_is_refused(
     folder: Path, setting: str, value: object
 ) -> None:
-    ordinary = {
+    settings = {
         "tokenizer_class": "LlamaTokenizer",
         "add_bos_token": True,
         "added_tokens_decoder": {"2": {"content": "</s>", "special": True}},
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(ordinary))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     assert read_tokenizer(folder) is not None
-    (folder / "tokenizer_config.json").write_text(json.dumps(ordinary | {setting: value}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {setting: value}))
     with pytest.raises(ValueError, match=rf"tokenizer_config\.json: {setting}"):
         read_tokenizer(folder)
 
 
+def encode(folder: Path) -> list[int]:
+    tokenizer = read_tokenizer(folder)
+    assert tokenizer is not None
+    return tokenizer.encode(INSTRUCTION).ids
+
+
 def test_a_tokenizer_neither_truncates_nor_pads(folder: Path) -> None:
-    plain = read_tokenizer(folder)
-    assert plain is not None
-    ids = plain.encode("pick up the alphabet soup and place it in the basket").ids
-    edit(
+    expected = encode(folder)
+    truncation = {
+        "direction": "Right",
+        "max_length": 4,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
+    padding = {
+        "strategy": {"Fixed": 64},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "x",
+    }
+    public.edit(
         folder / "tokenizer.json",
-        lambda found: found.update(
-            truncation={
-                "direction": "Right",
-                "max_length": 4,
-                "strategy": "LongestFirst",
-                "stride": 0,
-            },
-            padding={
-                "strategy": {"Fixed": 64},
-                "direction": "Right",
-                "pad_to_multiple_of": None,
-                "pad_id": 0,
-                "pad_type_id": 0,
-                "pad_token": "x",
-            },
-        ),
+        lambda tokenizer: tokenizer.update(truncation=truncation, padding=padding),
     )
-    shortened = read_tokenizer(folder)
-    assert shortened is not None
-    assert shortened.encode("pick up the alphabet soup and place it in the basket").ids == ids
+    assert encode(folder) == expected
 
 
-def test_what_was_read_of_the_folder_is_in_the_manifest(
-    folder: Path, adopted: Callable[..., tuple[int, str]], tmp_path: Path
-) -> None:
-    shutil.move(folder / "preprocessor_config.json", tmp_path / "own.json")
-    (folder / "processor_config.json").write_text(
-        json.dumps({"image_processor": json.loads((tmp_path / "own.json").read_text())})
-    )
-    (folder / "tokenizer_config.json").write_text("{}")
-    assert adopted()[0] == 0
-    sources = open_artifact(tmp_path / "artifacts/test/checkpoints/student", "checkpoint").params[
-        "sources"
-    ]
-    assert {"processor_config.json", "tokenizer_config.json"} < set(sources)
-
-
-def test_settings_that_transformers_writes_of_itself_are_no_mistakes(folder: Path) -> None:
-    """All that a full dump of either version holds, at its defaults."""
-    from transformers import LlamaConfig, PreTrainedConfig
-
-    plain = read_public(folder, None)
-    own = json.loads((folder / "config.json").read_text())
-    text = json.loads(
-        json.dumps(
-            LlamaConfig().to_dict() | {"_attn_implementation_autoset": True} | own["text_config"]
-        )
-    )
-    edit(
-        folder / "config.json",
-        lambda config: config.update(
-            {**json.loads(json.dumps(PreTrainedConfig().to_dict())), **own, "text_config": text}
-        ),
-    )
-    edit(
-        folder / "config.json",
-        lambda config: (
-            config["text_config"].pop("head_dim", None),
-            config["text_config"].update(rms_norm_eps=1e-6),
-        ),
-    )
-    assert read_public(folder, None) == plain
-
-
-def test_a_tokenizer_that_does_not_begin_a_sequence_is_refused_before_any_rollout(
-    folder: Path, adopted: Callable[..., tuple[int, str]]
-) -> None:
-    edit(folder / "tokenizer.json", lambda found: found.update(post_processor=None))
-    code, said = adopted()
+def test_a_tokenizer_that_begins_without_bos_is_refused(folder: Path, adopt: Adopt) -> None:
+    public.edit(folder / "tokenizer.json", lambda tokenizer: tokenizer.update(post_processor=None))
+    code, message = adopt(folder)
     assert code == 2
-    assert "tokenizer.json: begins a prompt with id" in said
+    assert "tokenizer.json: begins a prompt with id" in message

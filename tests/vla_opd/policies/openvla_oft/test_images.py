@@ -1,4 +1,4 @@
-"""Pictures: against the original's, which TensorFlow made, and against what they are by definition."""
+"""Images: equal to those of the original's TensorFlow, and what they should be by definition."""
 
 from pathlib import Path
 
@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vla_opd.policies.openvla_oft.images import centre_crop, jpeg_round_trip, lanczos
+from vla_opd.policies.openvla_oft.images import center_crop, jpeg_round_trip, lanczos
 
 GOLDEN = Path(__file__).parents[3] / "data/openvla_oft/inputs.npz"
+LANCZOS = Image.Resampling.LANCZOS
 
 
 @pytest.fixture(scope="module")
@@ -17,48 +18,45 @@ def golden() -> dict[str, np.ndarray]:
         return dict(archive)
 
 
-def test_every_level_of_every_step_is_the_originals(golden: dict[str, np.ndarray]) -> None:
-    for row in range(3):
-        np.testing.assert_array_equal(
-            jpeg_round_trip(golden["rot180"][row]), golden["jpeg_decoded"][row]
-        )
-        np.testing.assert_array_equal(
-            lanczos(golden["jpeg_decoded"][row], 224), golden["resized224"][row]
-        )
-        np.testing.assert_array_equal(
-            centre_crop(golden["resized224"][row], 0.9), golden["center_cropped"][row]
-        )
+@pytest.fixture
+def noise() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
 
 
-def test_the_golden_pictures_tell_other_pipelines_apart(golden: dict[str, np.ndarray]) -> None:
-    decoded, resized = golden["jpeg_decoded"][0], golden["resized224"][0]
+@pytest.mark.parametrize("row", range(3))
+def test_every_step_gives_the_originals_bytes(golden: dict[str, np.ndarray], row: int) -> None:
+    decoded = jpeg_round_trip(golden["rot180"][row])
+    np.testing.assert_array_equal(decoded, golden["jpeg_decoded"][row])
+    resized = lanczos(decoded, 224)
+    np.testing.assert_array_equal(resized, golden["resized224"][row])
+    cropped = center_crop(resized, 0.9)
+    np.testing.assert_array_equal(cropped, golden["center_cropped"][row])
+
+
+def test_the_golden_images_distinguish_other_pipelines(golden: dict[str, np.ndarray]) -> None:
+    decoded = golden["jpeg_decoded"][0]
+    resized = golden["resized224"][0]
     assert (golden["rot180"][0] != decoded).mean() > 0.5
-    assert (
-        np.asarray(Image.fromarray(decoded).resize((224, 224), Image.Resampling.LANCZOS)) != resized
-    ).mean() > 0.01
-    assert (centre_crop(resized, 0.81) != golden["center_cropped"][0]).mean() > 0.5
+    by_pillow = np.asarray(Image.fromarray(decoded).resize((224, 224), LANCZOS))
+    assert (by_pillow != resized).mean() > 0.01
+    assert (center_crop(resized, 0.81) != golden["center_cropped"][0]).mean() > 0.5
 
 
 @pytest.mark.parametrize("size", [64, 100, 200])
-def test_a_flat_picture_stays_flat_at_every_size(size: int) -> None:
-    flat = np.full((100, 100, 3), 77, np.uint8)
-    assert np.array_equal(lanczos(flat, size), np.full((size, size, 3), 77))
-    assert np.array_equal(centre_crop(flat, 0.9), flat)
+def test_a_uniform_image_stays_uniform(size: int) -> None:
+    uniform = np.full((100, 100, 3), 77, np.uint8)
+    np.testing.assert_array_equal(lanczos(uniform, size), np.full((size, size, 3), 77))
+    np.testing.assert_array_equal(center_crop(uniform, 0.9), uniform)
 
 
 @pytest.mark.parametrize("size", [48, 160])
-def test_lanczos_is_that_of_another_library_to_a_level(size: int) -> None:
-    picture = np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
-    channels = [
-        Image.fromarray(picture[..., c].astype(np.float32)).resize(
-            (size, size), Image.Resampling.LANCZOS
-        )
-        for c in range(3)
-    ]
-    theirs = np.clip(np.round(np.stack([np.asarray(one) for one in channels], axis=-1)), 0, 255)
-    assert np.abs(lanczos(picture, size) - theirs).max() <= 1
+def test_lanczos_agrees_with_pillow_within_one_level(noise: np.ndarray, size: int) -> None:
+    resized = lanczos(noise, size)
+    for channel in range(3):
+        image = Image.fromarray(noise[..., channel].astype(np.float32))
+        expected = np.clip(np.round(np.asarray(image.resize((size, size), LANCZOS))), 0, 255)
+        assert np.abs(resized[..., channel] - expected).max() <= 1
 
 
-def test_all_of_the_area_is_the_picture_itself() -> None:
-    picture = np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
-    assert np.array_equal(centre_crop(picture, 1.0), picture)
+def test_a_crop_of_the_whole_area_is_the_image_itself(noise: np.ndarray) -> None:
+    np.testing.assert_array_equal(center_crop(noise, 1.0), noise)

@@ -1,192 +1,123 @@
-"""The public layout: what is read of it, and what is refused."""
+"""Descriptions of public checkpoints: what is read, and what is refused."""
 
 import json
-import pickle
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.torch
-import torch
 
 from tests.vla_opd import public
-from vla_opd.policies.openvla_oft.layout import (
-    Architecture,
-    read_public,
-    read_weights,
-    renamed,
-    sources,
-)
+from vla_opd.policies.openvla_oft.layout import Architecture, Tower, read_public
 from vla_opd.policies.openvla_oft.model import from_public
 
-GOLDEN = Path(__file__).parents[3] / "data/openvla_oft/checkpoint"
 KEY = "libero_spatial_no_noops"
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(GOLDEN, tmp_path / "checkpoint"))
+    return public.make(tmp_path / "checkpoint")
 
 
-def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change a JSON file in its place."""
-    read = json.loads(path.read_text(encoding="utf-8"))
-    change(read)
-    path.write_text(json.dumps(read), encoding="utf-8")
+def edit_config(folder: Path, **settings: object) -> None:
+    public.edit(folder / "config.json", lambda config: config.update(settings))
 
 
-def test_a_public_config_that_says_little_is_of_seven_billion(folder: Path) -> None:
-    little = {
+def edit_action(folder: Path, **statistics: list[Any]) -> None:
+    """Change action statistics."""
+    public.edit(
+        folder / "dataset_statistics.json",
+        lambda datasets: datasets[KEY]["action"].update(statistics),
+    )
+
+
+def edit_normalization(folder: Path, tower: int, **settings: list[float]) -> None:
+    public.edit(
+        folder / "preprocessor_config.json",
+        lambda processor: processor["tvf_normalize_params"][tower].update(settings),
+    )
+
+
+def test_a_config_without_sizes_has_those_of_the_7b_model(folder: Path) -> None:
+    text = {
         "model_type": "llama",
         "pad_token_id": 32000,
         "torch_dtype": "bfloat16",
         "vocab_size": 32064,
     }
-    edit(
-        folder / "config.json",
-        lambda config: (config.pop("golden_timm_overrides"), config.update(text_config=little)),
-    )
-    found = read_public(folder, None).architecture
-    assert found == Architecture(mean=found.mean, std=found.std)
-    assert (found.hidden, found.layers, found.rms_epsilon, found.vocabulary, found.rows) == (
-        4096,
-        32,
-        1e-6,
-        32000,
-        32064,
-    )
-    assert (found.dino.width, found.dino.depth, found.siglip.width, found.siglip.depth) == (
-        1024,
-        24,
-        1152,
-        27,
-    )
+    edit_config(folder, golden_timm_overrides={}, text_config=text)
+    architecture = read_public(folder, None).architecture
+    assert architecture == Architecture(mean=architecture.mean, std=architecture.std)
+    assert architecture.dino == Tower(width=1024, depth=24, heads=16)
+    assert architecture.siglip == Tower(width=1152, depth=27, heads=16)
+    assert (architecture.hidden, architecture.layers) == (4096, 32)
+    assert (architecture.vocabulary, architecture.rows) == (32000, 32064)
+    assert architecture.rms_epsilon == 1e-6
 
 
-def test_what_is_read_is_told_the_index_of_shards_included(folder: Path) -> None:
-    whole = safetensors.torch.load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    safetensors.torch.save_file(whole, folder / "model-00001-of-00001.safetensors")
-    index = {"weight_map": dict.fromkeys(whole, "model-00001-of-00001.safetensors")}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    beside = [
-        "config.json",
-        "preprocessor_config.json",
-        "dataset_statistics.json",
-        "model.safetensors.index.json",
-    ]
-    assert [path.name for path in sources(folder)] == [*beside, "model-00001-of-00001.safetensors"]
-
-
-def test_statistics_are_those_beside_the_weights_not_those_in_the_config(folder: Path) -> None:
-    told = json.loads((folder / "dataset_statistics.json").read_text(encoding="utf-8"))[KEY][
-        "action"
-    ]
+def test_statistics_beside_the_weights_take_precedence_over_the_config(folder: Path) -> None:
+    datasets = json.loads((folder / "dataset_statistics.json").read_text())
+    action = datasets[KEY]["action"]
     space = read_public(folder, KEY).space
-    assert (list(space.q01), list(space.q99), list(space.normalised)) == (
-        told["q01"],
-        told["q99"],
-        told["mask"],
-    )
+    assert list(space.q01) == action["q01"]
+    assert list(space.q99) == action["q99"]
+    assert list(space.normalised) == action["mask"]
     assert (space.chunk, space.action_dim, space.bins) == (8, 7, 256)
-    with pytest.raises(
-        ValueError,
-        match=r"dataset_statistics.json: unnorm_key is 'bridge_orig'; expected one of \['libero_spatial_no_noops'\]",
-    ):
+    message = (
+        r"dataset_statistics.json: unnorm_key is 'bridge_orig'; "
+        r"expected one of \['libero_spatial_no_noops'\]"
+    )
+    with pytest.raises(ValueError, match=message):
         read_public(folder, "bridge_orig")
 
 
-def test_without_a_mask_all_dimensions_are_normalised_as_in_the_original(folder: Path) -> None:
-    edit(folder / "dataset_statistics.json", lambda told: told[KEY]["action"].pop("mask"))
+def test_without_a_mask_all_dimensions_are_normalized_as_in_the_original(folder: Path) -> None:
+    public.edit(
+        folder / "dataset_statistics.json", lambda datasets: datasets[KEY]["action"].pop("mask")
+    )
     assert read_public(folder, KEY).space.normalised == (True,) * 7
 
 
-def test_a_whole_file_goes_before_an_index(folder: Path) -> None:
-    (folder / "model.safetensors.index.json").write_text("stale")
-    assert from_public(folder).head.weight.shape == (256, 64)
-
-
-def test_half_the_digits_give_much_the_same_tokens_and_the_crop_is_the_users(folder: Path) -> None:
-    policy, half, whole = (
-        from_public(folder),
-        from_public(folder, dtype=torch.bfloat16),
-        from_public(folder, crop=1.0),
+def test_a_data_set_is_named_if_there_are_several(folder: Path) -> None:
+    public.edit(
+        folder / "dataset_statistics.json", lambda datasets: datasets.update(second=datasets[KEY])
     )
-    pixels = policy.normalised(
-        np.random.default_rng(0).integers(0, 256, (1, 224, 224, 3), np.uint8)
-    )
-    prompt, length = torch.tensor([[1, 50, 60, 29871]]), torch.tensor([4])
-    with torch.inference_mode():
-        ours, theirs = (
-            one(pixels.to(one.head.weight.dtype), prompt, length) for one in (policy, half)
-        )
-    assert half.head.weight.dtype == torch.bfloat16
-    assert (ours.argmax(-1) == theirs.argmax(-1)).float().mean() > 0.7
-    frames = np.random.default_rng(0).integers(0, 256, (1, 256, 256, 3), np.uint8)
-    assert np.array_equal(whole.pictures(frames).cropped, whole.pictures(frames).resized)
-    assert not np.array_equal(policy.pictures(frames).cropped, policy.pictures(frames).resized)
-
-
-def test_of_several_statistics_one_has_to_be_named(folder: Path) -> None:
-    edit(folder / "dataset_statistics.json", lambda told: told.update(other=told[KEY]))
-    assert read_public(folder, "other").space == read_public(folder, KEY).space
-    with pytest.raises(
-        ValueError,
-        match=r"unnorm_key is None; expected one of \['libero_spatial_no_noops', 'other'\]",
-    ):
+    assert read_public(folder, "second").space == read_public(folder, KEY).space
+    message = r"unnorm_key is None; expected one of \['libero_spatial_no_noops', 'second'\]"
+    with pytest.raises(ValueError, match=message):
         read_public(folder, None)
 
 
-def test_shards_are_read_as_one_file_is(folder: Path) -> None:
-    public.in_shards(folder)
-    architecture = read_public(folder, None).architecture
-    sharded, single = (
-        read_weights(folder, architecture, 256),
-        read_weights(GOLDEN, architecture, 256),
-    )
-    assert sharded.keys() == single.keys()
-    assert all(torch.equal(sharded[name], single[name]) for name in single)
-
-
-def test_of_the_head_only_the_actions_rows_are_kept_in_the_order_of_their_values() -> None:
-    whole = safetensors.torch.load_file(GOLDEN / "model.safetensors")[
-        "language_model.lm_head.weight"
-    ]
-    kept = read_weights(GOLDEN, read_public(GOLDEN, None).architecture, 256)["head.weight"]
-    assert kept.shape == (256, 64)
-    assert torch.equal(kept[0], whole[31999])
-    assert torch.equal(kept[255], whole[31744])
+def test_the_crop_is_the_users(folder: Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (1, 256, 256, 3), np.uint8)
+    images = from_public(folder).preprocess(frames)
+    uncropped = from_public(folder, crop=1.0).preprocess(frames)
+    assert not np.array_equal(images.cropped, images.resized)
+    assert np.array_equal(uncropped.cropped, uncropped.resized)
 
 
 @pytest.mark.parametrize(
-    ("file", "why"),
+    ("file", "reason"),
     [
-        (
-            "action_head--150000_checkpoint.pt",
-            "answers with actions, not with a distribution over action tokens",
-        ),
+        ("action_head--150000_checkpoint.pt", "no distribution over action tokens"),
         ("noisy_action_projector--150000_checkpoint.pt", "diffusion"),
         ("proprio_projector--150000_checkpoint.pt", "proprioception"),
         ("vision_backbone--150000_checkpoint.pt", "FiLM"),
     ],
 )
-def test_parts_that_distillation_cannot_use_are_refused_unopened(
-    folder: Path, file: str, why: str
-) -> None:
+def test_unsupported_parts_are_refused_unopened(folder: Path, file: str, reason: str) -> None:
     (folder / file).write_bytes(b"not to be read")
     (folder / file).chmod(0)
-    with pytest.raises(
-        ValueError,
-        match=f"has {file}: .*{why}.*expected a checkpoint with discrete action tokens and one camera",
-    ):
+    message = (
+        f"has {file}: .*{reason}.*expected a checkpoint with discrete action tokens and one camera"
+    )
+    with pytest.raises(ValueError, match=message):
         from_public(folder)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("settings", "message"),
     [
         ({"model_type": "llava"}, "model_type is 'llava'; expected 'openvla'"),
         (
@@ -206,7 +137,11 @@ def test_parts_that_distillation_cannot_use_are_refused_unopened(
         ),
         (
             {"text_config": {"hidden_size": 66, "num_attention_heads": 4}},
-            "hidden, heads and key_value_heads are 66, 4, 4; expected each to divide",
+            "hidden, heads and key_value_heads are 66, 4, 4; expected hidden to be a multiple of 2",
+        ),
+        (
+            {"pad_to_multiple_of": 0, "text_config": {"vocab_size": 100}},
+            "vocabulary is 100; expected greater than or equal to 256",
         ),
         (
             {"text_config": {"rope_scaling": {"type": "linear", "factor": 4}}},
@@ -223,168 +158,56 @@ def test_parts_that_distillation_cannot_use_are_refused_unopened(
         ({"golden_timm_overrides": None}, "golden_timm_overrides is None"),
     ],
 )
-def test_a_config_of_something_else_is_refused(
-    folder: Path, change: dict[str, Any], message: str
+def test_a_config_of_another_model_is_refused(
+    folder: Path, settings: dict[str, Any], message: str
 ) -> None:
-    edit(folder / "config.json", lambda config: config.update(change))
+    edit_config(folder, **settings)
     with pytest.raises(ValueError, match=f"(?s){message}"):
         from_public(folder)
 
 
-def without(folder: Path) -> None:
-    """Lose a tensor."""
-    tensors = safetensors.torch.load_file(folder / "model.safetensors")
-    del tensors["projector.fc2.weight"]
-    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+def remove_action(folder: Path) -> None:
+    public.edit(folder / "dataset_statistics.json", lambda datasets: datasets[KEY].pop("action"))
 
 
-def adapted(folder: Path) -> None:
-    """Leave an adapter's tensor in."""
-    tensors = safetensors.torch.load_file(folder / "model.safetensors")
-    safetensors.torch.save_file(
-        {**tensors, "base_model.model.lora_A.weight": torch.zeros(2)}, folder / "model.safetensors"
-    )
-
-
-def integers(folder: Path) -> None:
-    """Quantise a tensor."""
-    tensors = safetensors.torch.load_file(folder / "model.safetensors")
-    bias = "projector.fc2.bias"
-    safetensors.torch.save_file(
-        {**tensors, bias: tensors[bias].to(torch.int8)}, folder / "model.safetensors"
-    )
-
-
-def sharded(folder: Path, name: str) -> None:
-    """Have an index name another file."""
-    (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": {"a": name}}), encoding="utf-8"
-    )
-
-
-def unmerged(folder: Path) -> None:
-    """An adapter, and not what it adapts."""
-    (folder / "model.safetensors").unlink()
-    (folder / "lora_adapter").mkdir()
-    (folder / "lora_adapter/adapter_config.json").write_text("{}")
-
-
-def action(folder: Path, **statistics: list[Any]) -> None:
-    """Say something else of the actions."""
-    edit(folder / "dataset_statistics.json", lambda told: told[KEY]["action"].update(statistics))
-
-
-DAMAGES: list[tuple[Callable[[Path], object], str]] = [
-    (
-        without,
-        r"the tensor that is projector\.fc2\.weight here is missing; by config\.json, expected \(64, 320\)",
-    ),
-    (
-        adapted,
-        r"model\.safetensors: there is a tensor 'base_model\.model\.lora_A\.weight'; expected those of an OpenVLA-OFT",
-    ),
-    (
-        lambda folder: edit(
-            folder / "config.json", lambda c: c["text_config"].update(hidden_size=32)
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda folder: (folder / "config.json").write_text("[]"),
+            r"config\.json: the content is \[\]; expected an object",
         ),
-        r"is of shape \[\d+.*\]; by config\.json, expected",
-    ),
-    (
-        lambda folder: (folder / "model.safetensors").unlink(),
-        "has neither model.safetensors nor .*no other kind of weights is read",
-    ),
-    (
-        lambda folder: (folder / "model.safetensors").write_bytes(pickle.dumps({})),
-        "model.safetensors: not safetensors",
-    ),
-    (
-        lambda folder: (folder / "config.json").write_text("[]"),
-        r"config\.json: it is \[\]; expected an object",
-    ),
-    (
-        lambda folder: (folder / "config.json").write_text("[" * 100_000),
-        r"config\.json: isn't JSON .*recursion limit",
-    ),
-    (
-        lambda folder: edit(folder / "dataset_statistics.json", lambda s: s[KEY].pop("action")),
-        f"{KEY}.action is missing",
-    ),
-    (lambda folder: action(folder, mask=["no"] * 7), "action.mask.0 is 'no'"),
-    (
-        lambda folder: edit(
-            folder / "dataset_statistics.json", lambda s: s[KEY]["action"].update(mask=[True])
+        (
+            lambda folder: (folder / "config.json").write_text("[" * 100_000),
+            r"config\.json: is not JSON .*recursion limit",
         ),
-        "action.mask has 1 entries; expected 7",
-    ),
-    (lambda folder: action(folder, q01=[float("nan")] * 7), "q01.0 is nan"),
-    (lambda folder: action(folder, q01=[9.0] * 7), "expected q01 to be at most q99"),
-    (
-        lambda folder: edit(
-            folder / "preprocessor_config.json",
-            lambda c: c["tvf_normalize_params"][0].update(std=[0.0] * 3),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json: is not JSON"),
+        (remove_action, f"{KEY}.action is missing"),
+        (lambda folder: edit_action(folder, mask=["no"] * 7), "action.mask.0 is 'no'"),
+        (
+            lambda folder: edit_action(folder, mask=[True]),
+            "action.mask has 1 entries; expected 7, one per action dimension",
         ),
-        "std above 0",
-    ),
-    (
-        lambda folder: edit(
-            folder / "preprocessor_config.json",
-            lambda c: c["tvf_normalize_params"][1].update(std=[0.4] * 3),
+        (
+            lambda folder: edit_action(folder, q01=[0.0]),
+            rf"dataset_statistics\.json: {KEY}\.action\.q01 has 1 entries; expected 7",
         ),
-        "expected 0.5",
-    ),
-    (
-        integers,
-        "model.safetensors: projector.fc2.bias is torch.int8; expected floating-point numbers",
-    ),
-    (
-        lambda folder: sharded(folder, "../outside.safetensors"),
-        r"weight_map names '\.\./outside\.safetensors'; expected names of",
-    ),
-    (lambda folder: sharded(folder, "/etc/passwd"), "weight_map names '/etc/passwd'"),
-    (
-        lambda folder: sharded(folder, "lost.safetensors"),
-        r"lost.safetensors: missing; .*the download isn't complete",
-    ),
-    (unmerged, "it holds an adapter, to be merged into its base first"),
-    (
-        lambda folder: (folder / "preprocessor_config.json").unlink(),
-        "preprocessor_config.json: missing",
-    ),
-    (lambda folder: (folder / "config.json").write_text("{"), "config.json: isn't JSON"),
-    (
-        lambda folder: edit(
-            folder / "dataset_statistics.json", lambda s: s[KEY]["action"].update(q01=[0.0])
+        (lambda folder: edit_action(folder, q01=[float("nan")] * 7), "q01.0 is nan"),
+        (lambda folder: edit_action(folder, q01=[9.0] * 7), "expected q01 to be at most q99"),
+        (
+            lambda folder: edit_normalization(folder, 0, std=[0.0] * 3),
+            r"std is \(0\.0, 0\.0, 0\.0\); expected numbers above 0",
         ),
-        r"dataset_statistics\.json: libero_spatial_no_noops\.action\.q01 has 1 entries; expected 7",
-    ),
-]
-
-
-@pytest.mark.parametrize(("damage", "message"), DAMAGES)
-def test_files_that_are_damaged_are_named(
+        (lambda folder: edit_normalization(folder, 1, std=[0.4] * 3), "expected 0.5"),
+        (
+            lambda folder: (folder / "preprocessor_config.json").unlink(),
+            "preprocessor_config.json: missing; expected the public layout of OpenVLA-OFT",
+        ),
+    ],
+)
+def test_a_damaged_file_is_named(
     folder: Path, damage: Callable[[Path], object], message: str
 ) -> None:
     damage(folder)
     with pytest.raises(ValueError, match=f"(?s){message}"):
-        from_public(folder)
-
-
-def test_code_that_comes_with_a_checkpoint_is_never_run(folder: Path, tmp_path: Path) -> None:
-    trace = tmp_path / "trace"
-    for name in ("configuration_prismatic.py", "modeling_prismatic.py"):
-        (folder / name).write_text(f"open({str(trace)!r}, 'w').close()", encoding="utf-8")
-    (folder / "pytorch_model.bin").write_bytes(
-        b"cos\nsystem\n(S'touch " + str(trace).encode() + b"'\ntR."
-    )
-    from_public(folder)
-    assert not trace.exists()
-
-
-def test_what_the_policy_never_reads_has_no_name() -> None:
-    architecture = read_public(GOLDEN, None).architecture
-    assert renamed("vision_backbone.featurizer.blocks.1.norm1.weight", architecture) == ()
-    assert renamed("vision_backbone.fused_featurizer.attn_pool.latent", architecture) == ()
-    assert renamed("vision_backbone.featurizer.blocks.0.norm1.weight", architecture) == (
-        "dino.encoder.layer.0.norm1.weight",
-    )
+        read_public(folder, None)
