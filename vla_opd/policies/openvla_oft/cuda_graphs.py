@@ -14,7 +14,7 @@ WARM_UPS = (
 class Graph(NamedTuple):
     """A captured call, and the tensors it reads and writes."""
 
-    graph: torch.cuda.CUDAGraph
+    call: torch.cuda.CUDAGraph
     arguments: tuple[Tensor, ...]
     result: Tensor
 
@@ -32,26 +32,28 @@ class Captured:
 
     def __call__(self, *arguments: Tensor) -> Tensor:
         """Return the function's result, without gradient."""
-        batch_size = len(arguments[0])
-        with torch.cuda.device(arguments[0].device):
+        first = arguments[0]
+        batch_size = len(first)
+        with torch.cuda.device(first.device):
             if batch_size not in self._graphs:
-                copies = tuple(argument.clone() for argument in arguments)
-                self._graphs[batch_size] = self._capture(copies)
-            captured = self._graphs[batch_size]
-            for target, argument in zip(captured.arguments, arguments, strict=True):
+                self._graphs[batch_size] = self._capture(arguments)
+            graph = self._graphs[batch_size]
+            for target, argument in zip(graph.arguments, arguments, strict=True):
                 target.copy_(argument)
-            captured.graph.replay()
-            return captured.result.clone()
+            graph.call.replay()
+            return graph.result.clone()
 
     def _capture(self, arguments: tuple[Tensor, ...]) -> Graph:
+        copies = tuple(argument.clone() for argument in arguments)
         graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream()
+        current = torch.cuda.current_stream()
         with torch.no_grad():
-            stream.wait_stream(torch.cuda.current_stream())
+            stream.wait_stream(current)
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UPS):
-                    self._function(*arguments)
-            torch.cuda.current_stream().wait_stream(stream)
+                    self._function(*copies)
+            current.wait_stream(stream)
             with torch.cuda.graph(graph, stream=stream):
-                result = self._function(*arguments)
-        return Graph(graph, arguments, result)
+                result = self._function(*copies)
+        return Graph(graph, copies, result)

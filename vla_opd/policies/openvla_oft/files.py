@@ -128,8 +128,10 @@ def read_statistics(folder: Path, config: Config, key: str | None) -> ActionStat
     if key is None and len(statistics) == 1:
         key = next(iter(statistics))
     if key is None or key not in statistics:
-        raise ValueError(f"{path}: unnorm_key is {key!r}; expected one of {sorted(statistics)}")
-    dataset = _validate(json.dumps(statistics[key]), Dataset, path, key)
+        names = sorted(statistics)
+        raise ValueError(f"{path}: unnorm_key is {key!r}; expected one of {names}")
+    text = json.dumps(statistics[key])
+    dataset = _validate(text, Dataset, path, key)
     return ActionStatistics(f"{path}: {key}.action", dataset.action)
 
 
@@ -172,19 +174,22 @@ def explain(error: ValidationError, *outer: str) -> str:
 
     outer: the path of settings to the validated value.
     """
-    return "; ".join(_explain_mistake(mistake, outer) for mistake in error.errors())
+    mistakes = [_explain_mistake(mistake, outer) for mistake in error.errors()]
+    return "; ".join(mistakes)
 
 
 def _explain_mistake(mistake: Any, outer: tuple[str, ...]) -> str:
     kind = mistake["type"]
-    setting = ".".join([*outer, *map(str, mistake["loc"])])
+    context = mistake.get("ctx", {})
+    path = [*outer, *map(str, mistake["loc"])]
     value = short_repr(mistake["input"])
     if kind == "json_invalid":
-        return f"is not JSON ({mistake['ctx']['error']}); expected a JSON object"
+        return f"is not JSON ({context['error']}); expected a JSON object"
+    if kind == "unknown_setting":
+        path.append(context["name"])
+        value = context["value"]
+    setting = ".".join(path)
     if kind == "missing":
         return f"{setting} is missing; expected a value"
-    if kind == "unknown_setting":
-        setting = f"{setting}.{mistake['ctx']['name']}".removeprefix(".")
-        value = mistake["ctx"]["value"]
     message = mistake["msg"].replace("Input should be", "expected").removeprefix("Value error, ")
     return f"{setting or 'the content'} is {value}; {message}"

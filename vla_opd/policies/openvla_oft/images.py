@@ -18,6 +18,7 @@ QUALITY = 95
 LOBES = np.float32(3)  # of the Lanczos kernel
 ONE = np.float32(1)
 HALF = np.float32(0.5)
+PI = np.float32(np.pi)
 
 
 def jpeg_round_trip(image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]:
@@ -32,9 +33,10 @@ def lanczos(image: UInt8[np.ndarray, "H W 3"], size: int) -> UInt8[np.ndarray, "
 
     The result is rounded and clipped.
     """
-    rows = _resample(image.astype(np.float32), size)
-    columns = _resample(rows.transpose(1, 0, 2), size)
-    levels = np.round(columns.transpose(1, 0, 2))
+    values = image.astype(np.float32)
+    rows = _resample(values, size)
+    columns = _resample(_swap_axes(rows), size)
+    levels = np.round(_swap_axes(columns))
     return np.clip(levels, 0, 255).astype(np.uint8)
 
 
@@ -47,32 +49,42 @@ def center_crop(image: UInt8[np.ndarray, "S S 3"], area: float) -> UInt8[np.ndar
     last = np.float32(size - 1)
     side = np.sqrt(np.float32(area))
     start = (ONE - side) / np.float32(2)
-    step = ((start + side) - start) * last / last
-    positions = start * last + np.arange(size, dtype=np.float32) * step
+    end = start + side
+    step = (end - start) * last / last
+    indices = np.arange(size, dtype=np.float32)
+    positions = start * last + indices * step
 
     values = image.astype(np.float32) * np.float32(1 / 255)
-    columns = _interpolate(values.transpose(1, 0, 2), positions)
-    cropped = _interpolate(columns.transpose(1, 0, 2), positions)
-    return (np.clip(cropped, 0, 1) * np.float32(255.5)).astype(np.uint8)
+    columns = _interpolate(_swap_axes(values), positions)
+    cropped = _interpolate(_swap_axes(columns), positions)
+    levels = np.clip(cropped, 0, 1) * np.float32(255.5)
+    return levels.astype(np.uint8)
+
+
+def _swap_axes(rows: Float32[np.ndarray, "H W 3"]) -> Float32[np.ndarray, "W H 3"]:
+    return rows.transpose(1, 0, 2)
 
 
 def _interpolate(
     rows: Float32[np.ndarray, "H W 3"], positions: Float32[np.ndarray, " S"]
 ) -> Float32[np.ndarray, "S W 3"]:
     """Interpolate linearly between rows."""
-    low = np.floor(positions).astype(int)
-    high = np.ceil(positions).astype(int)
-    weights = positions - low.astype(np.float32)
-    return rows[low] + (rows[high] - rows[low]) * weights[:, None, None]
+    low = np.floor(positions)
+    high = np.ceil(positions)
+    lower = rows[low.astype(int)]
+    upper = rows[high.astype(int)]
+    weights = positions - low
+    return lower + (upper - lower) * weights[:, None, None]
 
 
 def _resample(rows: Float32[np.ndarray, "H W 3"], size: int) -> Float32[np.ndarray, "S W 3"]:
     """Resample the first axis, adding weighted rows in the original's order."""
     first, weights = _kernel(len(rows), size)
+    last = len(rows) - 1
     total = np.zeros((size, *rows.shape[1:]), np.float32)
-    for offset, weight in enumerate(weights.T):
-        sources = np.minimum(first + offset, len(rows) - 1)
-        total += weight[:, None, None] * rows[sources]
+    for offset, column in enumerate(weights.T):
+        sources = np.minimum(first + offset, last)
+        total += column[:, None, None] * rows[sources]
     return total
 
 
@@ -85,32 +97,42 @@ def _kernel(length: int, size: int) -> tuple[Int[np.ndarray, " S"], Float32[np.n
     scale = ONE / (np.float32(size) / np.float32(length))
     stretch = max(scale, ONE)
     reach = LOBES * stretch
-    centers = (np.arange(size, dtype=np.float32) + HALF) * scale
-    first = np.clip(np.ceil(centers - reach - HALF).astype(int), 0, length - 1)
-    last = np.clip(np.floor(centers + reach - HALF).astype(int), 0, length - 1)
+    indices = np.arange(size, dtype=np.float32)
+    centers = (indices + HALF) * scale
+    start = np.ceil(centers - reach - HALF)
+    end = np.floor(centers + reach - HALF)
+    first = np.clip(start.astype(int), 0, length - 1)
+    last = np.clip(end.astype(int), 0, length - 1)
 
-    rows = first[:, None] + np.arange((last - first).max() + 1)
-    distances = (rows + HALF - centers[:, None]).astype(np.float32)
-    weights = _lanczos_window(np.abs(distances * (ONE / stretch)))
+    longest = (last - first).max() + 1
+    rows = first[:, None] + np.arange(longest)
+    distances = rows + HALF - centers[:, None]
+    distances = distances.astype(np.float32) * (ONE / stretch)
+    weights = _lanczos_window(np.abs(distances))
     weights[rows > last[:, None]] = 0
 
     total = np.zeros(size, np.float32)
     for column in weights.T:
         total += column
-    return first, weights * (ONE / total)[:, None]
+    inverse = ONE / total
+    return first, weights * inverse[:, None]
 
 
 def _lanczos_window(x: Float32[np.ndarray, "S L"]) -> Float32[np.ndarray, "S L"]:
     """Return 3 sin(pi x) sin(pi x / 3) / (pi x)^2, zero beyond three lobes."""
     is_center = x <= np.float32(1e-3)
+    is_outside = x > LOBES
     safe = np.where(is_center, ONE, x)
-    angle = np.float32(np.pi) * safe
-    window = LOBES * _sine(angle) * _sine(angle / LOBES)
-    window /= np.float32(np.pi) * np.float32(np.pi) * safe * safe
-    window = np.where(is_center, ONE, window)
-    return np.where(x > LOBES, np.float32(0), window)
+    angle = PI * safe
+    numerator = LOBES * _sine(angle) * _sine(angle / LOBES)
+    denominator = PI * PI * safe * safe
+    window = numerator / denominator
+    window[is_center] = 1
+    window[is_outside] = 0
+    return window
 
 
 def _sine(angle: Float32[np.ndarray, "S L"]) -> Float32[np.ndarray, "S L"]:
     """Return the sine, rounded correctly to float32."""
-    return np.sin(angle.astype(np.float64)).astype(np.float32)
+    sine = np.sin(angle.astype(np.float64))
+    return sine.astype(np.float32)

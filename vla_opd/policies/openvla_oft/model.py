@@ -134,8 +134,10 @@ class OpenVLAOFT(nn.Module):
 
         prompts: ids from BOS on, padded on the right. lengths: without padding.
         """
-        patches = self.projector(self.features(pixels))
-        return self.head(self.hidden(patches, prompts, lengths)).float()
+        features = self.features(pixels)
+        patches = self.projector(features)
+        hidden = self.hidden(patches, prompts, lengths)
+        return self.head(hidden).float()
 
     def capture(self) -> None:
         """Replay forward passes without gradient as CUDA graphs from now on."""
@@ -161,7 +163,8 @@ class OpenVLAOFT(nn.Module):
 
     def pixels(self, frames: UInt8[np.ndarray, "B H W 3"]) -> Float[Tensor, "B 6 S S"]:
         """Preprocess upright frames: DINOv2's three normalized channels, then SigLIP's three."""
-        return self.normalize(self.preprocess(frames).cropped)
+        images = self.preprocess(frames)
+        return self.normalize(images.cropped)
 
     def preprocess(self, frames: UInt8[np.ndarray, "B H W 3"]) -> Images:
         """Preprocess upright frames up to normalization, and return every step.
@@ -169,12 +172,18 @@ class OpenVLAOFT(nn.Module):
         The simulator renders upside down, and the training data are that rotated by 180 degrees,
         which is an upright frame mirrored.
         """
-        flipped = np.ascontiguousarray(frames[:, :, ::-1])
-        threads = min(len(flipped), len(os.sched_getaffinity(0)))
-        with ThreadPoolExecutor(threads) as pool:
+        mirrored = frames[:, :, ::-1]
+        flipped = np.ascontiguousarray(mirrored)
+        cores = len(os.sched_getaffinity(0))
+        with ThreadPoolExecutor(min(len(flipped), cores)) as pool:
             steps = pool.map(self._decode_resize_crop, flipped)
             decoded, resized, cropped = zip(*steps, strict=True)
-        return Images(flipped, np.stack(decoded), np.stack(resized), np.stack(cropped))
+        return Images(
+            flipped=flipped,
+            decoded=np.stack(decoded),
+            resized=np.stack(resized),
+            cropped=np.stack(cropped),
+        )
 
     def _decode_resize_crop(
         self, flipped: UInt8[np.ndarray, "H W 3"]
@@ -188,28 +197,33 @@ class OpenVLAOFT(nn.Module):
         """Compute (x / 255 - mean) / std for each tower, on the device, from one byte per level."""
         levels = self._to_device(torch.from_numpy(cropped)).permute(0, 3, 1, 2)
         levels = levels.repeat(1, 2, 1, 1).float()
+        architecture = self.architecture
         half = (0.5, 0.5, 0.5)
-        constants = [
+        rows = [
             [255.0] * 6,
-            self.architecture.mean + half,
-            self.architecture.std + half,
+            architecture.mean + half,
+            architecture.std + half,
         ]
         # Divide by tensors: to divide by a number, a GPU multiplies by its inverse, which differs
         # in the last bit.
-        scale, mean, std = self._to_device(torch.tensor(constants)).view(3, 1, 6, 1, 1)
-        return ((levels / scale - mean) / std).to(self.head.weight.dtype)
+        constants = self._to_device(torch.tensor(rows))
+        scale, mean, std = constants.view(3, 1, 6, 1, 1)
+        pixels = (levels / scale - mean) / std
+        return pixels.to(self.head.weight.dtype)
 
     def _to_device(self, values: Tensor) -> Tensor:
         """Copy to the policy's device, without waiting for work that a GPU has queued."""
-        if self.device.type == "cuda":
-            return values.pin_memory().to(self.device, non_blocking=True)
-        return values.to(self.device)
+        device = self.device
+        if device.type == "cuda":
+            return values.pin_memory().to(device, non_blocking=True)
+        return values.to(device)
 
     def features(self, pixels: Float[Tensor, "B 6 S S"]) -> Float[Tensor, "B P F"]:
         """Concatenate both towers' patch features."""
-        dino = self.dino(pixels[:, :3]).last_hidden_state[:, 1 + REGISTERS :]
-        siglip = self.siglip(pixels[:, 3:]).last_hidden_state
-        return torch.cat([dino, siglip], dim=-1)
+        dino = self.dino(pixels[:, :3])
+        siglip = self.siglip(pixels[:, 3:])
+        dino_patches = dino.last_hidden_state[:, 1 + REGISTERS :]
+        return torch.cat([dino_patches, siglip.last_hidden_state], dim=-1)
 
     def hidden(
         self,
@@ -222,15 +236,15 @@ class OpenVLAOFT(nn.Module):
         prompts: ids from BOS on, padded on the right. lengths: without padding.
         """
         sequence, is_token = self.sequence(patches, prompts, lengths)
-        # An additive mask: every position attends to every position but the padding.
-        bias = torch.zeros_like(is_token, dtype=sequence.dtype)
-        bias = bias.masked_fill(~is_token, torch.finfo(sequence.dtype).min)
-        mask = bias[:, None, None].expand(-1, 1, sequence.shape[1], -1)
-        outputs = self.language_model(inputs_embeds=sequence, attention_mask=mask).last_hidden_state
+        mask = _bidirectional_mask(is_token, sequence.dtype)
+        outputs = self.language_model(inputs_embeds=sequence, attention_mask=mask)
+        states = outputs.last_hidden_state
 
-        first = (patches.shape[1] + lengths - 1).unsqueeze(1)
-        positions = first + torch.arange(self.space.tokens, device=lengths.device)
-        return outputs.gather(1, positions.unsqueeze(-1).expand(-1, -1, outputs.shape[-1]))
+        first = patches.shape[1] + lengths - 1
+        offsets = torch.arange(self.space.tokens, device=lengths.device)
+        positions = first.unsqueeze(1) + offsets
+        index = positions.unsqueeze(-1).expand(-1, -1, states.shape[-1])
+        return states.gather(1, index)
 
     def sequence(
         self,
@@ -245,10 +259,9 @@ class OpenVLAOFT(nn.Module):
         text = _append_placeholders(prompts, lengths, self.space.tokens)
         words = self.language_model.embed_tokens(text.ids)
         words = words.masked_fill(text.is_placeholder.unsqueeze(-1), 0)
-        sequence = torch.cat([words[:, :1], patches, words[:, 1:]], dim=1)
-
         is_patch = text.is_token.new_ones(patches.shape[:2])
-        is_token = torch.cat([text.is_token[:, :1], is_patch, text.is_token[:, 1:]], dim=1)
+        sequence = _insert_after_first(words, patches)
+        is_token = _insert_after_first(text.is_token, is_patch)
         return sequence, is_token
 
     def decode(self, tokens: Int[np.ndarray, "B K"]) -> Float32[np.ndarray, "B S A"]:
@@ -257,13 +270,15 @@ class OpenVLAOFT(nn.Module):
         The training data close the gripper at 0 and open it at 1; the environment at 1 and -1.
         """
         actions = self.space.decode(tokens)
-        actions[..., -1] = -np.sign(2 * actions[..., -1] - 1)
+        gripper = actions[..., -1]
+        actions[..., -1] = -np.sign(2 * gripper - 1)
         return actions
 
     def encode(self, actions: Float32[np.ndarray, "B S A"]) -> Int16[np.ndarray, "B K"]:
         """Convert actions in the environment's units to bins, the reverse of `decode`."""
+        gripper = actions[..., -1]
         data_actions = actions.copy()
-        data_actions[..., -1] = (1 - np.sign(actions[..., -1])) / 2
+        data_actions[..., -1] = (1 - np.sign(gripper)) / 2
         return self.space.encode(data_actions)
 
 
@@ -287,6 +302,22 @@ def _build_llama(architecture: Architecture) -> LlamaModel:
     return LlamaModel(config)
 
 
+def _bidirectional_mask(
+    is_token: Bool[Tensor, "B N"], dtype: torch.dtype
+) -> Float[Tensor, "B 1 N N"]:
+    """Return an additive mask: every position attends to every position but the padding."""
+    lowest = torch.finfo(dtype).min
+    mask = torch.zeros_like(is_token, dtype=dtype).masked_fill(~is_token, lowest)
+    return mask[:, None, None].expand(-1, 1, is_token.shape[1], -1)
+
+
+def _insert_after_first(text: Tensor, patches: Tensor) -> Tensor:
+    """Insert the patches' columns after BOS."""
+    begin = text[:, :1]
+    rest_of_text = text[:, 1:]
+    return torch.cat([begin, patches, rest_of_text], dim=1)
+
+
 class Text(NamedTuple):
     """Token ids, M = L + K + 1 per row."""
 
@@ -299,11 +330,13 @@ def _append_placeholders(
     prompts: Int[Tensor, "B L"], lengths: Int[Tensor, " B"], tokens: int
 ) -> Text:
     """Append K placeholders and a stop token to each prompt, before its padding."""
-    positions = torch.arange(prompts.shape[1] + tokens + 1, device=prompts.device)
-    positions = positions.expand(len(prompts), -1)
+    batch, longest = prompts.shape
+    positions = torch.arange(longest + tokens + 1, device=prompts.device)
+    positions = positions.expand(batch, -1)
     end = lengths.unsqueeze(1)
     stop = end + tokens
-    is_placeholder = (positions >= end) & (positions < stop)
+    is_after_prompt = positions >= end
+    is_placeholder = is_after_prompt & (positions < stop)
 
     ids = nn.functional.pad(prompts, (0, tokens + 1), value=PAD)
     ids = torch.where(positions > stop, PAD, ids)

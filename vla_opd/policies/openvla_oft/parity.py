@@ -110,13 +110,15 @@ def compare_files(
             f"{reference}: has no array that can be compared; "
             f"expected some of {', '.join((*STEPS, *OUTPUTS))}"
         )
-    computed = compute_arrays(policy, given, originals.get(SAMPLED))
+    sampled = originals.get(SAMPLED)
+    computed = compute_arrays(policy, given, sampled)
     if out is not None:
         np.savez(out, allow_pickle=False, **computed)
     for name in STEPS:
         if name in given:
             originals.setdefault(name, given[name])
-    return Comparison(tuple(compare(computed, originals, tolerance)), unmatched)
+    compared = tuple(compare(computed, originals, tolerance))
+    return Comparison(compared, unmatched)
 
 
 def _read_npz(path: Path, names: Collection[str]) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
@@ -151,31 +153,47 @@ def compute_arrays(
     ValueError names an invalid input.
     """
     _require_inputs(policy, inputs)
+    raw_image = inputs["raw_image"]
     if sampled is not None:
-        _require_sampled(policy, sampled, len(inputs["raw_image"]))
-    images = policy.preprocess(inputs["raw_image"][:, ::-1])
-    ids, lengths = _pad_right(inputs["input_ids"], inputs["attention_mask"])
-    ids = ids.to(policy.device)
+        _require_sampled(policy, sampled, len(raw_image))
+    upright = raw_image[:, ::-1]
+    images = policy.preprocess(upright)
+    prompts, lengths = _pad_right(inputs["input_ids"], inputs["attention_mask"])
+    prompts = prompts.to(policy.device)
     lengths = lengths.to(policy.device)
     with torch.inference_mode():
         pixels = policy.normalize(images.cropped)
         features = policy.features(pixels)
         patches = policy.projector(features)
-        _, mask = policy.sequence(patches, ids, lengths)
-        hidden = policy.hidden(patches, ids, lengths)
+        _, mask = policy.sequence(patches, prompts, lengths)
+        hidden = policy.hidden(patches, prompts, lengths)
         logits = policy.head(hidden)
-    arrays: dict[str, np.ndarray] = dict(zip(STEPS, (*images, _to_numpy(pixels)), strict=True))
-    arrays["vision_features"] = _to_numpy(features)
-    arrays["projected_patch_embeddings"] = _to_numpy(patches)
-    arrays["multimodal_attention_mask"] = _to_numpy(mask)
-    arrays["action_hidden_states"] = _to_numpy(hidden)
-    arrays["logits_action_columns"] = _to_numpy(logits)[..., ::-1]
+    columns = _to_numpy(logits)
+    arrays = {
+        "rot180": images.flipped,
+        "jpeg_decoded": images.decoded,
+        "resized224": images.resized,
+        "center_cropped": images.cropped,
+        "pixel_values": _to_numpy(pixels),
+        "vision_features": _to_numpy(features),
+        "projected_patch_embeddings": _to_numpy(patches),
+        "multimodal_attention_mask": _to_numpy(mask),
+        "action_hidden_states": _to_numpy(hidden),
+        "logits_action_columns": columns[..., ::-1],
+    }
+    return arrays | _action_arrays(policy, logits.float().cpu(), sampled)
 
-    logits = logits.float().cpu()
-    bins = {"greedy": logits.argmax(-1)}
-    arrays |= _greedy_arrays(policy, logits, bins["greedy"].numpy())
+
+def _action_arrays(
+    policy: OpenVLAOFT, logits: Float[Tensor, "B K V"], sampled: np.ndarray | None
+) -> dict[str, np.ndarray]:
+    """Compute tokens, actions and log-probabilities, from logits in float32 on the CPU."""
+    greedy = logits.argmax(-1)
+    bins = {"greedy": greedy}
     if sampled is not None:
-        bins["sampled"] = torch.from_numpy(policy.architecture.vocabulary - 1 - sampled)
+        highest = policy.architecture.vocabulary - 1
+        bins["sampled"] = torch.from_numpy(highest - sampled)
+    arrays = _greedy_arrays(policy, logits, greedy.numpy())
     return arrays | _log_prob_arrays(logits, bins)
 
 
@@ -184,34 +202,44 @@ def _require_inputs(policy: OpenVLAOFT, inputs: Arrays) -> None:
         if name not in inputs:
             raise ValueError(f"the inputs have no {name}; expected {', '.join(INPUTS)}")
     images, ids, mask = (inputs[name] for name in INPUTS)
+    if not _are_images(images):
+        _refuse("raw_image", images, "images [B, H, W, 3] of uint8")
     batch = len(images)
     rows = policy.architecture.rows
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-        _refuse("raw_image", images, "images [B, H, W, 3] of uint8")
-    if not _are_integers(ids, 0, rows) or ids.ndim != 2 or len(ids) != batch:
+    has_batch = ids.ndim == 2 and len(ids) == batch
+    if not has_batch or not _are_integers(ids, 0, rows):
         _refuse("input_ids", ids, f"[{batch}, L] ids below {rows}")
-    if not _are_integers(mask, 0, 2) or mask.shape != ids.shape or not mask.any(1).all():
+    has_zeros_and_ones = _are_integers(mask, 0, 2)
+    if not has_zeros_and_ones or mask.shape != ids.shape or not mask.any(1).all():
         _refuse("attention_mask", mask, "1 for tokens of a prompt, 0 for padding")
 
 
 def _require_sampled(policy: OpenVLAOFT, sampled: np.ndarray, batch: int) -> None:
-    shape = (batch, policy.space.tokens)
+    space = policy.space
+    shape = (batch, space.tokens)
     end = policy.architecture.vocabulary
-    start = end - policy.space.bins
+    start = end - space.bins
     if sampled.shape != shape or not _are_integers(sampled, start, end):
         expected = f"{list(shape)} ids from {start} to {end - 1}, those of action tokens"
         _refuse(SAMPLED, sampled, expected)
 
 
+def _are_images(array: np.ndarray) -> bool:
+    return array.dtype == np.uint8 and array.ndim == 4 and array.shape[-1] == 3
+
+
 def _refuse(name: str, array: np.ndarray, expected: str) -> NoReturn:
-    raise ValueError(f"{name} is {array.dtype} {list(array.shape)}; expected {expected}")
+    shape = list(array.shape)
+    raise ValueError(f"{name} is {array.dtype} {shape}; expected {expected}")
 
 
 def _are_integers(array: np.ndarray, start: int, end: int) -> bool:
     """Whether there are values, all of them integers (or booleans) in [start, end)."""
     if array.dtype.kind not in "biu" or array.size == 0:
         return False
-    return start <= int(array.min()) and int(array.max()) < end
+    lowest = int(array.min())
+    highest = int(array.max())
+    return start <= lowest and highest < end
 
 
 def compare(computed: Arrays, originals: Arrays, tolerance: float) -> Iterator[Parity]:
@@ -225,6 +253,7 @@ def compare(computed: Arrays, originals: Arrays, tolerance: float) -> Iterator[P
                 f"{name}: is {list(array.shape)} here; "
                 f"expected the reference's {list(original.shape)}"
             )
+        # float64, because differences of unsigned integers wrap around.
         difference = np.abs(array.astype(np.float64) - original.astype(np.float64))
         allowed = _allowed_difference(name, array, tolerance)
         beyond = int(np.sum(~(difference <= allowed)))  # NaN is beyond
@@ -243,11 +272,12 @@ def _pad_right(
     ids: Int[np.ndarray, "B L"], mask: Int[np.ndarray, "B L"]
 ) -> tuple[Int[Tensor, "B L"], Int[Tensor, " B"]]:
     """Move the padding of prompts to the right, and return their lengths."""
+    is_token = mask.astype(bool)
+    lengths = mask.sum(1)
     padded = np.full_like(ids, PAD)
-    for row, is_token in enumerate(mask.astype(bool)):
-        prompt = ids[row, is_token]
-        padded[row, : len(prompt)] = prompt
-    return torch.from_numpy(padded), torch.from_numpy(mask.sum(1))
+    for row, length in enumerate(lengths):
+        padded[row, :length] = ids[row, is_token[row]]
+    return torch.from_numpy(padded), torch.from_numpy(lengths)
 
 
 def _greedy_arrays(
@@ -272,11 +302,14 @@ def _log_prob_arrays(
     """Compute entropies, and the log-probabilities of some bins, at every temperature (nats)."""
     arrays: dict[str, np.ndarray] = {}
     for temperature in TEMPERATURES:
-        log_probs = (logits / temperature).log_softmax(-1)
-        entropy = -(log_probs.exp() * log_probs).sum(-1)
+        scaled = logits / temperature
+        log_probs = scaled.log_softmax(-1)
+        terms = log_probs.exp() * log_probs
+        entropy = -terms.sum(-1)
         arrays[f"entropy_T{temperature}"] = entropy.numpy()
         for name, chosen in bins.items():
-            log_prob = log_probs.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+            index = chosen.unsqueeze(-1)
+            log_prob = log_probs.gather(-1, index).squeeze(-1)
             arrays[f"logp_{name}_T{temperature}"] = log_prob.numpy()
     return arrays
 
