@@ -37,21 +37,21 @@ from vla_opd.learning import distillation
 from vla_opd.learning.distillation import DistillationBatch, DistillationLoss
 from vla_opd.learning.objectives import OBJECTIVES, ON_DECISIONS, entropy
 from vla_opd.params.load import load
-from vla_opd.params.objective import OptimizeParams
+from vla_opd.params.objective import OptimizeParams, RolloutParams
 from vla_opd.params.run import Params
 from vla_opd.policies.checkpoint import open_checkpoint
 from vla_opd.policies.load import load_policy
 from vla_opd.policies.policy import Policy
 
 ARMS: dict[str, dict[str, Any]] = {
-    "reverse_kl": {},
-    "reverse_kl_sampled": {"objective": "reverse_kl_sampled"},
-    "reverse_kl_sampled, centred": {"objective": "reverse_kl_sampled", "centre": True},
-    "reverse_kl_rollout": {"objective": "reverse_kl_rollout"},
-    "forward_kl": {"objective": "forward_kl"},
-    "jsd 0.5": {"objective": "jsd"},
-    "hard_ce": {"objective": "hard_ce"},
-    "grpo": {"objective": "mixed", "distill": 0.0},
+    "reverse_kl": {"name": "reverse_kl"},
+    "reverse_kl_sampled": {"name": "reverse_kl_sampled"},
+    "reverse_kl_sampled, centred": {"name": "reverse_kl_sampled", "centre": True},
+    "reverse_kl_rollout": {"name": "reverse_kl_rollout"},
+    "forward_kl": {"name": "forward_kl"},
+    "jsd 0.5": {"name": "jsd", "beta": 0.5},
+    "hard_ce": {"name": "hard_ce"},
+    "grpo": {"name": "mixed", "distill": 0.0},
 }
 CHUNK = 64  # states of one forward pass without gradients
 SPLITS = 1000
@@ -82,17 +82,14 @@ class RecordedBatch:
 
     def select_objective(self, arm: str) -> tuple[OptimizeParams, DistillationBatch]:
         """Return an objective's settings, and the batch as it sees it."""
-        fields = {"temperature": self.temperature, **ARMS[arm]}
-        settings = OptimizeParams.model_validate(fields)
+        settings = OptimizeParams.model_validate(
+            {"temperature": self.temperature, "objective": ARMS[arm]}
+        )
         assert self.data.decisions is not None
         decisions = self.data.decisions.decisions
-        decided = decisions.decided[:, None]
-        data = replace(
-            self.data,
-            decisions=None,
-            mask=self.data.mask & decided,
-        )
-        if settings.objective in ON_DECISIONS:
+        mask = self.data.mask & decisions.decided[:, None]
+        data = replace(self.data, decisions=None, mask=mask)
+        if settings.objective.name in ON_DECISIONS:
             data = distillation.with_decisions(data, decisions, settings, self.temperature)
         return settings, data
 
@@ -173,7 +170,8 @@ def read_recorded_batch(params: Params, iteration: str) -> RecordedBatch:
     layout = Layout.of_run(params.run.name)
     student = open_checkpoint(layout.checkpoint(params.iterations[iteration]))
     temperature = params.sample.temperature
-    settings = OptimizeParams(objective="reverse_kl_rollout", temperature=temperature)
+    rollout = RolloutParams(name="reverse_kl_rollout")
+    settings = OptimizeParams(objective=rollout, temperature=temperature)
     data = distillation.read_batch(
         layout.trajectories(iteration),
         layout.labels(iteration),

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from vla_opd.analysis.bootstrap import RESAMPLES, Estimate, Study, crossing, read_study
 from vla_opd.analysis.study_table import read
 from vla_opd.artifacts.manifest import open_artifact
-from vla_opd.params.run import Params
+from vla_opd.params.recorded import read_recorded
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--level", type=float, default=0.9, help="success on the seen tasks")
     arguments = parser.parse_args()
     settings = open_artifact(arguments.table, "study").params["parameters"]
-    report = Params.model_validate(settings).report
+    report = read_recorded(settings).report
     rows = read(arguments.table)
     seen = read_study(rows, report.start, report.teacher, seen=True)
     unseen = read_study(rows, report.start, report.teacher, seen=False)

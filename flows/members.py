@@ -6,6 +6,7 @@ A member is the project `artifacts/.studies/<study>/<arm>/<seed>`.
 import os
 import shutil
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from vla_opd.analysis.finished_run import DISCARDED
 from vla_opd.analysis.study_table import read
 from vla_opd.artifacts.layout import ROOT
 from vla_opd.artifacts.manifest import MANIFEST, canonical_json, read_manifest, sha256
+from vla_opd.params.load import assign
 from vla_opd.params.run import Params
 from vla_opd.params.stages import INITIAL_STUDENT
 from vla_opd.params.study import StudyParams
@@ -271,10 +273,10 @@ def member_settings(member: Member, run: Params) -> dict[str, Any]:
         if arm.distill + arm.reinforce == 0:
             fine_tuned_only = True
         for dotted, value in arm.settings.items():
-            _assign(settings, dotted, value)
-    _assign(settings, "run.learning_seed", member.seed)
+            assign(settings, dotted, deepcopy(value))
+    assign(settings, "run.learning_seed", member.seed)
     if fine_tuned_only and member.seed != run.run.seed:  # run.seed is the default
-        _assign(settings, f"finetuned.{INITIAL_STUDENT}.seed", member.seed)
+        assign(settings, f"finetuned.{INITIAL_STUDENT}.seed", member.seed)
 
     names, scored = plan_iterations(member, study)
     settings["iterations"] = _starts(names, "it")
@@ -282,17 +284,8 @@ def member_settings(member: Member, run: Params) -> dict[str, Any]:
     evaluations = dict(run.reference_evaluations)
     evaluations.update((name, name) for name in scored)
     settings["evaluations"] = evaluations
-    _assign(settings, "report.final", list(evaluations)[-1])
+    assign(settings, "report.final", list(evaluations)[-1])
     return settings
-
-
-def _assign(settings: dict[str, Any], dotted: str, value: Any) -> None:
-    """Set `settings["section"]["key"]` for `section.key`."""
-    *sections, key = dotted.split(".")
-    node = settings
-    for section in sections:
-        node = node.setdefault(section, {})
-    node[key] = value
 
 
 def _starts(names: Sequence[str], prefix: str) -> dict[str, str]:

@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
 
 from flows.prefect_server import liveness
-from vla_opd.params.load import format_value, load, read_text
+from vla_opd.params.load import assign, format_value, load, read_text
 from vla_opd.params.run import Params
 from vla_opd.params.section import Section
 
@@ -91,11 +91,7 @@ def apply(changes: Mapping[str, Any], before: str) -> str:
     yaml.width = 4096
     tree: Any = yaml.load(before)
     for dotted, value in changes.items():
-        *sections, key = dotted.split(".")
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[key] = yaml.load(format_value(value))
+        assign(tree, dotted, yaml.load(format_value(value)))
     stream = StringIO()
     yaml.dump(tree, stream)
     return stream.getvalue()

@@ -51,6 +51,7 @@ from vla_opd.machine.host import METRICS
 from vla_opd.machine.parent_death import die_with_parent
 from vla_opd.machine.tracking import read_executions
 from vla_opd.params.load import load
+from vla_opd.params.recorded import read_recorded
 from vla_opd.params.run import Params
 
 LOG = "study.log"
@@ -303,7 +304,7 @@ def _read_present_table(work: Draft) -> tuple[Table, Params | None]:
     if not manifest.parents.items() <= work.parents.items():
         return empty, None
     try:
-        return read(work.target), Params.model_validate(manifest.params["parameters"])
+        return read(work.target), read_recorded(manifest.params["parameters"])
     except ValidationError:  # an older version, whose settings had other names
         return empty, None
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from shutil import copyfile
+from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
@@ -272,6 +273,37 @@ def test_a_member_has_the_settings_of_its_arm_and_its_seed(run: Params) -> None:
     }
     assert (params.report.final, params.studies, params.finetuned) == ("it003", {}, run.finetuned)
     assert member.folder == STUDIES / "which/other/5"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimize.objective": {"name": "jsd", "beta": 0.3}},
+        {"optimize.objective": "jsd", "optimize.objective.beta": 0.3},
+        {"optimize.objective.name": "jsd", "optimize.objective.beta": 0.3},
+        {"optimize.objective": {"name": "jsd"}, "optimize.objective.beta": 0.3},
+    ],
+)
+def test_an_arm_may_have_an_objective_with_options(run: Params, settings: dict[str, Any]) -> None:
+    arm = ArmParams(distill=1, settings=settings)
+    before = arm.model_dump()
+    member = Member("which", "jsd", 3)
+    prepare(member, with_arms(run, jsd=arm))
+    objective = read_member_params(member).optimize.objective
+    assert objective.model_dump() == {"name": "jsd", "beta": 0.3}
+    assert arm.model_dump() == before
+
+
+def test_an_arm_with_an_option_in_its_former_place_is_told_the_present_one(run: Params) -> None:
+    settings = {"optimize.objective": "jsd", "optimize.beta": 0.3}
+    message = (
+        r"arms\.jsd: (?s:.*)optimize\.beta moved: write `objective: \{name: jsd, beta: 0\.3\}`"
+    )
+    with pytest.raises(ValueError, match=message):
+        prepare(
+            Member("which", "jsd", 3),
+            with_arms(run, jsd=ArmParams(distill=1, settings=settings)),
+        )
 
 
 def test_an_arm_continues_another_with_its_settings(run: Params) -> None:

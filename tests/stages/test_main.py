@@ -67,8 +67,10 @@ def test_the_refusals_of_label_and_optimize_come_before_any_rollout(
     calls: list[dict[str, Any]], project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sample = ["sample", "--iteration", "it001"]
-    assert call(sample, "optimize.objective=mse") == 2
-    assert "optimize.objective is 'mse'; expected one of" in capsys.readouterr().err
+    assert call(sample, "optimize.objective=nowhere:mse") == 2
+    assert (
+        "optimize.objective is 'nowhere:mse': No module named 'nowhere'" in capsys.readouterr().err
+    )
 
     assert call(sample, "label.expert=mse") == 2
     message = "label.expert is 'mse'; expected one of ['libero', 'metaworld'] or"

@@ -28,15 +28,15 @@ def read_metrics(root: Path) -> list[dict[str, float]]:
     [
         [
             "optimize.objective=mixed",
-            "optimize.distill=0.5",
-            "optimize.keep_low=0",
-            "optimize.keep_high=1",
+            "optimize.objective.distill=0.5",
+            "optimize.objective.keep_low=0",
+            "optimize.objective.keep_high=1",
         ],
         [
             "optimize.objective=reverse_kl_rollout",
-            "optimize.ratio=true",
-            "optimize.centre=true",
-            "optimize.clamp=0.001",
+            "optimize.objective.ratio=true",
+            "optimize.objective.centre=true",
+            "optimize.objective.clamp=0.001",
         ],
     ],
 )
@@ -70,9 +70,9 @@ def test_without_a_group_to_learn_from_the_student_stays_as_it_is(
 ) -> None:
     settings = (
         "optimize.objective=mixed",
-        "optimize.distill=0",
-        "optimize.keep_low=0.99",
-        "optimize.keep_high=0.995",
+        "optimize.objective.distill=0",
+        "optimize.objective.keep_low=0.99",
+        "optimize.objective.keep_high=0.995",
     )
     assert call_stage(OPTIMIZE, *settings) == 0
     message = (

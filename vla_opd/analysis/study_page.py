@@ -28,6 +28,7 @@ from vla_opd.analysis.html import DRAWN_WITH, INK, MUTED, PAPER, SERIES, TEACHER
 from vla_opd.analysis.study_table import Cost, Table, read
 from vla_opd.artifacts.draft import draft
 from vla_opd.artifacts.manifest import Manifest, open_artifact
+from vla_opd.params.recorded import read_recorded
 from vla_opd.params.run import Params
 from vla_opd.params.study import StudyParams
 
@@ -102,7 +103,7 @@ def run(root: Path, name: str) -> Manifest:
     """
     folder = root / "studies" / name
     table = open_artifact(folder, "study")
-    params = Params.model_validate(table.params["parameters"])
+    params = read_recorded(table.params["parameters"])
     rows = read(folder)
     teacher = _teacher_evaluation(params, name)
     study = _read_study(rows, params, teacher, seen=True)

@@ -32,6 +32,7 @@ from vla_opd.learning.objectives import (
     is_clamped,
     is_clipped,
     masked_mean,
+    recorded_log_probs,
     reverse_kl,
     rewards_to_go,
     sample_tokens,
@@ -39,7 +40,7 @@ from vla_opd.learning.objectives import (
 )
 from vla_opd.learning.optimizer import Row, StepLoss
 from vla_opd.learning.update import probe_states, require_own_rollouts, state_order
-from vla_opd.params.objective import OptimizeParams
+from vla_opd.params.objective import MixedParams, OptimizeParams, RewardParams, RolloutParams
 from vla_opd.plugins import named_function
 from vla_opd.policies.checkpoint import Checkpoint, open_checkpoint, require_same_actions
 from vla_opd.policies.policy import Policy
@@ -175,7 +176,7 @@ def read_batch(
         teacher=np.concatenate(log_probs),
         selected=_recoverable(stores, labels) if settings.recoverable else None,
     )
-    if settings.objective not in ON_DECISIONS:
+    if settings.objective.name not in ON_DECISIONS:
         return batch
     visited = read_manifest(trajectories, "trajectories")
     _require_student_acted(visited, trajectories, settings)
@@ -188,7 +189,7 @@ def _require_student_acted(visited: Manifest, where: Path, settings: OptimizePar
     if "teacher" in visited.parents:
         raise ValueError(
             f"{where}: the teacher acted (sample.visited_by); expected the student, "
-            f"whose own tokens {settings.objective} learns from"
+            f"whose own tokens {settings.objective.name} learns from"
         )
 
 
@@ -244,10 +245,11 @@ def with_decisions(
     """
     usable = decisions.decided & batch.mask.any(1)
     advantage = np.zeros(len(batch.mask), np.float32)
-    if settings.objective == "mixed":
-        grpo = decisions.advantages(batch.trained_tokens, settings)
+    options = settings.objective
+    if isinstance(options, MixedParams):
+        grpo = decisions.advantages(batch.trained_tokens, options)
         tokens = batch.trained_tokens.sum(1)
-        if not settings.distill:
+        if not options.distill:
             usable = grpo.usable
         scale = np.float32(tokens[usable].sum() / max(1, tokens[grpo.usable].sum()))
         advantage = grpo.advantage * grpo.weight * scale
@@ -261,7 +263,8 @@ def decision_rewards_to_go(
 ) -> Float[np.ndarray, " N"]:
     """Return `rewards_to_go` at every decision, of the recorded rewards; zero without discount."""
     to_go = np.zeros(len(batch.mask), np.float32)
-    if not settings.discount:
+    options = settings.objective
+    if not isinstance(options, RolloutParams) or not options.discount:
         return to_go
     for episode in np.unique(decisions.episode):
         rows = np.flatnonzero((decisions.episode == episode) & decisions.decided)
@@ -271,10 +274,10 @@ def decision_rewards_to_go(
         )
         tokens = torch.from_numpy(decisions.tokens[rows])
         rewards = select_token(teacher, tokens) - torch.from_numpy(decisions.log_probs[rows])
-        if settings.clamp is not None:
-            rewards = rewards.clamp(-settings.clamp, settings.clamp)
+        if options.clamp is not None:
+            rewards = rewards.clamp(-options.clamp, options.clamp)
         valid = rewards * torch.from_numpy(batch.mask[rows])
-        to_go[rows] = rewards_to_go(valid.sum(1), settings.discount).numpy()
+        to_go[rows] = rewards_to_go(valid.sum(1), options.discount).numpy()
     return to_go
 
 
@@ -298,7 +301,7 @@ class DistillationLoss:
 
     def __init__(self, batch: DistillationBatch, settings: OptimizeParams, seed: int) -> None:
         objectives: dict[str, Callable[[Any], Tensor]] = {**OBJECTIVES, **ON_DECISIONS}
-        self._objective = named_function(settings.objective, objectives, "optimize.objective")
+        self._objective = named_function(settings.objective.name, objectives, "optimize.objective")
         self._batch = batch
         self._settings = settings
         self._seed = seed
@@ -310,7 +313,7 @@ class DistillationLoss:
         settings = self._settings
         seed = fsdp.own(derive(self._seed, step))
         tokens, mask = token_batch(policy, self._batch, rows, settings, seed)
-        row = _metrics(tokens, mask)
+        row = _metrics(tokens, mask, settings)
         values = self._objective(tokens)
         if settings.confidence:
             values = values * confidence_weight(tokens.teacher, settings.confidence)
@@ -327,17 +330,18 @@ class DistillationLoss:
         return self._batch.arrays(self._order(step))
 
 
-def _metrics(batch: TokenBatch, mask: Bool[Tensor, "N K"]) -> Row:
+def _metrics(batch: TokenBatch, mask: Bool[Tensor, "N K"], settings: OptimizeParams) -> Row:
     """Return a step's entropy and divergence in nats per token, and its options' effects."""
-    settings = batch.settings
+    options = settings.objective
     row = {"student_entropy": masked_mean(entropy(batch.student.detach()), mask).item()}
-    if settings.objective != "reverse_kl" or settings.anchor or settings.confidence:
+    if options.name != "reverse_kl" or settings.anchor or settings.confidence:
         row["reverse_kl"] = masked_mean(reverse_kl(batch).detach(), mask).item()
-    if settings.clamp is not None:
+    if isinstance(options, RewardParams) and options.clamp is not None:
         clamped = _clamped_tokens(batch).float()
         row["clamp_fraction"] = masked_mean(clamped, mask).item()
-    if settings.objective == "mixed" and isinstance(batch, DecisionBatch):
-        row["clip_fraction"] = masked_mean(is_clipped(batch.sampled).float(), mask).item()
+    if isinstance(options, MixedParams) and isinstance(batch, DecisionBatch):
+        clipped = is_clipped(batch.sampled, options).float()
+        row["clip_fraction"] = masked_mean(clipped, mask).item()
     if settings.confidence:
         weight = confidence_weight(batch.teacher, settings.confidence)
         row["confidence"] = masked_mean(weight, mask).item()
@@ -346,7 +350,7 @@ def _metrics(batch: TokenBatch, mask: Bool[Tensor, "N K"]) -> Row:
 
 def _clamped_tokens(batch: TokenBatch) -> Bool[Tensor, "N K"]:
     if isinstance(batch, DecisionBatch):
-        return is_clamped(batch, batch.tokens, batch.recorded)
+        return is_clamped(batch, batch.tokens, recorded_log_probs(batch))
     return is_clamped(batch, batch.draw())
 
 
@@ -369,7 +373,7 @@ def token_batch(
         settings.teacher_temperature or settings.temperature,
     )
     mask = torch.from_numpy(batch.mask[rows]).to(logits.device)
-    tokens = TokenBatch(student, teacher, lambda: sample_tokens(student, seed), settings)
+    tokens = TokenBatch(student, teacher, lambda: sample_tokens(student, seed), settings.objective)
     if batch.decisions is not None:
         tokens = _decision_batch(tokens, logits, batch.decisions, rows)
     return tokens, mask
@@ -389,13 +393,12 @@ def _decision_batch(
         now=select_token(at_temperature(logits, rollout.temperature), tokens),
         then=select(rollout.decisions.log_probs),
         advantage=select(rollout.advantage),
-        settings=batch.settings,
     )
     return DecisionBatch(
         batch.student,
         batch.teacher,
         batch.draw,
-        batch.settings,
+        batch.options,
         tokens=tokens,
         sampled=sampled,
         to_go=select(rollout.to_go),

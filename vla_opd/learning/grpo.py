@@ -93,14 +93,13 @@ class GrpoLoss:
             now=select_token(log_probs, select(batch.decisions.tokens)),
             then=select(batch.decisions.log_probs),
             advantage=select(batch.advantages.advantage),
-            settings=self._settings,
         )
         row = {
             "student_entropy": masked_mean(entropy(log_probs.detach()), mask).item(),
-            "clip_fraction": masked_mean(is_clipped(sampled).float(), mask).item(),
+            "clip_fraction": masked_mean(is_clipped(sampled, self._settings).float(), mask).item(),
         }
         weight = select(batch.advantages.weight).unsqueeze(-1)
-        loss = masked_mean(grpo(sampled) * weight, mask)
+        loss = masked_mean(grpo(sampled, self._settings) * weight, mask)
         return StepLoss(loss, row, int(batch.mask[rows].sum()))
 
     def arrays(self, step: int) -> dict[str, np.ndarray]:

@@ -14,27 +14,38 @@ the states at which it decided.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vla_opd.params.objective import ClipParams, OptimizeParams
+from vla_opd.params.objective import (
+    ClipParams,
+    JsdParams,
+    MixedParams,
+    RewardParams,
+    RolloutParams,
+)
+
+Options_co = TypeVar("Options_co", covariant=True)
+"""An objective's model in `vla_opd.params.objective`."""
 
 
 @dataclass(frozen=True)
-class TokenBatch:
+class TokenBatch(Generic[Options_co]):
     """Normalised log-probabilities over V bins of the K tokens of N states.
 
     student: log p_S, with gradients. teacher: log p_T, without.
     draw: returns one bin per token, sampled from the current student; only the objectives that need
           a sample pay for it.
+    options: `optimize.objective`: name and options of the objective.
     """
 
     student: Float[Tensor, "N K V"]
     teacher: Float[Tensor, "N K V"]
     draw: Callable[[], Int[Tensor, "N K"]]
-    settings: OptimizeParams = field(default_factory=OptimizeParams)
+    options: Options_co
 
 
 @dataclass(frozen=True)
@@ -49,11 +60,10 @@ class SampledTokens:
     now: Float[Tensor, "N K"]
     then: Float[Tensor, "N K"]
     advantage: Float[Tensor, " N"]
-    settings: ClipParams
 
 
 @dataclass(frozen=True)
-class DecisionBatch(TokenBatch):
+class DecisionBatch(TokenBatch[Options_co]):
     """States at which the rollout decided.
 
     tokens:  a, the bins that it sampled; sampled: their log-probabilities and advantages.
@@ -64,11 +74,6 @@ class DecisionBatch(TokenBatch):
     sampled: SampledTokens = field(kw_only=True)
     to_go: Float[Tensor, " N"] = field(kw_only=True)
 
-    @property
-    def recorded(self) -> Float[Tensor, "N K"] | None:
-        """Log p_old(a) for the reward, with `reward: rollout`; otherwise None."""
-        return self.sampled.then if self.settings.reward == "rollout" else None
-
 
 def reverse_kl(batch: TokenBatch) -> Float[Tensor, "N K"]:
     """KL(p_S || p_T) = sum_v p_S(v) (log p_S(v) - log p_T(v)), exact over all V bins, in nats.
@@ -78,7 +83,7 @@ def reverse_kl(batch: TokenBatch) -> Float[Tensor, "N K"]:
     return (batch.student.exp() * (batch.student - batch.teacher)).sum(-1)
 
 
-def reverse_kl_sampled(batch: TokenBatch) -> Float[Tensor, "N K"]:
+def reverse_kl_sampled(batch: TokenBatch[RewardParams]) -> Float[Tensor, "N K"]:
     """The paper's score-function form: -log p_S(a) sg[r(a)], one a ~ p_S; eqs. (6)-(7).
 
     r = log p_T - log p_S. Its gradient equals that of `reverse_kl` in expectation over a, with a
@@ -89,7 +94,7 @@ def reverse_kl_sampled(batch: TokenBatch) -> Float[Tensor, "N K"]:
     return -select_token(batch.student, tokens) * reward(batch, tokens)
 
 
-def reverse_kl_rollout(batch: DecisionBatch) -> Float[Tensor, "N K"]:
+def reverse_kl_rollout(batch: DecisionBatch[RolloutParams]) -> Float[Tensor, "N K"]:
     """The same on the rollout's own tokens: -w sg[r(a) + R], a ~ p_old.
 
     R = `rewards_to_go`, zero unless `discount` is set. w = log p_S(a), as published: correct for
@@ -99,8 +104,8 @@ def reverse_kl_rollout(batch: DecisionBatch) -> Float[Tensor, "N K"]:
     rollout recorded it (`reward: rollout`).
     """
     student = select_token(batch.student, batch.tokens)
-    weight = (student - batch.sampled.then).exp() if batch.settings.ratio else student
-    immediate = reward(batch, batch.tokens, batch.recorded)
+    weight = (student - batch.sampled.then).exp() if batch.options.ratio else student
+    immediate = reward(batch, batch.tokens, recorded_log_probs(batch))
     return -weight * (immediate + batch.to_go.unsqueeze(-1))
 
 
@@ -117,21 +122,21 @@ def hard_ce(batch: TokenBatch) -> Float[Tensor, "N K"]:
     return -select_token(batch.student, batch.teacher.argmax(-1))
 
 
-def jsd(batch: TokenBatch) -> Float[Tensor, "N K"]:
+def jsd(batch: TokenBatch[JsdParams]) -> Float[Tensor, "N K"]:
     """Return beta KL(p_T || m) + (1 - beta) KL(p_S || m), m = beta p_T + (1 - beta) p_S, in nats.
 
     The generalised Jensen-Shannon divergence. Divided by beta it tends to the forward KL as beta
     goes to 0; divided by 1 - beta, to the reverse KL as beta goes to 1. Source: GKD, arXiv
     2306.13649.
     """
-    beta = torch.tensor(batch.settings.beta, dtype=batch.student.dtype, device=batch.student.device)
+    beta = torch.tensor(batch.options.beta, dtype=batch.student.dtype, device=batch.student.device)
     mixture = torch.logaddexp(beta.log() + batch.teacher, (1 - beta).log() + batch.student)
     from_teacher = (batch.teacher.exp() * (batch.teacher - mixture)).sum(-1)
     from_student = (batch.student.exp() * (batch.student - mixture)).sum(-1)
     return beta * from_teacher + (1 - beta) * from_student
 
 
-def grpo(sampled: SampledTokens) -> Float[Tensor, "N K"]:
+def grpo(sampled: SampledTokens, clip: ClipParams) -> Float[Tensor, "N K"]:
     """-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A), rho = p_S(a) / p_old(a) per token.
 
     Eq. (2). No KL term, no entropy bonus. The mean over an episode's tokens, then over episodes, is
@@ -139,13 +144,13 @@ def grpo(sampled: SampledTokens) -> Float[Tensor, "N K"]:
     """
     ratio = (sampled.now - sampled.then).exp()
     advantage = sampled.advantage.unsqueeze(-1)
-    bounded = ratio.clamp(1 - sampled.settings.clip_low, 1 + sampled.settings.clip_high)
+    bounded = ratio.clamp(1 - clip.clip_low, 1 + clip.clip_high)
     return -torch.minimum(ratio * advantage, bounded * advantage)
 
 
-def mixed(batch: DecisionBatch) -> Float[Tensor, "N K"]:
+def mixed(batch: DecisionBatch[MixedParams]) -> Float[Tensor, "N K"]:
     """`grpo` + `distill` times `reverse_kl`: the task reward, with the teacher as a dense guide."""
-    return grpo(batch.sampled) + batch.settings.distill * reverse_kl(batch)
+    return grpo(batch.sampled, batch.options) + batch.options.distill * reverse_kl(batch)
 
 
 Objective = Callable[[TokenBatch], Float[Tensor, "N K"]]
@@ -165,8 +170,15 @@ ON_DECISIONS: dict[str, OnDecisions] = {
 }
 
 
+def recorded_log_probs(batch: DecisionBatch[RolloutParams]) -> Float[Tensor, "N K"] | None:
+    """Log p_old(a) for the reward, with `reward: rollout`; otherwise None."""
+    return batch.sampled.then if batch.options.reward == "rollout" else None
+
+
 def reward(
-    batch: TokenBatch, tokens: Int[Tensor, "N K"], log_probs: Float[Tensor, "N K"] | None = None
+    batch: TokenBatch[RewardParams],
+    tokens: Int[Tensor, "N K"],
+    log_probs: Float[Tensor, "N K"] | None = None,
 ) -> Float[Tensor, "N K"]:
     """sg[r(a)], r = log p_T - log p_S over all bins; eq. (6).
 
@@ -179,11 +191,11 @@ def reward(
         chosen = select_token(per_bin, tokens)
     else:
         chosen = select_token(batch.teacher, tokens) - log_probs
-    limit = batch.settings.clamp
+    limit = batch.options.clamp
     if limit is not None:
         per_bin = per_bin.clamp(-limit, limit)
         chosen = chosen.clamp(-limit, limit)
-    if not batch.settings.centre:
+    if not batch.options.centre:
         return chosen
     return chosen - (batch.student.detach().exp() * per_bin).sum(-1)
 
@@ -196,19 +208,21 @@ def select_token(
 
 
 def is_clamped(
-    batch: TokenBatch, tokens: Int[Tensor, "N K"], log_probs: Float[Tensor, "N K"] | None = None
+    batch: TokenBatch[RewardParams],
+    tokens: Int[Tensor, "N K"],
+    log_probs: Float[Tensor, "N K"] | None = None,
 ) -> Bool[Tensor, "N K"]:
     """Tell for which tokens `clamp` changes the `reward` of the same arguments."""
-    limit = math.inf if batch.settings.clamp is None else batch.settings.clamp
+    limit = math.inf if batch.options.clamp is None else batch.options.clamp
     student = select_token(batch.student.detach(), tokens) if log_probs is None else log_probs
     return (select_token(batch.teacher, tokens) - student).abs() > limit
 
 
-def is_clipped(sampled: SampledTokens) -> Bool[Tensor, "N K"]:
+def is_clipped(sampled: SampledTokens, clip: ClipParams) -> Bool[Tensor, "N K"]:
     """Tell for which tokens `grpo` has no gradient because the ratio is beyond its bound."""
     ratio = (sampled.now.detach() - sampled.then).exp()
-    above = ratio > 1 + sampled.settings.clip_high
-    below = ratio < 1 - sampled.settings.clip_low
+    above = ratio > 1 + clip.clip_high
+    below = ratio < 1 - clip.clip_low
     return torch.where(sampled.advantage.unsqueeze(-1) > 0, above, below)
 
 

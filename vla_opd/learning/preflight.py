@@ -18,7 +18,7 @@ def check_sample(params: Params, student: Path, teacher: Path) -> None:
     Reads the teacher's bytes, too; the student's are read by the stage itself.
     """
     objectives = {**OBJECTIVES, **ON_DECISIONS}
-    named_function(params.optimize.objective, objectives, "optimize.objective")
+    named_function(params.optimize.objective.name, objectives, "optimize.objective")
     if params.label.expert is not None:
         named_function(params.label.expert, EXPERTS, "label.expert")
     facts = open_checkpoint(teacher).facts

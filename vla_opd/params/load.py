@@ -6,7 +6,7 @@ Overrides are `section.key=value` on the same schema, so there is no second one:
 
 import json
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from vla_opd.params.recorded import show_new_spelling
 from vla_opd.params.rules import find_contradictions
 from vla_opd.params.run import Params
 
@@ -80,19 +81,31 @@ def short_repr(value: Any) -> str:
     return _SHORT.repr(value)
 
 
+def assign(tree: MutableMapping[str, Any], dotted: str, value: Any) -> None:
+    """Set `tree[section][key]` for `section.key`; sections that are missing are added.
+
+    An objective given by its name alone becomes a mapping, so that its options can be set.
+    ValueError names a part that has no keys.
+    """
+    *sections, key = dotted.split(".")
+    node = tree
+    for section in sections:
+        content = node.setdefault(section, {})
+        if section == "objective" and isinstance(content, str):
+            node[section] = {"name": content}
+        node = node[section]
+        if not isinstance(node, MutableMapping):
+            raise ValueError(f"{dotted}: {section} is not a section")
+    node[key] = value
+
+
 def _apply(override: str, tree: dict[str, Any], yaml: YAML) -> None:
     dotted, equals, text = override.partition("=")
-    *sections, key = dotted.split(".")
-    if not equals or not sections:
+    if not equals or "." not in dotted:
         raise ValueError(
             f"override {override!r}: expected section.key=value, as in optimize.learning_rate=1e-4"
         )
-    node = tree
-    for section in sections:
-        node = node.setdefault(section, {})
-        if not isinstance(node, dict):
-            raise ValueError(f"override {override!r}: {section} is not a section")
-    node[key] = _parse(yaml, text, f"override {override!r}")
+    assign(tree, dotted, _parse(yaml, text, f"override {override!r}"))
 
 
 def _parse(yaml: YAML, text: str, where: str) -> Any:
@@ -104,14 +117,32 @@ def _parse(yaml: YAML, text: str, where: str) -> Any:
 
 def _describe(item: Mapping[str, Any]) -> str:
     """Describe one error of pydantic's: the field, its value and what was expected."""
-    field = ".".join(map(str, item["loc"]))
+    path = _field_path(item["loc"])
+    field = ".".join(path)
     message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "value_error":  # raised by our own validators: names its fields
-        return f"{field}: {message}" if field else message
-    if item["type"] == "missing":
-        return f"{field}: {message}"
-    hint = " (no such key)" if item["type"] == "extra_forbidden" else ""
-    return f"{field} is {short_repr(item['input'])}{hint}: {message}"
+    match item["type"]:
+        case "value_error":  # raised by our own validators: names its fields
+            return f"{field}: {message}" if field else message
+        case "missing":
+            return f"{field}: {message}"
+        case "union_tag_invalid":
+            context = item["ctx"]
+            return f"{field} is {context['tag']!r}; expected one of {context['expected_tags']}"
+        case "extra_forbidden":
+            spelling = show_new_spelling(field, item["input"])
+            if spelling is not None:
+                return f"{field} moved: write `{spelling}`"
+            return f"{field} is {short_repr(item['input'])} (no such key): {message}"
+        case _:
+            return f"{field} is {short_repr(item['input'])}: {message}"
+
+
+def _field_path(location: Iterable[str | int]) -> list[str]:
+    """Return the keys that lead to a field; pydantic adds which objective's model it tried."""
+    path = list(map(str, location))
+    if path[:2] == ["optimize", "objective"]:
+        del path[2:3]
+    return path
 
 
 def _list_mistakes(source: Path, mistakes: list[str]) -> str:

@@ -1,8 +1,22 @@
-"""The section `optimize`: the objective and its options."""
+"""The section `optimize`: the objective and its options.
 
-from typing import Literal
+`objective: {name: jsd, beta: 0.3}` has one model per objective, so that an option of another
+objective can't be written. `objective: jsd` is short for `{name: jsd}`: all options at their
+defaults.
+"""
 
-from pydantic import Field, model_validator
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    JsonValue,
+    Tag,
+    model_validator,
+)
 
 from vla_opd.params.section import Fraction, Section
 from vla_opd.params.training import UpdateParams
@@ -38,24 +52,138 @@ class ClipParams(Section):
     clip_high: float = Field(default=0.28, gt=0)
 
 
-class OptimizeParams(UpdateParams, GroupParams, ClipParams):
+class ObjectiveParams(Section):
+    """One of `vla_opd.learning.objectives`: the base of its name and options."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _require_own_options(cls, value: Any) -> Any:
+        options = value if isinstance(value, Mapping) else {}
+        foreign = [option for option in options if option not in cls.model_fields]
+        if foreign:
+            name = options.get("name")
+            own = [option for option in cls.model_fields if option != "name"]
+            raise ValueError(
+                f"{name} has no option {foreign[0]!r}; expected {own or 'no options'} "
+                f"(remove it, or write `objective: {name}`, which replaces name and options)"
+            )
+        return value
+
+
+class ReverseKlParams(ObjectiveParams):
+    """The exact reverse KL: no options."""
+
+    name: Literal["reverse_kl"]
+
+
+class ForwardKlParams(ObjectiveParams):
+    """The exact forward KL: no options."""
+
+    name: Literal["forward_kl"]
+
+
+class HardCeParams(ObjectiveParams):
+    """Cross-entropy with the teacher's greedy token: no options."""
+
+    name: Literal["hard_ce"]
+
+
+class JsdParams(ObjectiveParams):
+    """The generalised Jensen-Shannon divergence. beta: weight of the teacher in the mixture."""
+
+    name: Literal["jsd"]
+    beta: float = Field(default=0.5, gt=0, lt=1)
+
+
+class RewardParams(ObjectiveParams):
+    """The reward of the sampled objectives.
+
+    clamp: bound c, in nats per token: [-c, c].
+    centre: subtract the reward's mean under the student (same expected gradient, less variance).
+    """
+
+    clamp: float | None = Field(default=None, gt=0)
+    centre: bool = False
+
+
+class SampledParams(RewardParams):
+    """The reverse KL on tokens that are drawn from the current student."""
+
+    name: Literal["reverse_kl_sampled"]
+
+
+class RolloutParams(RewardParams):
+    """The reverse KL on the tokens that the rollout sampled.
+
+    ratio: weight by p_S(a) / p_old(a) instead of log p_S(a).
+    reward: log p_S in the reward: of the current student (`fresh`), or as the rollout recorded it
+        (`rollout`).
+    discount: factor per decision, for adding later decisions' rewards.
+    """
+
+    name: Literal["reverse_kl_rollout"]
+    ratio: bool = False
+    reward: Literal["fresh", "rollout"] = "fresh"
+    discount: Fraction = 0.0
+
+
+class MixedParams(ObjectiveParams, GroupParams, ClipParams):
+    """GRPO plus the reverse KL. distill: weight of the reverse KL."""
+
+    name: Literal["mixed"]
+    distill: float = Field(default=1.0, ge=0)
+
+
+class CustomParams(Section):
+    """An objective from outside the package, `"package.module:function"`, with any options.
+
+    The function reads them as attributes: `batch.options.tau`.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, JsonValue]  # pyright: ignore[reportIncompatibleVariableOverride]
+    name: str = Field(pattern=":")
+
+
+def _spell_out(value: Any) -> Any:
+    """Return `{name: jsd}` for `jsd`; a mapping without a name is of the default objective."""
+    if isinstance(value, str):
+        return {"name": value}
+    return {"name": "reverse_kl", **value} if isinstance(value, Mapping) else value
+
+
+def _select_model(value: Any) -> str:
+    """Return the tag of an objective's model: its name, or `CUSTOM`."""
+    name = str(value["name"] if isinstance(value, Mapping) else getattr(value, "name", value))
+    return CUSTOM if ":" in name else name
+
+
+CUSTOM = "package.module:function"
+Objective = Annotated[
+    Annotated[ReverseKlParams, Tag("reverse_kl")]
+    | Annotated[SampledParams, Tag("reverse_kl_sampled")]
+    | Annotated[RolloutParams, Tag("reverse_kl_rollout")]
+    | Annotated[ForwardKlParams, Tag("forward_kl")]
+    | Annotated[HardCeParams, Tag("hard_ce")]
+    | Annotated[JsdParams, Tag("jsd")]
+    | Annotated[MixedParams, Tag("mixed")]
+    | Annotated[CustomParams, Tag(CUSTOM)],
+    Discriminator(_select_model),
+    BeforeValidator(_spell_out, json_schema_input_type=str | dict[str, Any]),
+]
+"""In a JSON schema it is a name or any mapping: Prefect can't embed a schema with references."""
+
+
+class OptimizeParams(UpdateParams):
     """The student's update towards the teacher, eq. (5).
 
     objective: a key of `vla_opd.learning.objectives.OBJECTIVES` or `ON_DECISIONS`, or
-        `"package.module:function"`, a function of a `TokenBatch`.
+        `"package.module:function"`, a function of a `TokenBatch`; with its options.
     temperature: softmax temperature at which student and teacher are scored.
     teacher_temperature: the teacher's, if it differs from `temperature`.
     confidence: power of the weight (1 - H(p_T) / log V) per token; 0 weights all tokens equally.
     anchor: weight of KL(p_S || p_0), added to any objective at the same states. p_0 is the
         checkpoint `student`, with which the run begins.
-    beta: weight of the teacher in the mixture of `jsd`.
-    distill: weight of the reverse KL in `mixed`.
-    clamp: bound c of the reward of the sampled objectives, in nats per token: [-c, c].
-    centre: subtract the reward's mean under the student (same expected gradient, less variance).
-    ratio: weight `reverse_kl_rollout` by p_S(a) / p_old(a) instead of log p_S(a).
-    reward: log p_S in the reward of `reverse_kl_rollout`: of the current student (`fresh`), or as
-        the rollout recorded it (`rollout`).
-    discount: factor per decision, for adding later decisions' rewards in `reverse_kl_rollout`.
     recoverable: learn only from states from which the teacher still succeeds
         (`label.recover_every`).
     states: number of states to learn from, drawn at random; all usable states if null. With it,
@@ -66,37 +194,15 @@ class OptimizeParams(UpdateParams, GroupParams, ClipParams):
         on this iteration's states.
     """
 
-    objective: str = "reverse_kl"
+    objective: Objective = ReverseKlParams(name="reverse_kl")
     temperature: float = Field(default=1.0, gt=0)
     teacher_temperature: float | None = Field(default=None, gt=0)
     confidence: float = Field(default=0.0, ge=0)
     anchor: float = Field(default=0.0, ge=0)
-    beta: float = Field(default=0.5, gt=0, lt=1)
-    distill: float = Field(default=1.0, ge=0)
-    clamp: float | None = Field(default=None, gt=0)
-    centre: bool = False
-    ratio: bool = False
-    reward: Literal["fresh", "rollout"] = "fresh"
-    discount: Fraction = 0.0
     recoverable: bool = False
     states: int | None = Field(default=None, ge=1)
     earlier: int = Field(default=0, ge=0)
 
-
-OPTIONS_OF = {
-    "beta": {"jsd"},
-    "clamp": {"reverse_kl_sampled", "reverse_kl_rollout"},
-    "centre": {"reverse_kl_sampled", "reverse_kl_rollout"},
-    "ratio": {"reverse_kl_rollout"},
-    "reward": {"reverse_kl_rollout"},
-    "discount": {"reverse_kl_rollout"},
-    "distill": {"mixed"},
-    "keep_low": {"mixed"},
-    "keep_high": {"mixed"},
-    "clip_low": {"mixed"},
-    "clip_high": {"mixed"},
-}
-"""Options of `optimize` that only some objectives read, and those objectives."""
 
 ON_SAMPLED_TOKENS = {"reverse_kl_rollout", "mixed"}
 """Objectives of the tokens that the rollout sampled: the keys of `ON_DECISIONS`."""

@@ -24,10 +24,10 @@ class ArmParams(Section):
         whose rollouts reached it, instead of from its last checkpoint.
     distill: number of iterations of distillation.
     reinforce: number of iterations of GRPO.
-    settings: differences from the run, as `section.key: value`. With settings of
-        `finetuned.student` the arm has a student of its own. Without iterations the arm is that
-        student, trained once per seed: offline fine-tuning, for example on all demonstrations
-        (`finetuned.student.per_task: null`).
+    settings: differences from the run, as `section.key: value`, e.g. `optimize.objective: jsd`.
+        With settings of `finetuned.student` the arm has a student of its own. Without iterations
+        the arm is that student, trained once per seed: offline fine-tuning, for example on all
+        demonstrations (`finetuned.student.per_task: null`).
     """
 
     after: Name | None = None
@@ -39,7 +39,7 @@ class ArmParams(Section):
     @model_validator(mode="after")
     def _require_learning(self) -> "ArmParams":
         for dotted in self.settings:
-            if _section_of(dotted) not in ARM_SECTIONS:
+            if _section_of(dotted) is None:
                 raise ValueError(
                     f"settings has {dotted!r}; "
                     f"expected section.key with one of the sections {list(ARM_SECTIONS)}"
@@ -66,7 +66,7 @@ class ArmParams(Section):
     @property
     def own_student(self) -> bool:
         """True if the arm starts from another student than the run's."""
-        return any(dotted.startswith(STUDENT_SECTION) for dotted in self.settings)
+        return any(_section_of(dotted) == STUDENT_SECTION for dotted in self.settings)
 
 
 class StudyParams(Section):
@@ -145,5 +145,9 @@ def find_cycle(parents: Mapping[str, str]) -> list[str]:
     return []
 
 
-def _section_of(dotted: str) -> str:
-    return dotted.rpartition(".")[0]
+def _section_of(dotted: str) -> str | None:
+    """Return the section of a setting; None if arms may not differ in it."""
+    for section in ARM_SECTIONS:
+        if dotted.startswith(f"{section}."):
+            return section
+    return None

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from pydantic import TypeAdapter
 
 from flows import cli, pipeline, settings, terminal
 from flows.cli import runs
@@ -251,6 +252,13 @@ def test_a_change_without_a_value_is_refused(capsys: pytest.CaptureFixture[str])
             STUDENT_WITHOUT_LIMIT,
         ),
         ("environment.tasks", ["reach", "push"], 'environment: {tasks: ["reach", "push"]}'),
+        ("optimize.objective", "jsd", "optimize: {steps: 4, objective: jsd}"),
+        (
+            "optimize.objective",
+            {"name": "jsd", "beta": 0.3},
+            'optimize: {steps: 4, objective: {"name": "jsd", "beta": 0.3}}',
+        ),
+        ("optimize.objective.name", "jsd", "objective: {name: jsd}"),
     ],
 )
 def test_a_setting_is_written_where_it_belongs(
@@ -262,6 +270,20 @@ def test_a_setting_is_written_where_it_belongs(
     assert line in path.read_text()
     assert "# a comment that must survive" in path.read_text()
     assert "# how long" in path.read_text()
+
+
+def test_an_option_may_be_added_to_an_objective_given_by_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(PARAMS)
+    settings.write({"optimize.objective": "jsd"}, path)
+    settings.write({"optimize.objective.beta": 0.3}, path)
+    assert load(path).optimize.objective.model_dump() == {"name": "jsd", "beta": 0.3}
+
+
+@pytest.mark.parametrize("objective", ["jsd", {"name": "jsd"}])
+def test_prefects_settings_have_an_objective_by_name_or_with_options(objective: object) -> None:
+    changes = TypeAdapter(settings.Settings).validate_python({"optimize.objective": objective})
+    assert changes == {"optimize.objective": {"name": "jsd"}}
 
 
 def test_a_wrong_setting_changes_nothing(tmp_path: Path) -> None:

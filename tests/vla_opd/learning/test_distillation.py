@@ -1,5 +1,6 @@
 """Distillation: which artifacts belong together, the loss and its options, rollout decisions."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,7 +43,12 @@ from vla_opd.learning.objectives import (
 from vla_opd.learning.optimizer import Session, train
 from vla_opd.learning.update import plan_budget
 from vla_opd.params.load import load
-from vla_opd.params.objective import OptimizeParams
+from vla_opd.params.objective import (
+    ClipParams,
+    MixedParams,
+    OptimizeParams,
+    RolloutParams,
+)
 from vla_opd.policies.checkpoint import open_checkpoint
 from vla_opd.policies.load import build_policy, load_policy
 
@@ -177,7 +183,9 @@ def test_samples_follow_the_student() -> None:
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_loss_is_the_objectives_mean_over_valid_tokens(name: str) -> None:
-    settings = OptimizeParams(objective=name, batch_size=5, temperature=0.8)
+    settings = OptimizeParams.model_validate(
+        {"objective": name, "batch_size": 5, "temperature": 0.8}
+    )
     policy = build_policy(tiny.FACTS).eval()
     batch = labeled_batch(6)
     result = DistillationLoss(batch, settings, seed=1)(policy, 0)
@@ -186,7 +194,8 @@ def test_the_loss_is_the_objectives_mean_over_valid_tokens(name: str) -> None:
     teacher = at_temperature(torch.from_numpy(batch.teacher[1:]).float(), 0.8)
     mask = torch.from_numpy(batch.mask[1:])
     if name != "reverse_kl_sampled":  # its samples depend on the order of the rows
-        tokens = TokenBatch(student, teacher, lambda: torch.zeros_like(mask).long())
+        sample = torch.zeros_like(mask).long()
+        tokens = TokenBatch(student, teacher, lambda: sample, settings.objective)
         expected = masked_mean(OBJECTIVES[name](tokens), mask)
         assert result.loss.item() == pytest.approx(expected.item(), rel=1e-4)
     entropy = masked_mean(-(student.exp() * student).sum(-1), mask)
@@ -194,18 +203,32 @@ def test_the_loss_is_the_objectives_mean_over_valid_tokens(name: str) -> None:
     assert ("reverse_kl" in result.row) == (name != "reverse_kl")
 
 
-def test_an_unknown_objective_is_refused() -> None:
-    message = (
-        r"optimize\.objective is 'mse'; expected one of \['forward_kl', .*'reverse_kl_sampled'\]"
-    )
-    with pytest.raises(ValueError, match=message):
-        DistillationLoss(labeled_batch(), OptimizeParams(objective="mse"), seed=0)
+def test_a_function_that_does_not_exist_is_refused() -> None:
+    settings = OptimizeParams.model_validate({"objective": "nowhere:nothing"})
+    with pytest.raises(ValueError, match=r"optimize\.objective is 'nowhere:nothing'"):
+        DistillationLoss(labeled_batch(), settings, seed=0)
+
+
+def scaled_kl(batch: TokenBatch[Any]) -> torch.Tensor:
+    """An objective from outside the package, with an option of its own."""
+    return batch.options.factor * reverse_kl(batch)
+
+
+def test_an_objective_from_outside_the_package_reads_its_own_options() -> None:
+    custom = {"name": f"{__name__}:scaled_kl", "factor": 2.0}
+    policy = build_policy(tiny.FACTS).eval()
+    losses = [
+        DistillationLoss(labeled_batch(), OptimizeParams.model_validate(settings), seed=1)
+        for settings in ({}, {"objective": custom})
+    ]
+    exact, doubled = (loss(policy, 0).loss.item() for loss in losses)
+    assert doubled == pytest.approx(2 * exact)
 
 
 @pytest.mark.parametrize("name", ["reverse_kl", "reverse_kl_sampled", "forward_kl"])
 def test_the_student_becomes_more_like_the_teacher(tmp_path: Path, name: str) -> None:
     settings = OptimizeParams(
-        objective=name,
+        objective=OptimizeParams.model_validate({"objective": name}).objective,
         steps=12,
         batch_size=8,
         learning_rate=5e-3,
@@ -276,14 +299,17 @@ def test_selected_states_are_usable_ones() -> None:
 # The rollout's decisions
 
 
-def batch_with_decisions(**settings: object) -> tuple[DistillationBatch, OptimizeParams]:
+def batch_with_decisions(
+    objective: str, **options: object
+) -> tuple[DistillationBatch, OptimizeParams]:
     """Two groups of three episodes of one state each, of which all but the last have a decision.
 
     In the first group one of three succeeded, in the second none.
     """
     batch = labeled_batch()
-    options = {"batch_size": 6, "keep_low": 0.1, "keep_high": 0.9, **settings}
-    params = OptimizeParams.model_validate(options)
+    params = OptimizeParams.model_validate(
+        {"batch_size": 6, "objective": {"name": objective, **options}}
+    )
     random = np.random.default_rng(1)
     rows = len(batch.mask)
     decisions = Decisions(
@@ -298,11 +324,11 @@ def batch_with_decisions(**settings: object) -> tuple[DistillationBatch, Optimiz
 
 
 def test_mixed_learns_from_the_teacher_everywhere_and_from_the_rewards_of_useful_groups() -> None:
-    batch, settings = batch_with_decisions(objective="mixed", distill=0.5)
+    batch, settings = batch_with_decisions("mixed", distill=0.5)
     assert batch.decisions is not None
     # State 0 has no valid token; the second group, of 3 and 4, has no success.
     assert batch.usable.tolist() == [1, 2, 3, 4]
-    without_teacher, _ = batch_with_decisions(objective="mixed", distill=0.0)
+    without_teacher, _ = batch_with_decisions("mixed", distill=0.0)
     assert without_teacher.usable.tolist() == [1, 2]
     policy = build_policy(tiny.FACTS).eval()
     settings = settings.model_copy(update={"batch_size": 4})
@@ -319,7 +345,7 @@ def test_mixed_learns_from_the_teacher_everywhere_and_from_the_rewards_of_useful
         assert tokens.sampled.advantage[2:].tolist() == [0, 0]
         advantage = group_advantage(torch.tensor([True, False, False]))[1:]
         advantages = torch.cat([advantage, torch.zeros(2)])
-        losses = grpo(replace(tokens.sampled, advantage=advantages))
+        losses = grpo(replace(tokens.sampled, advantage=advantages), ClipParams())
         per_episode = torch.stack([losses[i][mask[i]].mean() for i in range(2)])  # one state each
         expected = per_episode.mean() + 0.5 * masked_mean(reverse_kl(tokens), mask)
     assert result.loss.item() == pytest.approx(expected.item(), rel=1e-4)
@@ -327,7 +353,7 @@ def test_mixed_learns_from_the_teacher_everywhere_and_from_the_rewards_of_useful
 
 
 def test_the_published_form_learns_from_every_decision() -> None:
-    batch, settings = batch_with_decisions(objective="reverse_kl_rollout", discount=0.5)
+    batch, settings = batch_with_decisions("reverse_kl_rollout", discount=0.5)
     assert batch.decisions is not None
     to_go = np.linspace(1, 2, len(batch.mask), dtype=np.float32)
     batch = replace(batch, decisions=replace(batch.decisions, to_go=to_go))
@@ -349,7 +375,7 @@ def test_the_published_form_learns_from_every_decision() -> None:
 
 def test_a_decisions_reward_to_go_is_that_of_its_episode_at_its_valid_tokens() -> None:
     batch = labeled_batch(4)
-    settings = OptimizeParams(objective="reverse_kl_rollout", discount=0.5, teacher_temperature=0.9)
+    rollout = RolloutParams(name="reverse_kl_rollout", discount=0.5)
     random = np.random.default_rng(1)
     decisions = Decisions(
         decided=np.array([True, False, True, True]),
@@ -361,7 +387,9 @@ def test_a_decisions_reward_to_go_is_that_of_its_episode_at_its_valid_tokens() -
     )
 
     def to_go(**options: object) -> np.ndarray:
-        return decision_rewards_to_go(batch, decisions, settings.model_copy(update=options))
+        objective = rollout.model_copy(update=options)
+        settings = OptimizeParams(objective=objective, teacher_temperature=0.9)
+        return decision_rewards_to_go(batch, decisions, settings)
 
     teacher = at_temperature(torch.from_numpy(batch.teacher).float(), 0.9).numpy()
     scores = np.take_along_axis(teacher, decisions.tokens[..., None], -1)[..., 0]
@@ -383,21 +411,21 @@ def read_it001(root: Path, settings: OptimizeParams) -> DistillationBatch:
 
 
 @pytest.mark.parametrize(
-    "settings",
+    "objective",
     [
-        {"objective": "mixed", "distill": 0.5, "keep_low": 0, "keep_high": 1},
-        {"objective": "reverse_kl_rollout", "ratio": True, "centre": True, "clamp": 0.001},
+        {"name": "mixed", "distill": 0.5, "keep_low": 0, "keep_high": 1},
+        {"name": "reverse_kl_rollout", "ratio": True, "centre": True, "clamp": 0.001},
     ],
 )
 def test_the_trainers_log_probabilities_are_the_rollouts(
-    small: Path, settings: dict[str, object]
+    small: Path, objective: dict[str, object]
 ) -> None:
     """Before the first step a ratio differs from 1 by the arithmetic of the batch size only."""
-    params = load("params.yaml", [f"optimize.{name}={value}" for name, value in settings.items()])
-    batch = read_it001(small, params.optimize)
+    settings = load("params.yaml", [f"optimize.objective={json.dumps(objective)}"]).optimize
+    batch = read_it001(small, settings)
     assert len(batch.usable) > 50
     policy = load_policy(open_checkpoint(small / "checkpoints/student"), "cpu")
-    tokens, _ = token_batch(policy, batch, batch.usable, params.optimize, 0)
+    tokens, _ = token_batch(policy, batch, batch.usable, settings, 0)
     assert isinstance(tokens, DecisionBatch)
     torch.testing.assert_close(tokens.sampled.now, tokens.sampled.then, rtol=0, atol=1e-4)
 
@@ -406,13 +434,14 @@ def test_grpo_weighs_every_episode_alike_however_many_of_its_states_are_selected
     small: Path,
 ) -> None:
     assert call_stage(["label", "--iteration", "it001"], "label.recover_every=2") == 0
-    settings = OptimizeParams(objective="mixed", recoverable=True, keep_low=0, keep_high=1)
+    mixed = MixedParams(name="mixed", keep_low=0, keep_high=1)
+    settings = OptimizeParams(objective=mixed, recoverable=True)
     batch = read_it001(small, settings)
     assert batch.decisions is not None
     assert batch.selected is not None
     decisions = batch.decisions.decisions
     episode = decisions.episode
-    advantage = decisions.advantages(batch.trained_tokens, settings).advantage
+    advantage = decisions.advantages(batch.trained_tokens, mixed).advantage
     rows = batch.usable[advantage[batch.usable] != 0]  # in groups with both outcomes
     weight = batch.decisions.advantage[rows] / advantage[rows] * batch.mask[rows].sum(1)
     weights = [weight[episode[rows] == number].sum() for number in np.unique(episode[rows])]

@@ -13,11 +13,12 @@ DIMS = 2
 BINS = 7
 
 
-def make_batch(student: Tensor, teacher: Tensor) -> TokenBatch:
+def make_batch(student: Tensor, teacher: Tensor) -> TokenBatch[None]:
     return TokenBatch(
         student.log_softmax(-1),
         teacher.log_softmax(-1),
         lambda: torch.zeros(student.shape[:2], dtype=torch.long),
+        None,
     )
 
 

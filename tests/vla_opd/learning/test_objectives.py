@@ -65,35 +65,44 @@ def cycle_tokens(*shape: int) -> Tensor:
 
 
 def make_batch(
-    student: Tensor, teacher: Tensor, tokens: Tensor | None = None, **settings: Any
-) -> TokenBatch:
+    student: Tensor,
+    teacher: Tensor,
+    tokens: Tensor | None = None,
+    objective: str = "reverse_kl",
+    **options: Any,
+) -> TokenBatch[Any]:
     """Make a batch from logits. tokens: the sample; token 0 everywhere by default."""
     sample = torch.zeros(student.shape[:2], dtype=torch.long) if tokens is None else tokens
+    settings = OptimizeParams.model_validate({"objective": {"name": objective, **options}})
     return TokenBatch(
-        student.log_softmax(-1), teacher.log_softmax(-1), lambda: sample, OptimizeParams(**settings)
+        student.log_softmax(-1), teacher.log_softmax(-1), lambda: sample, settings.objective
     )
 
 
 def make_decision_batch(
-    student: Tensor, teacher: Tensor, tokens: Tensor, sampler: Tensor, **settings: Any
-) -> DecisionBatch:
+    student: Tensor,
+    teacher: Tensor,
+    tokens: Tensor,
+    sampler: Tensor,
+    objective: str = "reverse_kl_rollout",
+    **options: Any,
+) -> DecisionBatch[Any]:
     """Make a batch of states at which a rollout with the logits `sampler` sampled `tokens`.
 
     Every other episode succeeded.
     """
-    batch = make_batch(student, teacher, tokens, **settings)
+    batch = make_batch(student, teacher, tokens, objective, **options)
     advantage = torch.where(torch.arange(len(student)) % 2 == 0, 0.8, -1.2).to(student.dtype)
     sampled = SampledTokens(
         select_token(batch.student, tokens),
         select_token(sampler.log_softmax(-1), tokens),
         advantage,
-        batch.settings,
     )
     return DecisionBatch(
         batch.student,
         batch.teacher,
         batch.draw,
-        batch.settings,
+        batch.options,
         tokens=tokens,
         sampled=sampled,
         to_go=torch.zeros_like(advantage),
@@ -113,11 +122,12 @@ def gradient(
     student: Tensor,
     teacher: Tensor,
     tokens: Tensor | None = None,
-    **settings: Any,
+    **options: Any,
 ) -> Tensor:
     """Return the gradient of the sum of all tokens' losses by the student's logits."""
+    name = objective.__name__
     return differentiate(
-        lambda leaf: objective(make_batch(leaf, teacher, tokens, **settings)), student
+        lambda leaf: objective(make_batch(leaf, teacher, tokens, name, **options)), student
     )
 
 
@@ -204,7 +214,7 @@ def test_gradients_against_finite_differences(name: str) -> None:
     analytic = gradient(EXACT[name], student, teacher)
 
     def total(logits: Tensor) -> Tensor:
-        return EXACT[name](make_batch(logits, teacher)).sum()
+        return EXACT[name](make_batch(logits, teacher, objective=name)).sum()
 
     for index in np.ndindex(*student.shape):
         step = torch.zeros_like(student)
@@ -220,7 +230,7 @@ def test_values_against_numpy() -> None:
     q = teacher.softmax(-1).numpy().ravel()
     m = 0.3 * q + 0.7 * p
     divergence = 0.3 * np.sum(q * np.log(q / m)) + 0.7 * np.sum(p * np.log(p / m))
-    batch = make_batch(student, teacher, beta=0.3)
+    batch = make_batch(student, teacher, objective="jsd", beta=0.3)
 
     def approximately(value: float) -> Any:
         return pytest.approx(value, abs=1e-12)
@@ -272,7 +282,7 @@ def test_a_shuffled_teacher_changes_the_gradient(name: str) -> None:
 def test_no_gradient_reaches_the_reward() -> None:
     student = random_logits(14, 1, 1, V).requires_grad_()
     teacher = random_logits(15, 1, 1, V)
-    loss = reverse_kl_sampled(make_batch(student, teacher)).sum()
+    loss = reverse_kl_sampled(make_batch(student, teacher, None, "reverse_kl_sampled")).sum()
     score = student.log_softmax(-1)[0, 0, 0]
     reward = teacher.log_softmax(-1)[0, 0, 0] - score
     assert loss.item() == pytest.approx((-score * reward.detach()).item(), abs=1e-15)
@@ -290,7 +300,8 @@ def minimise(objective: Objective, teacher: Tensor) -> Tensor:
 
     def closure() -> float:
         student.grad = gradient(objective, student.detach(), teacher)
-        return objective(make_batch(student.detach(), teacher)).sum().item()
+        batch = make_batch(student.detach(), teacher, None, objective.__name__)
+        return objective(batch).sum().item()
 
     optimizer.step(closure)
     return student.softmax(-1)
@@ -378,12 +389,12 @@ def test_jsd_goes_from_the_forward_to_the_reverse_kl() -> None:
     student = random_logits(20, 2, 3, V)
     teacher = random_logits(21, 2, 3, V)
     beta = 1e-6
-    near_zero = jsd(make_batch(student, teacher, beta=beta)) / beta
-    near_one = jsd(make_batch(student, teacher, beta=1 - beta)) / beta
-    batch = make_batch(student, teacher, beta=0.5)
+    near_zero = jsd(make_batch(student, teacher, None, "jsd", beta=beta)) / beta
+    near_one = jsd(make_batch(student, teacher, None, "jsd", beta=1 - beta)) / beta
+    batch = make_batch(student, teacher, None, "jsd", beta=0.5)
     torch.testing.assert_close(near_zero, forward_kl(batch), rtol=1e-4, atol=0)
     torch.testing.assert_close(near_one, reverse_kl(batch), rtol=1e-4, atol=0)
-    swapped = make_batch(teacher, student, beta=0.5)
+    swapped = make_batch(teacher, student, None, "jsd", beta=0.5)
     assert_close(jsd(batch), jsd(swapped), atol=1e-12)
     assert (jsd(batch) < np.log(2)).all()  # it is bounded, unlike the KLs
 
@@ -392,7 +403,7 @@ def test_jsd_goes_from_the_forward_to_the_reverse_kl() -> None:
 
 
 def expected_rollout_gradient(
-    student: Tensor, teacher: Tensor, sampler: Tensor, **settings: Any
+    student: Tensor, teacher: Tensor, sampler: Tensor, **options: Any
 ) -> Tensor:
     """Return the sum over a of p_old(a) times the gradient of the loss with token a."""
     total = torch.zeros_like(student)
@@ -400,7 +411,7 @@ def expected_rollout_gradient(
         tokens = torch.full(student.shape[:2], token)
 
         def losses(leaf: Tensor, tokens: Tensor = tokens) -> Tensor:
-            batch = make_decision_batch(leaf, teacher, tokens, sampler, **settings)
+            batch = make_decision_batch(leaf, teacher, tokens, sampler, **options)
             return reverse_kl_rollout(batch)
 
         probability = sampler.softmax(-1)[..., token : token + 1]
@@ -465,11 +476,12 @@ def test_the_clamp_bounds_the_reward_on_both_sides(centre: bool) -> None:
     sample = torch.nn.functional.one_hot(tokens, V)
     found = gradient(reverse_kl_sampled, student, teacher, tokens, clamp=1.0, centre=centre)
     assert_close(found, -reward.unsqueeze(-1) * (sample - p), atol=1e-12)
-    clamped = is_clamped(make_batch(student, teacher, clamp=1.0), tokens)
+    name = "reverse_kl_sampled"
+    clamped = is_clamped(make_batch(student, teacher, None, name, clamp=1.0), tokens)
     assert torch.equal(clamped, select_token(unbounded, tokens).abs() > 1)
     assert clamped.any()
     assert not clamped.all()
-    assert not is_clamped(make_batch(student, teacher), tokens).any()
+    assert not is_clamped(make_batch(student, teacher, None, name), tokens).any()
 
 
 def test_rewards_to_go_are_the_discounted_later_ones() -> None:
@@ -516,12 +528,15 @@ def test_with_rewards_to_go_the_gradient_is_that_of_the_trajectorys_divergence()
 # GRPO
 
 
+CLIP = ClipParams()
+
+
 def make_sampled(
-    student: Tensor, sampler: Tensor, tokens: Tensor, advantage: Tensor, **settings: Any
+    student: Tensor, sampler: Tensor, tokens: Tensor, advantage: Tensor
 ) -> SampledTokens:
     now = select_token(student.log_softmax(-1), tokens)
     then = select_token(sampler.log_softmax(-1), tokens)
-    return SampledTokens(now, then, advantage, ClipParams(**settings))
+    return SampledTokens(now, then, advantage)
 
 
 def test_grpo_at_the_rollouts_student_is_the_policy_gradient() -> None:
@@ -529,7 +544,7 @@ def test_grpo_at_the_rollouts_student_is_the_policy_gradient() -> None:
     tokens = cycle_tokens(4, 3)
     advantage = torch.tensor([1.5, -0.5, 0.0, -1.0], dtype=torch.float64)
     found = differentiate(
-        lambda leaf: grpo(make_sampled(leaf, student, tokens, advantage)), student
+        lambda leaf: grpo(make_sampled(leaf, student, tokens, advantage), CLIP), student
     )
     score = torch.nn.functional.one_hot(tokens, V) - student.softmax(-1)
     assert_close(found, -advantage[:, None, None] * score, atol=1e-12)
@@ -556,14 +571,13 @@ def test_grpo_has_no_gradient_where_the_ratio_is_beyond_its_bound(
     student = torch.tensor([[[np.log(p), np.log(1 - p)]]])
     advantage = torch.tensor([0.7 * sign], dtype=torch.float64)
     found = differentiate(
-        lambda leaf: grpo(make_sampled(leaf, sampler, tokens, advantage)), student
+        lambda leaf: grpo(make_sampled(leaf, sampler, tokens, advantage), CLIP), student
     )
     score = torch.tensor([1 - p, p - 1], dtype=torch.float64)
     assert_close(found.flatten(), -advantage * ratio * score * trains, atol=1e-12)
     sampled = make_sampled(student, sampler, tokens, advantage)
-    assert is_clipped(sampled).item() != trains
-    wide = make_sampled(student, sampler, tokens, advantage, clip_high=0.6, clip_low=0.6)
-    assert not is_clipped(wide).item()
+    assert is_clipped(sampled, CLIP).item() != trains
+    assert not is_clipped(sampled, ClipParams(clip_high=0.6, clip_low=0.6)).item()
 
 
 def test_grpo_against_finite_differences() -> None:
@@ -573,7 +587,7 @@ def test_grpo_against_finite_differences() -> None:
     advantage = torch.tensor([1.0, -1.0], dtype=torch.float64)
 
     def total(logits: Tensor) -> Tensor:
-        return grpo(make_sampled(logits, sampler, tokens, advantage)).sum()
+        return grpo(make_sampled(logits, sampler, tokens, advantage), CLIP).sum()
 
     analytic = differentiate(total, student)
     for index in np.ndindex(*student.shape):
@@ -609,9 +623,8 @@ def test_weighted_so_the_mean_over_tokens_is_one_over_episodes() -> None:
 def test_mixed_is_grpo_and_a_share_of_the_reverse_kl() -> None:
     student, teacher, sampler = (random_logits(seed, 2, 2, V) for seed in (37, 38, 39))
     tokens = torch.tensor([[0, 1], [2, 3]])
-    settings = {"objective": "mixed", "distill": 0.25}
-    batch = make_decision_batch(student, teacher, tokens, sampler, **settings)
-    expected = grpo(batch.sampled) + 0.25 * reverse_kl(make_batch(student, teacher))
+    batch = make_decision_batch(student, teacher, tokens, sampler, "mixed", distill=0.25)
+    expected = grpo(batch.sampled, CLIP) + 0.25 * reverse_kl(make_batch(student, teacher))
     torch.testing.assert_close(mixed(batch), expected)
 
 
@@ -626,7 +639,7 @@ def test_a_batch_cut_in_two_is_the_same_batch(name: str) -> None:
     objective: Any = {**OBJECTIVES, **ON_DECISIONS}[name]
 
     def total(rows: slice, leaf: Tensor) -> Tensor:
-        part = make_decision_batch(leaf[rows], teacher[rows], tokens[rows], sampler[rows])
+        part = make_decision_batch(leaf[rows], teacher[rows], tokens[rows], sampler[rows], name)
         return masked_mean(objective(part), mask[rows]) * mask[rows].sum() / mask.sum()
 
     def in_two_parts(leaf: Tensor) -> Tensor:

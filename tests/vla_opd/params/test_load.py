@@ -24,7 +24,7 @@ def test_the_projects_own_file_is_in_order() -> None:
         ("sample.protocol=benchmark", "sample", "protocol", "benchmark"),
         ("policy.proprio=false", "policy", "proprio", False),
         ("environment.tasks=[a-v3, b-v3]", "environment", "tasks", ("a-v3", "b-v3")),
-        ("optimize.objective=a.b:c=d", "optimize", "objective", "a.b:c=d"),
+        ("environment.family=a.b:c=d", "environment", "family", "a.b:c=d"),
     ],
 )
 def test_overrides_are_yaml_on_the_same_schema(
@@ -52,7 +52,7 @@ def test_later_overrides_win_and_deeper_ones_reach_in(minimal: Path) -> None:
     [
         ("optimize.steps", r"override 'optimize\.steps': expected section\.key=value"),
         ("steps=3", r"override 'steps=3': expected section\.key=value"),
-        ("run.name.first=x", r"override 'run\.name\.first=x': name is not a section"),
+        ("run.name.first=x", r"run\.name\.first: name is not a section"),
         ("environment.tasks=[a", r"override 'environment\.tasks=\[a'"),
     ],
 )

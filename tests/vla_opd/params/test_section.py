@@ -20,8 +20,6 @@ from vla_opd.params.stages import EvaluateParams, RunParams
         ("optimize.steps=1.5", r"optimize\.steps is 1\.5: .*valid integer"),
         ("optimize.steps=true", r"optimize\.steps is True: expected a number, not true or false"),
         ("optimize.learning_rate=.inf", r"optimize\.learning_rate is inf: .*finite number"),
-        ("optimize.beta=1", r"optimize\.beta is 1: .*less than 1"),
-        ("optimize.reward=stale", r"optimize\.reward is 'stale': .*'fresh' or 'rollout'"),
         ("optimize.lora_rank=0", r"optimize\.lora_rank is 0: .*greater than or equal to 1"),
         ("sample.temperature=0", r"sample\.temperature is 0: .*greater than 0"),
         ("sample.protocol=train", r"sample\.protocol is 'train': .*'held-out' or 'benchmark'"),

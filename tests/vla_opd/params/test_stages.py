@@ -30,7 +30,7 @@ TRAJ1 = "Haozhan72/Openvla-oft-SFT-libero10-traj1"
             ),
         ),
         (
-            "optimize.keep_low=0.95",
+            "explore.keep_low=0.95",
             r"keep_low is 0\.95 and keep_high is 0\.9; expected keep_low to be at most keep_high",
         ),
     ],
