@@ -41,7 +41,6 @@ from flows.members import (
 )
 from flows.prefect_server import liveness
 from flows.train import opd
-from vla_opd.analysis import study_page
 from vla_opd.analysis.finished_run import discard, read_run
 from vla_opd.analysis.study_table import Table, concatenate, member_rows, read, shared_rows, write
 from vla_opd.artifacts.draft import BusyError, Draft, draft
@@ -50,6 +49,7 @@ from vla_opd.artifacts.manifest import MANIFEST, Manifest, open_artifact
 from vla_opd.machine.host import METRICS
 from vla_opd.machine.parent_death import die_with_parent
 from vla_opd.machine.tracking import read_executions
+from vla_opd.pages import study_page
 from vla_opd.params.load import load
 from vla_opd.params.recorded import read_recorded
 from vla_opd.params.run import Params

@@ -127,7 +127,7 @@ def _make(options: argparse.Namespace, params: Params, host: Host) -> str | None
     None after a share of it.
     """
     if options.study:
-        from vla_opd.analysis import study_page
+        from vla_opd.pages import study_page
 
         return study_page.run(Layout.of_run(params.run.name).root, options.study).digest
     if TORCHRUN not in os.environ:

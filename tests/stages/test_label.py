@@ -1,12 +1,12 @@
 """label: by the teacher or by an expert, and how later stages use it."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from stages import label
-from stages.report import render
 from tests.small_run import STAGES, call_stage, read_bytes
 from tests.vla_opd import small as tiny
 from tests.vla_opd.policies.test_checkpoint import publish
@@ -19,6 +19,7 @@ from vla_opd.data.trajectory import read_states, shards
 from vla_opd.learning.bin_transfer import between
 from vla_opd.learning.distillation import read_batch
 from vla_opd.machine.host import Host
+from vla_opd.pages.report_page import render
 from vla_opd.params.load import load
 from vla_opd.params.stages import EnvironmentParams, LabelParams
 from vla_opd.policies.checkpoint import open_checkpoint
@@ -93,7 +94,7 @@ def test_the_student_learns_from_the_experts_labels_and_the_report_names_it(smal
     assert call_stage(STAGES["evaluations/final"]) == 0
     run = read_distillation(small, EXPERT)
     assert (
-        "Labelled by a scripted expert</strong> "
+        "Labeled by a scripted expert</strong> "
         "(<code>label.expert: tests.out_of_tree:expert</code>)"
     ) in render(run)
     row = member_rows(run, "dagger", 0, {}).updates[0]
@@ -172,8 +173,8 @@ def test_only_recoverable_states_are_learned_from_with_optimize_recoverable(
     assert run.results.iterations[0].recoverable == labels["recoverable"]
     assert run.results.env_steps == visited["env_steps"] + labels["env_steps"]
     page = render(run)
-    assert "Recoverable: the states from which the teacher still succeeds" in page
+    assert "<b>Recoverable</b>: fraction of states from which the teacher still succeeds" in page
     # Its cell is followed by that of the gradient's norm.
     cell = f'<td class="number">{labels["recoverable"]:.1%}</td>'
-    assert f'{cell}<td class="number">' in page
-    assert "Labelled by a scripted expert" not in page
+    assert re.search(rf'{re.escape(cell)}\s*<td class="number">', page)
+    assert "Labeled by a scripted expert" not in page

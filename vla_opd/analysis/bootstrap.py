@@ -126,6 +126,13 @@ class Study:
     tasks: tuple[str, ...]
     horizon: int
 
+    def find(self, arm: str) -> Curve | None:
+        """Return the curve of an arm, if it has one."""
+        for curve in self.curves:
+            if curve.arm == arm:
+                return curve
+        return None
+
     @cached_property
     def _weights(self) -> Float[np.ndarray, "R E"]:
         """The weight of every episode in every resample; the weights of a resample sum to 1."""

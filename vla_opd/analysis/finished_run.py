@@ -145,7 +145,7 @@ class Evaluation:
     unseen: tuple[Record, ...]
 
     @property
-    def asked(self) -> tuple[float, float] | None:
+    def rates(self) -> tuple[float, float] | None:
         """The rates between which it decides; it stops as soon as it has decided."""
         return self.manifest.params["evaluate"].get("decide")
 

@@ -4,17 +4,16 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.resources import files
 from typing import Any
 
 import networkx as nx
-from jinja2 import Environment, StrictUndefined
 from rich.tree import Tree
 
 from vla_opd.artifacts.manifest import differing_keys, flatten
 from vla_opd.lineage.provenance import Origin, find_origin
 from vla_opd.lineage.store import SHORT, Artifact, Settings, Store
 from vla_opd.machine.tracking import Execution
+from vla_opd.pages import html
 
 TEMPLATE = "lineage.html.jinja"
 ABSENT = "not in its history"
@@ -219,16 +218,10 @@ def page(history: History) -> str:
 
     It has no scripts and loads nothing from the network.
     """
-    environment = Environment(
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    template = files("vla_opd.lineage") / TEMPLATE
-    source = template.read_text(encoding="utf-8")
     boxes = layout(history)
-    return environment.from_string(source).render(
+    return html.render(
+        "vla_opd.lineage",
+        TEMPLATE,
         history=history,
         boxes=boxes.values(),
         edges=list(_edges(history, boxes)),

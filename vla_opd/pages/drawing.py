@@ -1,4 +1,4 @@
-"""HTML pages: rendering, filters, and drawings as SVG elements coloured by the style sheet.
+"""Drawings: SVG elements of a page, in the colors of its style sheet.
 
 The same numbers give the same bytes.
 """
@@ -6,14 +6,13 @@ The same numbers give the same bytes.
 import io
 import re
 from collections.abc import Callable
-from importlib.resources import files
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 # Placeholders that become CSS variables in the page, so that a drawing suits light and dark themes.
 INK = "#000001"
@@ -30,9 +29,10 @@ THEME = {
     STUDENT: "student",
     TEACHER: "teacher",
     PAPER: "paper",
-    **{colour: f"series-{number}" for number, colour in enumerate(SERIES)},
+    **{color: f"series-{number}" for number, color in enumerate(SERIES)},
 }
-DRAWN_WITH = ("jinja2", "matplotlib")
+SMALL = (450, 300)  # CSS pixels
+WHOLE = (-0.03, 1.03)  # the limits of an axis of success rates
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "vla-opd",
     "svg.fonttype": "none",
@@ -54,48 +54,6 @@ STYLE: dict[Any, Any] = {
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
 }
-
-
-class Interval(Protocol):
-    """A confidence interval."""
-
-    @property
-    def low(self) -> float: ...
-    @property
-    def high(self) -> float: ...
-
-
-def render(package: str, template: str, **values: Any) -> str:
-    """Render a page from a template in one of this project's packages."""
-    environment = Environment(
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["percent"] = percent
-    environment.filters["interval"] = interval
-    environment.filters["brief"] = brief
-    style_sheet = files("vla_opd.analysis") / "page.css"
-    css = Markup(style_sheet.read_text(encoding="utf-8"))  # noqa: S704 - this project's own
-    source = (files(package) / template).read_text(encoding="utf-8")
-    return environment.from_string(source).render(css=css, **values)
-
-
-def percent(value: float) -> str:
-    """Format in percent, with one decimal."""
-    return f"{value:.1%}"
-
-
-def interval(ends: Interval) -> str:
-    """Format an interval in percent, with one decimal."""
-    return f"{ends.low:.1%} – {ends.high:.1%}"  # noqa: RUF001 - intervals have an en dash
-
-
-def brief(ends: Interval) -> str:
-    """Format an interval in whole percent."""
-    return f"{ends.low:.0%} – {ends.high:.0%}"  # noqa: RUF001 - as above
 
 
 def draw(name: str, alt: str, size: tuple[int, int], paint: Callable[["Axes"], None]) -> Markup:
@@ -121,7 +79,7 @@ def draw(name: str, alt: str, size: tuple[int, int], paint: Callable[["Axes"], N
 def _to_element(svg: str, name: str, alt: str) -> str:
     """Turn an SVG file into an element of an HTML page.
 
-    It gets unique ids, the page's colours and font, and no namespaces.
+    It gets unique ids, the page's colors and font, and no namespaces.
     """
     body = svg[svg.index("<svg") :]
     body = re.sub(r"\s*<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
@@ -134,6 +92,11 @@ def _to_element(svg: str, name: str, alt: str) -> str:
     body = re.sub(r'id="', f'id="{name}-', body)
     body = re.sub(r'(url\(#|href="#)', rf"\1{name}-", body)
     body = re.sub(r"'DejaVu Sans'", "var(--sans)", body)
-    for colour, variable in THEME.items():
-        body = body.replace(colour, f"var(--{variable})")
+    for color, variable in THEME.items():
+        body = body.replace(color, f"var(--{variable})")
     return body.strip()
+
+
+def show_percent(axis: "Axis") -> None:
+    """Label an axis of rates in percent."""
+    axis.set_major_formatter(lambda value, _: f"{value:.0%}")

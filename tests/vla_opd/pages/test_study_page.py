@@ -9,10 +9,12 @@ import pytest
 
 from tests.made_run import TREE
 from tests.vla_opd.analysis.test_bootstrap import table, with_unseen
-from vla_opd.analysis import study_page, study_table
+from vla_opd.analysis import study_table
 from vla_opd.analysis.study_table import Table
 from vla_opd.artifacts.draft import draft
 from vla_opd.artifacts.manifest import open_artifact
+from vla_opd.pages import study_page
+from vla_opd.pages.study_figures import arm_style
 from vla_opd.params.run import Params
 
 STUDIES: dict[str, Any] = {
@@ -140,7 +142,7 @@ def test_the_teacher_stands_where_its_own_making_puts_it(tmp_path: Path, page: s
     study_page.run(tmp_path, "speed")
     text = (tmp_path / "report/speed/index.html").read_text()
     assert "teacher 100.0%, itself made with 2,500." in text
-    assert "50 demonstrations, 2,500 environment steps, 10 optimiser steps" in text
+    assert "50 demonstrations, 2,500 environment steps, 10 optimizer steps" in text
     assert (
         json.loads((tmp_path / "report/speed/results.json").read_text())["teacher_cost"][
             "env_steps"
@@ -189,7 +191,7 @@ def test_a_damaged_table_is_refused(tmp_path: Path) -> None:
 
 
 def test_sixteen_arms_can_be_told_apart() -> None:
-    styles = [study_page._style(number) for number in range(16)]
+    styles = [arm_style(number) for number in range(16)]
     assert len({str(style) for style in styles}) == 16
     assert [
         len({style["color"] for style in styles[:8]}),
