@@ -20,8 +20,9 @@ import numpy as np
 from scipy.stats import t
 
 from stages.__main__ import main as stage
-from vla_opd.analysis.evaluation import Record, Score, read_records, score
+from vla_opd.analysis.evaluation import Score, score
 from vla_opd.artifacts.manifest import MANIFEST, canonical_json, read_manifest
+from vla_opd.data.records import Record, read_records
 from vla_opd.params.load import load
 from vla_opd.params.run import Params
 from vla_opd.params.section import EVALUATION_STATES

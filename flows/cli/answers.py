@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from vla_opd.analysis.comparison import Comparison, compare
-from vla_opd.analysis.evaluation import Record, read_records
 from vla_opd.artifacts.manifest import open_artifact
+from vla_opd.data.records import Record, read_records
 from vla_opd.lineage.history import Difference, History, tree
 from vla_opd.lineage.store import Artifact
 from vla_opd.lineage.verify import Finding

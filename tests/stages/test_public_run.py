@@ -19,8 +19,8 @@ import torch
 from flows import cli
 from tests.small_run import HOST, call_stage, run_stage
 from tests.vla_opd import public
-from vla_opd.analysis.evaluation import read_records
 from vla_opd.artifacts.manifest import read_manifest
+from vla_opd.data.records import read_records
 from vla_opd.data.trajectory import read_states, shards
 from vla_opd.policies import lora
 from vla_opd.policies.checkpoint import open_checkpoint

@@ -14,7 +14,7 @@ from functools import cache
 import numpy as np
 from jaxtyping import Bool, Int
 
-from vla_opd.analysis.evaluation import Record
+from vla_opd.data.records import Record
 
 RESAMPLES = 9999
 LONG = 300  # episodes

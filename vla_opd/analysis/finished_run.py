@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from vla_opd.analysis.evaluation import Record, Score, read_records, score
+from vla_opd.analysis.evaluation import Score, score
 from vla_opd.artifacts.files import remove
 from vla_opd.artifacts.manifest import MANIFEST, Manifest, open_artifact, read_manifest
 from vla_opd.data.divergence import Divergence, DivergenceMeans
+from vla_opd.data.records import Record, read_records
 from vla_opd.params.run import Params
 
 DISCARDED = ".discarded"  # in a run's folder: the manifests of artifacts that were removed from it

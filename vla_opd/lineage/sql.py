@@ -9,9 +9,9 @@ from typing import Any
 
 import duckdb
 
-from vla_opd.analysis.evaluation import read_records
 from vla_opd.artifacts.manifest import flatten
 from vla_opd.data import zarr_zip
+from vla_opd.data.records import read_records
 from vla_opd.data.trajectory import shards
 from vla_opd.lineage.store import Artifact, Store
 from vla_opd.machine.host import METRICS

@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import binom
 
 from vla_opd.analysis.comparison import SequentialTest, compare
-from vla_opd.analysis.evaluation import Record
+from vla_opd.data.records import Record
 
 
 def records(outcomes: dict[str, list[bool]], steps: int = 50) -> list[Record]:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.flows.toy import ROOT
 from tests.vla_opd.lineage.manifests import execution_of, record
-from vla_opd.analysis.evaluation import read_records
+from vla_opd.data.records import read_records
 from vla_opd.lineage.sql import query
 from vla_opd.lineage.store import Store, read_store
 
