@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from vla_opd.analysis.finished_run import Iteration, IterationResult, Run, StepMetrics
+from vla_opd.data.divergence import Divergence, DivergenceProfile
 from vla_opd.pages.drawing import GRID, PAPER, SMALL, STUDENT, TEACHER, draw
 
 if TYPE_CHECKING:
@@ -17,9 +18,17 @@ if TYPE_CHECKING:
 
 AXES = {"position": "position in the chunk", "dimension": "action dimension"}
 DIVERGENCES = {"reverse_kl": "reverse KL", "forward_kl": "forward KL"}
-KL_LABEL = "reverse KL, nats per token"
-ENTROPY_LABEL = "entropy, nats per token"
+UNIT = "nats per token"
+KL_LABEL = f"reverse KL, {UNIT}"
+ENTROPY_LABEL = f"entropy, {UNIT}"
 NAMES = 8  # of iterations that fit below a drawing
+ARROW = {
+    "arrowstyle": "-|>",
+    "color": STUDENT,
+    "linewidth": 1.5,
+    "shrinkA": 4,
+    "shrinkB": 4,
+}
 
 
 def divergence_figures(run: Run) -> dict[str, Markup]:
@@ -28,7 +37,12 @@ def divergence_figures(run: Run) -> dict[str, Markup]:
     if run.iterations:
         figures["kl"] = kl_by_iteration(run)
         figures["entropy"] = entropy_by_iteration(run)
-        figures |= _profile_figures(run)
+        last = run.iterations[-1]
+        for axis in AXES:
+            figures[f"entropy-{axis}"] = entropy_profile(last, axis)
+            for divergence in DIVERGENCES:
+                if getattr(last.after.by_position, divergence):
+                    figures[f"{divergence}-{axis}"] = kl_profile(run, axis, divergence)
     if iterations_with_steps(run):
         figures["kl-steps"] = kl_by_step(run)
         figures["entropy-steps"] = entropy_by_step(run)
@@ -40,33 +54,33 @@ def divergence_figures(run: Run) -> dict[str, Markup]:
 
 def kl_by_iteration(run: Run) -> Markup:
     """Draw reverse KL on each iteration's states: an arrow from before its update to after it."""
-    results = [iteration.result for iteration in run.iterations]
+    results = run.results.iterations
     before = [result.before.reverse_kl for result in results]
     after = [result.after.reverse_kl for result in results]
-    arrow = {"arrowstyle": "-|>", "color": STUDENT, "linewidth": 1.5, "shrinkA": 4, "shrinkB": 4}
 
     def paint(axes: "Axes") -> None:
         for number in range(len(results)):
             tail = (number, before[number])
             head = (number, after[number])
-            axes.annotate("", head, tail, arrowprops=arrow)
-        axes.plot(before, "o", color=STUDENT, markerfacecolor=PAPER, label="before the update")
-        axes.plot(after, "o", color=STUDENT, label="after the update")
+            axes.annotate("", head, tail, arrowprops=ARROW)
+        _draw_line(axes, before, "before the update", line="none", hollow=True)
+        _draw_line(axes, after, "after the update", line="none")
         _name_iterations(axes, results)
         axes.set(ylabel=KL_LABEL, ylim=(0, None))
         axes.legend(loc="upper right")
 
-    changes = [f"{result.name} {_change(result, 'reverse_kl')}" for result in results]
-    alt = (
-        "Reverse KL to the teacher in nats per token, before and after each iteration's update: "
-        f"{'; '.join(changes)}."
-    )
+    changes: list[str] = []
+    for result in results:
+        change = _change(result, "reverse_kl")
+        changes.append(f"{result.name} {change}")
+    values = "; ".join(changes)
+    alt = f"Reverse KL in {UNIT}, before and after each iteration's update: {values}."
     return draw("kl", alt, SMALL, paint)
 
 
 def entropy_by_iteration(run: Run) -> Markup:
     """Draw both entropies on each iteration's states, the student's before and after its update."""
-    results = [iteration.result for iteration in run.iterations]
+    results = run.results.iterations
     before = [result.before.student_entropy for result in results]
     after = [result.after.student_entropy for result in results]
     teacher = [result.after.teacher_entropy for result in results]
@@ -84,7 +98,8 @@ def entropy_by_iteration(run: Run) -> Markup:
         change = _change(result, "student_entropy")
         entropy = result.after.teacher_entropy
         phrases.append(f"{result.name} student {change}, teacher {entropy:.3f}")
-    alt = f"Entropy in nats per token on each iteration's states: {'; '.join(phrases)}."
+    values = "; ".join(phrases)
+    alt = f"Entropy in {UNIT} on each iteration's states: {values}."
     return draw("entropy", alt, SMALL, paint)
 
 
@@ -95,24 +110,15 @@ def _change(result: IterationResult, quantity: str) -> str:
 
 
 def _name_iterations(axes: "Axes", results: Sequence[IterationResult]) -> None:
-    interval = math.ceil(len(results) / NAMES)
+    count = len(results)
+    interval = math.ceil(count / NAMES)
     names = [result.name for result in results]
-    axes.set_xticks(range(0, len(names), interval), names[::interval])
-    axes.set_xlim(-0.5, len(names) - 0.5)
+    ticks = range(0, count, interval)
+    axes.set_xticks(ticks, names[::interval])
+    axes.set_xlim(-0.5, count - 0.5)
 
 
 # By part of a chunk
-
-
-def _profile_figures(run: Run) -> dict[str, Markup]:
-    figures: dict[str, Markup] = {}
-    last = run.iterations[-1].after
-    for axis in AXES:
-        for divergence in DIVERGENCES:
-            if getattr(last.by_position, divergence):
-                figures[f"{divergence}-{axis}"] = kl_profile(run, axis, divergence)
-        figures[f"entropy-{axis}"] = entropy_profile(run, axis)
-    return figures
 
 
 def kl_profile(run: Run, axis: str, divergence: str) -> Markup:
@@ -122,45 +128,59 @@ def kl_profile(run: Run, axis: str, divergence: str) -> Markup:
     """
     first = run.iterations[0]
     last = run.iterations[-1]
-    before = getattr(getattr(first.before, f"by_{axis}"), divergence)
-    after = getattr(getattr(last.after, f"by_{axis}"), divergence)
+    before_profile = _profile(first.before, axis)
+    after_profile = _profile(last.after, axis)
+    before = getattr(before_profile, divergence)
+    after = getattr(after_profile, divergence)
     title = DIVERGENCES[divergence]
+    axis_label = AXES[axis]
 
     def paint(axes: "Axes") -> None:
         _draw_profile(axes, before, f"before {first.result.name}", hollow=True)
         _draw_profile(axes, after, f"after {last.result.name}")
-        axes.set(xlabel=AXES[axis], ylabel=f"{title}, nats per token", ylim=(0, None))
+        axes.set(
+            xlabel=axis_label,
+            ylabel=f"{title}, {UNIT}",
+            ylim=(0, None),
+        )
         axes.legend(loc="best")
 
-    name = f"{divergence.replace('_', '-')}-{axis}"
-    alt = (
-        f"{title[0].upper()}{title[1:]} by {AXES[axis]}, in nats per token: "
-        f"before {_list(before)}; after {_list(after)}."
-    )
-    return draw(name, alt, SMALL, paint)
+    values_before = _list(before)
+    values_after = _list(after)
+    alt = f"The {title} by {axis_label}, in {UNIT}: before {values_before}; after {values_after}."
+    name = divergence.replace("_", "-")
+    return draw(f"{name}-{axis}", alt, SMALL, paint)
 
 
-def entropy_profile(run: Run, axis: str) -> Markup:
-    """Draw both entropies by position or dimension, on the last iteration's states."""
-    profile = getattr(run.iterations[-1].after, f"by_{axis}")
+def entropy_profile(iteration: Iteration, axis: str) -> Markup:
+    """Draw both entropies by position or dimension, after an iteration's update."""
+    profile = _profile(iteration.after, axis)
     student = profile.student_entropy
     teacher = profile.teacher_entropy
+    axis_label = AXES[axis]
 
     def paint(axes: "Axes") -> None:
         _draw_profile(axes, student, "student")
         _draw_profile(axes, teacher, "teacher", color=TEACHER, marker="s")
-        axes.set(xlabel=AXES[axis], ylabel=ENTROPY_LABEL)
+        axes.set(xlabel=axis_label, ylabel=ENTROPY_LABEL)
         axes.legend(loc="best")
 
+    student_values = _list(student)
+    teacher_values = _list(teacher)
     alt = (
-        f"Entropy by {AXES[axis]} after the last iteration, in nats per token: "
-        f"student {_list(student)}; teacher {_list(teacher)}."
+        f"Entropy by {axis_label} after the last update, in {UNIT}: "
+        f"student {student_values}; "
+        f"teacher {teacher_values}."
     )
     return draw(f"entropy-{axis}", alt, SMALL, paint)
 
 
+def _profile(measured: Divergence, axis: str) -> DivergenceProfile:
+    return measured.by_position if axis == "position" else measured.by_dimension
+
+
 def _draw_profile(axes: "Axes", values: Sequence[float | None], label: str, **options: Any) -> None:
-    heights = [math.nan if value is None else value for value in values]
+    heights = [math.nan if value is None else value for value in values]  # nan leaves a gap
     _draw_line(axes, heights, label, first=1, **options)
     axes.locator_params(axis="x", integer=True)
 
@@ -172,6 +192,7 @@ def _draw_line(
     *,
     first: int = 0,
     color: str = STUDENT,
+    line: str = "-",
     marker: str = "o",
     hollow: bool = False,
 ) -> None:
@@ -179,7 +200,7 @@ def _draw_line(
     axes.plot(
         range(first, first + len(heights)),
         heights,
-        linestyle="-",
+        linestyle=line,
         marker=marker,
         color=color,
         linewidth=1 if hollow else 2,
@@ -189,7 +210,8 @@ def _draw_line(
 
 
 def _list(values: Sequence[float | None]) -> str:
-    return ", ".join("none" if value is None else f"{value:.3f}" for value in values)
+    texts = ["none" if value is None else f"{value:.3f}" for value in values]
+    return ", ".join(texts)
 
 
 # By optimizer step
@@ -200,13 +222,18 @@ def kl_by_step(run: Run) -> Markup:
 
     def paint(axes: "Axes") -> None:
         for iteration in iterations_with_steps(run):
+            numbers = step_numbers(run, iteration)
             values = [step.kl for step in iteration.steps]
-            axes.plot(step_numbers(run, iteration), values, color=STUDENT, linewidth=1.2)
-        axes.set(xlabel="optimizer step", ylabel=KL_LABEL, ylim=(0, None))
+            axes.plot(numbers, values, color=STUDENT, linewidth=1.2)
+        axes.set(
+            xlabel="optimizer step",
+            ylabel=KL_LABEL,
+            ylim=(0, None),
+        )
         _mark_iterations(axes, run)
 
-    ends = _ends(run, lambda step: step.kl)
-    alt = f"Reverse KL of every optimizer step's batch in nats per token: {ends}."
+    change = _change_over_steps(run, lambda step: step.kl)
+    alt = f"Reverse KL of every optimizer step's batch in {UNIT}: {change}."
     return draw("kl-steps", alt, SMALL, paint)
 
 
@@ -219,13 +246,15 @@ def entropy_by_step(run: Run) -> Markup:
             values = [step.student_entropy for step in iteration.steps]
             axes.plot(numbers, values, color=STUDENT, linewidth=1.2)
             teacher = iteration.result.before.teacher_entropy
-            axes.hlines(teacher, numbers.start, numbers.stop, color=TEACHER, linewidth=1.5)
+            ends = [numbers.start, numbers.stop]
+            axes.plot(ends, [teacher, teacher], color=TEACHER, linewidth=1.5)
         axes.set(xlabel="optimizer step", ylabel=ENTROPY_LABEL)
         _mark_iterations(axes, run)
-        axes.legend([*axes.get_lines()[:1], *axes.collections[:1]], ("student", "teacher"))
+        student_and_teacher = axes.get_lines()[:2]
+        axes.legend(student_and_teacher, ("student", "teacher"), loc="best")
 
-    ends = _ends(run, lambda step: step.student_entropy)
-    alt = f"The student's entropy on every optimizer step's batch in nats per token: {ends}."
+    change = _change_over_steps(run, lambda step: step.student_entropy)
+    alt = f"The student's entropy on every optimizer step's batch in {UNIT}: {change}."
     return draw("entropy-steps", alt, SMALL, paint)
 
 
@@ -236,12 +265,13 @@ def iterations_with_steps(run: Run) -> list[Iteration]:
 
 def step_numbers(run: Run, iteration: Iteration) -> range:
     """Return the numbers of an iteration's optimizer steps, counted over its chain."""
-    chain = run.params.chain(iteration.result.name)[1:]
+    _, *ancestors = run.params.chain(iteration.result.name)
     first = 0
     for earlier in run.iterations:
-        if earlier.result.name in chain:
+        if earlier.result.name in ancestors:
             first += len(earlier.steps)
-    return range(first, first + len(iteration.steps))
+    stop = first + len(iteration.steps)
+    return range(first, stop)
 
 
 def _mark_iterations(axes: "Axes", run: Run) -> None:
@@ -251,8 +281,10 @@ def _mark_iterations(axes: "Axes", run: Run) -> None:
         axes.axvline(start, color=GRID, linewidth=1.2, zorder=0)
 
 
-def _ends(run: Run, value: Callable[[StepMetrics], float]) -> str:
-    steps = [step for iteration in iterations_with_steps(run) for step in iteration.steps]
-    first = value(steps[0])
-    last = value(steps[-1])
+def _change_over_steps(run: Run, quantity: Callable[[StepMetrics], float]) -> str:
+    iterations = iterations_with_steps(run)
+    first_step = iterations[0].steps[0]
+    last_step = iterations[-1].steps[-1]
+    first = quantity(first_step)
+    last = quantity(last_step)
     return f"{first:.3f} at the first step, {last:.3f} at the last"

@@ -33,6 +33,7 @@ THEME = {
 }
 SMALL = (450, 300)  # CSS pixels
 WHOLE = (-0.03, 1.03)  # the limits of an axis of success rates
+DASHED = (0, (4, 3))
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "vla-opd",
     "svg.fonttype": "none",

@@ -67,16 +67,18 @@ def share(score: Score, teacher: Score) -> str:
 
 def _confidences(evaluations: Iterable[Evaluation]) -> str:
     levels = {evaluation.confidence for evaluation in evaluations}
-    return " / ".join(f"{level:.0%}" for level in sorted(levels))
+    texts = [f"{level:.0%}" for level in sorted(levels)]
+    return " / ".join(texts)
 
 
 def _tasks(run: Run) -> list[str]:
     """Return the evaluated tasks, those that the run trains on first."""
-    evaluated: dict[str, None] = {}
+    evaluated: list[str] = []
     for evaluation in run.evaluations.values():
-        evaluated |= dict.fromkeys(evaluation.facts.tasks)
+        evaluated += evaluation.facts.tasks
     trained = [task for task in run.params.environment.tasks if task in evaluated]
-    return list(dict.fromkeys([*trained, *evaluated]))
+    distinct = dict.fromkeys([*trained, *evaluated])
+    return list(distinct)
 
 
 def _instructions(evaluations: Iterable[Evaluation]) -> dict[str, str]:
@@ -90,10 +92,12 @@ def _instructions(evaluations: Iterable[Evaluation]) -> dict[str, str]:
 
 def horizons(evaluations: Iterable[Evaluation]) -> list[int]:
     """Return the horizons of the evaluations, and the published ones that are no longer."""
-    evaluated = {evaluation.facts.horizon for evaluation in evaluations}
-    longest = max(evaluated)
-    published = {horizon for horizon in HORIZONS if horizon <= longest}
-    return sorted(evaluated | published)
+    selected = {evaluation.facts.horizon for evaluation in evaluations}
+    longest = max(selected)
+    for horizon in HORIZONS:
+        if horizon <= longest:
+            selected.add(horizon)
+    return sorted(selected)
 
 
 def _to_yaml(tree: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from markupsafe import Markup
 from vla_opd.analysis.bootstrap import COSTS, SHARE, Curve, Estimate, Study
 from vla_opd.analysis.study_results import StudyResults
 from vla_opd.pages.drawing import (
+    DASHED,
     INK,
     MUTED,
     PAPER,
@@ -77,6 +78,7 @@ def _success_against_cost(
 
     The teacher is a line, and a star at the cost of making it.
     """
+    cost_name = COST_NAMES[cost]
     teacher = results.teacher.value
     teacher_cost = getattr(results.teacher_cost, cost)
     successes = {number: study.success(curve) for number, curve in curves.items()}
@@ -89,8 +91,8 @@ def _success_against_cost(
             spent = curves[number].cost(cost)
             _draw_curve(axes, spent, successes[number], number)
         axes.set(
-            xlabel=COST_NAMES[cost],
-            ylabel="success",
+            xlabel=cost_name,
+            ylabel="success rate",
             ylim=WHOLE,
             xlim=(0, None),
         )
@@ -104,16 +106,22 @@ def _success_against_cost(
         success = successes[number][-1]
         ends.append(f"{curve.arm} {percent(success.value)} after {total:,.0f}")
     ends.append(f"teacher {percent(teacher)}")
-    made_with = f", itself made with {teacher_cost:,.0f}" if teacher_cost else ""
-    alt = f"Success against {COST_NAMES[cost]}: {'; '.join(ends)}{made_with}."
+    if teacher_cost:
+        ends.append(f"making the teacher took {teacher_cost:,.0f}")
+    values = "; ".join(ends)
+    alt = f"Success against {cost_name}: {values}."
     return draw(f"by-{cost}", alt, SMALL, paint)
 
 
 def _draw_levels(axes: "Axes", teacher: float) -> None:
     """Draw the teacher's success rate, and SHARE of it."""
-    dashed = (0, (4, 3))
     axes.axhline(teacher, color=TEACHER, linewidth=1.5)
-    axes.axhline(SHARE * teacher, color=MUTED, linewidth=1, linestyle=dashed)
+    axes.axhline(
+        SHARE * teacher,
+        color=MUTED,
+        linewidth=1,
+        linestyle=DASHED,
+    )
 
 
 def _draw_curve(
@@ -224,8 +232,8 @@ def _forgetting(study: Study, unseen: Study) -> Markup:
             linestyle="none",
         )
         axes.set(
-            xlabel="success on the tasks that are trained",
-            ylabel="success on unseen tasks",
+            xlabel="success rate on trained tasks",
+            ylabel="success rate on unseen tasks",
             xlim=WHOLE,
             ylim=WHOLE,
         )

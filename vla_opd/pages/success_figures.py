@@ -7,13 +7,11 @@ from markupsafe import Markup
 
 from vla_opd.analysis.evaluation import Score
 from vla_opd.analysis.finished_run import Evaluation, Run
-from vla_opd.pages.drawing import MUTED, PAPER, STUDENT, TEACHER, WHOLE, draw, show_percent
+from vla_opd.pages.drawing import DASHED, MUTED, PAPER, STUDENT, TEACHER, WHOLE, draw, show_percent
 from vla_opd.pages.html import percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-DASHED = (0, (4, 3))  # another line shows through where they coincide
 
 
 def success_by_iteration(run: Run) -> Markup:
@@ -23,11 +21,15 @@ def success_by_iteration(run: Run) -> Markup:
     rollouts of each iteration of distillation.
     """
     names = run.params.report
-    teacher = run.evaluations[names.teacher].facts.overall
-    chain = run.params.chain(run.params.evaluations[names.final])
+    teacher = run.results.teacher
+    final = run.params.evaluations[names.final]
+    chain = run.params.chain(final)
     placed = _placed_evaluations(run)
-    on_chain = [evaluation for evaluation in placed if evaluation.checkpoint in chain]
-    branches = [evaluation for evaluation in placed if evaluation.checkpoint not in chain]
+    on_chain: list[Evaluation] = []
+    branches: list[Evaluation] = []
+    for evaluation in placed:
+        group = on_chain if evaluation.checkpoint in chain else branches
+        group.append(evaluation)
 
     def paint(axes: "Axes") -> None:
         _draw_teacher(axes, teacher)
@@ -36,25 +38,29 @@ def success_by_iteration(run: Run) -> Markup:
             _draw_evaluations(axes, on_chain, "student, greedy", "-", STUDENT)
         if branches:
             _draw_evaluations(axes, branches, "other branches, greedy", "none", PAPER)
-        axes.set(xlabel="iterations", ylabel="success rate", ylim=WHOLE)
+        axes.set(
+            xlabel="iterations",
+            ylabel="success rate",
+            ylim=WHOLE,
+        )
         show_percent(axes.yaxis)
         axes.locator_params(axis="x", integer=True)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.14), ncols=4)
 
     phrases = [_describe(evaluation) for evaluation in placed]
     phrases.append(f"teacher {percent(teacher.success)}")
-    return draw("success", f"Success rate by iteration: {'; '.join(phrases)}.", (920, 340), paint)
+    values = "; ".join(phrases)
+    return draw("success", f"Success rate by iteration: {values}.", (920, 340), paint)
 
 
 def _placed_evaluations(run: Run) -> list[Evaluation]:
     """Return the evaluations of checkpoints that have a number of iterations, but the teacher's."""
+    placed: list[Evaluation] = []
     teacher = run.params.report.teacher
-    evaluations = run.evaluations.values()
-    return [
-        evaluation
-        for evaluation in evaluations
-        if evaluation.position is not None and evaluation.name != teacher
-    ]
+    for name, evaluation in run.evaluations.items():
+        if name != teacher and evaluation.position is not None:
+            placed.append(evaluation)
+    return placed
 
 
 def _describe(evaluation: Evaluation) -> str:
@@ -63,16 +69,31 @@ def _describe(evaluation: Evaluation) -> str:
 
 
 def _draw_teacher(axes: "Axes", score: Score) -> None:
-    axes.axhspan(score.low, score.high, color=TEACHER, alpha=0.14, linewidth=0)
-    axes.axhline(score.success, color=TEACHER, linewidth=1.5, label="teacher")
+    axes.axhspan(
+        score.low,
+        score.high,
+        color=TEACHER,
+        alpha=0.14,
+        linewidth=0,
+    )
+    axes.axhline(
+        score.success,
+        color=TEACHER,
+        linewidth=1.5,
+        label="teacher",
+    )
 
 
 def _draw_rollouts(axes: "Axes", run: Run, chain: Collection[str]) -> None:
-    results = [iteration.result for iteration in run.iterations]
-    results = [result for result in results if result.name in chain]
+    depths: list[int] = []
+    rates: list[float] = []
+    for result in run.results.iterations:
+        if result.name in chain:
+            depths.append(result.depth)
+            rates.append(result.success)
     axes.plot(
-        [result.depth for result in results],
-        [result.success for result in results],
+        depths,
+        rates,
         ".-",
         color=MUTED,
         linewidth=1,
@@ -83,12 +104,17 @@ def _draw_rollouts(axes: "Axes", run: Run, chain: Collection[str]) -> None:
 def _draw_evaluations(
     axes: "Axes", evaluations: Sequence[Evaluation], label: str, line: str, fill: str
 ) -> None:
-    scores = [evaluation.facts.overall for evaluation in evaluations]
-    below = [score.success - score.low for score in scores]
-    above = [score.high - score.success for score in scores]
+    rates: list[float] = []
+    below: list[float] = []
+    above: list[float] = []
+    for evaluation in evaluations:
+        score = evaluation.facts.overall
+        rates.append(score.success)
+        below.append(score.success - score.low)
+        above.append(score.high - score.success)
     axes.errorbar(
         [evaluation.position or 0 for evaluation in evaluations],
-        [score.success for score in scores],
+        rates,
         yerr=[below, above],
         color=STUDENT,
         linestyle=line,
@@ -117,7 +143,12 @@ def success_by_horizon(run: Run) -> Markup:
         for label, (name, color, line) in curves.items():
             style = {"label": label, "color": color, "linestyle": line}
             _draw_successes(axes, run.evaluations[name], style)
-        axes.set(xlabel="control step", ylabel="success rate so far", ylim=WHOLE, xlim=(0, None))
+        axes.set(
+            xlabel="control step",
+            ylabel="success rate so far",
+            ylim=WHOLE,
+            xlim=(0, None),
+        )
         show_percent(axes.yaxis)
         axes.legend(loc="upper left")
 

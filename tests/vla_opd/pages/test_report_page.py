@@ -145,7 +145,7 @@ def test_divergences_are_in_a_table_and_in_the_drawings_texts(page: str) -> None
         "1.000",
     ]
     text = (
-        "Reverse KL by action dimension, in nats per token: "
+        "The reverse KL by action dimension, in nats per token: "
         "before 1.900, none, 0.950; after 0.367, none, 0.183."
     )
     assert text in page
@@ -219,9 +219,9 @@ def test_drawings_have_text_alternatives_and_the_pages_colors(page: str) -> None
 
 def test_both_divergences_are_drawn_along_the_chunk_and_the_dimensions(page: str) -> None:
     labels = [drawing["aria-label"] or "" for drawing in drawings(page)]
-    for name, before in (("Reverse", "1.900, none, 0.950"), ("Forward", "3.800, none, 1.900")):
+    for name, before in (("reverse", "1.900, none, 0.950"), ("forward", "3.800, none, 1.900")):
         for axis in ("position in the chunk", "action dimension"):
-            start = f"{name} KL by {axis}, in nats per token: before {before}; after "
+            start = f"The {name} KL by {axis}, in nats per token: before {before}; after "
             assert any(label.startswith(start) for label in labels)
 
 

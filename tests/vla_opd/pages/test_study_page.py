@@ -132,7 +132,7 @@ def test_the_teacher_is_the_one_of_the_arms(tmp_path: Path) -> None:
 
 
 def test_the_teacher_stands_where_its_own_making_puts_it(tmp_path: Path, page: str) -> None:
-    assert "itself made with" not in page  # nobody knows
+    assert "making the teacher took" not in page  # the cost is not recorded
     own = {"episodes": 50, "env_steps": 2500, "optimizer_steps": 10}
     rows = [
         row.model_copy(update=own) if row.evaluation == "teacher" else row
@@ -141,7 +141,7 @@ def test_the_teacher_stands_where_its_own_making_puts_it(tmp_path: Path, page: s
     publish(tmp_path, Table(tuple(rows), table().updates))
     study_page.run(tmp_path, "speed")
     text = (tmp_path / "report/speed/index.html").read_text()
-    assert "teacher 100.0%, itself made with 2,500." in text
+    assert "teacher 100.0%; making the teacher took 2,500." in text
     assert "50 demonstrations, 2,500 environment steps, 10 optimizer steps" in text
     assert (
         json.loads((tmp_path / "report/speed/results.json").read_text())["teacher_cost"][
