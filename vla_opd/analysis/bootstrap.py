@@ -86,17 +86,18 @@ class Curve:
 
         Iterations that are distillation for one seed and GRPO for another are left out.
         """
-        values: dict[int, list[float]] = {}
-        kinds: dict[int, set[str]] = {}
+        by_position: dict[int, list[UpdateRow]] = {}
         for row in self.updates:
-            kinds.setdefault(row.position, set()).add(row.kind)
-            value = getattr(row, quantity)
-            if value is not None:
-                values.setdefault(row.position, []).append(value)
+            rows = by_position.setdefault(row.position, [])
+            rows.append(row)
         means: dict[int, float] = {}
-        for position in sorted(values):
-            if len(kinds[position]) == 1:
-                mean = np.mean(values[position])
+        for position in sorted(by_position):
+            rows = by_position[position]
+            kinds = {row.kind for row in rows}
+            values = [getattr(row, quantity) for row in rows]
+            recorded = [value for value in values if value is not None]
+            if recorded and len(kinds) == 1:
+                mean = np.mean(recorded)
                 means[position] = float(mean)
         return means
 
@@ -138,11 +139,12 @@ class Study:
         """The weight of every episode in every resample; the weights of a resample sum to 1."""
         random = np.random.default_rng(0)
         tasks = np.array(self.tasks)
-        draws = np.zeros((RESAMPLES, len(tasks)))
+        count = len(tasks)
+        draws = np.zeros((RESAMPLES, count))
         for task in dict.fromkeys(self.tasks):
-            (columns,) = np.nonzero(tasks == task)
-            draws[:, columns] = _draw(random, len(columns))
-        return draws / len(tasks)
+            of_task = tasks == task
+            draws[:, of_task] = _draw(random, int(of_task.sum()))
+        return draws / count
 
     def _seed_weights(self, curve: Curve) -> Float[np.ndarray, "R S"]:
         count = len(curve.seeds)
@@ -211,8 +213,9 @@ class Study:
         tasks = np.array(self.tasks)
         rates: dict[str, float] = {}
         for task in dict.fromkeys(self.tasks):
-            of_task = outcomes[..., tasks == task]
-            rates[task] = float(of_task.mean())
+            of_task = tasks == task
+            rate = outcomes[..., of_task].mean()
+            rates[task] = float(rate)
         return rates
 
     def reach(self, curve: Curve, cost: str, share: float = SHARE) -> Estimate:
@@ -232,7 +235,9 @@ class Study:
         resamples or more, if either cost is zero, or if they share no seed.
         """
         reference, curve = _pair(reference, curve)
-        total = curve.cost(cost)[-1] if curve.seeds else 0
+        if not curve.seeds:
+            return None
+        total = float(curve.cost(cost)[-1])
         if not total > 0:  # also if it is NaN
             return None
         unit, resampled_unit = self._reach(reference, cost, share)
@@ -240,11 +245,14 @@ class Study:
         if not 0 < unit < np.inf or reached.mean() < REACHED:
             return None
         value, resampled = self._reach(curve, cost, share)
-        if np.isinf(value):
-            value = float(total)
         final_costs = curve.costs[cost][:, -1]
         resampled_total = self._seed_weights(curve) @ final_costs
-        resampled = np.where(np.isinf(resampled), resampled_total, resampled)
+        value = total if np.isinf(value) else value
+        resampled = np.where(
+            np.isinf(resampled),
+            resampled_total,
+            resampled,
+        )
         return Estimate.from_resamples(
             value / unit,
             resampled[reached] / resampled_unit[reached],
@@ -254,10 +262,11 @@ class Study:
         self, curve: Curve, cost: str, share: float
     ) -> tuple[float, Float[np.ndarray, " R"]]:
         means = curve.outcomes.mean((0, 2))
+        costs = curve.cost(cost)
         level = share * self.teacher.mean()
         value = crossing(
             means[None],
-            curve.cost(cost)[None],
+            costs[None],
             np.array([level]),
         )
         resampled_level = share * (self._weights @ self.teacher)
@@ -280,21 +289,30 @@ def crossing(
     """
     above = success >= level[:, None]
     rows = np.arange(len(success))
-    last = above.argmax(1)
-    first = np.maximum(last - 1, 0)
-    first_success = success[rows, first]
-    first_quantity = quantity[rows, first]
-    rise = success[rows, last] - first_success
+    after = above.argmax(1)  # the first point that is not below the level
+    before = np.maximum(after - 1, 0)
+    success_before = success[rows, before]
+    quantity_before = quantity[rows, before]
+    quantity_after = quantity[rows, after]
+    rise = success[rows, after] - success_before
     fraction = np.divide(
-        level - first_success,
+        level - success_before,
         rise,
         out=np.ones(len(success)),
         where=rise > 0,
     )
-    increase = quantity[rows, last] - first_quantity
-    interpolated = first_quantity + fraction * increase
-    reached = np.where(last == 0, quantity[rows, 0], interpolated)
-    return np.where(above.any(1), reached, np.inf)
+    increase = quantity_after - quantity_before
+    interpolated = quantity_before + fraction * increase
+    reached = np.where(
+        after == 0,
+        quantity_after,
+        interpolated,
+    )
+    return np.where(
+        above.any(1),
+        reached,
+        np.inf,
+    )
 
 
 def _draw(random: np.random.Generator, count: int) -> Int[np.ndarray, "R N"]:
@@ -325,7 +343,8 @@ def read_study(table: Table, start: str, teacher: str, *, seen: bool = True) -> 
     ValueError if an evaluation is missing or has other episodes than the start's.
     """
     rows = [row for row in table.episodes if row.seen is seen]
-    shared = _group([row for row in rows if row.arm is None], _evaluation)
+    of_no_arm = [row for row in rows if row.arm is None]
+    shared = _group(of_no_arm, _evaluation)
     for name in (start, teacher):
         if name not in shared:
             raise ValueError(
@@ -343,7 +362,7 @@ def read_study(table: Table, start: str, teacher: str, *, seen: bool = True) -> 
             updates = tuple(row for row in table.updates if row.arm == arm)
             curve = _read_curve(arm, of_arm, updates, start_outcomes, episodes)
             curves.append(curve)
-    teacher_cost = {name: getattr(teacher_rows[0], name) for name in COSTS}
+    teacher_cost = teacher_rows[0].model_dump(include=set(COSTS))
     return Study(
         curves=tuple(curves),
         start=start_outcomes,
@@ -364,30 +383,37 @@ def _read_curve(
     by_seed = _group(rows, _seed)
     evaluated = [_group(of_seed, _checkpoint) for of_seed in by_seed.values()]
     checkpoints = _common_checkpoints(evaluated)
-    outcomes: list[list[np.ndarray]] = []
-    costs: dict[str, list[list[float | None]]] = {name: [] for name in COSTS}
-    for by_checkpoint in evaluated:
-        points = [by_checkpoint[checkpoint] for checkpoint in checkpoints]
-        outcomes.append([_outcomes(point, episodes) for point in points])
-        for name in COSTS:
-            of_seed = [getattr(point[0], name) for point in points]
-            costs[name].append(of_seed)
     first = evaluated[0][checkpoints[0]]
-    if first[0].iterations > 0:  # the arm has no student of its own: its curve begins at the start
+    begins_at_start = first[0].iterations > 0  # the arm has no student of its own
+    outcomes: list[list[np.ndarray]] = []
+    costs: list[list[Cost]] = []
+    for by_checkpoint in evaluated:
+        outcomes_of_seed: list[np.ndarray] = []
+        costs_of_seed: list[Cost] = []
+        if begins_at_start:
+            outcomes_of_seed.append(start)
+            costs_of_seed.append(Cost())
+        for checkpoint in checkpoints:
+            point = by_checkpoint[checkpoint]
+            outcomes_of_seed.append(_outcomes(point, episodes))
+            costs_of_seed.append(point[0])
+        outcomes.append(outcomes_of_seed)
+        costs.append(costs_of_seed)
+    if begins_at_start:
         checkpoints.insert(0, "start")
-        for of_seed in outcomes:
-            of_seed.insert(0, start)
-        for name in COSTS:
-            for of_seed in costs[name]:
-                of_seed.insert(0, 0.0)
     return Curve(
         arm=arm,
         seeds=tuple(by_seed),
         checkpoints=tuple(checkpoints),
         outcomes=np.array(outcomes),
-        costs={name: np.array(costs[name], dtype=float) for name in COSTS},  # None becomes NaN
+        costs={name: _cost_array(costs, name) for name in COSTS},
         updates=updates,
     )
+
+
+def _cost_array(costs: Sequence[Sequence[Cost]], name: str) -> Float[np.ndarray, "S P"]:
+    rows = [[getattr(cost, name) for cost in of_seed] for of_seed in costs]
+    return np.array(rows, dtype=float)  # None becomes NaN
 
 
 def _checkpoint(row: EpisodeRow) -> str:
@@ -405,11 +431,13 @@ def _seed(row: EpisodeRow) -> int | None:
 def _common_checkpoints(evaluated: Sequence[dict[str, list[EpisodeRow]]]) -> list[str]:
     """Return the checkpoints that were evaluated with every seed, in order of training."""
     first_seed = evaluated[0]
-    common = set(first_seed).intersection(*evaluated)
+    common = set(first_seed)
+    for of_seed in evaluated:
+        common &= of_seed.keys()
 
     def order(checkpoint: str) -> tuple[int, int]:
-        row = first_seed[checkpoint][0]
-        return row.iterations, row.optimizer_steps
+        rows = first_seed[checkpoint]
+        return rows[0].iterations, rows[0].optimizer_steps
 
     in_order = [checkpoint for checkpoint in first_seed if checkpoint in common]
     return sorted(in_order, key=order)
@@ -430,7 +458,9 @@ def _group(
 
 def _outcomes(rows: Sequence[EpisodeRow], episodes: Sequence[Episode]) -> Bool[np.ndarray, " E"]:
     """Return the outcomes in the order of `episodes`. ValueError for other episodes."""
-    outcomes = {(row.task, row.state): row.success for row in rows}
+    outcomes: dict[Episode, bool] = {}
+    for row in rows:
+        outcomes[row.task, row.state] = row.success
     differing = sorted(outcomes.keys() ^ set(episodes))
     if differing:
         first = rows[0]

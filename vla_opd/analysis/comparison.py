@@ -14,7 +14,7 @@ from functools import cache
 import numpy as np
 from jaxtyping import Bool, Int
 
-from vla_opd.data.records import Record
+from vla_opd.data.records import Record, State
 
 RESAMPLES = 9999
 LONG = 300  # episodes
@@ -95,12 +95,12 @@ def _pair(
     return tasks, np.array([[before[episode], after[episode]] for episode in episodes])
 
 
-def _outcomes(records: Sequence[Record], horizon: int | None) -> dict[tuple[str, int], bool]:
-    outcomes: dict[tuple[str, int], bool] = {}
+def _outcomes(records: Sequence[Record], horizon: int | None) -> dict[State, bool]:
+    outcomes: dict[State, bool] = {}
     for record in records:
-        episode = (record.task, record.state)
+        state = (record.task, record.state)
         in_time = horizon is None or record.steps <= horizon
-        outcomes[episode] = record.success and in_time
+        outcomes[state] = record.success and in_time
     return outcomes
 
 
@@ -109,17 +109,21 @@ def _interval(
 ) -> tuple[float, float]:
     """Return percentiles of the mean difference. Episodes are resampled within their task."""
     random = np.random.default_rng(0)
+    task_of = np.array(tasks)
     totals = np.zeros(RESAMPLES, dtype=int)
     for task in dict.fromkeys(tasks):
-        group = differences[np.array(tasks) == task]
-        shape = (RESAMPLES, len(group))
-        rows = random.integers(0, len(group), shape)
-        totals += group[rows].sum(1)
+        group = differences[task_of == task]
+        count = len(group)
+        shape = (RESAMPLES, count)
+        rows = random.integers(0, count, shape)
+        resampled = group[rows]
+        totals += resampled.sum(1)
     means = totals / len(differences)
-    low, high = np.quantile(
-        means,
-        [(1 - confidence) / 2, (1 + confidence) / 2],
-    )
+    levels = [
+        (1 - confidence) / 2,
+        (1 + confidence) / 2,
+    ]
+    low, high = np.quantile(means, levels)
     return float(low), float(high)
 
 
@@ -165,9 +169,9 @@ class SequentialTest:
     @property
     def steps(self) -> tuple[float, float]:
         """The changes of the log ratio with a failure and with a success."""
-        failure = math.log((1 - self.high) / (1 - self.low))
-        success = math.log(self.high / self.low)
-        return failure, success
+        failure = (1 - self.high) / (1 - self.low)
+        success = self.high / self.low
+        return math.log(failure), math.log(success)
 
     def chances(
         self, rate: float, bounds: tuple[float, float] | None = None

@@ -1,7 +1,7 @@
 """Success rates of evaluations with Wilson intervals, and when an evaluation has decided."""
 
-from collections.abc import Iterable, Sequence
-from itertools import takewhile
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -49,20 +49,20 @@ def score_records(
 
     trained: the tasks that the run trains on, which are those that count overall.
     """
-    outcomes: dict[str, list[bool]] = {}
-    steps = 0
-    for record in records:
-        outcomes.setdefault(record.task, []).append(record.success)
-        steps += record.steps
+    played = list(records)
 
     def success(tasks: Sequence[str]) -> dict[str, float]:
-        of_tasks = [outcome for task in tasks for outcome in outcomes.get(task, ())]
-        return score(of_tasks, settings.confidence).model_dump()
+        outcomes = [record.success for record in played if record.task in tasks]
+        return score(outcomes, settings.confidence).model_dump()
 
+    by_task: dict[str, dict[str, float]] = {}
+    for record in played:
+        if record.task not in by_task:
+            by_task[record.task] = success([record.task])
     facts: dict[str, Any] = {
         "overall": success(trained),
-        "tasks": {task: success([task]) for task in outcomes},
-        "env_steps": steps,
+        "tasks": by_task,
+        "env_steps": sum(record.steps for record in played),
         "horizon": settings.horizon,
     }
     if settings.unseen:
@@ -75,10 +75,11 @@ def plan_states(settings: EvaluateParams, tasks: Sequence[str]) -> list[State]:
 
     For a decision, state after state, so that every task contributes early.
     """
-    numbers = range(settings.first_state, settings.first_state + settings.episodes)
+    stop = settings.first_state + settings.episodes
+    numbers = range(settings.first_state, stop)
     if settings.decide:
-        return [(task, number) for number in numbers for task in tasks]
-    return [(task, number) for task in tasks for number in numbers]
+        return [(task, number) for number, task in product(numbers, tasks)]
+    return list(product(tasks, numbers))
 
 
 def collect(
@@ -91,13 +92,25 @@ def collect(
     """
     test = None
     if settings.decide:
-        test = SequentialTest(*settings.decide, settings.confidence)
+        low, high = settings.decide
+        test = SequentialTest(low, high, settings.confidence)
     records: dict[State, Record] = {}
     for record in played:
-        records[record.task, record.state] = record
-        if test is not None:
-            first = [records[state] for state in takewhile(records.__contains__, planned)]
+        state = (record.task, record.state)
+        records[state] = record
+        if test:
+            first = _first_planned(records, planned)
             rate, count = test.decide(record.success for record in first)
             if rate is not None:
                 return first[:count], rate
     return [records[state] for state in planned], None
+
+
+def _first_planned(records: Mapping[State, Record], planned: Iterable[State]) -> list[Record]:
+    """Return the planned records in order, up to the first one that is missing."""
+    first: list[Record] = []
+    for state in planned:
+        if state not in records:
+            break
+        first.append(records[state])
+    return first

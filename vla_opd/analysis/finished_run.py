@@ -158,7 +158,7 @@ class Evaluation:
         """Return the score at a shorter horizon, in control steps; None if it is longer."""
         if horizon > self.facts.horizon:
             return None
-        outcomes = (record.success and record.steps <= horizon for record in self.records)
+        outcomes = [record.success and record.steps <= horizon for record in self.records]
         return score(outcomes, self.confidence)
 
 
@@ -238,7 +238,8 @@ class Run:
                 distinct.add(version)
         versions: dict[str, str] = {}
         for package in sorted(values):
-            versions[package] = ", ".join(sorted(values[package]))
+            distinct = sorted(values[package])
+            versions[package] = ", ".join(distinct)
         return versions
 
     @property
@@ -248,15 +249,19 @@ class Run:
     @property
     def results(self) -> Results:
         names = self.params.report
-        evaluations = self.evaluations
+        teacher = self.evaluations[names.teacher]
+        start = self.evaluations[names.start]
+        final = self.evaluations[names.final]
         iterations = [iteration.result for iteration in self.iterations]
         reinforcements = [iteration.result for iteration in self.reinforcements]
+        env_steps = sum(update.result.env_steps for update in self.updates)
+        queries = sum(result.teacher_queries for result in iterations)
         return Results(
-            teacher=evaluations[names.teacher].facts.overall,
-            start=evaluations[names.start].facts.overall,
-            final=evaluations[names.final].facts.overall,
-            env_steps=sum(result.env_steps for result in (*iterations, *reinforcements)),
-            teacher_queries=sum(result.teacher_queries for result in iterations),
+            teacher=teacher.facts.overall,
+            start=start.facts.overall,
+            final=final.facts.overall,
+            env_steps=env_steps,
+            teacher_queries=queries,
             iterations=tuple(iterations),
             reinforcements=tuple(reinforcements),
         )
@@ -307,9 +312,10 @@ def _sort_evaluations(params: Params, positions: Mapping[str, int]) -> list[str]
     """Return the evaluations by position, the teacher's last."""
 
     def order(name: str) -> tuple[bool, int]:
-        checkpoint = params.evaluations[name]
         is_teacher = name == params.report.teacher
-        return is_teacher, positions.get(checkpoint, -1)
+        checkpoint = params.evaluations[name]
+        position = positions.get(checkpoint, -1)
+        return is_teacher, position
 
     return sorted(params.evaluations, key=order)
 
@@ -394,8 +400,11 @@ def _means(steps: Sequence[StepMetrics]) -> dict[str, float]:
     """Return the fields of `UpdateResult` that any step has."""
     means: dict[str, float] = {}
     for name in UpdateResult.model_fields:
-        values = [getattr(step, name) for step in steps]
-        values = [value for value in values if value is not None]
+        values: list[float] = []
+        for step in steps:
+            value = getattr(step, name)
+            if value is not None:
+                values.append(value)
         if values:
             means[name] = sum(values) / len(values)
     return means
