@@ -196,9 +196,11 @@ def _dependencies(history: History) -> list[dict[str, Any]]:
     dependencies: list[dict[str, Any]] = []
 
     def add(name: str, algorithm: str, digest: str) -> None:
-        dependencies.append({"name": name, "digest": {algorithm: digest}})
+        dependency = {"name": name, "digest": {algorithm: digest}}
+        dependencies.append(dependency)
 
-    for ancestor in history.artifacts[:-1]:
+    *ancestors, _ = history.artifacts
+    for ancestor in ancestors:
         add(ancestor.name, "opdManifest", ancestor.digest)
     for digest, role in history.missing.items():
         add(role, "opdManifest", digest)
@@ -206,8 +208,9 @@ def _dependencies(history: History) -> list[dict[str, Any]]:
         for path, md5 in origin.code.items():
             add(path, "md5", md5)
     if origin.commit:
-        commit = {"gitCommit": origin.commit}
-        dependencies.append({"uri": f"git+{repository()}", "digest": commit})
+        address = repository()
+        digest = {"gitCommit": origin.commit}
+        dependencies.append({"uri": f"git+{address}", "digest": digest})
     return dependencies
 
 

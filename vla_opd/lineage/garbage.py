@@ -114,9 +114,10 @@ def _find_linked(store: Store, root: Path = ROOT) -> set[Path]:
     The link may be to the folder itself or to one above it.
     """
     targets: list[Path] = []
-    for pattern in ("*/*", "*/*/*"):
-        links = [path for path in root.glob(pattern) if path.is_symlink()]
-        targets += [link.resolve() for link in links]
+    for path in (*root.glob("*/*"), *root.glob("*/*/*")):
+        if path.is_symlink():
+            target = path.resolve()
+            targets.append(target)
     linked: set[Path] = set()
     for artifact in store.artifacts:
         folder = artifact.folder.resolve()

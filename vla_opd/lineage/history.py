@@ -54,11 +54,9 @@ class History:
         by_kind: dict[str, list[Settings]] = {}
         for artifact in self.artifacts:
             rows = by_kind.setdefault(artifact.kind, [])
-            rows.append(flatten(artifact.manifest.params))
-        values: dict[str, dict[str, list[str]]] = {}
-        for kind, rows in by_kind.items():
-            values[kind] = _collect_values(rows)
-        return values
+            settings = flatten(artifact.manifest.params)
+            rows.append(settings)
+        return {kind: _collect_values(rows) for kind, rows in by_kind.items()}
 
 
 def _collect_values(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
@@ -83,7 +81,8 @@ def tree(history: History) -> Tree:
 
 
 def _add_parents(history: History, artifact: Artifact, branch: Tree, drawn: set[str]) -> None:
-    for role, digest, parent in history.store.parents(artifact):
+    parents = history.store.parents(artifact)
+    for role, digest, parent in parents:
         short = digest[:SHORT]
         if parent is None:
             branch.add(f"{role}: [yellow]{short}, not here[/]")
@@ -137,21 +136,16 @@ def mermaid(history: History) -> str:
     nodes: list[str] = []
     edges: list[str] = []
     for artifact in history.artifacts:
-        child = _node(artifact.digest)
-        nodes.append(f'  {child}["{artifact.name}<br/>{artifact.short}"]')
-        for role, digest in artifact.manifest.parents.items():
-            parent = _node(digest)
-            edges.append(f"  {parent} -- {role} --> {child}")
+        child = artifact.short
+        nodes.append(f'  n{child}["{artifact.name}<br/>{child}"]')
+        parents = _shorten(artifact.manifest.parents)
+        for role, parent in parents.items():
+            edges.append(f"  n{parent} -- {role} --> n{child}")
     for digest, role in history.missing.items():
-        node = _node(digest)
         short = digest[:SHORT]
-        nodes.append(f'  {node}(["{role}<br/>{short}, not here"])')
-    lines = ["flowchart LR", *nodes, *edges]
-    return "\n".join(lines) + "\n"
-
-
-def _node(digest: str) -> str:
-    return f"n{digest[:SHORT]}"
+        nodes.append(f'  n{short}(["{role}<br/>{short}, not here"])')
+    lines = ["flowchart LR", *nodes, *edges, ""]
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -194,7 +188,8 @@ def _labels(history: History) -> dict[str, tuple[str, str]]:
     """Return name and kind of every artifact by digest."""
     labels: dict[str, tuple[str, str]] = {}
     for artifact in history.artifacts:
-        labels[artifact.digest] = (artifact.name, artifact.kind)
+        label = (artifact.name, artifact.kind)
+        labels[artifact.digest] = label
     for digest, role in history.missing.items():
         labels[digest] = (role, "missing")
     return labels
@@ -209,7 +204,8 @@ def _columns(history: History) -> dict[str, int]:
     used = [kind for kind in COLUMNS if kind in present]
     columns: dict[str, int] = {}
     for digest, kind in kinds.items():
-        columns[digest] = used.index(kind) if kind in used else 0
+        is_used = kind in used
+        columns[digest] = used.index(kind) if is_used else 0
     return columns
 
 

@@ -52,8 +52,9 @@ def locked_stages(lock: Path = LOCK) -> dict[str, dict[str, Any]]:
     entries: dict[str, dict[str, Any]] = {}
     for name, entry in stages.items():
         for out in entry["outs"]:
+            path = out["path"]
             identity = {"name": name, "md5": out["md5"]}
-            entries[out["path"]] = {**entry, **identity}
+            entries[path] = {**entry, **identity}
     return entries
 
 
@@ -113,10 +114,7 @@ def hash_folder(folder: Path) -> str:
 
 
 def _hash_listing(hashes: Mapping[str, str]) -> str:
-    rows: list[dict[str, str]] = []
-    for path in sorted(hashes):
-        row = {"md5": hashes[path], "relpath": path}
-        rows.append(row)
+    rows = [{"md5": hashes[path], "relpath": path} for path in sorted(hashes)]
     listing = json.dumps(rows, sort_keys=True)
     md5 = hashlib.md5(listing.encode(), usedforsecurity=False)
     return f"{md5.hexdigest()}.dir"

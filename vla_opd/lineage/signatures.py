@@ -97,7 +97,8 @@ def _list_differences(signed: dict[str, str], present: dict[str, str]) -> list[s
     differences: list[str] = []
     for digest in signed.keys() ^ present.keys():
         name = names[digest].removesuffix(MISSING)
-        differences.append(f"{name} {digest[:SHORT]}")
+        short = digest[:SHORT]
+        differences.append(f"{name} {short}")
     return sorted(differences)
 
 

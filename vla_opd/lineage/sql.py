@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +41,7 @@ CREATE TABLE executions (id TEXT, stage TEXT, name TEXT, digest TEXT, began TIME
 An artifact is one of its own ancestors. `rollouts` are the episodes of trajectories and
 demonstrations; they are read from the shards, so only for a query that names the table.
 """
-ROLLOUT_COLUMNS = (
-    "index",
-    "member",
-    "success",
-    "steps",
-    "states",
-)  # a shard's, one row per episode
+ROLLOUT_COLUMNS = ("index", "member", "success", "steps", "states")  # a shard's, per episode
 
 
 def query(store: Store, sql: str, metrics: Path = METRICS) -> tuple[list[str], list[Row]]:
@@ -84,11 +77,14 @@ def _tables(store: Store, metrics: Path, *, rollouts: bool) -> Iterator[tuple[st
         readers["rollouts"] = _rollouts
     unique = store.by_digest.values()  # copies of an artifact differ in their names only
     for table, read_rows in readers.items():
-        rows = map(read_rows, unique)
-        yield table, list(chain.from_iterable(rows))
-    yield "artifacts", list(map(_artifact_row, store.artifacts))
+        rows: list[Row] = []
+        for artifact in unique:
+            rows += read_rows(artifact)
+        yield table, rows
+    yield "artifacts", [_artifact_row(artifact) for artifact in store.artifacts]
     runs = {artifact.run for artifact in store.artifacts}
-    yield "executions", list(_executions(metrics, sorted(runs)))
+    executions = _executions(metrics, sorted(runs))
+    yield "executions", list(executions)
 
 
 def _artifact_row(artifact: Artifact) -> Row:
@@ -190,5 +186,6 @@ def _read_or_warn(read: Callable[[Path], list[Any]], path: Path) -> list[Any]:
 def _read_episodes(shard: Path) -> list[Row]:
     arrays, attributes = zarr_zip.read(shard, ROLLOUT_COLUMNS)
     columns = [arrays[name].tolist() for name in ROLLOUT_COLUMNS]
+    episodes = zip(*columns, strict=True)
     task = attributes["task"]
-    return [(task, *episode) for episode in zip(*columns, strict=True)]
+    return [(task, *episode) for episode in episodes]

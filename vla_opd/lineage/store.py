@@ -123,10 +123,15 @@ class Store:
 
     def _find_by_name(self, text: str, run: str) -> list[Artifact]:
         folder = Path(text).resolve()
-        matches = [artifact for artifact in self.artifacts if artifact.folder.resolve() == folder]
-        if not matches:
-            parts = _name_parts(text)
-            matches = [artifact for artifact in self.artifacts if _ends_with(artifact.name, parts)]
+        parts = _name_parts(text)
+        in_folder: list[Artifact] = []
+        by_name: list[Artifact] = []
+        for artifact in self.artifacts:
+            if artifact.folder.resolve() == folder:
+                in_folder.append(artifact)
+            if _ends_with(artifact.name, parts):
+                by_name.append(artifact)
+        matches = in_folder or by_name
         preferred = [artifact for artifact in matches if artifact.run == run]
         return preferred or matches
 
