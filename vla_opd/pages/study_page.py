@@ -140,12 +140,12 @@ def _recipe(study: StudyParams, arm: str) -> str:
     if settings.after:
         phrases.append(f"after {settings.after}")
     if settings.switch is not None:
-        phrases.append(f"from where its rollouts had {percent(settings.switch)}")
+        phrases.append(f"from its first iteration whose rollouts reach {percent(settings.switch)}")
     if settings.own_student:
         phrases.append("a student of its own")
     if settings.distill:
         phrases.append(f"{settings.distill} iterations of distillation")
     if settings.reinforce:
-        phrases.append(f"{settings.reinforce} of GRPO")
+        phrases.append(f"{settings.reinforce} iterations of GRPO")
     phrases += [f"{key} {value}" for key, value in settings.settings.items()]
     return ", ".join(phrases)

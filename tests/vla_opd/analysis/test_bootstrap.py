@@ -91,7 +91,7 @@ def with_unseen() -> Table:
 def test_success_on_unseen_tasks_is_compared_at_equal_success_on_seen_ones() -> None:
     """`fast` goes 20, 60, 90 % on seen tasks and 60, 60, 50 % on unseen ones; `slow` fails."""
     seen, unseen = (
-        read_study(with_unseen(), "start", "teacher", seen=which) for which in (True, False)
+        read_study(with_unseen(), "start", "teacher", seen=is_seen) for is_seen in (True, False)
     )
     fast, slow, both = (
         at_level(seen, unseen, arms, level)
@@ -110,7 +110,7 @@ def test_success_on_unseen_tasks_is_compared_at_equal_success_on_seen_ones() -> 
 def test_a_difference_at_equal_success_is_paired() -> None:
     """A path does not differ from itself; one that never reaches the level has no difference."""
     seen, unseen = (
-        read_study(with_unseen(), "start", "teacher", seen=which) for which in (True, False)
+        read_study(with_unseen(), "start", "teacher", seen=is_seen) for is_seen in (True, False)
     )
     fast, slow = (at_level(seen, unseen, [arm], 0.75) for arm in ("fast", "slow"))
     assert fast.minus(fast).estimate() == Estimate(0, 0, 0)
@@ -174,15 +174,12 @@ def test_no_ratio_to_a_reference_that_may_not_reach_the_level(study: Study) -> N
 
 def test_iterations_of_two_kinds_are_not_averaged() -> None:
     whole = table()
-    other = [
-        row.model_copy(update={"kind": "reinforce"}) if (row.seed, row.position) == (1, 4) else row
-        for row in whole.updates
-    ]
-    assert list(
-        read_study(Table(whole.episodes, tuple(other)), "start", "teacher")
-        .curves[0]
-        .by_position("student_entropy_after")
-    ) == [1, 2, 3]
+    updates: list[UpdateRow] = []
+    for row in whole.updates:
+        kind = "reinforce" if (row.seed, row.position) == (1, 4) else row.kind
+        updates.append(row.model_copy(update={"kind": kind}))
+    study = read_study(Table(whole.episodes, tuple(updates)), "start", "teacher")
+    assert list(study.curves[0].by_position("student_entropy_after")) == [1, 2, 3]
 
 
 def test_differences_are_paired(study: Study) -> None:
@@ -239,13 +236,13 @@ def test_only_the_checkpoints_that_all_seeds_have_are_on_the_curve() -> None:
 
 def test_other_episodes_than_the_starts_are_refused() -> None:
     whole = table()
-    other = whole.episodes[-1].model_copy(update={"state": 77})
+    moved = whole.episodes[-1].model_copy(update={"state": 77})
     with pytest.raises(
         ValueError,
         match=r"slow, seed 1, it004: 2 episodes differ from those of the start, "
         r"the first of them state 9 of b",
     ):
-        read_study(Table((*whole.episodes[:-1], other), whole.updates), "start", "teacher")
+        read_study(Table((*whole.episodes[:-1], moved), whole.updates), "start", "teacher")
 
 
 def test_a_missing_evaluation_is_named() -> None:
@@ -273,13 +270,14 @@ def test_the_first_crossing_counts(success: list[float], level: float, expected:
 
 def test_intervals_have_their_nominal_coverage() -> None:
     """150 studies of five seeds and 40 episodes, with success rates around 0.7."""
-    random, covered = np.random.default_rng(0), 0
+    random = np.random.default_rng(0)
+    tasks = ("a",) * 20 + ("b",) * 20
+    covered = 0
     for _ in range(150):
         rates = np.clip(random.normal(0.7, 0.05, 5), 0, 1)
         outcomes = random.random((5, 2, 40)) < rates[:, None, None]
         curve = Curve("one", tuple(range(5)), ("start", "end"), outcomes, {}, ())
-        its = Study(
-            (curve,), outcomes[0, 0], outcomes[0, 0], Cost(), ("a",) * 20 + ("b",) * 20, 100
-        ).success(curve)[-1]
-        covered += its.low <= 0.7 <= its.high
+        study = Study((curve,), outcomes[0, 0], outcomes[0, 0], Cost(), tasks, 100)
+        success = study.success(curve)[-1]
+        covered += success.low <= 0.7 <= success.high
     assert 0.88 <= covered / 150 <= 0.995

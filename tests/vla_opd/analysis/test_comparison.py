@@ -14,9 +14,9 @@ from vla_opd.data.records import Record
 
 def records(outcomes: dict[str, list[bool]], steps: int = 50) -> list[Record]:
     return [
-        Record(task=t, instruction=t, state=n, success=s, steps=steps + n)
-        for t, each in outcomes.items()
-        for n, s in enumerate(each)
+        Record(task=task, instruction=task, state=state, success=success, steps=steps + state)
+        for task, of_task in outcomes.items()
+        for state, success in enumerate(of_task)
     ]
 
 
@@ -72,14 +72,18 @@ def test_evaluations_of_other_episodes_are_refused() -> None:
 
 def test_the_interval_has_its_confidence() -> None:
     """Pairs of evaluations with correlated outcomes: 8 tasks of 10 episodes, rates 0.15 apart."""
-    random, inside = np.random.default_rng(0), 0
+    random = np.random.default_rng(0)
+    inside = 0
     rates = random.uniform(0.2, 0.8, (8, 1))
     for _ in range(200):
-        luck, own = random.random((8, 10)), random.random((8, 10))
-        one, other = luck < rates, np.where(random.random((8, 10)) < 0.7, luck, own) < rates + 0.15
+        shared_luck = random.random((8, 10))
+        second_luck = random.random((8, 10))
+        is_shared = random.random((8, 10)) < 0.7
+        first = shared_luck < rates
+        second = np.where(is_shared, shared_luck, second_luck) < rates + 0.15
         pair = [
             records({str(task): list(map(bool, row)) for task, row in enumerate(rows)})
-            for rows in (one, other)
+            for rows in (first, second)
         ]
         comparison = compare(*pair, confidence=0.9)
         inside += comparison.low <= 0.15 <= comparison.high
