@@ -165,7 +165,8 @@ def _own_stages(predecessor: Member, member: Member, run: Params) -> set[str]:
     locked = predecessor.project.read_lock()
     shared = shared_stages(run)
     reference = {name: entry for name, entry in locked.items() if name in shared}
-    return locked.keys() - member.project.select_valid(reference).keys()
+    taken = member.project.select_valid(reference)
+    return locked.keys() - taken.keys()
 
 
 def fingerprint(member: Member, run: Params) -> str:

@@ -254,7 +254,8 @@ def _link_file(source: str, target: str) -> None:
 def _matches(entry: dict[str, Any], tree: dict[str, Any]) -> bool:
     """Return whether settings have the values that an entry of dvc.lock was made with."""
     params = entry.get("params", {}).get(PARAMS, {})
-    return all(settings.look_up(tree, dotted) == value for dotted, value in params.items())
+    present = {dotted: settings.look_up(tree, dotted) for dotted in params}
+    return present == params
 
 
 def _paths(entry: dict[str, Any], role: str) -> list[str]:

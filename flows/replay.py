@@ -42,7 +42,8 @@ def replay(store: Store, artifact: Artifact, shard: str, params: Params, host: H
     verb = _stage_of(artifact)
     inputs = _inputs(verb, store, artifact, params)
     shard = f"{shard.removesuffix(SUFFIX)}{SUFFIX}"
-    shards = sorted(name for name in artifact.manifest.files if name.endswith(SUFFIX))
+    files = artifact.manifest.files
+    shards = sorted(name for name in files if name.endswith(SUFFIX))
     if shard not in shards:
         raise ValueError(f"{artifact.name} has no shard {shard!r}; expected one of {shards}")
     with tempfile.TemporaryDirectory(dir=artifact.folder.parent, prefix=".replay-") as folder:
@@ -51,12 +52,13 @@ def replay(store: Store, artifact: Artifact, shard: str, params: Params, host: H
         remade = import_module(f"stages.{verb}").run(**inputs, out=out, host=host)
         assert remade is not None  # all of it, not a share
         _require_comparable(artifact, remade, shard)
-        if remade.files[shard] == artifact.manifest.files[shard]:
+        if remade.files[shard] == files[shard]:
             return Replay(artifact.name, shard, ())
         before = _contents(artifact.folder / shard)
         after = _contents(out / shard)
         arrays = sorted(differing_keys(before, after))
-        return Replay(artifact.name, shard, tuple(arrays) or ("only the bytes of the file",))
+        differing = tuple(arrays) or ("only the bytes of the file",)
+        return Replay(artifact.name, shard, differing)
 
 
 def _require_comparable(artifact: Artifact, remade: Manifest, shard: str) -> None:

@@ -13,10 +13,11 @@ import secrets
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from operator import floordiv
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +97,10 @@ def make(step: Step, tell: LineHandler) -> str:
     failures = [output for output in outputs if output]
     for output in failures:
         tell(Line(output))
-    if len(failures) == spread.count:
+    successes = spread.count - len(failures)
+    if successes == 0:
         raise StageFailed(step.name, failures[0].splitlines())
-    tell(Line(f"{spread.count - len(failures)} of {spread.count} shares are made"))
+    tell(Line(f"{successes} of {spread.count} shares are made"))
     return launch
 
 
@@ -212,19 +214,27 @@ def _placement(spread: Spread) -> Generator[dict[str, str]]:
     from prefect_ray.context import remote_options
 
     nodes = _ray_nodes()
-    gpus = 0 if os.environ.get("OPD_DEVICE") == "cpu" else sum(bool(n.get("GPU")) for n in nodes)
-    if gpus not in (0, len(nodes)):
-        raise ValueError(
-            f"OPD_CLUSTER: {gpus} of {len(nodes)} nodes have GPUs; expected all or none "
-            "(a head without CPUs, OPD_DEVICE=cpu)"
-        )
+    gpu = _gpus_per_share(nodes)
+    cores = [node["CPU"] for node in nodes]
     if spread.address:
-        part = int(min(node["CPU"] // max(1, node.get("GPU", 0)) for node in nodes))
-    smallest = int(min(node["CPU"] for node in nodes))
-    workers = max(1, min(requested or part, smallest))
-    gpu = 1 if gpus else 0
+        gpus = [max(1, node.get("GPU", 0)) for node in nodes]
+        part = int(min(map(floordiv, cores, gpus)))
+    workers = max(1, min(requested or part, int(min(cores))))
     with remote_options(scheduling_strategy="SPREAD", num_cpus=workers, num_gpus=gpu):
         yield {"OPD_WORKERS": str(requested or workers)}
+
+
+def _gpus_per_share(nodes: Sequence[Mapping[str, float]]) -> int:
+    """Return 1 if shares are to have a GPU each, else 0. ValueError if only some nodes have any."""
+    if os.environ.get("OPD_DEVICE") == "cpu":
+        return 0
+    with_gpus = [node for node in nodes if node.get("GPU")]
+    if with_gpus and len(with_gpus) < len(nodes):
+        raise ValueError(
+            f"OPD_CLUSTER: {len(with_gpus)} of {len(nodes)} nodes have GPUs; expected all or none "
+            "(a head without CPUs, OPD_DEVICE=cpu)"
+        )
+    return 1 if with_gpus else 0
 
 
 def _ray_nodes() -> list[dict[str, float]]:

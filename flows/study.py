@@ -92,8 +92,9 @@ def study(
         with closing(_run_side_by_side(members, run, parallel)) as ended:
             failures = [member for member in ended if not _update_table(member, run)]
     if failures:
-        logs = "; ".join(f"{member} (see {member.folder / LOG})" for member in failures)
-        raise RuntimeError(f"{len(failures)} of {len(members)} members failed: {logs}")
+        logs = [f"{member} (see {member.folder / LOG})" for member in failures]
+        count = f"{len(failures)} of {len(members)} members failed"
+        raise RuntimeError(f"{count}: {'; '.join(logs)}")
 
 
 def _update_table(member: Member, run: Params) -> bool:
@@ -152,7 +153,8 @@ def _run_side_by_side(members: Sequence[Member], run: Params, parallel: int) -> 
 
 def _print_end(member: Member, run: Params, process: MemberProcess) -> None:
     mark = "✓" if is_done(member, run) else "✗"
-    duration = terminal.format_duration(time.monotonic() - process.began)
+    seconds = time.monotonic() - process.began
+    duration = terminal.format_duration(seconds)
     print(f"  {mark} {member!s:<32} {duration:>7}", flush=True)
 
 

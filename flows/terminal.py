@@ -3,11 +3,12 @@
 import shutil
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from flows.dvc_runner.process import Line
+from flows.pipeline import Step
 from flows.status import Status
 from vla_opd.artifacts.progress import Progress
 
@@ -145,17 +146,26 @@ def closing_message(folder: Path, summary: dict[str, Any], interface: str, proje
 
 def format_status(run: str, status: Status) -> str:
     """Format how far a run is, in a few lines."""
-    count = len(status.done) + len(status.at_work) + len(status.to_come)
-    lines = [f"{run}: {len(status.done)} of {count} stages are up to date"]
+    done = len(status.done)
+    count = done + len(status.at_work) + len(status.to_come)
+    lines = [f"{run}: {done} of {count} stages are up to date"]
     for step, progress in status.at_work.items():
-        lines.append(f"  at work    {step.name:<20} {format_progress(progress)}".rstrip())
+        line = f"  at work    {step.name:<20} {format_progress(progress)}"
+        lines.append(line.rstrip())
     if status.to_come:
-        names = [step.name for step in status.to_come]
-        shown = ", ".join(names) if len(names) <= 3 else f"{names[0]}, {names[1]} ... {names[-1]}"
-        lines.append(f"  to come    {shown} ({len(names)} in all)")
+        lines.append(f"  to come    {_list_stages(status.to_come)}")
     if status.at_work or status.to_come:
         lines.append(f"  time left  {_time_left(status)}")
     return "\n".join(lines)
+
+
+def _list_stages(steps: Sequence[Step]) -> str:
+    names = [step.name for step in steps]
+    text = ", ".join(names)
+    if len(names) > 3:
+        first, second, *_, last = names
+        text = f"{first}, {second} ... {last}"
+    return f"{text} ({len(names)} in all)"
 
 
 def _time_left(status: Status) -> str:

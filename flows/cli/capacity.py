@@ -73,8 +73,9 @@ def _device_table(needs: Sequence[memory_estimate.Need], processes: int) -> str:
     title = "on the device" if processes == 1 else f"on each of {processes} devices"
     rows: list[tuple[str, ...]] = []
     for need in needs:
-        parts = (need.weights, need.gradients, need.moments, need.activations, need.total)
-        rows.append((need.stage, *map(_format_size, parts)))
+        parts = [need.weights, need.gradients, need.moments, need.activations, need.total]
+        sizes = map(_format_size, parts)
+        rows.append((need.stage, *sizes))
     return table([title, *COLUMNS], rows)
 
 

@@ -78,9 +78,9 @@ def is_alive(run: str) -> bool:
 def other_living_runs(current: str = "") -> tuple[str, ...]:
     """Return the flow runs of this very folder that have a process, except the current one."""
     folder = str(Path.cwd())
-    others = [path for path in RUNS.glob("*") if path.name != current]
-    living = [path for path in others if _is_locked(path)]
-    return tuple(sorted(path.name for path in living if path.read_text() == folder))
+    living = [path for path in RUNS.glob("*") if _is_locked(path)]
+    runs = [path.name for path in living if path.read_text() == folder]
+    return tuple(sorted(run for run in runs if run != current))
 
 
 def forget_run(run: str) -> None:
