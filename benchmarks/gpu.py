@@ -150,7 +150,7 @@ def _measure_step(checkpoint: Described, batch: int, repeats: int, device: torch
         loss.backward()
         optimizer.step()
 
-    with lora.recomputing(policy, wanted=True):
+    with lora.recomputing(policy, enabled=True):
         frames = _black_frames(batch)
         timing = measure(policy, frames, step, repeats)
     planned = memory_estimate.update("step", checkpoint, settings)

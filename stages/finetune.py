@@ -80,7 +80,7 @@ def run(
         session = Session(f"finetune {name}", work.scratch, log, host.non_finite_folder(run))
         with (
             fsdp.sharded(model) as shared,
-            lora.recomputing(shared, wanted=settings.gradient_checkpointing),
+            lora.recomputing(shared, enabled=settings.gradient_checkpointing),
         ):
             rows, _ = train(shared, loss, budget, session)
         write_checkpoint(work, model, origin, rows)

@@ -39,18 +39,18 @@ def plan(run: Params, capacity_gb: float | None, processes: int = 1) -> tuple[st
     """
     root = ROOT / run.run.name
     device, capacity = _device(capacity_gb)
-    needs = memory_estimate.device(run, root, processes)
-    start = memory_estimate.described(run, root, INITIAL_STUDENT)
-    stored = memory_estimate.stored(run, start.facts)
-    held = stored.held
+    needs = memory_estimate.device_needs(run, root, processes)
+    start = memory_estimate.describe(run, root, INITIAL_STUDENT)
+    data = memory_estimate.iteration_data(run, start.facts)
+    held = data.held
     if processes > 1:  # every process holds the whole policy, and again while it is sharded
-        held = processes * (stored.held + 2 * needs[0].weights)
+        held = processes * (data.held + 2 * needs[0].weights)
     text = "\n".join(
         [
             _device_table(needs, processes),
             f"  of {device} at most {USABLE:.0%} can be used",
             "",
-            _host_table(stored, held, processes),
+            _host_table(data, held, processes),
             f"  the host has {_format_size(psutil.virtual_memory().total)}",
         ]
     )
@@ -79,13 +79,13 @@ def _device_table(needs: Sequence[memory_estimate.Need], processes: int) -> str:
     return table([title, *COLUMNS], rows)
 
 
-def _host_table(stored: memory_estimate.Stored, held: int, processes: int) -> str:
+def _host_table(data: memory_estimate.IterationData, held: int, processes: int) -> str:
     memory = "in the host's memory"
     if processes > 1:
         memory = f"in the memory of a host of all {processes}, with the policy twice for each"
-    sizes = {"frames": stored.frames, "labels": stored.labels, memory: held}
+    sizes = {"frames": data.frames, "labels": data.labels, memory: held}
     rows = [(name, _format_size(size)) for name, size in sizes.items()]
-    title = f"of an iteration, {stored.states} states at most"
+    title = f"of an iteration, {data.states} states at most"
     return table([title, "before compression"], rows)
 
 

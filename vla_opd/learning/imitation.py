@@ -1,7 +1,6 @@
 """Imitation, eq. (1): supervised learning of demonstrated actions."""
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -131,7 +130,7 @@ def _describe_new(
 
 def initial_policy(
     facts: CheckpointFacts, parent: Checkpoint | None, seed: int, device: str
-) -> Any:  # a Policy that is also a torch.nn.Module
+) -> Policy:
     """Return the policy to train: with the parent's weights or, without a parent, random ones."""
     torch.manual_seed(seed)
     if parent is None:

@@ -1,7 +1,9 @@
-"""How much memory a run will take, before there is one: the policies are run on torch's `meta` device, where tensors have sizes and nothing else.
+"""Memory that a run will take, estimated before it starts.
 
-A pass is made as the stage makes it, and the sizes of all storages that are alive at a time are added up; attention counts as a fused kernel's, which
-keeps no B x H x N x N probabilities. What a device's driver and allocator take besides isn't in it.
+The policies run on torch's `meta` device, where tensors have sizes and no data. Each pass is made
+as its stage makes it, and the sizes of all storages that are alive at the same time are added up.
+Attention counts as a fused kernel, which keeps no B x H x N x N probabilities. Memory that a
+device's driver and allocator take is not included.
 """
 
 import weakref
@@ -27,16 +29,18 @@ from vla_opd.params.run import Params
 from vla_opd.params.stages import INITIAL_STUDENT
 from vla_opd.params.training import UpdateParams
 from vla_opd.policies import lora
-from vla_opd.policies.checkpoint import CheckpointFacts, glance, public_facts
+from vla_opd.policies.checkpoint import CheckpointFacts, open_unverified, public_facts
 from vla_opd.policies.load import build_policy
 from vla_opd.policies.openvla_oft.files import read_tokenizer
+from vla_opd.policies.policy import Policy
 
-FLOAT32 = 4
+BYTES = {"float16": 2, "float32": 4}
+FLOAT32 = BYTES["float32"]
 
 
 @dataclass(frozen=True)
 class Described:
-    """What is known of a checkpoint without its weights; `source` is where its tokenizer lies, if it has one."""
+    """A checkpoint without its weights. source: folder of its tokenizer, if it has one."""
 
     facts: CheckpointFacts
     dtype: torch.dtype
@@ -45,7 +49,7 @@ class Described:
 
 @dataclass(frozen=True)
 class Need:
-    """What a stage holds on its device at most, in bytes."""
+    """The most that a stage holds on its device, in bytes."""
 
     stage: str
     weights: int
@@ -55,13 +59,16 @@ class Need:
 
     @property
     def total(self) -> int:
-        """All of it at once: the peak of activations is in the backward pass, when there are gradients."""
+        """The sum: activations have their peak in the backward pass, when gradients exist."""
         return self.weights + self.gradients + self.moments + self.activations
 
 
 @dataclass(frozen=True)
-class Stored:
-    """What an iteration leaves at most, uncompressed, in bytes; `held` is what the host holds of it and of earlier ones while the student learns."""
+class IterationData:
+    """The most data that an iteration makes: a number of states, and bytes before compression.
+
+    held: bytes in the host's memory while the student learns, earlier iterations' data included.
+    """
 
     states: int
     frames: int
@@ -69,167 +76,179 @@ class Stored:
     held: int
 
 
-def device(params: Params, root: Path, processes: int = 1) -> list[Need]:
-    """What the stages need that run a policy, one after the other: student, teacher and anchor are never there at the same time.
+def device_needs(params: Params, root: Path, processes: int = 1) -> list[Need]:
+    """Return the needs of the stages that run a policy: student, teacher or anchor, never two.
 
-    processes: that train together, each on a device of its own; it is one such device's need.
-    ValueError for a checkpoint of which nothing is known yet.
+    processes: how many train together, each on a device of its own; the need is of one device.
+    ValueError for a checkpoint that is not described anywhere yet.
     """
-    student = described(params, root, INITIAL_STUDENT)
+    student = describe(params, root, INITIAL_STUDENT)
     needs = [inference("evaluate", student, params.evaluate.inference_batch)]
     if params.iterations:
-        teacher = described(params, root, params.label.teacher)
-        needs += [
-            inference("sample", student, params.sample.inference_batch),
-            inference("label", teacher, params.label.batch_size),
-        ]
-        needs += (
-            [inference("anchor", student, params.optimize.batch_size)]
-            if params.optimize.anchor
-            else []
-        )
-        needs += [update("optimize", student, params.optimize, processes)]
+        teacher = describe(params, root, params.label.teacher)
+        needs.append(inference("sample", student, params.sample.inference_batch))
+        needs.append(inference("label", teacher, params.label.batch_size))
+        if params.optimize.anchor:
+            needs.append(inference("anchor", student, params.optimize.batch_size))
+        needs.append(update("optimize", student, params.optimize, processes))
     if params.reinforcements:
-        needs += [
-            inference("explore", student, params.explore.inference_batch),
-            update("reinforce", student, params.reinforce, processes),
-        ]
+        needs.append(inference("explore", student, params.explore.inference_batch))
+        needs.append(update("reinforce", student, params.reinforce, processes))
     return needs
 
 
-def described(params: Params, root: Path, name: str) -> Described:
-    """A checkpoint by its public files, if it is one that is adopted and they are here; by its manifest otherwise."""
-    folder, its = root / "checkpoints" / name, params.adopt.get(name)
-    if (folder / MANIFEST).is_file() and not (its and Path(its.folder).is_dir()):
-        there = glance(folder)
-        return Described(there.facts, there.dtypes[0], folder)
-    if its is None:
+def describe(params: Params, root: Path, name: str) -> Described:
+    """Describe a checkpoint by the public files that it is adopted from, or by its manifest.
+
+    ValueError if there is neither.
+    """
+    folder = root / "checkpoints" / name
+    adopted = params.adopt.get(name)
+    has_public_files = adopted is not None and Path(adopted.folder).is_dir()
+    if (folder / MANIFEST).is_file() and not has_public_files:
+        checkpoint = open_unverified(folder)
+        return Described(checkpoint.facts, checkpoint.dtypes[0], folder)
+    if adopted is None:
         raise ValueError(
-            f"{folder}: isn't there yet, and what it will need isn't known before; expected it, or an entry of `adopt`"
+            f"{folder}: does not exist yet, and its size is not known before; "
+            "expected a checkpoint, or an entry of `adopt`"
         )
-    return Described(
-        public_facts(its, params.environment), getattr(torch, its.dtype), Path(its.folder)
-    )
+    facts = public_facts(adopted, params.environment)
+    return Described(facts, getattr(torch, adopted.dtype), Path(adopted.folder))
 
 
 def inference(stage: str, checkpoint: Described, batch: int) -> Need:
-    """A forward pass without gradients."""
-    held, peak = _forward(checkpoint, batch)
+    """Return the need of a forward pass without gradients."""
+    held, peak = _infer(checkpoint, batch)
     return Need(stage, held, activations=peak - held)
 
 
 @lru_cache(maxsize=4)
-def _forward(checkpoint: Described, batch: int) -> tuple[int, int]:
-    policy = _policy(checkpoint)
-    with torch.inference_mode(), _counting(policy) as counted:
-        policy.logits(_observations(checkpoint.facts, batch))
-    return counted.held, counted.peak
+def _infer(checkpoint: Described, batch: int) -> tuple[int, int]:
+    """Return the bytes before a forward pass, and the most during it."""
+    policy = _build(checkpoint)
+    observations = _observations(checkpoint.facts, batch)
+    with torch.inference_mode(), _counting(policy) as counter:
+        policy.logits(observations)
+    return counter.held, counter.peak
 
 
 def update(stage: str, checkpoint: Described, settings: UpdateParams, processes: int = 1) -> Need:
-    """An optimiser's step: forward and backward pass, the gradients, and the optimiser's moments.
+    """Return the need of an optimizer step: both passes, gradients and AdamW's moments.
 
-    Of several processes (`ranks`) each has its share of states, weights, gradients and moments. It holds besides, as activations, what is gathered
-    whole: of the weights what is in no block, and two blocks, the one that computes and the next; and those blocks' gradients.
+    Each of several processes has its share of states, weights, gradients and moments. Its
+    activations include what is gathered: weights that are in no block, two blocks (the one that
+    computes and the next one), and the gradients of all these.
     """
     require_equal_shares({f"{stage}.batch_size": settings.batch_size}, processes)
-    policy = _policy(checkpoint)
+    policy = _build(checkpoint)
     with torch.device("meta"):
         lora.prepare(policy, settings.lora, 0, stage)
-    trained = FLOAT32 * sum(one.numel() for one in policy.parameters() if one.requires_grad)
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    all_gradients = FLOAT32 * sum(parameter.numel() for parameter in trained)
+    observations = _observations(checkpoint.facts, settings.batch_size // processes)
     with (
-        lora.recomputing(policy, wanted=settings.gradient_checkpointing),
-        _counting(policy) as counted,
+        lora.recomputing(policy, enabled=settings.gradient_checkpointing),
+        _counting(policy) as counter,
     ):
-        value = (
-            policy.logits(_observations(checkpoint.facts, settings.batch_size // processes))
-            .log_softmax(-1)
-            .mean()
-        )
-        forward = counted.peak
-        value.backward()
-    own, activations = -(-trained // processes), counted.peak - counted.held - trained
-    if processes > 1:  # before the backward pass no gradient is there to be less of
-        activations = max(activations, forward - counted.held) + _gathered(policy)
+        loss = policy.logits(observations).log_softmax(-1).mean()
+        forward_peak = counter.peak
+        loss.backward()
+    activations = counter.peak - counter.held - all_gradients
+    if processes > 1:
+        # Sharding shrinks gradients, but at the end of the forward pass there are none yet.
+        activations = max(activations, forward_peak - counter.held) + _gathered(policy)
+    gradients = _divide_up(all_gradients, processes)
     return Need(
-        stage, -(-counted.held // processes), own, 2 * own, max(activations, own)
-    )  # AdamW's own step holds a copy of what it trains
+        stage,
+        weights=_divide_up(counter.held, processes),
+        gradients=gradients,
+        moments=2 * gradients,
+        activations=max(activations, gradients),  # AdamW's step copies the trained weights
+    )
+
+
+def _divide_up(size: int, parts: int) -> int:
+    return -(-size // parts)
 
 
 def _gathered(policy: nn.Module) -> int:
-    """Weights and gradients that are whole in the middle of a pass."""
-    each = sorted((_whole(block) for block in fsdp.blocks(policy)), reverse=True)
-    return _whole(policy) - sum(each) + sum(each[:2])
+    """Return the bytes of weights and gradients that are gathered in the middle of a pass."""
+    sizes = [_weights_and_gradients(block) for block in fsdp.blocks(policy)]
+    sizes.sort(reverse=True)
+    return _weights_and_gradients(policy) - sum(sizes[2:])
 
 
-def _whole(module: nn.Module) -> int:
-    """Its weights, and the gradients of what of it is trained."""
-    return sum(
-        one.numel() * one.element_size() * (1 + one.requires_grad) for one in module.parameters()
-    )
+def _weights_and_gradients(module: nn.Module) -> int:
+    size = 0
+    for parameter in module.parameters():
+        copies = 2 if parameter.requires_grad else 1
+        size += copies * parameter.nbytes
+    return size
 
 
-def stored(params: Params, facts: CheckpointFacts) -> Stored:
-    """If every episode lasts to its horizon."""
-    its = params.sample
-    states = (
-        len(params.environment.tasks)
-        * its.prompts
-        * its.group
-        * -(-its.horizon // its.observe_every)
-    )
-    frame = len(params.environment.cameras) * params.environment.image_size**2 * 3
-    numbers = facts.action_space.tokens * facts.action_space.bins
-    frames, labels = (
-        states * frame,
-        states * numbers * {"float16": 2, "float32": 4}[params.label.dtype],
-    )
-    anchor = states * numbers * FLOAT32 if params.optimize.anchor else 0
-    return Stored(
-        states, frames, labels, (frames + labels + anchor) * (1 + params.optimize.earlier)
-    )
+def iteration_data(params: Params, facts: CheckpointFacts) -> IterationData:
+    """Return the data of an iteration in which every episode lasts to its horizon."""
+    sample = params.sample
+    environment = params.environment
+    episodes = len(environment.tasks) * sample.prompts * sample.group
+    states = episodes * _divide_up(sample.horizon, sample.observe_every)
+    frames = states * len(environment.cameras) * environment.image_size**2 * 3
+    log_probs = states * facts.action_space.tokens * facts.action_space.bins
+    labels = log_probs * BYTES[params.label.dtype]
+    held = frames + labels
+    if params.optimize.anchor:
+        held += log_probs * FLOAT32
+    return IterationData(states, frames, labels, held * (1 + params.optimize.earlier))
 
 
-def _policy(checkpoint: Described) -> Any:
+def _build(checkpoint: Described) -> Policy:
     with torch.device("meta"), no_init_weights():
         policy = build_policy(checkpoint.facts).to(checkpoint.dtype).eval()
-        if (its := lora.beside(checkpoint.source)) is not None:
-            lora.attach(policy, its, 0)
-    if (tokenizer := read_tokenizer(checkpoint.source)) is not None:
+        adapter = lora.find(checkpoint.source)
+        if adapter is not None:
+            lora.attach(policy, adapter, 0)
+    tokenizer = read_tokenizer(checkpoint.source)
+    if tokenizer is not None:
         policy.tokenizer = tokenizer
     return policy
 
 
 def _observations(facts: CheckpointFacts, batch: int) -> Observations:
-    its = facts.environment
-    frames = np.zeros((batch, len(its.cameras), its.image_size, its.image_size, 3), np.uint8)
-    return Observations(
-        frames, np.zeros((batch, len(facts.proprio_mean)), np.float32), ("",) * batch
-    )
+    cameras = len(facts.environment.cameras)
+    size = facts.environment.image_size
+    frames = np.zeros((batch, cameras, size, size, 3), np.uint8)
+    proprio = np.zeros((batch, len(facts.proprio_mean)), np.float32)
+    return Observations(frames, proprio, ("",) * batch)
 
 
 class _Counter(TorchDispatchMode):
-    """Bytes in storages on a policy's device that are alive: now, at most, and before anything was done."""
+    """Count the bytes of the living storages on a policy's device.
+
+    now: at this moment. peak: the most so far. held: at the start.
+    """
 
     def __init__(self, policy: nn.Module) -> None:
         super().__init__()
         self._device = next(policy.parameters()).device.type
-        self.now = self.peak = 0
         self._alive = WeakIdKeyDictionary()
+        self.now = 0
+        self.peak = 0
         for tensor in (*policy.parameters(), *policy.buffers()):
-            self._take(tensor)
+            self._count(tensor)
         self.held = self.now
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         results = function(*args, **(kwargs or {}))
-        for result in results if isinstance(results, tuple | list) else (results,):
-            if isinstance(result, Tensor) and result.device.type == self._device:
-                self._take(result)
+        tensors = results if isinstance(results, tuple | list) else (results,)
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and tensor.device.type == self._device:
+                self._count(tensor)
         return results
 
-    def _take(self, tensor: Tensor) -> None:
+    def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage not in self._alive:
             self._alive[storage] = True
@@ -243,31 +262,35 @@ class _Counter(TorchDispatchMode):
 
 @contextmanager
 def _counting(policy: nn.Module) -> Generator[_Counter]:
-    torchs = nn.functional.scaled_dot_product_attention
-    nn.functional.scaled_dot_product_attention = _fused
+    original = nn.functional.scaled_dot_product_attention
+    nn.functional.scaled_dot_product_attention = _fused_attention
     try:
         with _Counter(policy) as counter:
             yield counter
     finally:
-        nn.functional.scaled_dot_product_attention = torchs
+        nn.functional.scaled_dot_product_attention = original
 
 
-def _fused(
+def _fused_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
-    **more: Any,
+    **options: Any,
 ) -> Tensor:
-    """What the meta device has no kernel for: it would take attention apart into products, and keep the probabilities."""
-    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001 - the one of torch's that takes a mask, and is on all builds
-    return fused(
+    """Return attention's output by a fused kernel.
+
+    torch has none for the meta device: it would compute and keep the probabilities. Of its fused
+    kernels only this one takes a mask and is in every build.
+    """
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001
+    return kernel(
         query,
         key,
         value,
         dropout_p,
-        more.get("is_causal", False),
+        options.get("is_causal", False),
         attn_mask=attn_mask,
-        scale=more.get("scale"),
+        scale=options.get("scale"),
     )[0]

@@ -9,7 +9,7 @@ from vla_opd.params.run import Params
 from vla_opd.params.training import TrainedParams
 from vla_opd.plugins import named_function
 from vla_opd.policies import lora
-from vla_opd.policies.checkpoint import glance, open_checkpoint, require_environment
+from vla_opd.policies.checkpoint import open_checkpoint, open_unverified, require_environment
 
 
 def check_sample(params: Params, student: Path, teacher: Path) -> None:
@@ -25,7 +25,7 @@ def check_sample(params: Params, student: Path, teacher: Path) -> None:
     require_environment(facts, params.environment, str(teacher))
     space = facts.action_space
     transfer = params.label.transfer
-    require_actions(glance(student).facts, space, str(teacher), transfer=transfer)
+    require_actions(open_unverified(student).facts, space, str(teacher), transfer=transfer)
     _require_trainable("optimize", params.optimize, student)
 
 
@@ -36,5 +36,5 @@ def check_explore(params: Params, student: Path) -> None:
 
 def _require_trainable(verb: str, settings: TrainedParams, student: Path) -> None:
     """ValueError for an adapter that does not fit the student, or a student that needs one."""
-    adapter = lora.beside(student)
-    lora.require_trainable(settings.lora, adapter, glance(student).dtypes, verb)
+    adapter = lora.find(student)
+    lora.require_trainable(settings.lora, adapter, open_unverified(student).dtypes, verb)

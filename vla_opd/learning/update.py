@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 from jaxtyping import Bool, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from vla_opd.artifacts.draft import Draft
 from vla_opd.artifacts.manifest import Manifest
@@ -25,6 +25,7 @@ from vla_opd.learning.optimizer import (
 from vla_opd.params.training import UpdateParams
 from vla_opd.policies import lora
 from vla_opd.policies.checkpoint import Checkpoint, save_weights, write_policy
+from vla_opd.policies.policy import Policy
 
 MOMENTS = "optimizer.safetensors"
 PROBE = 256  # states
@@ -73,7 +74,7 @@ def require_own_rollouts(student: Checkpoint, trajectories: Manifest, where: Pat
 
 
 def update_student(
-    policy: nn.Module,
+    policy: Policy,
     loss: Loss,
     budget: Budget,
     settings: UpdateParams,
@@ -102,7 +103,7 @@ def update_student(
         moments = safetensors.torch.load_file(saved)
     with (
         fsdp.sharded(policy) as shared,
-        lora.recomputing(shared, wanted=settings.gradient_checkpointing),
+        lora.recomputing(shared, enabled=settings.gradient_checkpointing),
     ):
         rows, moments = train(shared, loss, budget, session, moments)
     write_checkpoint(work, policy, student, rows, moments)
@@ -110,7 +111,7 @@ def update_student(
 
 def write_checkpoint(
     work: Draft,
-    policy: nn.Module,
+    policy: Policy,
     parent: Checkpoint | None,
     rows: Sequence[Row],
     moments: Mapping[str, Tensor] | None = None,

@@ -1,7 +1,11 @@
-"""Checkpoints: weights in safetensors, and a manifest with everything that is needed to use them. Nothing is inferred from a name."""
+"""Checkpoints: weights in safetensors, and a manifest with everything that is needed to use them.
+
+Nothing is inferred from a name.
+"""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +14,6 @@ import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tokenizers import Tokenizer
-from torch import nn
 
 from vla_opd.artifacts.draft import Draft
 from vla_opd.artifacts.files import link
@@ -20,18 +23,28 @@ from vla_opd.params.stages import AdoptParams, EnvironmentParams, PolicyParams
 from vla_opd.policies import lora
 from vla_opd.policies.openvla_oft.files import TOKENIZER, read_tokenizer
 from vla_opd.policies.openvla_oft.layout import QUESTION, Architecture, read_public
+from vla_opd.policies.policy import Policy
 
 WEIGHTS = "model.safetensors"
+DTYPES = {  # by their names in safetensors
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F64": torch.float64,
+}
 
 
 class CheckpointFacts(BaseModel):
     """How to use a policy's weights.
 
-    policy:       its architecture.
-    action_space: what its tokens mean. vocabulary: the words that it knows, in the order of their ids; none, if it has a tokenizer.
-    environment:  the simulator settings it was trained under; pictures of other settings are refused unless told.
-    proprio_mean, proprio_std: statistics that scale the P proprioceptive numbers (empty if it sees none).
-    prompt:       how the instruction is put to it.
+    policy: its architecture.
+    action_space: the meaning of its tokens.
+    environment: the simulator's settings in training; images made under others are refused.
+    vocabulary: the words that it knows, in the order of their ids; none, if it has a tokenizer.
+    proprio_mean, proprio_std: statistics that scale the P proprioceptive values; empty if it sees
+        none.
+    prompt: the text around an instruction.
+    instruction_length: words of the prompt that it reads, for a policy without a tokenizer.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -45,17 +58,9 @@ class CheckpointFacts(BaseModel):
     instruction_length: int = Field(default=20, ge=1)
 
 
-DTYPES = {
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F64": torch.float64,
-}  # by their names in safetensors
-
-
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk, its bytes verified."""
+    """A checkpoint on disk."""
 
     folder: Path
     manifest: Manifest
@@ -68,45 +73,59 @@ class Checkpoint:
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
-        """In which its weights are stored, the first tensor's first; buffers of integers aside. ValueError as `weights`', and if there are none."""
-        try:
-            with safetensors.safe_open(self.folder / WEIGHTS, "pt") as file:
-                stored = [file.get_slice(name).get_dtype() for name in file.keys()]  # noqa: SIM118 - no mapping
-        except safetensors.SafetensorError as error:
+        """The floating-point types of the stored tensors, that of the first tensor first.
+
+        ValueError if there are none, and for anything that is not safetensors.
+        """
+        path = self.folder / WEIGHTS
+        with _refusing_other_formats(path), safetensors.safe_open(path, "pt") as file:
+            names = file.keys()
+            stored = dict.fromkeys(file.get_slice(name).get_dtype() for name in names)
+        dtypes = tuple(DTYPES[name] for name in stored if name in DTYPES)
+        if not dtypes:
             raise ValueError(
-                f"{self.folder / WEIGHTS}: not safetensors ({error}); expected what `save_weights` writes"
-            ) from error
-        if not (found := tuple(DTYPES[name] for name in dict.fromkeys(stored) if name in DTYPES)):
-            raise ValueError(
-                f"{self.folder / WEIGHTS}: is in {sorted(set(stored))}; expected some tensors in {sorted(DTYPES)}"
+                f"{path}: is in {sorted(stored)}; expected some tensors in {sorted(DTYPES)}"
             )
-        return found
+        return dtypes
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The tensors by name, on the CPU. ValueError for anything that isn't safetensors: no other kind of file is ever loaded."""
-        try:
-            return safetensors.torch.load_file(self.folder / WEIGHTS)
-        except safetensors.SafetensorError as error:
-            raise ValueError(
-                f"{self.folder / WEIGHTS}: not safetensors ({error}); expected what `save_weights` writes"
-            ) from error
+        """Return the tensors by name, on the CPU.
+
+        ValueError for anything that is not safetensors: no other format is ever loaded.
+        """
+        path = self.folder / WEIGHTS
+        with _refusing_other_formats(path):
+            return safetensors.torch.load_file(path)
 
     def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer beside the weights, if there is one."""
+        """Return the tokenizer beside the weights, if there is one."""
         return read_tokenizer(self.folder)
 
 
+@contextmanager
+def _refusing_other_formats(path: Path) -> Generator[None]:
+    try:
+        yield
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{path}: not safetensors ({error}); expected what `save_weights` writes"
+        ) from error
+
+
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Open and verify a checkpoint. ValueError says what is missing or wrong."""
-    return _described(folder, open_artifact(folder, "checkpoint"))
+    """Open a checkpoint and verify its bytes. ValueError says what is missing or wrong."""
+    return _read_facts(folder, open_artifact(folder, "checkpoint"))
 
 
-def glance(folder: Path) -> Checkpoint:
-    """What a checkpoint's manifest says, for who only asks: no byte of the weights is checked. ValueError as `open_checkpoint`'s."""
-    return _described(folder, read_manifest(folder, "checkpoint"))
+def open_unverified(folder: Path) -> Checkpoint:
+    """Read a checkpoint's manifest without verifying its weights.
+
+    ValueError says what of the manifest is missing or wrong.
+    """
+    return _read_facts(folder, read_manifest(folder, "checkpoint"))
 
 
-def _described(folder: Path, manifest: Manifest) -> Checkpoint:
+def _read_facts(folder: Path, manifest: Manifest) -> Checkpoint:
     try:
         facts = CheckpointFacts.model_validate(manifest.facts["checkpoint"])
     except (KeyError, ValidationError) as error:
@@ -116,9 +135,12 @@ def _described(folder: Path, manifest: Manifest) -> Checkpoint:
     return Checkpoint(folder, manifest, facts)
 
 
-def public_facts(its: AdoptParams, environment: EnvironmentParams) -> CheckpointFacts:
-    """How to use a public checkpoint's weights, by its files. ValueError as `read_public`'s."""
-    public = read_public(Path(its.folder), *its.variant)
+def public_facts(settings: AdoptParams, environment: EnvironmentParams) -> CheckpointFacts:
+    """Return how to use a public checkpoint's weights, by its files.
+
+    ValueError as for `read_public`.
+    """
+    public = read_public(Path(settings.folder), *settings.variant)
     return CheckpointFacts(
         policy=public.architecture,
         action_space=public.space,
@@ -129,46 +151,62 @@ def public_facts(its: AdoptParams, environment: EnvironmentParams) -> Checkpoint
 
 def save_weights(path: Path, weights: Mapping[str, torch.Tensor]) -> None:
     """Write tensors as safetensors: deterministic bytes, no pickle."""
-    safetensors.torch.save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path
-    )
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    safetensors.torch.save_file(stored, path)
 
 
-def write_policy(work: Draft, policy: nn.Module, origin: Checkpoint | None) -> None:
-    """A policy's weights, or its adapter and those that this was trained on; and the tokenizer of the checkpoint it came from, if that has one."""
-    adapted = lora.attached(policy) is not None
-    if adapted and origin is None:
-        raise ValueError(
-            "the policy has an adapter; expected the checkpoint that it was trained on beside it, or a merged policy (adapters.merge)"
-        )
-    with work.part(WEIGHTS) as path:
-        if adapted and origin is not None:
-            link(origin.folder / WEIGHTS, path)
-        else:
+def write_policy(work: Draft, policy: Policy, origin: Checkpoint | None) -> None:
+    """Write a policy's weights or, of one with an adapter, the adapter and its base's weights.
+
+    origin: the checkpoint that was trained, which has those weights. Its tokenizer is copied.
+    ValueError for a policy with an adapter, but without `origin`.
+    """
+    if lora.attached(policy) is not None:
+        _write_adapter(work, policy, origin)
+    else:
+        with work.part(WEIGHTS) as path:
             save_weights(path, policy.state_dict())
-    if adapted:
-        with work.part(lora.ADAPTER) as adapter, work.part(lora.CONFIG) as config:
-            lora.write(policy, adapter, config)
     if origin is not None and (origin.folder / TOKENIZER).is_file():
         with work.part(TOKENIZER) as path:
             shutil.copyfile(origin.folder / TOKENIZER, path)
 
 
+def _write_adapter(work: Draft, policy: Policy, origin: Checkpoint | None) -> None:
+    if origin is None:
+        raise ValueError(
+            "the policy has an adapter; expected the checkpoint that it was trained on beside it, "
+            "or a merged policy (lora.merge)"
+        )
+    with work.part(WEIGHTS) as path:
+        link(origin.folder / WEIGHTS, path)
+    with work.part(lora.ADAPTER) as adapter, work.part(lora.CONFIG) as config:
+        lora.write(policy, adapter, config)
+
+
 def require_same_actions(student: CheckpointFacts, teacher: ActionSpace, where: str) -> None:
-    """Refuse to compare tokens that mean different actions: ValueError names the first field that differs, and both values."""
-    for field, ours in student.action_space.model_dump().items():
-        theirs = teacher.model_dump()[field]
-        if ours != theirs:
+    """Refuse to compare tokens that mean different actions.
+
+    ValueError names the first field that differs, and both values.
+    """
+    of_teacher = teacher.model_dump()
+    for field, expected in student.action_space.model_dump().items():
+        if of_teacher[field] != expected:
             raise ValueError(
-                f"{where}: action_space.{field} is {theirs} for the teacher; expected the student's {ours} (a token must mean one action)"
+                f"{where}: action_space.{field} is {of_teacher[field]} for the teacher; "
+                f"expected the student's {expected} (a token must mean one action)"
             )
 
 
 def require_environment(facts: CheckpointFacts, environment: EnvironmentParams, where: str) -> None:
-    """Refuse pictures and dynamics that the policy was not trained on. `tasks` may differ; ValueError names the first field that does."""
-    for field in (name for name in EnvironmentParams.model_fields if name != "tasks"):
-        ours, theirs = getattr(environment, field), getattr(facts.environment, field)
-        if ours != theirs:
+    """Refuse images and dynamics that the policy was not trained on. `tasks` may differ.
+
+    ValueError names the first field that differs.
+    """
+    for field in EnvironmentParams.model_fields:
+        value = getattr(environment, field)
+        expected = getattr(facts.environment, field)
+        if field != "tasks" and value != expected:
             raise ValueError(
-                f"environment.{field} is {ours!r}; expected {theirs!r}, which {where} was trained with"
+                f"environment.{field} is {value!r}; expected {expected!r}, "
+                f"which {where} was trained with"
             )

@@ -1,8 +1,7 @@
-"""Policies: one file a family. `POLICIES` names the shipped ones; any other is `"package.module:function"`."""
+"""Policies by family: `POLICIES` names the shipped ones; others are `"package.module:function"`."""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from transformers.initialization import no_init_weights
 
@@ -24,50 +23,58 @@ __all__ = [
     "save_pretrained",
 ]
 
-POLICIES: dict[str, Callable[[CheckpointFacts], Any]] = {
+POLICIES: dict[str, Callable[[CheckpointFacts], Policy]] = {
     "tiny": tiny.TinyVLA,
     "openvla_oft": openvla_oft.of_facts,
 }
 
 
-def build_policy(
-    facts: CheckpointFacts,
-) -> Any:  # a Policy that is also a torch.nn.Module: Python has no intersection type
-    """A policy of this description with freshly initialised weights (from torch's global generator)."""
-    return named_function(facts.policy.family, POLICIES, "policy.family")(facts)
+def build_policy(facts: CheckpointFacts) -> Policy:
+    """Return a policy with freshly initialised weights, drawn from torch's global generator.
 
-
-def load_policy(
-    checkpoint: Checkpoint, device: str = "cpu", *, graphs: bool = False
-) -> Any:  # as above
-    """The policy with its weights, in the precision that they are stored in, its adapter and its tokenizer, on a device, in evaluation mode.
-
-    graphs: its forward passes are captured, for those who only ask it. ValueError for a family that has no such passes.
+    ValueError for a family that is unknown, or whose function does not return a `Policy`.
     """
-    with no_init_weights():  # what nobody writes to takes no memory
+    family = facts.policy.family
+    policy = named_function(family, POLICIES, "policy.family")(facts)
+    _require_policy(policy, family)
+    return policy
+
+
+def _require_policy(policy: object, family: str) -> None:
+    if not isinstance(policy, Policy):
+        raise ValueError(
+            f"policy.family is {family!r}, which returned a {type(policy).__name__}; expected an "
+            f"instance of a subclass of {Policy.__module__}.{Policy.__name__}"
+        )
+
+
+def load_policy(checkpoint: Checkpoint, device: str = "cpu", *, graphs: bool = False) -> Policy:
+    """Return the policy of a checkpoint on a device, in evaluation mode.
+
+    It has its weights, in the precision that they are stored in, its adapter and its tokenizer.
+    graphs: run forward passes without gradients as CUDA graphs. ValueError if it has none.
+    """
+    with no_init_weights():  # memory that nothing is written to costs nothing
         policy = build_policy(checkpoint.facts)
-    policy.load_state_dict(
-        {name: tensor.clone() for name, tensor in checkpoint.weights().items()}, assign=True
-    )  # aligned as torch's own are
+    # Clones are aligned in memory as torch's own tensors are.
+    weights = {name: tensor.clone() for name, tensor in checkpoint.weights().items()}
+    policy.load_state_dict(weights, assign=True)
     lora.read(policy, checkpoint.folder)
-    if (tokenizer := checkpoint.tokenizer()) is not None:
+    tokenizer = checkpoint.tokenizer()
+    if tokenizer is not None:
         policy.tokenizer = tokenizer
     if graphs:
-        if not hasattr(policy, "capture"):
-            raise ValueError(
-                f"OPD_GRAPHS, or --graphs: {checkpoint.folder} is of the family {checkpoint.facts.policy.family}; expected openvla_oft"
-            )
         policy.capture()
     return policy.to(device).eval()
 
 
-def from_pretrained(folder: Path, device: str = "cpu") -> Any:  # as above
+def from_pretrained(folder: Path, device: str = "cpu") -> Policy:
     """Open, verify and load the checkpoint in `folder`."""
     return load_policy(open_checkpoint(folder), device)
 
 
-def save_pretrained(policy: Any, facts: CheckpointFacts, folder: Path) -> Manifest:  # as above
-    """Publish a policy that was made elsewhere as a checkpoint: its weights as safetensors, and in the manifest all that is needed to use them."""
+def save_pretrained(policy: Policy, facts: CheckpointFacts, folder: Path) -> Manifest:
+    """Publish a policy made elsewhere as a checkpoint: weights, and a manifest with its facts."""
     with draft(folder, "checkpoint", {}, {}) as work:
         write_policy(work, policy, None)
         return work.publish({"checkpoint": facts.model_dump()})

@@ -1,8 +1,10 @@
 """TinyVLA: a vision-language-action policy of about 0.8 M parameters that trains on a laptop's CPU.
 
-The sequence is that of a VLA: image tokens (a convolutional tower's map and soft-argmax keypoints per camera), instruction tokens (words of the
-checkpoint's own vocabulary), optionally proprioception, and one placeholder per action token; a Llama made bidirectional by a full attention
-mask; and a head of V bins on the placeholders. It answers OpenVLA-OFT's protocol: K = S * A tokens in one forward pass, `logits[B, K, V]`.
+Its sequence is that of a VLA: image tokens (per camera, the map of a convolutional tower and
+soft-argmax keypoints), instruction tokens (words of the checkpoint's own vocabulary), optionally
+proprioception, and one placeholder per action token. A Llama with a full attention mask, and so
+bidirectional, reads it; a head of V bins reads the placeholders. As in OpenVLA-OFT, all K = S * A
+action tokens come from one forward pass.
 """
 
 import re
@@ -16,13 +18,15 @@ from transformers import LlamaConfig, LlamaModel
 
 from vla_opd.params.stages import PolicyParams
 from vla_opd.policies.checkpoint import CheckpointFacts
-from vla_opd.policies.policy import Observations
+from vla_opd.policies.policy import Observations, Policy
 
-VOCABULARY_SIZE = (
-    256  # rows of the word embedding; new words of later fine-tunings take the free ones
-)
-PAD, UNKNOWN, FIRST_WORD = 0, 1, 2
-KEYPOINT_TOKENS, PROPRIO_TOKENS, HEATMAPS = 4, 2, 32
+VOCABULARY_SIZE = 256  # rows of the word embedding; later fine-tunings fill the free ones
+PAD = 0
+UNKNOWN = 1
+FIRST_WORD = 2
+KEYPOINT_TOKENS = 4
+PROPRIO_TOKENS = 2
+HEATMAPS = 32
 
 
 def words(text: str) -> list[str]:
@@ -30,121 +34,123 @@ def words(text: str) -> list[str]:
     return re.findall(r"[a-z0-9]+", text.lower())
 
 
-def extend_vocabulary(known: Iterable[str], instructions: Iterable[str]) -> tuple[str, ...]:
-    """The known words, then the new ones of some instructions in alphabetical order. ValueError if they are too many for the embedding."""
-    old = tuple(known)
-    new = sorted({word for text in instructions for word in words(text)} - set(old))
-    if len(old) + len(new) > VOCABULARY_SIZE - FIRST_WORD:
-        raise ValueError(
-            f"vocabulary: {len(old) + len(new)} words; expected at most {VOCABULARY_SIZE - FIRST_WORD}"
-        )
-    return old + tuple(new)
+def extend_vocabulary(vocabulary: Iterable[str], instructions: Iterable[str]) -> tuple[str, ...]:
+    """Return a vocabulary, then the new words of some instructions in alphabetical order.
+
+    ValueError for more words than the embedding has rows.
+    """
+    old = tuple(vocabulary)
+    new = set(words(" ".join(instructions))) - set(old)
+    extended = (*old, *sorted(new))
+    largest = VOCABULARY_SIZE - FIRST_WORD
+    if len(extended) > largest:
+        raise ValueError(f"vocabulary: {len(extended)} words; expected at most {largest}")
+    return extended
 
 
-class TinyVLA(nn.Module):
-    """The policy. Built from a checkpoint's facts alone; see `vla_opd.policies.protocol.Policy` for what it promises."""
+class TinyVLA(Policy):
+    """The policy, built from a checkpoint's facts alone."""
 
     def __init__(self, facts: CheckpointFacts) -> None:
         super().__init__()
-        shape, self.space = facts.policy, facts.action_space
+        shape = facts.policy
         assert isinstance(shape, PolicyParams), "another family's description"
-        self.chunk, self.action_dim = self.space.chunk, self.space.action_dim
-        self.crop, self.prompt, self.length = shape.crop, facts.prompt, facts.instruction_length
+        self.space = facts.action_space
+        self.chunk = self.space.chunk
+        self.action_dim = self.space.action_dim
+        self.crop = shape.crop
+        self.prompt = facts.prompt
+        self.instruction_length = facts.instruction_length
         self.word_ids = {word: FIRST_WORD + i for i, word in enumerate(facts.vocabulary)}
         width = shape.width
+        # Initial weights depend on the order of these lines.
         self.tower = VisionTower(shape.channels, width)
         self.camera = nn.Parameter(torch.randn(len(facts.environment.cameras), 1, width) * 0.02)
         self.word = nn.Embedding(VOCABULARY_SIZE, width)
         self.placeholder = nn.Parameter(torch.randn(self.space.tokens, width) * 0.02)
-        self.proprio = (
-            nn.Linear(len(facts.proprio_mean), PROPRIO_TOKENS * width) if shape.proprio else None
-        )
+        self.proprio = None
+        if shape.proprio:
+            self.proprio = nn.Linear(len(facts.proprio_mean), PROPRIO_TOKENS * width)
         self.proprio_mean = nn.Buffer(torch.tensor(facts.proprio_mean), persistent=False)
         self.proprio_std = nn.Buffer(torch.tensor(facts.proprio_std), persistent=False)
-        self.language_model = LlamaModel(
-            LlamaConfig(
-                vocab_size=1,  # words have their own embedding above; the Llama sees embeddings only
-                hidden_size=width,
-                intermediate_size=3 * width,
-                num_hidden_layers=shape.layers,
-                num_attention_heads=shape.heads,
-                max_position_embeddings=1024,
-                use_cache=False,
-                bos_token_id=None,
-                eos_token_id=None,
-                attn_implementation="sdpa",  # pyright: ignore[reportCallIssue] - a keyword of the base class
-            )
-        )
+        self.language_model = _build_language_model(shape)
         self.head = nn.Linear(width, self.space.bins)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.placeholder.device
-
     def logits(self, observations: Observations) -> Float[Tensor, "B K V"]:
-        """Logits over the bins of one chunk. ValueError if the frames are smaller than the crop or the cameras are not the checkpoint's."""
-        sequence = torch.cat(
-            [self._image_tokens(observations), *self._other_tokens(observations)], dim=1
-        )
-        size = sequence.shape[1]
-        everything = sequence.new_zeros(
-            len(sequence), 1, size, size
-        )  # additive mask: every position sees every other
-        hidden = self.language_model(
-            inputs_embeds=sequence, attention_mask=everything
-        ).last_hidden_state
-        return self.head(hidden[:, -self.space.tokens :])
+        """Return the logits of the bins of one chunk.
+
+        ValueError for images smaller than the crop, or another number of cameras than trained with.
+        """
+        parts = [self._image_tokens(observations)]
+        parts.append(self._instruction_tokens(observations))
+        if self.proprio is not None:
+            measured = torch.from_numpy(observations.proprio).to(self.device)
+            scaled = (measured - self.proprio_mean) / self.proprio_std
+            tokens = self.proprio(scaled)
+            parts.append(tokens.unflatten(1, (PROPRIO_TOKENS, -1)))
+        parts.append(self.placeholder.expand(len(observations), -1, -1))
+        sequence = torch.cat(parts, dim=1)
+        rows, length, _ = sequence.shape
+        # An additive mask: every position attends to every other.
+        mask = sequence.new_zeros(rows, 1, length, length)
+        outputs = self.language_model(inputs_embeds=sequence, attention_mask=mask)
+        return self.head(outputs.last_hidden_state[:, -self.space.tokens :])
 
     def decode(self, tokens: Int[np.ndarray, "B K"]) -> Float32[np.ndarray, "B S A"]:
-        """Bins -> actions in the environment's units."""
+        """Return the actions of bins, in the environment's units."""
         return self.space.decode(tokens)
 
     def encode(self, actions: Float32[np.ndarray, "B S A"]) -> Int16[np.ndarray, "B K"]:
-        """Actions in the environment's units -> bins."""
+        """Return the bins of actions in the environment's units."""
         return self.space.encode(actions)
 
     def _image_tokens(self, observations: Observations) -> Float[Tensor, "B C*I W"]:
         frames = observations.frames
-        _, cameras, height, width, _ = frames.shape
+        rows, cameras, height, width, _ = frames.shape
         if cameras != len(self.camera) or min(height, width) < self.crop:
             raise ValueError(
-                f"frames: {cameras} camera(s) of {height}x{width}; expected {len(self.camera)} of at least {self.crop}x{self.crop}"
+                f"frames: {cameras} camera(s) of {height}x{width}; "
+                f"expected {len(self.camera)} of at least {self.crop}x{self.crop}"
             )
-        top, left = (height - self.crop) // 2, (width - self.crop) // 2
-        cropped = np.ascontiguousarray(frames[:, :, top : top + self.crop, left : left + self.crop])
-        pixels = (
-            torch.from_numpy(cropped).to(self.device).permute(0, 1, 4, 2, 3).float() / 127.5 - 1.0
-        )
-        tokens = self.tower(pixels.flatten(0, 1)).unflatten(0, (len(frames), cameras))
-        return (tokens + self.camera).flatten(1, 2)
+        y = (height - self.crop) // 2
+        x = (width - self.crop) // 2
+        cropped = np.ascontiguousarray(frames[:, :, y : y + self.crop, x : x + self.crop])
+        levels = torch.from_numpy(cropped).to(self.device)
+        pixels = levels.permute(0, 1, 4, 2, 3).float() / 127.5 - 1.0
+        tokens = self.tower(pixels.flatten(0, 1))
+        tokens = tokens.unflatten(0, (rows, cameras)) + self.camera
+        return tokens.flatten(1, 2)
 
-    def _other_tokens(self, observations: Observations) -> list[Float[Tensor, "B J W"]]:
-        rows = len(observations)
-        parts = [
-            self.word(
-                torch.tensor(
-                    [self._ids(text) for text in observations.instructions], device=self.device
-                )
-            )
-        ]
-        if self.proprio is not None:
-            scaled = (
-                torch.from_numpy(observations.proprio).to(self.device) - self.proprio_mean
-            ) / self.proprio_std
-            parts.append(self.proprio(scaled).unflatten(1, (PROPRIO_TOKENS, -1)))
-        return [*parts, self.placeholder.expand(rows, -1, -1)]
+    def _instruction_tokens(self, observations: Observations) -> Float[Tensor, "B L W"]:
+        ids = [self._ids(instruction) for instruction in observations.instructions]
+        return self.word(torch.tensor(ids, device=self.device))
 
     def _ids(self, instruction: str) -> list[int]:
-        ids = [
-            self.word_ids.get(word, UNKNOWN)
-            for word in words(self.prompt.format(instruction=instruction))
-        ]
-        return (ids + [PAD] * self.length)[: self.length]
+        prompt = words(self.prompt.format(instruction=instruction))
+        ids = [self.word_ids.get(word, UNKNOWN) for word in prompt]
+        padding = [PAD] * self.instruction_length
+        return (ids + padding)[: self.instruction_length]
+
+
+def _build_language_model(shape: PolicyParams) -> LlamaModel:
+    return LlamaModel(
+        LlamaConfig(
+            vocab_size=1,  # words have an embedding of their own; the Llama is given embeddings
+            hidden_size=shape.width,
+            intermediate_size=3 * shape.width,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            max_position_embeddings=1024,
+            use_cache=False,
+            bos_token_id=None,
+            eos_token_id=None,
+            attn_implementation="sdpa",  # pyright: ignore[reportCallIssue] - of the base class
+        )
+    )
 
 
 class VisionTower(nn.Module):
-    """Pixels -> a map at a sixteenth of the resolution as tokens, and the positions of learned keypoints as a few more."""
+    """Image tokens: a map at a sixteenth of the resolution, and positions of learned keypoints."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
@@ -164,12 +170,12 @@ class VisionTower(nn.Module):
         self.keypoints = nn.Linear(2 * HEATMAPS, KEYPOINT_TOKENS * width)
 
     def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B I W"]:
-        """Tokens of one camera's pictures, pixels in [-1, 1]."""
+        """Return the I tokens of one camera's images, whose pixels are in [-1, 1]."""
         fine = self.fine(torch.cat([pixels, _coordinates(pixels)], dim=1))
         grid = self.coarse(fine).flatten(2).transpose(1, 2)
-        keypoints = self.keypoints(_soft_argmax(self.heatmaps(fine))).unflatten(
-            1, (KEYPOINT_TOKENS, -1)
-        )
+        positions = _soft_argmax(self.heatmaps(fine))
+        keypoints = self.keypoints(positions)
+        keypoints = keypoints.unflatten(1, (KEYPOINT_TOKENS, -1))
         return torch.cat([grid, keypoints], dim=1)
 
 
@@ -188,28 +194,21 @@ class Residual(nn.Module):
         )
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        """The block's output."""
+        """Return the block's output."""
         return x + self.body(x)
 
 
-def _coordinates(like: Float[Tensor, "B D H W"]) -> Float[Tensor, "B 2 H W"]:
-    """Two channels that say where a pixel is: x and y in [-1, 1]."""
-    rows, _, height, width = like.shape
-    y = (
-        torch.linspace(-1, 1, height, device=like.device)
-        .view(1, 1, height, 1)
-        .expand(rows, 1, height, width)
-    )
-    x = (
-        torch.linspace(-1, 1, width, device=like.device)
-        .view(1, 1, 1, width)
-        .expand(rows, 1, height, width)
-    )
-    return torch.cat([x, y], dim=1)
+def _coordinates(images: Float[Tensor, "B D H W"]) -> Float[Tensor, "B 2 H W"]:
+    """Return two channels with the x and y of every pixel, in [-1, 1]."""
+    rows, _, height, width = images.shape
+    x = torch.linspace(-1, 1, width, device=images.device)
+    y = torch.linspace(-1, 1, height, device=images.device)
+    coordinates = torch.stack(torch.meshgrid(x, y, indexing="xy"))
+    return coordinates.expand(rows, -1, -1, -1)
 
 
 def _soft_argmax(heatmaps: Float[Tensor, "B M H W"]) -> Float[Tensor, "B 2M"]:
-    """E[(x, y)] under softmax of each heat map, in [-1, 1]."""
+    """Return E[(x, y)] under the softmax of each heat map, in [-1, 1]."""
     weights = heatmaps.flatten(2).softmax(-1)
-    places = _coordinates(heatmaps)[:1].flatten(2)
-    return torch.einsum("bmp,dp->bmd", weights, places[0]).flatten(1)
+    coordinates = _coordinates(heatmaps[:1])[0].flatten(1)
+    return torch.einsum("bmp,dp->bmd", weights, coordinates).flatten(1)

@@ -17,10 +17,10 @@ from vla_opd.learning.memory_estimate import (
     Described,
     _counting,
     _observations,
-    described,
-    device,
+    describe,
+    device_needs,
     inference,
-    stored,
+    iteration_data,
     update,
 )
 from vla_opd.params.objective import OptimizeParams
@@ -30,6 +30,7 @@ from vla_opd.policies import lora
 from vla_opd.policies.checkpoint import CheckpointFacts
 from vla_opd.policies.load import build_policy, save_pretrained
 from vla_opd.policies.openvla_oft.layout import Architecture, read_public
+from vla_opd.policies.policy import Policy
 
 ENVIRONMENT = EnvironmentParams(
     tasks=("libero_object/0",),
@@ -43,7 +44,7 @@ OUTPUTS = tiny.TOKENS * tiny.BINS
 FLOAT32 = 4  # bytes
 
 
-class Chain(nn.Module):
+class Chain(Policy):
     """Three products with a ReLU between: x [B, W] -> [B, W] -> [B, W] -> [B, K V]."""
 
     def __init__(self, facts: CheckpointFacts) -> None:
@@ -51,13 +52,20 @@ class Chain(nn.Module):
         self.first = nn.Linear(WIDTH, WIDTH, bias=False)
         self.second = nn.Linear(WIDTH, WIDTH, bias=False)
         self.head = nn.Linear(WIDTH, OUTPUTS, bias=False)
-        self.chunk = facts.action_space.chunk
-        self.action_dim = facts.action_space.action_dim
+        self.space = facts.action_space
+        self.chunk = self.space.chunk
+        self.action_dim = self.space.action_dim
 
     def logits(self, observations: Observations) -> torch.Tensor:
-        x = torch.empty(len(observations), WIDTH, device=self.head.weight.device)
+        x = torch.empty(len(observations), WIDTH, device=self.device)
         logits = self.head(self.second(self.first(x).relu()).relu())
         return logits.unflatten(-1, (tiny.TOKENS, tiny.BINS))
+
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        return self.space.decode(tokens)
+
+    def encode(self, actions: np.ndarray) -> np.ndarray:
+        return self.space.encode(actions)
 
 
 class Stack(Chain):
@@ -68,7 +76,7 @@ class Stack(Chain):
         self.blocks = nn.ModuleList([self.first, self.second])
 
 
-def describe(policy: type[Chain]) -> Described:
+def describe_family(policy: type[Chain]) -> Described:
     shape = tiny.SHAPE.model_copy(update={"family": f"{__name__}:{policy.__name__}"})
     facts = tiny.FACTS.model_copy(update={"policy": shape})
     return Described(facts, torch.float32, Path("nowhere"))
@@ -83,7 +91,7 @@ TRANSIENT = FLOAT32 * ROWS * (2 * WIDTH + 4 * OUTPUTS)  # at most, besides
 
 
 def test_inference_holds_the_weights_and_two_activations() -> None:
-    need = inference("evaluate", describe(Chain), ROWS)
+    need = inference("evaluate", describe_family(Chain), ROWS)
     assert (need.weights, need.gradients, need.moments) == (FLOAT32 * WEIGHTS, 0, 0)
     # x, which its caller holds, and the input and output of an operation.
     assert need.activations == FLOAT32 * ROWS * 3 * WIDTH
@@ -91,17 +99,17 @@ def test_inference_holds_the_weights_and_two_activations() -> None:
 
 def test_an_update_holds_gradients_moments_and_what_the_backward_pass_needs() -> None:
     size = FLOAT32 * WEIGHTS
-    need = update("optimize", describe(Chain), OptimizeParams(batch_size=ROWS))
+    need = update("optimize", describe_family(Chain), OptimizeParams(batch_size=ROWS))
     assert (need.weights, need.gradients, need.moments) == (size, size, 2 * size)
     # AdamW's copy is larger than what a few rows keep.
     assert need.activations == size > KEPT + TRANSIENT
-    need = update("optimize", describe(Chain), OptimizeParams(batch_size=512 * ROWS))
+    need = update("optimize", describe_family(Chain), OptimizeParams(batch_size=512 * ROWS))
     inputs = FLOAT32 * ROWS * WIDTH
     assert 512 * (KEPT - inputs) <= need.activations <= 512 * (KEPT + TRANSIENT)
 
 
 def test_an_adapter_is_all_that_has_gradients_and_moments() -> None:
-    need = update("optimize", describe(Chain), OptimizeParams(batch_size=ROWS, lora_rank=2))
+    need = update("optimize", describe_family(Chain), OptimizeParams(batch_size=ROWS, lora_rank=2))
     adapter = 2 * 2 * (WIDTH + WIDTH)
     assert need.weights == FLOAT32 * (WEIGHTS + adapter)
     assert need.gradients == FLOAT32 * adapter
@@ -111,10 +119,10 @@ def test_an_adapter_is_all_that_has_gradients_and_moments() -> None:
 def test_each_of_several_processes_holds_its_share_and_what_is_gathered() -> None:
     block = FLOAT32 * WIDTH * WIDTH
     head = FLOAT32 * WIDTH * OUTPUTS
-    checkpoint = describe(Stack)
+    checkpoint = describe_family(Stack)
     settings = OptimizeParams(batch_size=64)
     alone, two, four = (update("optimize", checkpoint, settings, count) for count in (1, 2, 4))
-    assert alone == update("optimize", describe(Chain), settings)
+    assert alone == update("optimize", describe_family(Chain), settings)
     for need, count in ((two, 2), (four, 4)):
         assert need.weights == alone.weights // count
         assert need.gradients == alone.gradients // count
@@ -122,7 +130,7 @@ def test_each_of_several_processes_holds_its_share_and_what_is_gathered() -> Non
     # Both blocks and what is in no block, and the gradients of all of them.
     gathered = 2 * (2 * block + head)
     few_states = settings.model_copy(update={"batch_size": 16})
-    of_few_states = update("optimize", describe(Chain), few_states)
+    of_few_states = update("optimize", describe_family(Chain), few_states)
     assert of_few_states.activations == of_few_states.gradients  # next to nothing is kept
     assert gathered < four.activations < gathered + 0.2 * of_few_states.activations
     # At the end of the forward pass all that it keeps exists, and no gradient yet.
@@ -145,7 +153,7 @@ def test_sizes_without_numbers_are_those_of_real_tensors(recompute: bool) -> Non
     checkpoint = Described(tiny.FACTS, torch.float32, Path("nowhere"))
     settings = OptimizeParams(batch_size=16, gradient_checkpointing=recompute)
     policy = build_policy(tiny.FACTS).eval()
-    with lora.recomputing(policy, wanted=recompute), _counting(policy) as real:
+    with lora.recomputing(policy, enabled=recompute), _counting(policy) as real:
         policy.logits(_observations(tiny.FACTS, 16)).log_softmax(-1).mean().backward()
     need = update("optimize", checkpoint, settings)
     assert need.weights == real.held
@@ -180,7 +188,7 @@ def test_seven_billion_are_planned_without_their_weights(folder: Path, tmp_path:
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors").unlink()
     params = adopting(folder, gradient_checkpointing=True)
-    needs = {need.stage: need for need in device(params, tmp_path)}
+    needs = {need.stage: need for need in device_needs(params, tmp_path)}
     assert list(needs) == ["evaluate", "sample", "label", "optimize"]
     label = needs["label"]
     optimize = needs["optimize"]
@@ -188,7 +196,7 @@ def test_seven_billion_are_planned_without_their_weights(folder: Path, tmp_path:
     assert optimize.weights - label.weights == 4 * 111_286_272
     assert optimize.gradients == 4 * 111_286_272
     assert 20e9 < optimize.total < 40e9
-    student = described(params, tmp_path, "student")
+    student = describe(params, tmp_path, "student")
     keeping = update("optimize", student, adopting(folder).optimize)
     assert keeping.total > 100e9
     assert keeping.weights == optimize.weights
@@ -199,14 +207,14 @@ def test_a_checkpoint_that_exists_is_described_by_its_manifest(
 ) -> None:
     params = adopting(folder)
     save_pretrained(build_policy(tiny.FACTS), tiny.FACTS, tmp_path / "checkpoints/it001")
-    checkpoint = described(params, tmp_path, "it001")
+    checkpoint = describe(params, tmp_path, "it001")
     assert (checkpoint.facts, checkpoint.dtype) == (tiny.FACTS, torch.float32)
-    teacher = described(params, tmp_path, "teacher")
+    teacher = describe(params, tmp_path, "teacher")
     assert isinstance(teacher.facts.policy, Architecture)
     assert teacher.dtype == torch.bfloat16
-    message = r"checkpoints/base: isn't there yet, and what it will need isn't known before"
+    message = r"checkpoints/base: does not exist yet, and its size is not known before"
     with pytest.raises(ValueError, match=message):
-        described(params, tmp_path, "base")
+        describe(params, tmp_path, "base")
 
 
 def test_a_checkpoint_with_an_adapter_needs_its_weights_too(tmp_path: Path) -> None:
@@ -228,7 +236,7 @@ def test_an_iterations_data_is_counted_at_its_longest(folder: Path) -> None:
     sample = params.sample.model_copy(update=changes)
     space = read_public(folder, None).space
     facts = CheckpointFacts(policy=tiny.SHAPE, action_space=space, environment=ENVIRONMENT)
-    data = stored(params.model_copy(update={"sample": sample}), facts)
+    data = iteration_data(params.model_copy(update={"sample": sample}), facts)
     assert data.states == 2 * 3 * 3
     assert data.frames == 18 * 256 * 256 * 3
     assert data.labels == 18 * 56 * 256 * np.dtype("float16").itemsize
@@ -236,13 +244,13 @@ def test_an_iterations_data_is_counted_at_its_longest(folder: Path) -> None:
     optimize = params.optimize.model_copy(update={"earlier": 2, "anchor": 0.1})
     anchored = params.model_copy(update={"sample": sample, "optimize": optimize})
     scores = 18 * 56 * 256 * FLOAT32
-    assert stored(anchored, facts).held == 3 * (data.held + scores)
+    assert iteration_data(anchored, facts).held == 3 * (data.held + scores)
 
 
 def test_an_anchor_scores_before_the_student_is_loaded(folder: Path, tmp_path: Path) -> None:
     params = adopting(folder, anchor=0.1)
-    (anchor,) = [need for need in device(params, tmp_path) if need.stage == "anchor"]
-    alone = inference("evaluate", described(params, tmp_path, "student"), 32)
+    (anchor,) = [need for need in device_needs(params, tmp_path) if need.stage == "anchor"]
+    alone = inference("evaluate", describe(params, tmp_path, "student"), 32)
     assert (anchor.weights, anchor.activations) == (alone.weights, alone.activations)
 
 
@@ -251,6 +259,6 @@ def test_params_yaml_comes_before_the_checkpoint_adopted_by_it(
 ) -> None:
     params = adopting(folder)
     save_pretrained(build_policy(tiny.FACTS), tiny.FACTS, tmp_path / "checkpoints/student")
-    assert described(params, tmp_path, "student").dtype == torch.bfloat16
+    assert describe(params, tmp_path, "student").dtype == torch.bfloat16
     shutil.rmtree(folder)
-    assert described(params, tmp_path, "student").facts == tiny.FACTS
+    assert describe(params, tmp_path, "student").facts == tiny.FACTS

@@ -46,7 +46,7 @@ def main(checkpoint: Path, out: Path) -> None:
     with fsdp.together("cpu"):
         policy = from_public(checkpoint, dtype=torch.bfloat16)
         lora.prepare(policy, Lora(rank=4, alpha=8), 1, "optimize")
-        with fsdp.sharded(policy) as shared, lora.recomputing(shared, wanted=True):
+        with fsdp.sharded(policy) as shared, lora.recomputing(shared, enabled=True):
             rows, moments = train(shared, OneBinLoss(), budget, Session("together", out))
         if fsdp.rank() == 0:
             write_rows(out / "rows.jsonl", rows)

@@ -1,5 +1,6 @@
-"""Checkpoints: whole or refused, and used only where they belong."""
+"""Checkpoints: complete or refused, and used only where they belong."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from vla_opd.artifacts.draft import draft
 from vla_opd.policies.checkpoint import (
     WEIGHTS,
     open_checkpoint,
+    open_unverified,
     require_environment,
     require_same_actions,
     save_weights,
@@ -30,11 +32,33 @@ def test_a_checkpoint_returns_its_weights_and_facts(tmp_path: Path) -> None:
         "half": torch.ones(2, dtype=torch.bfloat16, requires_grad=True),
     }
     publish(tmp_path / "student", weights, {"checkpoint": small.FACTS.model_dump()})
-    found = open_checkpoint(tmp_path / "student")
-    assert found.facts == small.FACTS
-    assert found.digest == found.manifest.digest
-    assert found.weights().keys() == weights.keys()
-    assert all(torch.equal(found.weights()[name], weights[name]) for name in weights)
+    checkpoint = open_checkpoint(tmp_path / "student")
+    assert checkpoint.facts == small.FACTS
+    assert checkpoint.digest == checkpoint.manifest.digest
+    assert checkpoint.dtypes == (torch.float32, torch.bfloat16)
+    stored = checkpoint.weights()
+    assert stored.keys() == weights.keys()
+    assert all(torch.equal(stored[name], weights[name]) for name in weights)
+
+
+def test_the_manifest_can_be_read_without_verifying_the_weights(tmp_path: Path) -> None:
+    publish(tmp_path / "student", {"a": torch.ones(8)}, {"checkpoint": small.FACTS.model_dump()})
+    (tmp_path / "student" / WEIGHTS).write_bytes(b"corrupt")
+    checkpoint = open_unverified(tmp_path / "student")
+    assert checkpoint.facts == small.FACTS
+    message = f"student/{WEIGHTS}: not safetensors .*; expected what `save_weights` writes"
+    with pytest.raises(ValueError, match=message):
+        checkpoint.weights()
+    with pytest.raises(ValueError, match=message):
+        _ = checkpoint.dtypes
+
+
+def test_a_checkpoint_of_integers_has_no_precision(tmp_path: Path) -> None:
+    weights = {"a": torch.arange(3)}
+    publish(tmp_path / "student", weights, {"checkpoint": small.FACTS.model_dump()})
+    message = rf"student/{WEIGHTS}: is in \['I64'\]; expected some tensors in \['BF16', 'F16'"
+    with pytest.raises(ValueError, match=message):
+        _ = open_checkpoint(tmp_path / "student").dtypes
 
 
 def test_same_weights_same_bytes(tmp_path: Path) -> None:
@@ -49,10 +73,8 @@ def test_same_weights_same_bytes(tmp_path: Path) -> None:
 )
 def test_facts_of_another_version_are_refused(tmp_path: Path, facts: dict[str, object]) -> None:
     publish(tmp_path / "student", {"a": torch.ones(1)}, facts)
-    with pytest.raises(
-        ValueError,
-        match=r"student: the manifest's facts do not describe a checkpoint of this version",
-    ):
+    message = "student: the manifest's facts do not describe a checkpoint of this version"
+    with pytest.raises(ValueError, match=message):
         open_checkpoint(tmp_path / "student")
 
 
@@ -65,7 +87,7 @@ def test_corrupt_weights_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "theirs"),
+    ("field", "value"),
     [
         ("q01", (-0.4, -1.0, 0.0)),
         ("q99", (0.5, 2.5, 0.0)),
@@ -74,21 +96,20 @@ def test_corrupt_weights_are_refused(tmp_path: Path) -> None:
         ("bins", 9),
     ],
 )
-def test_tokens_of_other_actions_are_refused(field: str, theirs: object) -> None:
+def test_tokens_of_other_actions_are_refused(field: str, value: object) -> None:
     require_same_actions(small.FACTS, small.SPACE, "labels/it001")
-    with pytest.raises(
-        ValueError,
-        match=rf"labels/it001: action_space\.{field} is .* for the teacher; expected the student's",
-    ) as caught:
-        require_same_actions(
-            small.FACTS, small.SPACE.model_copy(update={field: theirs}), "labels/it001"
-        )
-    assert str(theirs) in str(caught.value)
-    assert str(getattr(small.SPACE, field)) in str(caught.value)
+    teacher = small.SPACE.model_copy(update={field: value})
+    expected = getattr(small.SPACE, field)
+    message = (
+        f"labels/it001: action_space.{field} is {value} for the teacher; "
+        f"expected the student's {expected}"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        require_same_actions(small.FACTS, teacher, "labels/it001")
 
 
 @pytest.mark.parametrize(
-    ("field", "ours"),
+    ("field", "value"),
     [
         ("family", "libero"),
         ("cameras", ("front",)),
@@ -99,17 +120,17 @@ def test_tokens_of_other_actions_are_refused(field: str, theirs: object) -> None
         ("wording", "benchmark"),
     ],
 )
-def test_another_environment_is_refused(field: str, ours: object) -> None:
-    with pytest.raises(
-        ValueError, match=rf"environment\.{field} is .*, which the student was trained with"
-    ) as caught:
-        require_environment(
-            small.FACTS, small.ENVIRONMENT.model_copy(update={field: ours}), "the student"
-        )
-    assert f"is {ours!r}; expected {getattr(small.ENVIRONMENT, field)!r}" in str(caught.value)
+def test_another_environment_is_refused(field: str, value: object) -> None:
+    environment = small.ENVIRONMENT.model_copy(update={field: value})
+    expected = getattr(small.ENVIRONMENT, field)
+    message = (
+        f"environment.{field} is {value!r}; expected {expected!r}, "
+        "which the student was trained with"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        require_environment(small.FACTS, environment, "the student")
 
 
 def test_other_tasks_of_the_same_environment_are_welcome() -> None:
-    require_environment(
-        small.FACTS, small.ENVIRONMENT.model_copy(update={"tasks": ("push-v3",)}), "the student"
-    )
+    environment = small.ENVIRONMENT.model_copy(update={"tasks": ("push-v3",)})
+    require_environment(small.FACTS, environment, "the student")

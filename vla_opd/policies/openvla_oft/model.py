@@ -35,7 +35,7 @@ from vla_opd.policies.openvla_oft.towers import (
     build_siglip,
 )
 from vla_opd.policies.openvla_oft.weights import read_weights
-from vla_opd.policies.policy import Observations
+from vla_opd.policies.policy import Observations, Policy
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -61,7 +61,7 @@ class Images(NamedTuple):
     cropped: UInt8[np.ndarray, "B S S 3"]
 
 
-class OpenVLAOFT(nn.Module):
+class OpenVLAOFT(Policy):
     """The policy.
 
     architecture: sizes and image preprocessing.
