@@ -1,12 +1,15 @@
-"""A teacher's distribution over its own bins, as one over the student's, where their action statistics differ.
+"""A teacher's distribution over its own bins, as one over the student's bins.
 
-A bin is an interval of actions. Bin v of the teacher gives its probability to the student's bins u in proportion to how much of it lies in each:
+Needed where their action statistics differ. A bin is an interval of actions in the environment's
+units. Bin v of the teacher gives its probability to the student's bins u in proportion to the part
+of it that lies in each:
 
     M[v, u] = |I_T(v) & I_S(u)| / |I_T(v)|,    q(u) = (1 - eps) sum_v p_T(v) M[v, u] + eps / V
 
-one matrix an action dimension, its rows sum to 1. Intervals are those of the environment's units. What lies beyond the student's statistics is in its
-outermost bins, as `ActionSpace.encode` has it; the last bin of either holds one action alone, the largest. eps = `FLOOR` keeps log q finite where
-no bin of the teacher reaches: a reverse KL would be infinite there.
+with one matrix per action dimension, whose rows sum to 1. Actions beyond the student's statistics
+are in its outermost bins, as for `ActionSpace.encode`; the last bin of both holds a single action,
+the largest. eps = `FLOOR` keeps log q finite in bins that no bin of the teacher reaches, where a
+reverse KL would be infinite.
 """
 
 from dataclasses import dataclass
@@ -23,54 +26,67 @@ FLOOR = 1e-6
 
 @dataclass(frozen=True)
 class Transfer:
-    """From the teacher's bins to the student's: A matrices, one an action dimension."""
+    """From the teacher's V bins to the student's U: one matrix per action dimension."""
 
     overlaps: Float64[np.ndarray, "A V U"]
 
     def __call__(self, log_probs: Float[np.ndarray, "N K V"]) -> Float32[np.ndarray, "N K U"]:
-        """Log q of log p_T. The dimension of token k is k modulo A."""
+        """Return log q for log p_T. Token k is of dimension k modulo A."""
         dims, bins, width = self.overlaps.shape
-        shares = np.exp(log_probs.astype(np.float64)).reshape(len(log_probs), -1, dims, bins)
-        moved = np.einsum("nsav,avu->nsau", shares, self.overlaps, optimize=True)
-        floored = (1 - FLOOR) * moved / moved.sum(-1, keepdims=True) + FLOOR / width
-        return np.log(floored).reshape(*log_probs.shape[:2], width).astype(np.float32)
+        rows, tokens, _ = log_probs.shape
+        probs = np.exp(log_probs.astype(np.float64))
+        probs = probs.reshape(rows, -1, dims, bins)
+        moved = np.einsum("nsav,avu->nsau", probs, self.overlaps, optimize=True)
+        moved = (1 - FLOOR) * moved / moved.sum(-1, keepdims=True)
+        log_q = np.log(moved + FLOOR / width)
+        return log_q.reshape(rows, tokens, width).astype(np.float32)
 
 
 def between(teacher: ActionSpace, student: ActionSpace, where: str = "transfer") -> Transfer | None:
-    """How to get from the one's bins to the other's; None if they are the same. ValueError where chunks or action dimensions differ."""
+    """Return the transfer from the teacher's bins to the student's; None if they are the same.
+
+    ValueError for other chunks or action dimensions, or bins without width in float64.
+    """
     if teacher == student:
         return None
     for field in ("chunk", "action_dim"):
-        ours, theirs = getattr(student, field), getattr(teacher, field)
-        if ours != theirs:
+        value = getattr(teacher, field)
+        expected = getattr(student, field)
+        if value != expected:
             raise ValueError(
-                f"{where}: action_space.{field} is {theirs} for the teacher; expected the student's {ours}, for only bins can move"
+                f"{where}: action_space.{field} is {value} for the teacher; "
+                f"expected the student's {expected}, for only bins can move"
             )
-    overlaps = np.stack(
-        [overlap(t, s) for t, s in zip(edges(teacher), edges(student), strict=True)]
-    )
-    overlaps[student.constant] = np.eye(student.bins)[
-        (student.bins - 1) // 2
-    ]  # all of it in the middle bin, as `encode` has it
+    pairs = zip(edges(teacher), edges(student), strict=True)
+    overlaps = np.stack([overlap(*pair) for pair in pairs])
+    # `encode` puts all actions of a constant dimension into the middle bin.
+    middle = (student.bins - 1) // 2
+    overlaps[student.constant] = np.eye(student.bins)[middle]
     if not np.isfinite(overlaps).all():
         raise ValueError(
-            f"{where}: the teacher's bins have no width in float64 (action_space.q01, q99); expected statistics that tell them apart"
+            f"{where}: the teacher's bins have no width in float64 (action_space.q01, q99); "
+            "expected statistics that tell them apart"
         )
     return Transfer(overlaps)
 
 
 def require_comparable(student: CheckpointFacts, labels: Manifest, where: str) -> None:
-    """ValueError unless the labels' tokens mean the student's actions, or are to be transferred to them (`label.transfer`) and can be."""
+    """ValueError for labels whose tokens do not mean the student's actions.
+
+    With `label.transfer` their bins may differ, if they can be transferred to the student's.
+    """
     teacher = ActionSpace.model_validate(labels.facts["action_space"])
-    require_actions(
-        student, teacher, where, transfer=labels.params.get("label", {}).get("transfer", False)
-    )
+    transfer = labels.params.get("label", {}).get("transfer", False)
+    require_actions(student, teacher, where, transfer=transfer)
 
 
 def require_actions(
     student: CheckpointFacts, teacher: ActionSpace, where: str, *, transfer: bool
 ) -> None:
-    """ValueError unless the teacher's tokens mean the student's actions or, with `transfer`, can be made to."""
+    """ValueError unless the teacher's tokens mean the student's actions.
+
+    With `transfer` their bins may differ, if they can be transferred to the student's.
+    """
     if transfer:
         between(teacher, student.action_space, where)
     else:
@@ -78,21 +94,29 @@ def require_actions(
 
 
 def edges(space: ActionSpace) -> Float64[np.ndarray, "A V"]:
-    """Where bins begin, in the environment's units, and in the last place the largest action, which the last bin holds alone."""
-    low, high, normalised = (
-        np.array(one)[:, None] for one in (space.q01, space.q99, space.normalised)
-    )
+    """Return where bins begin, in the environment's units.
+
+    The last bin begins at the largest action, the only one that it holds.
+    """
+    low = np.array(space.q01)[:, None]
+    high = np.array(space.q99)[:, None]
+    normalised = np.array(space.normalised)[:, None]
     x = space.edges[None, :]
-    return np.where(normalised, 0.5 * (x + 1) * (high - low + RANGE_FLOOR) + low, x)
+    scaled = 0.5 * (x + 1) * (high - low + RANGE_FLOOR) + low
+    return np.where(normalised, scaled, x)
 
 
 def overlap(
     teacher: Float64[np.ndarray, " V"], student: Float64[np.ndarray, " U"]
 ) -> Float64[np.ndarray, "V U"]:
-    """The matrix of one action dimension, from the edges of both."""
-    low, high = np.concatenate([[-np.inf], student[1:]]), np.concatenate([student[1:], [np.inf]])
-    inside = np.minimum(teacher[1:, None], high) - np.maximum(teacher[:-1, None], low)
-    rows = inside.clip(min=0) / np.diff(teacher)[:, None]
+    """Return the matrix of one action dimension, from the edges of both."""
+    bounds = np.concatenate([[-np.inf], student[1:], [np.inf]])
+    begin = np.maximum(teacher[:-1, None], bounds[:-1])
+    end = np.minimum(teacher[1:, None], bounds[1:])
+    lengths = (end - begin).clip(min=0)
+    rows = lengths / np.diff(teacher)[:, None]
+    rows /= rows.sum(1, keepdims=True)
+    largest = np.digitize(teacher[-1], student) - 1
     last = np.zeros(len(student))
-    last[np.clip(np.digitize(teacher[-1], student) - 1, 0, len(student) - 1)] = 1
-    return np.vstack([rows / rows.sum(1, keepdims=True), last])
+    last[np.clip(largest, 0, len(student) - 1)] = 1
+    return np.vstack([rows, last])

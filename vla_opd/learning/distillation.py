@@ -311,7 +311,7 @@ class DistillationLoss:
         """Return the loss of this step's states, and its metrics."""
         rows = self._order(step)
         settings = self._settings
-        seed = fsdp.own(derive(self._seed, step))
+        seed = fsdp.process_seed(derive(self._seed, step))
         tokens, mask = token_batch(policy, self._batch, rows, settings, seed)
         row = _metrics(tokens, mask, settings)
         values = self._objective(tokens)

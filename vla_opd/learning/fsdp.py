@@ -1,8 +1,10 @@
 """Several processes that train one policy: PyTorch's FSDP2, under torchrun.
 
-Each process has a share of every batch's states, and of the weights, the gradient and the optimiser's moments; a block's weights are whole only while
-it computes. What is read and written is what a process alone reads and writes, so that checkpoints and saves of any launch go on in any other.
-A process alone is left as it is, bit for bit. The first process is the one that writes; what the others make ready is thrown away.
+Each process has a share of the states of every batch, of the weights, the gradient and the
+optimizer's moments; a block's weights are gathered only while it computes. Files are those that a
+single process reads and writes, so that a launch with any number of processes resumes them. A
+single process computes as it would without this module, bit for bit. The first process writes; what
+the others prepare is discarded.
 """
 
 import copy
@@ -12,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,36 +28,44 @@ from vla_opd.machine.host import require_equal_shares
 from vla_opd.machine.parent_death import STARTED_BY
 from vla_opd.seeds import derive
 
-PATIENCE = timedelta(
-    hours=12
-)  # for which the others wait while the first writes and hashes; a process that dies ends all of them at once
+# How long the others wait while the first process writes and hashes. If one dies, all end at once.
+PATIENCE = timedelta(hours=12)
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def rank() -> int:
-    """The number of this process among those that train together; the first, 0, leads."""
-    return distributed.get_rank() if distributed.is_initialized() else 0
+    """The number of this process among those that train together; the first is 0."""
+    if not distributed.is_initialized():
+        return 0
+    return distributed.get_rank()
 
 
 def count() -> int:
-    """How many processes train together."""
-    return distributed.get_world_size() if distributed.is_initialized() else 1
+    """The number of processes that train together."""
+    if not distributed.is_initialized():
+        return 1
+    return distributed.get_world_size()
 
 
 @contextmanager
 def together(device: str) -> Generator[None]:
-    """Be one of the processes that torchrun started, each with a GPU of its own; a process that it did not start is alone."""
+    """Join the processes that torchrun started, each with a GPU of its own.
+
+    A process that torchrun did not start stays alone. ValueError for a device with a number.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
     if ":" in device:
         raise ValueError(
-            f"device is {device!r}; expected 'cuda' or 'auto' for processes that train together: each has a GPU of its own"
+            f"device is {device!r}; expected 'cuda' or 'auto' for processes that train together: "
+            "each has a GPU of its own"
         )
+    backend = "gloo"
     if device.startswith("cuda"):
+        backend = "nccl"
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group(
-        "nccl" if device.startswith("cuda") else "gloo", timeout=PATIENCE
-    )
+    distributed.init_process_group(backend, timeout=PATIENCE)
     try:
         yield
     finally:
@@ -63,71 +73,74 @@ def together(device: str) -> Generator[None]:
 
 
 def launch(processes: int, module: str, arguments: Sequence[str]) -> int:
-    """Run `python -m MODULE ARGUMENTS` as so many processes of this machine that train together. The exit code of the first that failed, or 0."""
+    """Run `python -m MODULE ARGUMENTS` in processes of this machine that train together.
+
+    Returns the exit code of the first that failed, or 0.
+    """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
-    os.environ.setdefault(
-        "OMP_NUM_THREADS", "1"
-    )  # torchrun says at length that it does so; the stages set their own number
+    # Unset, torchrun sets it with a long message; the stages set their own number.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ[STARTED_BY] = str(os.getpid())
-    with (
-        TemporaryDirectory() as logs
-    ):  # torchrun makes a folder for them in any case, and leaves it
+    with TemporaryDirectory() as logs:  # torchrun makes a folder for logs in any case
+        options = ["--standalone", f"--nproc-per-node={processes}", f"--log-dir={logs}"]
         try:
-            run(
-                parse_args(
-                    [
-                        "--standalone",
-                        f"--nproc-per-node={processes}",
-                        f"--log-dir={logs}",
-                        "-m",
-                        module,
-                        *arguments,
-                    ]
-                )
-            )
+            run(parse_args([*options, "-m", module, *arguments]))
         except ChildFailedError as error:
             return error.get_first_failure()[1].exitcode
     return 0
 
 
 def share(rows: Int[np.ndarray, " B"]) -> Int[np.ndarray, " b"]:
-    """This process's states of a batch: every `count()`-th. ValueError if they can't be shared out evenly."""
+    """Return this process's states of a batch: every `count()`-th.
+
+    ValueError if the processes' shares would differ in size.
+    """
     require_equal_shares({"batch_size": len(rows)}, count())
     return rows[rank() :: count()]
 
 
-def own(seed: int) -> int:
-    """A seed for what this process draws of its share: the first's is that of a process alone."""
-    return derive(seed, "rank", rank()) if rank() else seed
+def process_seed(seed: int) -> int:
+    """Return the seed of this process's own draws; the first draws as a single process does."""
+    if rank() == 0:
+        return seed
+    return derive(seed, "rank", rank())
 
 
 @contextmanager
-def sharded(policy: Any) -> Generator[Any]:
-    """A copy of the policy to train, shared out over the processes; what it has learnt is in the policy itself at the end. Alone, the policy."""
+def sharded(policy: Model) -> Generator[Model]:
+    """Yield a sharded copy of the policy to train; at the end the policy gets its weights.
+
+    A single process trains the policy itself.
+    """
     if count() == 1:
         yield policy
         return
     device = next(policy.parameters()).device
-    shared = _cut(copy.deepcopy(policy.cpu()), device.type)
+    shared = _shard(copy.deepcopy(policy.cpu()), device.type)
     yield shared
-    learnt = dict(shared.named_parameters())
+    learned = dict(shared.named_parameters())
     with torch.no_grad():
-        for name, one in policy.named_parameters():
-            if one.requires_grad:
-                one.copy_(entire(learnt[name]))
+        for name, parameter in policy.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(gather(learned[name]))
     policy.to(device)
 
 
 def blocks(policy: nn.Module) -> list[nn.Module]:
-    """What is gathered by itself, for as long as it computes: each block of each stack of blocks. What is left is gathered as a whole."""
-    return [
-        block for stack in policy.modules() if isinstance(stack, nn.ModuleList) for block in stack
-    ]
+    """Return the blocks of all stacks: each is gathered by itself, while it computes.
+
+    What is in no block is gathered together.
+    """
+    gathered: list[nn.Module] = []
+    for module in policy.modules():
+        if isinstance(module, nn.ModuleList):
+            gathered.extend(module)
+    return gathered
 
 
-def _cut(policy: Any, device: str) -> Any:
+def _shard(policy: Model, device: str) -> Model:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -140,68 +153,88 @@ def _cut(policy: Any, device: str) -> Any:
 
 
 def weighted(loss: Float[Tensor, ""], tokens: int) -> Float[Tensor, ""]:
-    """The mean over this process's `tokens` valid tokens, weighted: the mean of the processes', which FSDP takes, is then that over all tokens."""
-    return loss if count() == 1 else loss * (tokens * count() / _total([tokens])[0])
+    """Return this process's mean loss, weighted by its number of valid tokens.
+
+    FSDP averages over n processes; with weights n `tokens` / (tokens of all processes) that
+    average is the mean over all tokens.
+    """
+    if count() == 1:
+        return loss
+    (total,) = _sum_over_processes([tokens])
+    return loss * (tokens * count() / total)
 
 
 def mean(values: Mapping[str, float], tokens: int) -> dict[str, float]:
-    """Means over all processes' valid tokens, of means over each one's own."""
+    """Return means over all processes' valid tokens from those over each process's `tokens`."""
     if count() == 1:
         return dict(values)
-    *sums, tokens_of_all = _total([*(value * tokens for value in values.values()), tokens])
-    return {name: total / tokens_of_all for name, total in zip(values, sums, strict=True)}
+    sums = [value * tokens for value in values.values()]
+    *totals, all_tokens = _sum_over_processes([*sums, tokens])
+    return {name: total / all_tokens for name, total in zip(values, totals, strict=True)}
 
 
-def _total(values: Sequence[float]) -> list[float]:
-    """Sums over the processes."""
-    summed = torch.tensor(
-        values, dtype=torch.float64, device="cuda" if distributed.get_backend() == "nccl" else "cpu"
-    )
-    distributed.all_reduce(summed)
-    return summed.tolist()
+def _sum_over_processes(values: Sequence[float]) -> list[float]:
+    device = "cpu"
+    if distributed.get_backend() == "nccl":
+        device = "cuda"
+    sums = torch.tensor(values, dtype=torch.float64, device=device)
+    distributed.all_reduce(sums)
+    return sums.tolist()
 
 
 def wait() -> None:
-    """Until every process has come here."""
+    """Wait until every process has come here."""
     if count() > 1:
         distributed.barrier()
 
 
-def require_agreement(number: int, what: str) -> None:
+def require_agreement(number: int, name: str) -> None:
     """ValueError unless all processes have the same number."""
-    if count() > 1 and (average := _total([number])[0] / count()) != number:
+    if count() == 1:
+        return
+    average = _sum_over_processes([number])[0] / count()
+    if average != number:
         raise ValueError(
-            f"{what} is {number} here, {average:g} in the mean of all processes; expected the same, in a folder that all of them see"
+            f"{name} is {number} here, {average:g} in the mean of all processes; "
+            "expected the same, in a folder that all of them see"
         )
 
 
-def entire(tensor: Tensor) -> Tensor:
-    """All of a tensor that is shared out, in every process. Every process has to ask at once."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that is shared out, in the first process's memory; nothing of it in the others'. Every process has to ask at once."""
+def gather(tensor: Tensor) -> Tensor:
+    """Return all of a sharded tensor, in every process. All processes have to call it."""
     if not isinstance(tensor, DTensor):
         return tensor
-    full = entire(tensor)
-    return full.cpu() if rank() == 0 else full.to("meta")
+    return tensor.full_tensor()
 
 
-def cut(tensor: Float[Tensor, "..."], like: Tensor) -> Tensor:
-    """This process's part of a whole tensor, shared out as another of its shape is."""
-    if not isinstance(like, DTensor) or not tensor.ndim:  # AdamW's count of steps is everybody's
+def gather_on_first(tensor: Tensor) -> Tensor:
+    """Return all of a sharded tensor in the first process's host memory, a meta tensor elsewhere.
+
+    All processes have to call it.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor
+    full = gather(tensor)
+    return full.to("cpu" if rank() == 0 else "meta")
+
+
+def shard_as(tensor: Float[Tensor, "..."], reference: Tensor) -> Tensor:
+    """Return this process's part of a full tensor, sharded as another one of its shape."""
+    if not isinstance(reference, DTensor) or not tensor.ndim:  # AdamW's step count is everyone's
         return tensor
     return distribute_tensor(
-        tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None
+        tensor.to(reference.device),
+        reference.device_mesh,
+        reference.placements,
+        src_data_rank=None,
     )
 
 
 class _Follower(Draft):
-    """What the first process writes, to the others: they have the name, and wait."""
+    """The first process's draft, as the others see it: they know its name, and wait."""
 
     def publish(self, facts: Mapping[str, Any]) -> Manifest:
-        """The manifest that the first process has published."""
+        """Return the manifest that the first process has published."""
         del facts
         wait()
         return read_manifest(self.target, self.kind)
@@ -211,9 +244,10 @@ class _Follower(Draft):
 def shared_draft(
     target: Path, kind: Kind, parents: Mapping[str, str], params: Mapping[str, Any]
 ) -> Generator[Draft]:
-    """`draft`, which only the first process writes: the others' is there when its is, and published when its is.
+    """Yield a draft of which only the first process writes and publishes.
 
-    ValueError in a process that has other inputs, settings, code or packages than the first, or doesn't see its draft.
+    The others begin after it has begun, and end after it has published. ValueError in a process
+    with other inputs, settings, code or packages than the first, or that does not see its draft.
     """
     if rank():
         if not _all_are(ready=True):
@@ -236,5 +270,8 @@ def shared_draft(
 
 
 def _all_are(*, ready: bool) -> bool:
-    """Whether every process is ready, once each has said so of itself."""
-    return count() == 1 or _total([float(ready)])[0] == count()
+    """Return whether every process is ready, once each has reported."""
+    if count() == 1:
+        return True
+    (reports,) = _sum_over_processes([float(ready)])
+    return reports == count()

@@ -19,6 +19,7 @@ from vla_opd.artifacts.manifest import canonical_json
 from vla_opd.artifacts.progress import ProgressBar
 from vla_opd.learning import fsdp
 from vla_opd.machine.tracking import Log
+from vla_opd.policies.policy import Policy
 
 Row = dict[str, float]
 
@@ -35,7 +36,7 @@ class StepLoss:
 class Loss(Protocol):
     """A loss as a function of the policy and the step."""
 
-    def __call__(self, policy: Any, step: int, /) -> StepLoss:
+    def __call__(self, policy: Policy, step: int, /) -> StepLoss:
         """Return the loss of this step's batch."""
         ...
 
@@ -102,7 +103,7 @@ class Session:
 
 
 def train(
-    policy: nn.Module,
+    policy: Policy,
     loss: Loss,
     budget: Budget,
     session: Session,
@@ -146,7 +147,7 @@ def _progress(session: Session, first: int, steps: int) -> ProgressBar:
 
 
 def _step(
-    policy: nn.Module,
+    policy: Policy,
     loss: Loss,
     optimizer: torch.optim.Optimizer,
     budget: Budget,
@@ -159,7 +160,7 @@ def _step(
     result = loss(policy, step)
     optimizer.zero_grad()
     fsdp.weighted(result.loss, result.tokens).backward()
-    norm = fsdp.entire(nn.utils.clip_grad_norm_(policy.parameters(), budget.gradient_clip)).item()
+    norm = fsdp.gather(nn.utils.clip_grad_norm_(policy.parameters(), budget.gradient_clip)).item()
     row = fsdp.mean({**result.row, "loss": result.loss.item()}, result.tokens)
     if not (math.isfinite(row["loss"]) and math.isfinite(norm)):
         message = (
@@ -184,7 +185,7 @@ def _dump(policy: nn.Module, loss: Loss, session: Session, step: int) -> Path:
         for name, array in loss.arrays(step).items()
     }
     for name, value in _trained(policy).items():
-        weights = fsdp.whole(value.detach())  # every process takes part
+        weights = fsdp.gather_on_first(value.detach())  # every process takes part
         if not fsdp.rank():
             tensors[f"weights/{name}"] = weights.cpu().contiguous()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -216,7 +217,7 @@ def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     moments: dict[str, Tensor] = {}
     for index, values in state.items():
         for name, value in values.items():
-            moments[f"{index}/{name}"] = fsdp.whole(torch.as_tensor(value))
+            moments[f"{index}/{name}"] = fsdp.gather_on_first(torch.as_tensor(value))
     return moments
 
 
@@ -225,7 +226,7 @@ def _set_moments(optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor]
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in moments.items():
         index, _, key = name.partition("/")
-        state.setdefault(int(index), {})[key] = fsdp.cut(value, parameters[int(index)])
+        state.setdefault(int(index), {})[key] = fsdp.shard_as(value, parameters[int(index)])
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
@@ -238,7 +239,9 @@ def _trained(policy: nn.Module) -> dict[str, Tensor]:
 def _save(
     policy: nn.Module, optimizer: torch.optim.Optimizer, rows: list[Row], scratch: Path
 ) -> None:
-    tensors = {f"weights/{name}": fsdp.whole(value) for name, value in _trained(policy).items()}
+    tensors = {
+        f"weights/{name}": fsdp.gather_on_first(value) for name, value in _trained(policy).items()
+    }
     tensors |= {f"moments/{name}": value for name, value in _moments(optimizer).items()}
     if fsdp.rank():
         return
@@ -273,7 +276,7 @@ def _load(policy: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> li
             groups[group][name] = file.get_tensor(key)
     state = policy.state_dict()
     for name, value in groups["weights"].items():
-        state[name] = fsdp.cut(value, state[name])
+        state[name] = fsdp.shard_as(value, state[name])
     policy.load_state_dict(state)
     _set_moments(optimizer, groups["moments"])
     return rows

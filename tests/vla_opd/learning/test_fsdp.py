@@ -265,10 +265,10 @@ def test_a_single_process_trains_unchanged() -> None:
     policy = torch.nn.Linear(2, 2)
     loss = torch.tensor(0.1)
     assert fsdp.share(rows).tolist() == rows.tolist()
-    assert fsdp.own(7) == 7
+    assert fsdp.process_seed(7) == 7
     with fsdp.sharded(policy) as shared:
         assert shared is policy
     assert fsdp.weighted(loss, 3) is loss
     assert fsdp.mean({"a": 0.1}, 3) == {"a": 0.1}
-    assert fsdp.whole(policy.weight) is policy.weight
-    assert fsdp.cut(loss, policy.weight) is loss
+    assert fsdp.gather_on_first(policy.weight) is policy.weight
+    assert fsdp.shard_as(loss, policy.weight) is loss
