@@ -21,7 +21,8 @@ def make_space(*ranges: Range, bins: int = 5, chunk: int = 1) -> ActionSpace:
 
 def matrix(teacher: ActionSpace, student: ActionSpace) -> np.ndarray:
     """Return the transfer matrix of spaces of one dimension."""
-    ((teacher_edges,), (student_edges,)) = edges(teacher), edges(student)
+    (teacher_edges,) = edges(teacher)
+    (student_edges,) = edges(student)
     return overlap(teacher_edges, student_edges)
 
 

@@ -56,18 +56,18 @@ def read_shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.dtype
     return {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
 
 
-def assert_same_curve(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
-    assert len(found) == len(expected)
-    for row, expected_row in zip(found, expected, strict=True):
+def assert_same_curve(rows: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+    assert len(rows) == len(expected)
+    for row, expected_row in zip(rows, expected, strict=True):
         assert row == pytest.approx(expected_row, rel=1e-3)
 
 
-def assert_same_tensors(found: Path, expected: Path) -> None:
+def assert_same_tensors(path: Path, expected: Path) -> None:
     """Compare names, types and shapes, and the values within 0.1 % of their norm.
 
     The norm is of all weights together, or of all moments of a kind.
     """
-    tensors = safetensors.torch.load_file(found)
+    tensors = safetensors.torch.load_file(path)
     expected_tensors = safetensors.torch.load_file(expected)
     assert read_shapes(tensors) == read_shapes(expected_tensors)
     for kind in {name.partition("/")[2] for name in expected_tensors}:

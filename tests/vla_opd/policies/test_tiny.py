@@ -40,19 +40,19 @@ def logits(policy: Policy, observations: Observations) -> torch.Tensor:
 
 
 def change(policy: Policy, before: Observations, **observed: object) -> float:
-    """Return the change of the first token's logits: the largest of the V, in the row of least."""
+    """Return the largest change among the first token's logits, in the row where it is least."""
     after = replace(before, **observed)
     difference = logits(policy, after) - logits(policy, before)
     return difference[:, 0].abs().amax(-1).min().item()
 
 
 def test_one_pass_gives_a_distribution_for_every_token(policy: Policy) -> None:
-    found = logits(policy, small.observations(3))
-    assert found.shape == (3, small.TOKENS, small.BINS)
-    assert found.dtype == torch.float32
+    scores = logits(policy, small.observations(3))
+    assert scores.shape == (3, small.TOKENS, small.BINS)
+    assert scores.dtype == torch.float32
     assert (policy.chunk, policy.action_dim) == (small.CHUNK, small.DIMS)
     # Tokens of a chunk differ, and so do rows.
-    probs = found.softmax(-1)
+    probs = scores.softmax(-1)
     assert (probs[:, 0] - probs[:, -1]).abs().max() > 1e-3
     assert (probs[0] - probs[1]).abs().max() > 1e-4
 
