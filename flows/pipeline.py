@@ -57,7 +57,7 @@ class Step:
     stale:   its command, a parameter or a dependency differs from dvc.lock.
     missing: one of its outs does not exist.
     due:     it may have to run. A step that is not due needs no call of DVC.
-    at_work: a process is making it now; only `inspect` sets it.
+    at_work: a process is making it now; `mark_at_work` sets it.
     outs:    the folders that it makes.
     run:     the name of the run.
     settings: the digest of all settings at the time of the plan.
@@ -144,12 +144,17 @@ def inspect(targets: Iterable[str] = ()) -> tuple[Step, ...]:
     except ValueError:  # a run may have been writing dvc.lock just then
         time.sleep(0.5)
         steps = look()
+    return mark_at_work(steps)
+
+
+def mark_at_work(steps: Iterable[Step]) -> tuple[Step, ...]:
+    """Mark the steps whose outs a process of DVC's is making now."""
     written = stale_locks.outputs_being_written()
-    return tuple(replace(step, at_work=_is_written(step, written)) for step in steps)
-
-
-def _is_written(step: Step, written: frozenset[Path]) -> bool:
-    return any(Path(out).resolve() in written for out in step.outs)
+    marked: list[Step] = []
+    for step in steps:
+        outs = [Path(out).resolve() for out in step.outs]
+        marked.append(replace(step, at_work=not written.isdisjoint(outs)))
+    return tuple(marked)
 
 
 @contextmanager

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from flows import pipeline
 from flows.pipeline import Step
+from flows.running_plan import read_running_plan
 from stages.catalog import BEHIND
 from vla_opd.artifacts.progress import Progress, read_progress
 from vla_opd.machine.host import METRICS
@@ -43,6 +45,17 @@ class Status:
         """The kinds of stages to come of which none has run here, so that no time is known."""
         verbs = [step.verb for step in self.to_come if BEHIND[step.verb] not in self.durations]
         return tuple(dict.fromkeys(verbs))
+
+
+def read_steps(targets: Sequence[str] = ()) -> tuple[Step, ...]:
+    """Return the plan of the run at work in this folder, if there is one, else DVC's plan.
+
+    DVC is asked, too, for the stages that lead to some targets. Errors as of `pipeline.inspect`.
+    """
+    steps = () if targets else read_running_plan()
+    if steps:
+        return pipeline.mark_at_work(steps)
+    return pipeline.inspect(targets)
 
 
 def read_status(run: str, steps: Sequence[Step]) -> Status:

@@ -22,7 +22,7 @@ from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settin
 from prefect.states import Completed
 from pydantic import Field
 
-from flows import pipeline, projects, shares, summary
+from flows import pipeline, projects, running_plan, shares, summary
 from flows.dvc_runner import process
 from flows.dvc_runner.process import Line, LineHandler, ThrottledLog
 from flows.pipeline import Busy, StageFailed, Step
@@ -156,7 +156,9 @@ def _bring_up_to_date(
             require_equal_shares(batch_sizes(load()), count)
             # Iterations need no heartbeat of their own, which takes up to 1 s to end.
             with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
-                return _reproduce_run(pipeline.plan(targets))
+                plan = pipeline.plan(targets)
+                with running_plan.shown(run, plan):
+                    return _reproduce_run(plan)
     except httpx.HTTPError as error:
         print(
             f"\n  Prefect's server does not answer any more ({error}): continuing without it",
@@ -232,6 +234,7 @@ def _reproduce_all(steps: Iterable[Step], before: States) -> States:
         states[step.name] = state
         new[step.name] = state
         state.result(raise_on_failure=True)
+        running_plan.finish(step)
     return new
 
 

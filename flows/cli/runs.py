@@ -201,7 +201,7 @@ def show_plan(
             f"--memory with {targets or 'no stages'}, --capacity is {capacity}; "
             "expected --memory without stages, and --capacity with it only"
         )
-    steps = pipeline.inspect(targets or ())
+    steps = status.read_steps(targets or ())
     at_work = status.read_status(load().run.name, steps).at_work
     for step in steps:
         state = _state(step)
@@ -215,7 +215,7 @@ def show_plan(
 def show_status() -> None:
     """Show how far the run is: stages done, at work and to come, and the time left."""
     run = load().run.name
-    print(terminal.format_status(run, status.read_status(run, pipeline.inspect())))
+    print(terminal.format_status(run, status.read_status(run, status.read_steps())))
 
 
 def _state(step: Step) -> str:
