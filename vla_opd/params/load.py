@@ -117,8 +117,12 @@ def _parse(yaml: YAML, text: str, where: str) -> Any:
 
 def _describe(item: Mapping[str, Any]) -> str:
     """Describe one error of pydantic's: the field, its value and what was expected."""
-    path = _field_path(item["loc"])
-    field = ".".join(path)
+    location = list(map(str, item["loc"]))
+    objective = None
+    if location[:2] == ["optimize", "objective"] and len(location) > 2:
+        objective = location.pop(2)  # whose model pydantic chose
+    field = ".".join(location)
+    value = item["input"]
     message = item["msg"].removeprefix("Value error, ")
     match item["type"]:
         case "value_error":  # raised by our own validators: names its fields
@@ -129,20 +133,21 @@ def _describe(item: Mapping[str, Any]) -> str:
             context = item["ctx"]
             return f"{field} is {context['tag']!r}; expected one of {context['expected_tags']}"
         case "extra_forbidden":
-            spelling = show_new_spelling(field, item["input"])
-            if spelling is not None:
-                return f"{field} moved: write `{spelling}`"
-            return f"{field} is {short_repr(item['input'])} (no such key): {message}"
+            return _describe_unknown_key(field, value, objective)
         case _:
-            return f"{field} is {short_repr(item['input'])}: {message}"
+            return f"{field} is {short_repr(value)}: {message}"
 
 
-def _field_path(location: Iterable[str | int]) -> list[str]:
-    """Return the keys that lead to a field; pydantic adds which objective's model it tried."""
-    path = list(map(str, location))
-    if path[:2] == ["optimize", "objective"]:
-        del path[2:3]
-    return path
+def _describe_unknown_key(field: str, value: Any, objective: str | None) -> str:
+    spelling = show_new_spelling(field, value)
+    if spelling is not None:
+        return f"{field} moved: write `{spelling}`"
+    if objective is not None:
+        return (
+            f"{field} is {short_repr(value)}, but {objective} has no such option "
+            f"(remove it, or write `objective: {objective}`, which replaces name and options)"
+        )
+    return f"{field} is {short_repr(value)} (no such key): Extra inputs are not permitted"
 
 
 def _list_mistakes(source: Path, mistakes: list[str]) -> str:

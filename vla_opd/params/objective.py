@@ -21,6 +21,8 @@ from pydantic import (
 from vla_opd.params.section import Fraction, Section
 from vla_opd.params.training import UpdateParams
 
+CUSTOM = "package.module:function"
+
 
 class GroupParams(Section):
     """Which groups GRPO learns from: those with a mean success in [keep_low, keep_high].
@@ -52,50 +54,32 @@ class ClipParams(Section):
     clip_high: float = Field(default=0.28, gt=0)
 
 
-class ObjectiveParams(Section):
-    """One of `vla_opd.learning.objectives`: the base of its name and options."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _require_own_options(cls, value: Any) -> Any:
-        options = value if isinstance(value, Mapping) else {}
-        foreign = [option for option in options if option not in cls.model_fields]
-        if foreign:
-            name = options.get("name")
-            own = [option for option in cls.model_fields if option != "name"]
-            raise ValueError(
-                f"{name} has no option {foreign[0]!r}; expected {own or 'no options'} "
-                f"(remove it, or write `objective: {name}`, which replaces name and options)"
-            )
-        return value
-
-
-class ReverseKlParams(ObjectiveParams):
+class ReverseKlParams(Section):
     """The exact reverse KL: no options."""
 
     name: Literal["reverse_kl"]
 
 
-class ForwardKlParams(ObjectiveParams):
+class ForwardKlParams(Section):
     """The exact forward KL: no options."""
 
     name: Literal["forward_kl"]
 
 
-class HardCeParams(ObjectiveParams):
+class HardCeParams(Section):
     """Cross-entropy with the teacher's greedy token: no options."""
 
     name: Literal["hard_ce"]
 
 
-class JsdParams(ObjectiveParams):
+class JsdParams(Section):
     """The generalised Jensen-Shannon divergence. beta: weight of the teacher in the mixture."""
 
     name: Literal["jsd"]
     beta: float = Field(default=0.5, gt=0, lt=1)
 
 
-class RewardParams(ObjectiveParams):
+class RewardParams(Section):
     """The reward of the sampled objectives.
 
     clamp: bound c, in nats per token: [-c, c].
@@ -127,7 +111,7 @@ class RolloutParams(RewardParams):
     discount: Fraction = 0.0
 
 
-class MixedParams(ObjectiveParams, GroupParams, ClipParams):
+class MixedParams(GroupParams, ClipParams):
     """GRPO plus the reverse KL. distill: weight of the reverse KL."""
 
     name: Literal["mixed"]
@@ -158,7 +142,6 @@ def _select_model(value: Any) -> str:
     return CUSTOM if ":" in name else name
 
 
-CUSTOM = "package.module:function"
 Objective = Annotated[
     Annotated[ReverseKlParams, Tag("reverse_kl")]
     | Annotated[SampledParams, Tag("reverse_kl_sampled")]

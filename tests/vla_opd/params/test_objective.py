@@ -44,7 +44,7 @@ def test_a_name_alone_drops_the_options_of_another_objective(minimal: Path) -> N
     minimal.write_text(MINIMAL + JSD)
     assert load_objective(minimal, "optimize.objective=hard_ce") == {"name": "hard_ce"}
     message = (
-        r"optimize\.objective: hard_ce has no option 'beta'; expected no options "
+        r"optimize\.objective\.beta is 0\.3, but hard_ce has no such option "
         r"\(remove it, or write `objective: hard_ce`, which replaces name and options\)"
     )
     with pytest.raises(ValueError, match=message):
@@ -63,8 +63,8 @@ def test_a_name_alone_drops_the_options_of_another_objective(minimal: Path) -> N
         ),
         ("{name: 3}", r"optimize\.objective is '3'; expected one of"),
         ("[jsd]", r"optimize\.objective is .*; expected one of"),
-        ("{beta: 0.3}", r"optimize\.objective: reverse_kl has no option 'beta'"),
-        ("{name: jsd, bet: 0.3}", r"objective: jsd has no option 'bet'; expected \['beta'\]"),
+        ("{beta: 0.3}", r"objective\.beta is 0\.3, but reverse_kl has no such option"),
+        ("{name: jsd, bet: 0.3}", r"objective\.bet is 0\.3, but jsd has no such option"),
         ("{name: jsd, beta: 1}", r"optimize\.objective\.beta is 1: .*less than 1"),
         (
             "{name: jsd, beta: true}",
@@ -95,6 +95,6 @@ def test_an_objective_from_outside_the_package_has_any_options(minimal: Path) ->
 
 
 def test_options_of_objectives_made_in_code_are_checked() -> None:
-    with pytest.raises(ValidationError, match="None has no option 'bet'"):
+    with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
         JsdParams.model_validate({"bet": 0.3})
     assert OptimizeParams(objective=JsdParams(name="jsd", beta=0.3)).objective.name == "jsd"
