@@ -25,9 +25,10 @@ from pydantic import Field
 from flows import pipeline, projects, running_plan, shares, summary
 from flows.dvc_runner import process
 from flows.dvc_runner.process import Line, LineHandler, ThrottledLog
+from flows.parameters import Settings
 from flows.pipeline import Busy, StageFailed, Step
 from flows.prefect_server import gpu_limit, liveness, page, server
-from flows.settings import Settings, extension, write
+from flows.settings import extension, write
 from flows.terminal import StageLine, print_heading, results_table
 from stages.catalog import BEHIND, batch_sizes
 from vla_opd.artifacts.layout import ROOT

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from flows import members, pipeline, projects, serve, settings, status, summary, terminal
+from flows import pipeline, projects, serve, settings, status, summary, terminal
 from flows.cli.app import app, on_project
 from flows.pipeline import StageFailed, Step
 from flows.prefect_server import server
@@ -106,6 +106,8 @@ def study(
     ] = 1,
 ) -> None:
     """Bring a study up to date: every arm with every seed, then its table and its page."""
+    from flows import members
+
     params = load()
     members.select_members(name, params, arms or (), seeds or ())  # refuses unknown names early
     _configure_prefect()
