@@ -1,4 +1,7 @@
-"""The laws of the house, checked: names, sizes, what dvc.yaml says about the code, what must never be in a tracked file."""
+"""The laws of the house, checked.
+
+Names, sizes, what dvc.yaml says about the code, what must never be in a tracked file.
+"""
 
 import ast
 import importlib
@@ -27,10 +30,12 @@ FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "base
 NOT_IN_RESULTS = {"vla_opd/machine"}
 MACHINE_PATH = re.compile(r"(?<![\w.\-/}*])/(work|root|tmp|home|Users)/\w")
 REGISTRY = re.compile(
-    r"https?://[^\s\"']*(pypi|simple/|conda|index|download\.pytorch)[^\s\"']*|--(extra-)?index-url[ =]+http|--find-links"
+    r"https?://[^\s\"']*(pypi|simple/|conda|index|download\.pytorch)[^\s\"']*"
+    r"|--(extra-)?index-url[ =]+http|--find-links"
 )
 FOREIGN_CODE = re.compile(
-    r"trust_remote_code|torch\.load\(|pickle\.loads?\(|allow_pickle=True|\bAuto(Model|Processor|Tokenizer|Config)\b"
+    r"trust_remote_code|torch\.load\(|pickle\.loads?\(|allow_pickle=True"
+    r"|\bAuto(Model|Processor|Tokenizer|Config)\b"
 )
 
 
@@ -175,7 +180,10 @@ def test_examples_are_whole_runs_that_dvc_yaml_can_read(path: Path) -> None:
 
 
 def module_file(module: str) -> list[Path]:
-    """The file of a module or a package, if it is ours. A package's __init__ counts only if something is imported from it."""
+    """Return the file of a module or a package, if it is ours.
+
+    A package's __init__ counts only if something is imported from it.
+    """
     path = ROOT.joinpath(*module.split("."))
     return [
         candidate

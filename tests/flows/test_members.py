@@ -392,7 +392,7 @@ def test_an_arm_that_makes_no_valid_run_is_refused_and_nothing_is_written(run: P
                 "a": {"distill": 1},
                 "b": {"after": "a", "reinforce": 1, "settings": {"optimize.steps": 9}},
             },
-            r"arms\.b\.settings has 'optimize\.steps'; expected the settings of a, which it continues",
+            r"arms\.b\.settings has 'optimize\.steps'; expected the settings of a, which it",
         ),
         (
             {"a": {"distill": 1, "switch": 0.5}},

@@ -22,7 +22,8 @@ WORDS = (
 def make(folder: Path) -> Path:
     """Copy the checkpoint to a new folder, with a tokenizer of words and Llama's special tokens."""
     words = {word: 100 + i for i, word in enumerate(dict.fromkeys(WORDS.split()))}
-    tokenizer = Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, **words}, unk_token="<unk>"))  # noqa: S106
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, **words}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))  # noqa: S106
     tokenizer.pre_tokenizer = Sequence([WhitespaceSplit(), Punctuation()])
     tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     shutil.copytree(GOLDEN / "checkpoint", folder)

@@ -1,14 +1,15 @@
 """The store of artifacts, from manifests alone."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
-from vla_opd.lineage.store import Store, read_store
+from vla_opd.lineage.store import Artifact, Store, read_store
 
 
-def names(artifacts: object) -> list[str]:
-    return [artifact.name.removeprefix("one/") for artifact in artifacts]  # pyright: ignore[reportGeneralTypeIssues]
+def names(artifacts: Iterable[Artifact]) -> list[str]:
+    return [artifact.name.removeprefix("one/") for artifact in artifacts]
 
 
 def test_published_artifacts_are_found_and_drafts_are_not(root: Path) -> None:
