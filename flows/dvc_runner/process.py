@@ -20,7 +20,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
 
-from flows.dvc_runner import cache_check, lock_file
+from flows.dvc_runner import cache_check
 from vla_opd.machine import proxies
 from vla_opd.machine.parent_death import die_with_parent
 
@@ -179,7 +179,6 @@ def main() -> None:
 
     import_module("dvc.repo")  # now, so that the first stage need not wait for it
 
-    lock_file.cache_lock_file()
     cache_check.hash_on_read()
     requests = os.fdopen(os.dup(0), encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # a stage has no input
