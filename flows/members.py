@@ -79,7 +79,7 @@ def select_members(
     _require_known(f"studies.{study}.seeds", chosen_seeds, all_seeds)
     members: list[Member] = []
     for seed in chosen_seeds:
-        members += [Member(study, arm, seed) for arm in chosen_arms]
+        members.extend(Member(study, arm, seed) for arm in chosen_arms)
     return tuple(members)
 
 
@@ -248,8 +248,10 @@ def has_same_recipe(member: Member, run: Params, earlier: Params) -> bool:
 def _recipe(member: Member, run: Params) -> dict[str, Any]:
     """Return all settings that a member's rows depend on."""
     study = run.studies[member.study]
-    params = Params.model_validate(member_settings(member, run))
-    recipe = params.model_dump(exclude={"report": True, "adopt": {"__all__": {"folder"}}})
+    settings = member_settings(member, run)
+    params = Params.model_validate(settings)
+    no_folders = {"__all__": {"folder"}}
+    recipe = params.model_dump(exclude={"report": True, "adopt": no_folders})
     own_student = study.own_student(member.arm)
     evaluations: dict[str, str] = {}
     for name, checkpoint in params.evaluations.items():
@@ -311,9 +313,10 @@ def plan_iterations(member: Member, study: StudyParams) -> tuple[list[str], list
         done = sum(name.startswith(prefix) for name in names)
         for number in range(1, count + 1):
             name = f"{prefix}{done + number:03d}"
-            is_last = number == count
             names.append(name)
-            if is_last or number % study.every == 0:
+            is_last = number == count
+            is_due = number % study.every == 0
+            if is_last or is_due:
                 scored.append(name)
     return names, scored
 

@@ -197,12 +197,15 @@ def _survey(
     steps: list[Step] = []
     for stage in stages:
         upstream = list(graph.successors(stage))
-        steps.append(_step(stage, upstream, changed(stage, upstream)))
-    return mark_due(tuple(replace(step, run=run, settings=settings) for step in steps))
+        is_stale = changed(stage, upstream)
+        step = _step(stage, upstream, is_stale)
+        steps.append(replace(step, run=run, settings=settings))
+    return mark_due(tuple(steps))
 
 
 def _settings() -> str:
-    return _digest(PARAMS.read_bytes() if PARAMS.is_file() else b"")
+    text = PARAMS.read_bytes() if PARAMS.is_file() else b""
+    return _digest(text)
 
 
 @lru_cache(maxsize=1)
@@ -285,10 +288,11 @@ def mark_due(steps: tuple[Step, ...]) -> tuple[Step, ...]:
     while len(due) > count:
         count = len(due)
         for step in steps:
-            is_goal = not children[step.name]
+            users = children[step.name]
+            is_goal = not users
+            is_needed = is_goal or not due.isdisjoint(users)
             follows = not due.isdisjoint(step.parents)
-            precedes = not due.isdisjoint(children[step.name])
-            if step.stale or follows or (step.missing and (is_goal or precedes)):
+            if step.stale or follows or (step.missing and is_needed):
                 due.add(step.name)
     return tuple(replace(step, due=step.name in due) for step in steps)
 

@@ -108,12 +108,15 @@ class Project:
         valid = {name: entry for name, entry in entries.items() if _matches(entry, tree)}
         stale = entries.keys() - valid.keys()
         while stale:
-            outs = {path for name in stale for path in _paths(entries[name], "outs")}
+            outs: set[str] = set()
+            for name in stale:
+                outs.update(_paths(entries[name], "outs"))
             stale = set()
             for name, entry in valid.items():
-                if outs.intersection(_paths(entry, "deps")):
+                if not outs.isdisjoint(_paths(entry, "deps")):
                     stale.add(name)
-            valid = {name: entry for name, entry in valid.items() if name not in stale}
+            for name in stale:
+                del valid[name]
         return valid
 
 

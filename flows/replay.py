@@ -49,16 +49,18 @@ def replay(store: Store, artifact: Artifact, shard: str, params: Params, host: H
     with tempfile.TemporaryDirectory(dir=artifact.folder.parent, prefix=".replay-") as folder:
         out = Path(folder) / artifact.folder.name
         _draft_without(shard, shards, artifact, out)
-        remade = import_module(f"stages.{verb}").run(**inputs, out=out, host=host)
+        stage = import_module(f"stages.{verb}")
+        remade = stage.run(**inputs, out=out, host=host)
         assert remade is not None  # all of it, not a share
         _require_comparable(artifact, remade, shard)
         if remade.files[shard] == files[shard]:
             return Replay(artifact.name, shard, ())
         before = _contents(artifact.folder / shard)
         after = _contents(out / shard)
-        arrays = sorted(differing_keys(before, after))
-        differing = tuple(arrays) or ("only the bytes of the file",)
-        return Replay(artifact.name, shard, differing)
+        arrays = tuple(sorted(differing_keys(before, after)))
+        if not arrays:
+            arrays = ("only the bytes of the file",)
+        return Replay(artifact.name, shard, arrays)
 
 
 def _require_comparable(artifact: Artifact, remade: Manifest, shard: str) -> None:
@@ -90,7 +92,8 @@ def _contents(shard: Path) -> dict[str, Any]:
     columns, attributes = zarr_zip.read(shard)
     contents: dict[str, Any] = {"attributes": attributes}
     for name, values in columns.items():
-        contents[name] = (values.dtype.str, values.shape, values.tobytes())
+        dtype = values.dtype.str
+        contents[name] = (dtype, values.shape, values.tobytes())
     return contents
 
 
@@ -112,15 +115,18 @@ def _inputs(verb: str, store: Store, artifact: Artifact, params: Params) -> dict
     """Return the stage's arguments as the manifest records them, all but `out` and `host`."""
     recorded = artifact.manifest.params
     inputs: dict[str, Any] = {"run": params.run.name}
-    for section in STAGES[verb].sections:
+    stage = STAGES[verb]
+    for section in stage.sections:
         name = "settings" if section == verb else section
-        inputs[name] = _section(getattr(params, section), recorded.get(section, {}))
-    if STAGES[verb].seed is not None:
+        present = getattr(params, section)
+        inputs[name] = _section(present, recorded.get(section, {}))
+    if stage.seed is not None:
         inputs["seed"] = recorded["seed"]
     if "iteration" in recorded:
         inputs["iteration"] = recorded["iteration"]
     if verb == "demonstrate":
-        tasks = tuple(recorded["environment"]["tasks"])
+        environment = recorded["environment"]
+        tasks = tuple(environment["tasks"])
         inputs["name"] = recorded["set"]
         inputs["wanted"] = DemonstrationSet(tasks=tasks, episodes=recorded["episodes"])
         inputs["chunk"] = recorded["chunk"]
@@ -133,7 +139,8 @@ def _inputs(verb: str, store: Store, artifact: Artifact, params: Params) -> dict
 
 def _section(present: Any, recorded: Mapping[str, Any]) -> Any:
     """Return a section with the recorded settings, and the present run's for any others."""
-    return type(present).model_validate(present.model_dump() | dict(recorded))
+    values = {**present.model_dump(), **recorded}
+    return type(present).model_validate(values)
 
 
 def _parent(store: Store, artifact: Artifact, role: str) -> Path:

@@ -70,5 +70,8 @@ def read_running_plan() -> tuple[Step, ...]:
 
 
 def _read_step(row: dict[str, object]) -> Step:
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+    values = dict(row)
+    for key, value in row.items():
+        if isinstance(value, list):  # JSON has no tuples
+            values[key] = tuple(value)
     return Step(**values)  # pyright: ignore[reportArgumentType]

@@ -35,7 +35,9 @@ class Status:
                 seconds += progress.seconds_left
             else:
                 seconds += self._duration(step)
-        return seconds + sum(self._duration(step) for step in self.to_come)
+        for step in self.to_come:
+            seconds += self._duration(step)
+        return seconds
 
     def _duration(self, step: Step) -> float:
         return self.durations.get(BEHIND[step.verb], 0.0)
@@ -43,8 +45,8 @@ class Status:
     @property
     def unknown(self) -> tuple[str, ...]:
         """The kinds of stages to come of which none has run here, so that no time is known."""
-        verbs = [step.verb for step in self.to_come if BEHIND[step.verb] not in self.durations]
-        return tuple(dict.fromkeys(verbs))
+        verbs = dict.fromkeys(step.verb for step in self.to_come)
+        return tuple(verb for verb in verbs if BEHIND[verb] not in self.durations)
 
 
 def read_steps(targets: Sequence[str] = ()) -> tuple[Step, ...]:

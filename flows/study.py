@@ -257,12 +257,14 @@ def tabulate(name: str, run: Params) -> Manifest:
         f"checkpoints/{checkpoint}": manifest.digest
         for checkpoint, manifest in shared.checkpoints.items()
     }
-    this_study = run.model_copy(update={"studies": {name: run.studies[name]}})
-    parameters = this_study.model_dump(mode="json")
-    with draft(root / "studies" / name, "study", parents, {"parameters": parameters}) as work:
+    this_study = {name: run.studies[name]}
+    only_this = run.model_copy(update={"studies": this_study})
+    recorded = {"parameters": only_this.model_dump(mode="json")}
+    with draft(root / "studies" / name, "study", parents, recorded) as work:
         tables, kept = _read_member_tables(name, run, work)
         table = concatenate(tables.values())
-        rows = shared_rows(shared, _read_seconds(run, Path()))
+        seconds = _read_seconds(run, Path())
+        rows = shared_rows(shared, seconds)
         write(table.with_shared(rows), work.folder)
         facts = {"members_kept": kept} if kept else {}
         facts["members"] = len(tables)

@@ -170,8 +170,9 @@ def _list_stages(steps: Sequence[Step]) -> str:
 
 def _time_left(status: Status) -> str:
     left = format_duration(status.seconds_left)
-    if status.unknown:
-        return f"over {left}: how long {', '.join(status.unknown)} takes here is not known yet"
+    unknown = ", ".join(status.unknown)
+    if unknown:
+        return f"over {left}: how long {unknown} takes here is not known yet"
     return f"about {left}, if each stage takes as long as the last of its kind"
 
 

@@ -96,14 +96,16 @@ def comparison(
         )
     overall = compare(first.records, second.records, confidence, horizon)
     rows: list[tuple[Any, ...]] = []
-    for task in dict.fromkeys(record.task for record in first.records):
+    tasks = dict.fromkeys(record.task for record in first.records)
+    for task in tasks:
         of_task = compare(first.of_task(task), second.of_task(task), confidence, horizon)
         rows.append(_comparison_row(task, of_task))
     rows.append(_comparison_row("all", overall))
     columns = ["task", "episodes", first.name, second.name, "first only", "second only"]
     interval = f"{overall.low:+.1%} ... {overall.high:+.1%}"
+    outcomes = table(columns, rows)
     return (
-        f"{table(columns, rows)}\n"
+        f"{outcomes}\n"
         f"  second - first: {overall.difference:+.1%}, {confidence:.0%} interval {interval} "
         "(paired bootstrap within tasks)\n"
         f"  McNemar's exact test: p = {overall.p:.3g}"

@@ -37,7 +37,8 @@ def post_outputs(step: Step) -> None:
 def _post_report(page: Path, key: str) -> None:
     address = page.resolve()
     create_link_artifact(address.as_uri(), link_text=str(address), key=f"{key}-page")
-    drawings = extract_drawings(page.read_text(encoding="utf-8"))
+    text = page.read_text(encoding="utf-8")
+    drawings = extract_drawings(text)
     for number, drawing in enumerate(drawings, 1):
         create_image_artifact(drawing, key=f"{key}-picture-{number}")
 
@@ -48,11 +49,14 @@ def table_rows(artifact: Artifact) -> list[dict[str, Any]]:
     values: dict[str, Any] = {"digest": manifest.digest[:SHORT]}
     for role, digest in manifest.parents.items():
         values[f"parent: {role}"] = digest[:SHORT]
-    for key, value in flatten(manifest.facts).items():
+    facts = flatten(manifest.facts)
+    for key, value in facts.items():
         is_number = isinstance(value, int | float)
-        if is_number and not key.startswith("checkpoint."):
+        describes_policy = key.startswith("checkpoint.")
+        if is_number and not describes_policy:
             values[key] = round(value, 4)
-    values["megabytes"] = round(artifact.size / 1e6, 2)
+    megabytes = artifact.size / 1e6
+    values["megabytes"] = round(megabytes, 2)
     return [{"what": name, "value": value} for name, value in values.items()]
 
 

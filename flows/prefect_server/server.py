@@ -194,7 +194,8 @@ def _require_answer(url: str, process: "subprocess.Popen[bytes]") -> None:
     """Wait until the server answers. RuntimeError with the end of its log if it does not."""
     if not _wait_for_answer(url, lambda: process.poll() is None):
         log = HOME / "server.log"
-        lines = log.read_text(errors="replace").splitlines()
+        text = log.read_text(errors="replace")
+        lines = text.splitlines()
         end = "\n".join(lines[-15:])
         raise RuntimeError(f"the Prefect server did not come up at {url}; the end of {log}:\n{end}")
 
