@@ -1,12 +1,20 @@
 """The divergence of student and teacher: means over valid tokens, overall and along a chunk."""
 
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from vla_opd.data.divergence import Divergence, DivergenceProfile
-from vla_opd.learning.objectives import TokenBatch, entropy, forward_kl, masked_mean, reverse_kl
+from vla_opd.learning.objectives import (
+    TokenBatch,
+    entropy,
+    forward_kl,
+    masked_mean,
+    masked_means,
+    reverse_kl,
+)
 
 TOP = 5  # bins
+Profile = tuple[float | None, ...]
 
 
 def measure_divergence(batch: TokenBatch, mask: Bool[Tensor, "N K"], chunk: int) -> Divergence:
@@ -17,12 +25,18 @@ def measure_divergence(batch: TokenBatch, mask: Bool[Tensor, "N K"], chunk: int)
         "student_entropy": entropy(batch.student),
         "teacher_entropy": entropy(batch.teacher),
     }
-    values = {**profiled, "teacher_rank": _rank(batch), "top_overlap": _overlap(batch)}
-    means = {name: masked_mean(value, mask).item() for name, value in values.items()}
-    by_position = {name: _profile(value, mask, chunk, axis=1) for name, value in profiled.items()}
-    by_dimension = {name: _profile(value, mask, chunk, axis=2) for name, value in profiled.items()}
+    values = {
+        **profiled,
+        "teacher_rank": _rank(batch),
+        "top_overlap": _overlap(batch),
+    }
+    by_position: dict[str, Profile] = {}
+    by_dimension: dict[str, Profile] = {}
+    for name, value in profiled.items():
+        by_position[name] = _profile(value, mask, chunk, axis=1)
+        by_dimension[name] = _profile(value, mask, chunk, axis=2)
     return Divergence(
-        **means,
+        **masked_means(values, mask),
         by_position=DivergenceProfile(**by_position),
         by_dimension=DivergenceProfile(**by_dimension),
     )
@@ -30,26 +44,40 @@ def measure_divergence(batch: TokenBatch, mask: Bool[Tensor, "N K"], chunk: int)
 
 def _profile(
     values: Float[Tensor, "N K"], mask: Bool[Tensor, "N K"], chunk: int, axis: int
-) -> tuple[float | None, ...]:
+) -> Profile:
     """Return the mean per action of the chunk (axis 1) or per action dimension (axis 2).
 
     None where no token is valid.
     """
-    parts = values.unflatten(1, (chunk, -1)).unbind(axis)
-    masks = mask.unflatten(1, (chunk, -1)).unbind(axis)
+    parts = _split_actions(values, chunk).unbind(axis)
+    masks = _split_actions(mask, chunk).unbind(axis)
     profile: list[float | None] = []
     for part, valid in zip(parts, masks, strict=True):
-        profile.append(masked_mean(part, valid).item() if valid.any() else None)
+        mean = None
+        if valid.any():
+            mean = masked_mean(part, valid).item()
+        profile.append(mean)
     return tuple(profile)
+
+
+def _split_actions(values: Shaped[Tensor, "N K"], chunk: int) -> Shaped[Tensor, "N H D"]:
+    return values.unflatten(1, (chunk, -1))
 
 
 def _rank(batch: TokenBatch) -> Float[Tensor, "N K"]:
     order = batch.teacher.argsort(dim=-1, descending=True, stable=True)
-    return (batch.student.exp() * order.argsort(-1)).sum(-1)
+    ranks = order.argsort(-1)
+    terms = batch.student.exp() * ranks
+    return terms.sum(-1)
 
 
 def _overlap(batch: TokenBatch) -> Float[Tensor, "N K"]:
-    size = min(TOP, batch.student.shape[-1])
+    bins = batch.student.shape[-1]
+    size = min(TOP, bins)
     student = batch.student.topk(size, -1).indices
     teacher = batch.teacher.topk(size, -1).indices
-    return (student.unsqueeze(-1) == teacher.unsqueeze(-2)).any(-1).float().mean(-1)
+    student = student.unsqueeze(-1)
+    teacher = teacher.unsqueeze(-2)
+    is_equal = student == teacher
+    is_shared = is_equal.any(-1)
+    return is_shared.float().mean(-1)

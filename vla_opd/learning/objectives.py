@@ -12,7 +12,7 @@ the states at which it decided.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -80,7 +80,7 @@ def reverse_kl(batch: TokenBatch) -> Float[Tensor, "N K"]:
 
     Eq. (5).
     """
-    return (batch.student.exp() * (batch.student - batch.teacher)).sum(-1)
+    return kl(batch.student, batch.teacher)
 
 
 def reverse_kl_sampled(batch: TokenBatch[RewardParams]) -> Float[Tensor, "N K"]:
@@ -88,10 +88,12 @@ def reverse_kl_sampled(batch: TokenBatch[RewardParams]) -> Float[Tensor, "N K"]:
 
     r = log p_T - log p_S. Its gradient equals that of `reverse_kl` in expectation over a, with a
     far higher variance; its value has no meaning. `a` is drawn from the student being updated: with
-    draws from an older student the expectation differs, and a few steps on them collapse the policy.
+    draws from an older student the expectation differs, and a few steps on them collapse the
+    policy.
     """
     tokens = batch.draw()
-    return -select_token(batch.student, tokens) * reward(batch, tokens)
+    log_prob = select_token(batch.student, tokens)
+    return -log_prob * reward(batch, tokens)
 
 
 def reverse_kl_rollout(batch: DecisionBatch[RolloutParams]) -> Float[Tensor, "N K"]:
@@ -100,13 +102,17 @@ def reverse_kl_rollout(batch: DecisionBatch[RolloutParams]) -> Float[Tensor, "N 
     R = `rewards_to_go`, zero unless `discount` is set. w = log p_S(a), as published: correct for
     the first step on a batch only, and scored at the temperature at which a was sampled. With
     `ratio`, w = p_S(a) / p_old(a), whose expected gradient stays that of `reverse_kl` at every step
-    (for R = 0 and `reward: fresh`). r is log p_T(a) - log p_S(a) with the current student, or as the
-    rollout recorded it (`reward: rollout`).
+    (for R = 0 and `reward: fresh`). r is log p_T(a) - log p_S(a) with the current student, or as
+    the rollout recorded it (`reward: rollout`).
     """
-    student = select_token(batch.student, batch.tokens)
-    weight = (student - batch.sampled.then).exp() if batch.options.ratio else student
-    immediate = reward(batch, batch.tokens, recorded_log_probs(batch))
-    return -weight * (immediate + batch.to_go.unsqueeze(-1))
+    weight = select_token(batch.student, batch.tokens)
+    if batch.options.ratio:
+        log_ratio = weight - batch.sampled.then
+        weight = log_ratio.exp()
+    recorded = recorded_log_probs(batch)
+    immediate = reward(batch, batch.tokens, recorded)
+    later = batch.to_go.unsqueeze(-1)
+    return -weight * (immediate + later)
 
 
 def forward_kl(batch: TokenBatch) -> Float[Tensor, "N K"]:
@@ -114,12 +120,13 @@ def forward_kl(batch: TokenBatch) -> Float[Tensor, "N K"]:
 
     The mass-covering contrast.
     """
-    return (batch.teacher.exp() * (batch.teacher - batch.student)).sum(-1)
+    return kl(batch.teacher, batch.student)
 
 
 def hard_ce(batch: TokenBatch) -> Float[Tensor, "N K"]:
     """-log p_S(argmax_v p_T(v)): the teacher's greedy label, as in classic DAgger, in nats."""
-    return -select_token(batch.student, batch.teacher.argmax(-1))
+    greedy = batch.teacher.argmax(-1)
+    return -select_token(batch.student, greedy)
 
 
 def jsd(batch: TokenBatch[JsdParams]) -> Float[Tensor, "N K"]:
@@ -129,11 +136,16 @@ def jsd(batch: TokenBatch[JsdParams]) -> Float[Tensor, "N K"]:
     goes to 0; divided by 1 - beta, to the reverse KL as beta goes to 1. Source: GKD, arXiv
     2306.13649.
     """
-    beta = torch.tensor(batch.options.beta, dtype=batch.student.dtype, device=batch.student.device)
-    mixture = torch.logaddexp(beta.log() + batch.teacher, (1 - beta).log() + batch.student)
-    from_teacher = (batch.teacher.exp() * (batch.teacher - mixture)).sum(-1)
-    from_student = (batch.student.exp() * (batch.student - mixture)).sum(-1)
-    return beta * from_teacher + (1 - beta) * from_student
+    teacher = batch.teacher
+    student = batch.student
+    teacher_weight = torch.tensor(batch.options.beta, dtype=student.dtype, device=student.device)
+    student_weight = 1 - teacher_weight
+    teacher_part = teacher_weight.log() + teacher
+    student_part = student_weight.log() + student
+    mixture = torch.logaddexp(teacher_part, student_part)
+    teacher_kl = kl(teacher, mixture)
+    student_kl = kl(student, mixture)
+    return teacher_weight * teacher_kl + student_weight * student_kl
 
 
 def grpo(sampled: SampledTokens, clip: ClipParams) -> Float[Tensor, "N K"]:
@@ -142,15 +154,23 @@ def grpo(sampled: SampledTokens, clip: ClipParams) -> Float[Tensor, "N K"]:
     Eq. (2). No KL term, no entropy bonus. The mean over an episode's tokens, then over episodes, is
     `episode_weight`. Source: SimpleVLA-RL, arXiv 2509.09674.
     """
-    ratio = (sampled.now - sampled.then).exp()
+    log_ratio = sampled.now - sampled.then
+    ratio = log_ratio.exp()
+    lowest = 1 - clip.clip_low
+    highest = 1 + clip.clip_high
+    clipped_ratio = ratio.clamp(lowest, highest)
     advantage = sampled.advantage.unsqueeze(-1)
-    bounded = ratio.clamp(1 - clip.clip_low, 1 + clip.clip_high)
-    return -torch.minimum(ratio * advantage, bounded * advantage)
+    unclipped = ratio * advantage
+    clipped = clipped_ratio * advantage
+    return -torch.minimum(unclipped, clipped)
 
 
 def mixed(batch: DecisionBatch[MixedParams]) -> Float[Tensor, "N K"]:
     """`grpo` + `distill` times `reverse_kl`: the task reward, with the teacher as a dense guide."""
-    return grpo(batch.sampled, batch.options) + batch.options.distill * reverse_kl(batch)
+    options = batch.options
+    task = grpo(batch.sampled, options)
+    guide = options.distill * reverse_kl(batch)
+    return task + guide
 
 
 Objective = Callable[[TokenBatch], Float[Tensor, "N K"]]
@@ -172,7 +192,9 @@ ON_DECISIONS: dict[str, OnDecisions] = {
 
 def recorded_log_probs(batch: DecisionBatch[RolloutParams]) -> Float[Tensor, "N K"] | None:
     """Log p_old(a) for the reward, with `reward: rollout`; otherwise None."""
-    return batch.sampled.then if batch.options.reward == "rollout" else None
+    if batch.options.reward != "rollout":
+        return None
+    return batch.sampled.then
 
 
 def reward(
@@ -186,25 +208,32 @@ def reward(
     `clamp` bounds r on both sides. `centre` subtracts its mean under the student: the same expected
     gradient, with less variance.
     """
-    per_bin = (batch.teacher - batch.student).detach()
+    log_ratio = batch.teacher - batch.student
+    per_bin = log_ratio.detach()
     if log_probs is None:
         chosen = select_token(per_bin, tokens)
     else:
-        chosen = select_token(batch.teacher, tokens) - log_probs
+        teacher = select_token(batch.teacher, tokens)
+        chosen = teacher - log_probs
     limit = batch.options.clamp
     if limit is not None:
         per_bin = per_bin.clamp(-limit, limit)
         chosen = chosen.clamp(-limit, limit)
     if not batch.options.centre:
         return chosen
-    return chosen - (batch.student.detach().exp() * per_bin).sum(-1)
+    student = batch.student.detach()
+    terms = student.exp() * per_bin
+    baseline = terms.sum(-1)
+    return chosen - baseline
 
 
 def select_token(
     log_probs: Float[Tensor, "N K V"], tokens: Int[Tensor, "N K"]
 ) -> Float[Tensor, "N K"]:
     """Select one bin's log-probability per token."""
-    return log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    index = tokens.unsqueeze(-1)
+    selected = log_probs.gather(-1, index)
+    return selected.squeeze(-1)
 
 
 def is_clamped(
@@ -213,17 +242,28 @@ def is_clamped(
     log_probs: Float[Tensor, "N K"] | None = None,
 ) -> Bool[Tensor, "N K"]:
     """Tell for which tokens `clamp` changes the `reward` of the same arguments."""
-    limit = math.inf if batch.options.clamp is None else batch.options.clamp
-    student = select_token(batch.student.detach(), tokens) if log_probs is None else log_probs
-    return (select_token(batch.teacher, tokens) - student).abs() > limit
+    limit = batch.options.clamp
+    if limit is None:
+        limit = math.inf
+    if log_probs is None:
+        student = batch.student.detach()
+        log_probs = select_token(student, tokens)
+    teacher = select_token(batch.teacher, tokens)
+    unclamped = teacher - log_probs
+    return unclamped.abs() > limit
 
 
 def is_clipped(sampled: SampledTokens, clip: ClipParams) -> Bool[Tensor, "N K"]:
     """Tell for which tokens `grpo` has no gradient because the ratio is beyond its bound."""
-    ratio = (sampled.now.detach() - sampled.then).exp()
-    above = ratio > 1 + clip.clip_high
-    below = ratio < 1 - clip.clip_low
-    return torch.where(sampled.advantage.unsqueeze(-1) > 0, above, below)
+    now = sampled.now.detach()
+    log_ratio = now - sampled.then
+    ratio = log_ratio.exp()
+    highest = 1 + clip.clip_high
+    lowest = 1 - clip.clip_low
+    is_above = ratio > highest
+    is_below = ratio < lowest
+    advantage = sampled.advantage.unsqueeze(-1)
+    return torch.where(advantage > 0, is_above, is_below)
 
 
 def confidence_weight(teacher: Float[Tensor, "N K V"], power: float) -> Float[Tensor, "N K"]:
@@ -231,7 +271,10 @@ def confidence_weight(teacher: Float[Tensor, "N K V"], power: float) -> Float[Te
 
     1 where the teacher is certain, 0 where it is uniform; 1 everywhere for power 0.
     """
-    return (1 - entropy(teacher) / math.log(teacher.shape[-1])).clamp(0, 1) ** power
+    bins = teacher.shape[-1]
+    uncertainty = entropy(teacher) / math.log(bins)
+    certainty = 1 - uncertainty
+    return certainty.clamp(0, 1) ** power
 
 
 def group_advantage(success: Bool[Tensor, " G"]) -> Float[Tensor, " G"]:
@@ -245,7 +288,9 @@ def group_advantage(success: Bool[Tensor, " G"]) -> Float[Tensor, " G"]:
             "an advantage compares an episode with the others of its group"
         )
     rewards = success.float()
-    return (rewards - rewards.mean()) / (rewards.std() + 1e-6)
+    deviation = rewards - rewards.mean()
+    spread = rewards.std() + 1e-6
+    return deviation / spread
 
 
 def rewards_to_go(rewards: Float[Tensor, " T"], discount: float) -> Float[Tensor, " T"]:
@@ -254,8 +299,10 @@ def rewards_to_go(rewards: Float[Tensor, " T"], discount: float) -> Float[Tensor
     r_s is the sum over the decision's valid tokens.
     """
     to_go = torch.zeros_like(rewards)
-    for t in range(len(rewards) - 2, -1, -1):
-        to_go[t] = discount * (rewards[t + 1] + to_go[t + 1])
+    last = len(rewards) - 1
+    for t in reversed(range(last)):
+        later = rewards[t + 1] + to_go[t + 1]
+        to_go[t] = discount * later
     return to_go
 
 
@@ -266,8 +313,11 @@ def episode_weight(mask: Bool[Tensor, "N K"], episode: Int[Tensor, " N"]) -> Flo
     """
     tokens = mask.sum(1)
     _, index = episode.unique(return_inverse=True)
-    lengths = torch.zeros(int(index.max()) + 1).index_add(0, index, tokens.float())
-    return tokens.sum() / (len(lengths) * lengths[index])
+    episodes = int(index.max()) + 1
+    lengths = torch.zeros(episodes)
+    lengths = lengths.index_add(0, index, tokens.float())
+    episode_tokens = lengths[index]
+    return tokens.sum() / (episodes * episode_tokens)
 
 
 def sample_tokens(log_probs: Float[Tensor, "N K V"], seed: int) -> Int[Tensor, "N K"]:
@@ -275,23 +325,48 @@ def sample_tokens(log_probs: Float[Tensor, "N K V"], seed: int) -> Int[Tensor, "
 
     On the CPU, so that a seed gives the same sample wherever the log-probabilities are.
     """
-    probabilities = log_probs.detach().exp().flatten(0, 1).cpu()
-    tokens = torch.multinomial(probabilities, 1, generator=torch.Generator().manual_seed(seed))
-    return tokens.view(log_probs.shape[:2]).to(log_probs.device)
+    random = torch.Generator().manual_seed(seed)
+    probabilities = log_probs.detach().exp()
+    rows = probabilities.flatten(0, 1).cpu()
+    tokens = torch.multinomial(rows, 1, generator=random)
+    tokens = tokens.view(log_probs.shape[:2])
+    return tokens.to(log_probs.device)
 
 
 def masked_mean(values: Float[Tensor, "N K"], mask: Bool[Tensor, "N K"]) -> Float[Tensor, ""]:
     """sum(values * mask) / sum(mask): the mean over valid tokens. ValueError if none is valid."""
     if not mask.any():
         raise ValueError("mask: no valid token in the batch; expected at least one")
-    return torch.where(mask, values, 0.0).sum() / mask.sum()
+    valid = torch.where(mask, values, 0.0)
+    return valid.sum() / mask.sum()
+
+
+def masked_means(
+    values: Mapping[str, Float[Tensor, "N K"]], mask: Bool[Tensor, "N K"]
+) -> dict[str, float]:
+    """Return the `masked_mean` of each value, by name."""
+    means: dict[str, float] = {}
+    for name, tensor in values.items():
+        means[name] = masked_mean(tensor, mask).item()
+    return means
 
 
 def at_temperature(log_probs: Float[Tensor, "*B V"], temperature: float) -> Float[Tensor, "*B V"]:
     """Log-softmax of log p / T: the distribution at a temperature, from logits or log p alike."""
-    return torch.log_softmax(log_probs / temperature, -1)
+    scaled = log_probs / temperature
+    return torch.log_softmax(scaled, -1)
 
 
 def entropy(log_probs: Float[Tensor, "*B V"]) -> Float[Tensor, "*B"]:
     """-sum_v p(v) log p(v), in nats."""
-    return -(log_probs.exp() * log_probs).sum(-1)
+    probabilities = log_probs.exp()
+    terms = probabilities * log_probs
+    return -terms.sum(-1)
+
+
+def kl(log_p: Float[Tensor, "*B V"], log_q: Float[Tensor, "*B V"]) -> Float[Tensor, "*B"]:
+    """KL(p || q) = sum_v p(v) (log p(v) - log q(v)), in nats."""
+    probabilities = log_p.exp()
+    log_ratio = log_p - log_q
+    terms = probabilities * log_ratio
+    return terms.sum(-1)
