@@ -42,19 +42,34 @@ class Decisions:
 
         mask: valid tokens.
         """
-        advantage = np.zeros(len(mask), np.float32)
+        states = len(mask)
+        advantage = np.zeros(states, np.float32)
         usable = self.decided & mask.any(1)
         for group in np.unique(self.group):
             rows = np.flatnonzero(self.group == group)
-            _, first, index = np.unique(self.episode[rows], return_index=True, return_inverse=True)
-            success = self.success[rows[first]]
-            advantage[rows] = group_advantage(torch.from_numpy(success)).numpy()[index]
-            usable[rows] &= settings.keeps(success.mean().item())
-        weight = np.zeros(len(mask), np.float32)
+            success, index = self._outcomes(rows)
+            success_rate = success.mean()
+            usable[rows] &= settings.keeps(success_rate.item())
+            advantages = group_advantage(torch.from_numpy(success))
+            advantage[rows] = advantages.numpy()[index]
+
+        weight = np.zeros(states, np.float32)
         if usable.any():
-            episodes = torch.from_numpy(self.episode[usable])
-            weight[usable] = episode_weight(torch.from_numpy(mask[usable]), episodes).numpy()
+            weights = episode_weight(
+                torch.from_numpy(mask[usable]),
+                torch.from_numpy(self.episode[usable]),
+            )
+            weight[usable] = weights.numpy()
         return GrpoAdvantages(advantage, usable, weight)
+
+    def _outcomes(
+        self, rows: Int[np.ndarray, " R"]
+    ) -> tuple[Bool[np.ndarray, " G"], Int[np.ndarray, " R"]]:
+        """Return the success of each of a group's G episodes, and each row's episode among them."""
+        episodes = self.episode[rows]
+        _, first, index = np.unique(episodes, return_index=True, return_inverse=True)
+        first_rows = rows[first]
+        return self.success[first_rows], index
 
 
 @dataclass(frozen=True)
@@ -75,27 +90,35 @@ def read_decisions(paths: Sequence[Path], chunk: int) -> Decisions:
 
     Each shard is a group.
     """
-    groups = [_read_group(path, number, chunk) for number, path in enumerate(paths)]
-    columns = {
-        field.name: np.concatenate([getattr(group, field.name) for group in groups])
-        for field in fields(Decisions)
-    }
-    first_episodes = np.cumsum([0] + [group.episode[-1] + 1 for group in groups])[:-1]
-    lengths = [len(group.episode) for group in groups]
-    columns["episode"] = columns["episode"] + np.repeat(first_episodes, lengths)
+    groups: list[Decisions] = []
+    episodes = 0
+    for number, path in enumerate(paths):
+        group = _read_group(path, number, episodes, chunk)
+        groups.append(group)
+        episodes = int(group.episode[-1]) + 1
+    columns: dict[str, np.ndarray] = {}
+    for field in fields(Decisions):
+        parts = [getattr(group, field.name) for group in groups]
+        columns[field.name] = np.concatenate(parts)
     return Decisions(**columns)
 
 
-def _read_group(path: Path, number: int, chunk: int) -> Decisions:
+def _read_group(path: Path, number: int, first_episode: int, chunk: int) -> Decisions:
     columns, _ = zarr_zip.read(path, COLUMNS)
-    episode = np.repeat(np.arange(len(columns["states"])), columns["states"])
-    first_decisions = np.cumsum(columns["decisions"]) - columns["decisions"]
-    decision = first_decisions[episode] + columns["step"] // chunk
+    states = columns["states"]
+    decisions = columns["decisions"]
+    step = columns["step"]
+
+    numbers = np.arange(len(states))
+    episode = np.repeat(numbers, states)
+    first_decisions = np.cumsum(decisions) - decisions
+    decision = first_decisions[episode] + step // chunk
+    tokens = columns["tokens"][decision]
     return Decisions(
-        decided=columns["step"] % chunk == 0,
-        tokens=columns["tokens"][decision].astype(np.int64),
+        decided=step % chunk == 0,
+        tokens=tokens.astype(np.int64),
         log_probs=columns["log_probs"][decision],
-        episode=episode,
+        episode=first_episode + episode,
         group=np.full(len(episode), number),
         success=columns["success"][episode],
     )
@@ -106,8 +129,13 @@ def failed_share(paths: Sequence[Path], mask: Bool[np.ndarray, "N K"]) -> float:
 
     mask: valid tokens of all states of the shards.
     """
-    failed: list[np.ndarray] = []
+    parts: list[np.ndarray] = []
     for path in paths:
         columns, _ = zarr_zip.read(path, ("states", "success"))
-        failed.append(np.repeat(~columns["success"], columns["states"]))
-    return float(mask[np.concatenate(failed)].sum() / max(1, mask.sum()))
+        failed = ~columns["success"]
+        failed_states = np.repeat(failed, columns["states"])
+        parts.append(failed_states)
+    is_failed = np.concatenate(parts)
+    failed_tokens = mask[is_failed].sum()
+    tokens = max(1, mask.sum())
+    return float(failed_tokens / tokens)

@@ -14,7 +14,7 @@ from vla_opd.artifacts.manifest import Manifest, open_artifact, read_manifest
 from vla_opd.data.action_space import ActionSpace
 from vla_opd.data.divergence import Divergence
 from vla_opd.data.labels import Labels, read_shard
-from vla_opd.data.trajectory import Observations, read_states, shards, split_batches
+from vla_opd.data.trajectory import Observations, States, read_states, shards, split_batches
 from vla_opd.data.trajectory import concatenate as concatenate_states
 from vla_opd.learning import fsdp
 from vla_opd.learning.bin_transfer import between, require_comparable
@@ -31,15 +31,22 @@ from vla_opd.learning.objectives import (
     entropy,
     is_clamped,
     is_clipped,
+    kl,
     masked_mean,
+    masked_means,
     recorded_log_probs,
-    reverse_kl,
     rewards_to_go,
     sample_tokens,
     select_token,
 )
 from vla_opd.learning.optimizer import Row, StepLoss
-from vla_opd.learning.update import probe_states, require_own_rollouts, state_order
+from vla_opd.learning.update import (
+    batched_logits,
+    probe_states,
+    require_own_rollouts,
+    select_rows,
+    state_order,
+)
 from vla_opd.params.objective import MixedParams, OptimizeParams, RewardParams, RolloutParams
 from vla_opd.plugins import named_function
 from vla_opd.policies.checkpoint import Checkpoint, open_checkpoint, require_same_actions
@@ -82,7 +89,10 @@ class DistillationBatch:
     @property
     def usable(self) -> Int[np.ndarray, " U"]:
         """The states to learn from: selected, with a valid token, defined for the objective."""
-        usable = self.mask.any(1) if self.decisions is None else self.decisions.usable
+        if self.decisions is None:
+            usable = self.mask.any(1)
+        else:
+            usable = self.decisions.usable
         if self.selected is not None:
             usable = usable & self.selected
         return np.flatnonzero(usable)
@@ -90,7 +100,9 @@ class DistillationBatch:
     @property
     def trained_tokens(self) -> Bool[np.ndarray, "N K"]:
         """The valid tokens of the selected states."""
-        return self.mask if self.selected is None else self.mask & self.selected[:, None]
+        if self.selected is None:
+            return self.mask
+        return self.mask & self.selected[:, None]
 
     def arrays(self, rows: Int[np.ndarray, " B"]) -> dict[str, np.ndarray]:
         """Return some states, by name, with their indices."""
@@ -112,15 +124,20 @@ def require_alignment(student: Checkpoint, trajectories: Path, labels: Path) -> 
     """
     visited = open_artifact(trajectories, "trajectories")
     answers = open_artifact(labels, "labels")
-    labeled = answers.parents["trajectories"]
-    if labeled != visited.digest:
+    actual = answers.parents["trajectories"]
+    expected = visited.digest
+    if actual != expected:
         raise ValueError(
-            f"{labels}: labels trajectories {labeled[:12]}; expected {visited.digest[:12]}, "
+            f"{labels}: labels trajectories {actual[:12]}; expected {expected[:12]}, "
             f"those of {trajectories}"
         )
     require_own_rollouts(student, visited, trajectories)
     require_comparable(student.facts, answers, str(labels))
-    return {"student": student.digest, "trajectories": visited.digest, "labels": answers.digest}
+    return {
+        "student": student.digest,
+        "trajectories": visited.digest,
+        "labels": answers.digest,
+    }
 
 
 def open_anchor(student: Checkpoint, initial: Path) -> Checkpoint:
@@ -134,22 +151,24 @@ def require_parents(checkpoint: Path, sources: Iterable[tuple[str, Path]]) -> No
     """ValueError unless the checkpoint was made from these artifacts, each with its kind."""
     parents = read_manifest(checkpoint, "checkpoint").parents
     for kind, folder in sources:
-        digest = open_artifact(folder, kind).digest  # pyright: ignore[reportArgumentType]
+        actual = open_artifact(folder, kind).digest  # pyright: ignore[reportArgumentType]
         if kind not in parents:
             raise ValueError(
                 f"{checkpoint}: names no {kind} among its parents {sorted(parents)}; expected a "
                 "checkpoint of this version (make it again with `opd run`)"
             )
-        if digest != parents[kind]:
+        expected = parents[kind]
+        if actual != expected:
             raise ValueError(
-                f"{folder}: is {digest[:12]}; expected {parents[kind][:12]}, "
+                f"{folder}: is {actual[:12]}; expected {expected[:12]}, "
                 f"which {checkpoint} learned from (optimize.earlier)"
             )
 
 
 def read_action_space(labels: Path) -> ActionSpace:
     """Return the action space of the teacher that labeled."""
-    return ActionSpace.model_validate(read_manifest(labels, "labels").facts["action_space"])
+    facts = read_manifest(labels, "labels").facts
+    return ActionSpace.model_validate(facts["action_space"])
 
 
 def read_batch(
@@ -161,27 +180,36 @@ def read_batch(
     student's own tokens.
     """
     paths = shards(trajectories)
-    states = [read_states([path]) for path in paths]
-    stores = [
-        read_shard(labels / path.name, len(part)) for path, part in zip(paths, states, strict=True)
-    ]
     transfer = between(read_action_space(labels), space)
-    log_probs = [
-        store.log_probs if transfer is None else transfer(store.log_probs) for store in stores
-    ]
-    masks = [store.restrict(part.mask) for store, part in zip(stores, states, strict=True)]
+    states: list[States] = []
+    stores: list[Labels] = []
+    masks: list[np.ndarray] = []
+    teacher: list[np.ndarray] = []
+    for path in paths:
+        visited = read_states([path])
+        store = read_shard(labels / path.name, len(visited))
+        log_probs = store.log_probs
+        if transfer is not None:
+            log_probs = transfer(log_probs)
+        states.append(visited)
+        stores.append(store)
+        masks.append(store.restrict(visited.mask))
+        teacher.append(log_probs)
+    selected = None
+    if settings.recoverable:
+        selected = _recoverable(stores, labels)
     batch = DistillationBatch(
         observations=concatenate_states(states).observations,
         mask=np.concatenate(masks),
-        teacher=np.concatenate(log_probs),
-        selected=_recoverable(stores, labels) if settings.recoverable else None,
+        teacher=np.concatenate(teacher),
+        selected=selected,
     )
     if settings.objective.name not in ON_DECISIONS:
         return batch
-    visited = read_manifest(trajectories, "trajectories")
-    _require_student_acted(visited, trajectories, settings)
+    manifest = read_manifest(trajectories, "trajectories")
+    _require_student_acted(manifest, trajectories, settings)
     decisions = read_decisions(paths, space.chunk)
-    temperature = visited.params["sample"]["temperature"]
+    temperature = manifest.params["sample"]["temperature"]
     return with_decisions(batch, decisions, settings, temperature)
 
 
@@ -207,12 +235,18 @@ def concatenate(batches: Sequence[DistillationBatch]) -> DistillationBatch:
     """Join the states of several iterations; a single batch is returned unchanged."""
     if len(batches) == 1:
         return batches[0]
-    selected = [batch.selected for batch in batches if batch.selected is not None]
+    observations = [batch.observations for batch in batches]
+    masks = [batch.mask for batch in batches]
+    teacher = [batch.teacher for batch in batches]
+    parts = [batch.selected for batch in batches if batch.selected is not None]
+    selected = None
+    if parts:
+        selected = np.concatenate(parts)
     return DistillationBatch(
-        observations=Observations.concatenate([batch.observations for batch in batches]),
-        mask=np.concatenate([batch.mask for batch in batches]),
-        teacher=np.concatenate([batch.teacher for batch in batches]),
-        selected=np.concatenate(selected) if selected else None,
+        observations=Observations.concatenate(observations),
+        mask=np.concatenate(masks),
+        teacher=np.concatenate(teacher),
+        selected=selected,
     )
 
 
@@ -226,11 +260,13 @@ def select_states(batch: DistillationBatch, states: int, seed: int) -> Distillat
     if len(usable):
         if states > len(usable):
             raise ValueError(
-                f"optimize.states is {states}; expected at most {len(usable)}, the number of states "
-                "to learn from (sample.prompts makes more; optimize.recoverable leaves some out)"
+                f"optimize.states is {states}; expected at most {len(usable)}, the number of "
+                "states to learn from (sample.prompts makes more; optimize.recoverable leaves "
+                "some out)"
             )
         random = np.random.default_rng(derive(seed, "states"))
-        selected[random.choice(usable, states, replace=False)] = True
+        rows = random.choice(usable, states, replace=False)
+        selected[rows] = True
     return replace(batch, selected=selected)
 
 
@@ -247,12 +283,16 @@ def with_decisions(
     advantage = np.zeros(len(batch.mask), np.float32)
     options = settings.objective
     if isinstance(options, MixedParams):
-        grpo = decisions.advantages(batch.trained_tokens, options)
-        tokens = batch.trained_tokens.sum(1)
+        mask = batch.trained_tokens
+        grpo = decisions.advantages(mask, options)
         if not options.distill:
             usable = grpo.usable
-        scale = np.float32(tokens[usable].sum() / max(1, tokens[grpo.usable].sum()))
-        advantage = grpo.advantage * grpo.weight * scale
+        tokens = mask.sum(1)
+        usable_tokens = tokens[usable].sum()
+        grpo_tokens = tokens[grpo.usable].sum()
+        scale = usable_tokens / max(1, grpo_tokens)
+        weighted = grpo.advantage * grpo.weight
+        advantage = weighted * np.float32(scale)
     to_go = decision_rewards_to_go(batch, decisions, settings)
     rollout = RolloutDecisions(decisions, usable, advantage, temperature, to_go)
     return replace(batch, decisions=rollout)
@@ -266,19 +306,36 @@ def decision_rewards_to_go(
     options = settings.objective
     if not isinstance(options, RolloutParams) or not options.discount:
         return to_go
+    cpu = torch.device("cpu")
     for episode in np.unique(decisions.episode):
-        rows = np.flatnonzero((decisions.episode == episode) & decisions.decided)
-        teacher = at_temperature(
-            torch.from_numpy(batch.teacher[rows]).float(),
-            settings.teacher_temperature or settings.temperature,
-        )
-        tokens = torch.from_numpy(decisions.tokens[rows])
-        rewards = select_token(teacher, tokens) - torch.from_numpy(decisions.log_probs[rows])
-        if options.clamp is not None:
-            rewards = rewards.clamp(-options.clamp, options.clamp)
-        valid = rewards * torch.from_numpy(batch.mask[rows])
-        to_go[rows] = rewards_to_go(valid.sum(1), options.discount).numpy()
+        is_in_episode = decisions.episode == episode
+        rows = np.flatnonzero(is_in_episode & decisions.decided)
+        tokens = select_rows(decisions.tokens, rows, cpu)
+        log_probs = select_rows(decisions.log_probs, rows, cpu)
+        mask = select_rows(batch.mask, rows, cpu)
+        teacher = _teacher_log_probs(batch, rows, settings, cpu)
+
+        rewards = select_token(teacher, tokens) - log_probs
+        limit = options.clamp
+        if limit is not None:
+            rewards = rewards.clamp(-limit, limit)
+        valid = rewards * mask
+        decision_rewards = valid.sum(1)
+        later = rewards_to_go(decision_rewards, options.discount)
+        to_go[rows] = later.numpy()
     return to_go
+
+
+def _teacher_log_probs(
+    batch: DistillationBatch,
+    rows: Int[np.ndarray, " B"],
+    settings: OptimizeParams,
+    device: torch.device,
+) -> Float[Tensor, "B K V"]:
+    """Return the teacher's log-probabilities at some states, at its temperature."""
+    temperature = settings.teacher_temperature or settings.temperature
+    recorded = select_rows(batch.teacher, rows, device)
+    return at_temperature(recorded.float(), temperature)
 
 
 def score_states(
@@ -286,10 +343,13 @@ def score_states(
 ) -> Float[np.ndarray, "N K V"]:
     """Return a policy's log-probabilities at all states, at the student's temperature."""
     scores: list[np.ndarray] = []
+    states = np.arange(len(batch.mask))
     with torch.inference_mode():
-        for rows in split_batches(np.arange(len(batch.mask)), settings.batch_size):
-            logits = policy.logits(batch.observations.at(rows))
-            scores.append(at_temperature(logits, settings.temperature).cpu().numpy())
+        for rows in split_batches(states, settings.batch_size):
+            observations = batch.observations.at(rows)
+            logits = policy.logits(observations)
+            log_probs = at_temperature(logits, settings.temperature)
+            scores.append(log_probs.cpu().numpy())
     return np.concatenate(scores)
 
 
@@ -301,7 +361,8 @@ class DistillationLoss:
 
     def __init__(self, batch: DistillationBatch, settings: OptimizeParams, seed: int) -> None:
         objectives: dict[str, Callable[[Any], Tensor]] = {**OBJECTIVES, **ON_DECISIONS}
-        self._objective = named_function(settings.objective.name, objectives, "optimize.objective")
+        name = settings.objective.name
+        self._objective = named_function(name, objectives, "optimize.objective")
         self._batch = batch
         self._settings = settings
         self._seed = seed
@@ -310,20 +371,25 @@ class DistillationLoss:
     def __call__(self, policy: Policy, step: int) -> StepLoss:
         """Return the loss of this step's states, and its metrics."""
         rows = self._order(step)
+        batch = self._batch
         settings = self._settings
-        seed = fsdp.process_seed(derive(self._seed, step))
-        tokens, mask = token_batch(policy, self._batch, rows, settings, seed)
+        step_seed = derive(self._seed, step)
+        seed = fsdp.process_seed(step_seed)
+        tokens, mask = token_batch(policy, batch, rows, settings, seed)
         row = _metrics(tokens, mask, settings)
         values = self._objective(tokens)
         if settings.confidence:
-            values = values * confidence_weight(tokens.teacher, settings.confidence)
+            weight = confidence_weight(tokens.teacher, settings.confidence)
+            values = values * weight
         loss = masked_mean(values, mask)
-        if self._batch.initial is not None:
-            initial = torch.from_numpy(self._batch.initial[rows]).to(values.device)
-            anchor_kl = masked_mean(reverse_kl(replace(tokens, teacher=initial)), mask)
+        if batch.initial is not None:
+            initial = select_rows(batch.initial, rows, values.device)
+            drift = kl(tokens.student, initial)
+            anchor_kl = masked_mean(drift, mask)
             loss = loss + settings.anchor * anchor_kl
             row["anchor_kl"] = anchor_kl.item()
-        return StepLoss(loss, row, int(self._batch.mask[rows].sum()))
+        valid_tokens = batch.mask[rows].sum()
+        return StepLoss(loss, row, int(valid_tokens))
 
     def arrays(self, step: int) -> dict[str, np.ndarray]:
         """Return this step's states, by name."""
@@ -333,19 +399,19 @@ class DistillationLoss:
 def _metrics(batch: TokenBatch, mask: Bool[Tensor, "N K"], settings: OptimizeParams) -> Row:
     """Return a step's entropy and divergence in nats per token, and its options' effects."""
     options = settings.objective
-    row = {"student_entropy": masked_mean(entropy(batch.student.detach()), mask).item()}
+    student = batch.student.detach()
+    metrics = {"student_entropy": entropy(student)}
     if options.name != "reverse_kl" or settings.anchor or settings.confidence:
-        row["reverse_kl"] = masked_mean(reverse_kl(batch).detach(), mask).item()
+        metrics["reverse_kl"] = kl(student, batch.teacher)
     if isinstance(options, RewardParams) and options.clamp is not None:
-        clamped = _clamped_tokens(batch).float()
-        row["clamp_fraction"] = masked_mean(clamped, mask).item()
+        clamped = _clamped_tokens(batch)
+        metrics["clamp_fraction"] = clamped.float()
     if isinstance(options, MixedParams) and isinstance(batch, DecisionBatch):
-        clipped = is_clipped(batch.sampled, options).float()
-        row["clip_fraction"] = masked_mean(clipped, mask).item()
+        clipped = is_clipped(batch.sampled, options)
+        metrics["clip_fraction"] = clipped.float()
     if settings.confidence:
-        weight = confidence_weight(batch.teacher, settings.confidence)
-        row["confidence"] = masked_mean(weight, mask).item()
-    return row
+        metrics["confidence"] = confidence_weight(batch.teacher, settings.confidence)
+    return masked_means(metrics, mask)
 
 
 def _clamped_tokens(batch: TokenBatch) -> Bool[Tensor, "N K"]:
@@ -365,17 +431,17 @@ def token_batch(
 
     seed: of the student's sampled tokens.
     """
-    parts = split_batches(rows, settings.batch_size)
-    logits = torch.cat([policy.logits(batch.observations.at(part)) for part in parts])
+    logits = batched_logits(policy, batch.observations, rows, settings.batch_size)
     student = at_temperature(logits, settings.temperature)
-    teacher = at_temperature(
-        torch.from_numpy(batch.teacher[rows]).to(logits.device).float(),
-        settings.teacher_temperature or settings.temperature,
+    tokens = TokenBatch(
+        student=student,
+        teacher=_teacher_log_probs(batch, rows, settings, logits.device),
+        draw=lambda: sample_tokens(student, seed),
+        options=settings.objective,
     )
-    mask = torch.from_numpy(batch.mask[rows]).to(logits.device)
-    tokens = TokenBatch(student, teacher, lambda: sample_tokens(student, seed), settings.objective)
     if batch.decisions is not None:
         tokens = _decision_batch(tokens, logits, batch.decisions, rows)
+    mask = select_rows(batch.mask, rows, logits.device)
     return tokens, mask
 
 
@@ -386,19 +452,20 @@ def _decision_batch(
     rows: Int[np.ndarray, " B"],
 ) -> DecisionBatch:
     def select(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array[rows]).to(logits.device)
+        return select_rows(array, rows, logits.device)
 
     tokens = select(rollout.decisions.tokens)
+    log_probs = at_temperature(logits, rollout.temperature)
     sampled = SampledTokens(
-        now=select_token(at_temperature(logits, rollout.temperature), tokens),
+        now=select_token(log_probs, tokens),
         then=select(rollout.decisions.log_probs),
         advantage=select(rollout.advantage),
     )
     return DecisionBatch(
-        batch.student,
-        batch.teacher,
-        batch.draw,
-        batch.options,
+        student=batch.student,
+        teacher=batch.teacher,
+        draw=batch.draw,
+        options=batch.options,
         tokens=tokens,
         sampled=sampled,
         to_go=select(rollout.to_go),
@@ -409,6 +476,7 @@ def measure_student(
     policy: Policy, batch: DistillationBatch, settings: OptimizeParams
 ) -> Divergence:
     """Measure student and teacher on a fixed selection of the states."""
+    rows = probe_states(batch.mask)
     with torch.inference_mode():
-        tokens, mask = token_batch(policy, batch, probe_states(batch.mask), settings, 0)
+        tokens, mask = token_batch(policy, batch, rows, settings, seed=0)
         return measure_divergence(tokens, mask, policy.chunk)

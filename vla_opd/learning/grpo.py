@@ -1,4 +1,4 @@
-"""GRPO, eq. (2): the student's own decisions with the outcomes of their episodes, and their loss."""
+"""GRPO, eq. (2): the student's decisions with their episodes' outcomes, and their loss."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from vla_opd.data.trajectory import Observations, read_states, shards, split_batches
+from vla_opd.data.trajectory import Observations, read_states, shards
 from vla_opd.learning.decisions import Decisions, GrpoAdvantages, read_decisions
 from vla_opd.learning.objectives import (
     SampledTokens,
@@ -19,10 +19,11 @@ from vla_opd.learning.objectives import (
     grpo,
     is_clipped,
     masked_mean,
+    masked_means,
     select_token,
 )
 from vla_opd.learning.optimizer import StepLoss
-from vla_opd.learning.update import probe_states, state_order
+from vla_opd.learning.update import batched_logits, probe_states, select_rows, state_order
 from vla_opd.params.stages import ExploreParams, ReinforceParams
 from vla_opd.policies.policy import Policy
 
@@ -81,26 +82,31 @@ class GrpoLoss:
     def __call__(self, policy: Policy, step: int) -> StepLoss:
         """Return the loss of this step's decisions, and its metrics."""
         batch = self._batch
+        settings = self._settings
         rows = self._order(step)
         logits = policy.logits(batch.observations.at(rows))
         log_probs = at_temperature(logits, batch.temperature)
 
         def select(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(array[rows]).to(log_probs.device)
+            return select_rows(array, rows, logits.device)
 
         mask = select(batch.mask)
+        tokens = select(batch.decisions.tokens)
+        weight = select(batch.advantages.weight)
         sampled = SampledTokens(
-            now=select_token(log_probs, select(batch.decisions.tokens)),
+            now=select_token(log_probs, tokens),
             then=select(batch.decisions.log_probs),
             advantage=select(batch.advantages.advantage),
         )
-        row = {
-            "student_entropy": masked_mean(entropy(log_probs.detach()), mask).item(),
-            "clip_fraction": masked_mean(is_clipped(sampled, self._settings).float(), mask).item(),
+        metrics = {
+            "student_entropy": entropy(log_probs.detach()),
+            "clip_fraction": is_clipped(sampled, settings).float(),
         }
-        weight = select(batch.advantages.weight).unsqueeze(-1)
-        loss = masked_mean(grpo(sampled, self._settings) * weight, mask)
-        return StepLoss(loss, row, int(batch.mask[rows].sum()))
+        row = masked_means(metrics, mask)
+        values = grpo(sampled, settings) * weight.unsqueeze(-1)
+        loss = masked_mean(values, mask)
+        valid_tokens = batch.mask[rows].sum()
+        return StepLoss(loss, row, int(valid_tokens))
 
     def arrays(self, step: int) -> dict[str, np.ndarray]:
         """Return this step's states, by name."""
@@ -114,8 +120,8 @@ def measure_entropy(policy: Policy, batch: GrpoBatch, batch_size: int) -> dict[s
     """
     rows = probe_states(batch.mask)
     with torch.inference_mode():
-        parts = split_batches(rows, batch_size)
-        logits = torch.cat([policy.logits(batch.observations.at(part)) for part in parts])
+        logits = batched_logits(policy, batch.observations, rows, batch_size)
         log_probs = at_temperature(logits, batch.temperature)
-        mask = torch.from_numpy(batch.mask[rows]).to(log_probs.device)
-        return {"student_entropy": masked_mean(entropy(log_probs), mask).item()}
+        mask = select_rows(batch.mask, rows, logits.device)
+        metrics = {"student_entropy": entropy(log_probs)}
+        return masked_means(metrics, mask)

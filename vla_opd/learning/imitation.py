@@ -9,9 +9,9 @@ from torch import Tensor
 
 from vla_opd.data.action_space import fit_action_space, gaussian_logits
 from vla_opd.data.trajectory import States
-from vla_opd.learning.objectives import masked_mean
+from vla_opd.learning.objectives import masked_mean, masked_means
 from vla_opd.learning.optimizer import Budget, Schedule, StepLoss
-from vla_opd.learning.update import state_order
+from vla_opd.learning.update import select_rows, state_order
 from vla_opd.params.stages import (
     EnvironmentParams,
     FinetuneParams,
@@ -46,24 +46,34 @@ class ImitationLoss:
     def __call__(self, policy: Policy, step: int) -> StepLoss:
         """Return the loss of this step's states, and its accuracy."""
         rows = self._order(step)
-        log_probs = policy.logits(self._states.observations.at(rows)).log_softmax(-1)
-        target = self._targets[torch.from_numpy(self._bins[rows]).long()].to(log_probs.device)
-        mask = torch.from_numpy(self._states.mask[rows]).to(log_probs.device)
+        states = self._states
+        logits = policy.logits(states.observations.at(rows))
+        log_probs = logits.log_softmax(-1)
+        mask = select_rows(states.mask, rows, logits.device)
+        bins = torch.from_numpy(self._bins[rows])
+        target = self._targets[bins.long()]
+        target = target.to(logits.device)
         with torch.no_grad():
-            hits = (log_probs.argmax(-1) == target.argmax(-1)).float()
-            row = {"accuracy": masked_mean(hits, mask).item()}
-        loss = masked_mean(-(target * log_probs).sum(-1), mask)
-        return StepLoss(loss, row, int(self._states.mask[rows].sum()))
+            predicted = log_probs.argmax(-1)
+            demonstrated = target.argmax(-1)
+            hits = predicted == demonstrated
+            row = masked_means({"accuracy": hits.float()}, mask)
+        terms = target * log_probs
+        cross_entropy = -terms.sum(-1)
+        loss = masked_mean(cross_entropy, mask)
+        valid_tokens = states.mask[rows].sum()
+        return StepLoss(loss, row, int(valid_tokens))
 
     def arrays(self, step: int) -> dict[str, np.ndarray]:
         """Return this step's states with their demonstrated bins, by name."""
         rows = self._order(step)
-        observations = self._states.observations.at(rows)
+        states = self._states
+        observations = states.observations.at(rows)
         return {
             "states": rows,
             "frames": observations.frames,
             "proprio": observations.proprio,
-            "mask": self._states.mask[rows],
+            "mask": states.mask[rows],
             "bins": self._bins[rows],
         }
 
@@ -75,16 +85,19 @@ def smoothed_targets(bins: int, sigma: float) -> Float[Tensor, "V V"]:
     """
     if sigma == 0:
         return torch.eye(bins)
-    return torch.softmax(torch.from_numpy(gaussian_logits(bins, sigma)), -1)
+    logits = torch.from_numpy(gaussian_logits(bins, sigma))
+    return torch.softmax(logits, -1)
 
 
 def plan_budget(settings: FinetuneParams, recipe: PretrainedParams) -> Budget:
     """Return the steps of one checkpoint's training, with a schedule of its own."""
+    steps = recipe.steps
     peak = recipe.learning_rate
-    warmup = round(recipe.steps * settings.warmup_fraction)
+    final = peak * settings.final_fraction
+    warmup = round(steps * settings.warmup_fraction)
     return Budget(
-        steps=recipe.steps,
-        schedule=Schedule(peak, peak * settings.final_fraction, warmup, recipe.steps),
+        steps=steps,
+        schedule=Schedule(peak, final, warmup, steps),
         gradient_clip=settings.gradient_clip,
         weight_decay=settings.weight_decay,
         save_every=settings.save_every,
@@ -116,8 +129,10 @@ def _describe_new(
     std: tuple[float, ...] = ()
     if shape.proprio:
         proprio = states.observations.proprio
-        mean = tuple(proprio.mean(0, dtype=np.float64).tolist())
-        std = tuple((proprio.std(0, dtype=np.float64) + 1e-3).tolist())
+        means = proprio.mean(0, dtype=np.float64)
+        deviations = proprio.std(0, dtype=np.float64) + 1e-3
+        mean = tuple(means.tolist())
+        std = tuple(deviations.tolist())
     return CheckpointFacts(
         policy=shape,
         action_space=fit_action_space(states.labels[:, 0], shape.chunk, shape.bins),

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import safetensors.torch
-from jaxtyping import Bool, Int
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from vla_opd.artifacts.draft import Draft
 from vla_opd.artifacts.manifest import Manifest
+from vla_opd.data.trajectory import Observations, split_batches
 from vla_opd.learning import fsdp
 from vla_opd.learning.optimizer import (
     Budget,
@@ -35,10 +37,11 @@ def plan_budget(settings: UpdateParams, depth: int, states: int) -> Budget:
     """Return the steps of an iteration that follows `depth` others; none without states."""
     total = settings.steps * settings.schedule_iterations
     peak = settings.learning_rate
+    final = peak * settings.final_fraction
     warmup = round(total * settings.warmup_fraction)
     return Budget(
         steps=settings.steps if states else 0,
-        schedule=Schedule(peak, peak * settings.final_fraction, warmup, total),
+        schedule=Schedule(peak, final, warmup, total),
         gradient_clip=settings.gradient_clip,
         weight_decay=settings.weight_decay,
         save_every=settings.save_every,
@@ -54,21 +57,49 @@ def state_order(
     usable: the states to learn from.
     """
     rows = batches(len(usable), batch_size, seed)
-    return lambda step: usable[fsdp.share(rows(step))]
+
+    def order(step: int) -> Int[np.ndarray, " B"]:
+        share = fsdp.share(rows(step))
+        return usable[share]
+
+    return order
+
+
+def select_rows(
+    array: Shaped[np.ndarray, "N ..."], rows: Int[np.ndarray, " B"], device: torch.device
+) -> Shaped[Tensor, "B ..."]:
+    """Copy some rows of an array to a device."""
+    selected = torch.from_numpy(array[rows])
+    return selected.to(device)
+
+
+def batched_logits(
+    policy: Policy, observations: Observations, rows: Int[np.ndarray, " R"], batch_size: int
+) -> Float[Tensor, "R K V"]:
+    """Return a policy's logits at some states, computed in batches of at most `batch_size`."""
+    parts: list[Tensor] = []
+    for batch in split_batches(rows, batch_size):
+        logits = policy.logits(observations.at(batch))
+        parts.append(logits)
+    return torch.cat(parts)
 
 
 def probe_states(mask: Bool[np.ndarray, "N K"]) -> Int[np.ndarray, " R"]:
     """Return the states on which a policy is measured before and after: `PROBE`, evenly spaced."""
     usable = np.flatnonzero(mask.any(1))
-    return usable[np.linspace(0, len(usable) - 1, min(PROBE, len(usable))).astype(int)]
+    count = len(usable)
+    size = min(PROBE, count)
+    positions = np.linspace(0, count - 1, size)
+    return usable[positions.astype(int)]
 
 
 def require_own_rollouts(student: Checkpoint, trajectories: Manifest, where: Path) -> None:
     """ValueError unless the student sampled these trajectories."""
-    sampler = trajectories.parents["student"]
-    if sampler != student.digest:
+    actual = trajectories.parents["student"]
+    expected = student.digest
+    if actual != expected:
         raise ValueError(
-            f"{where}: sampled by {sampler[:12]}; expected {student.digest[:12]}, "
+            f"{where}: sampled by {actual[:12]}; expected {expected[:12]}, "
             f"the student in {student.folder}"
         )
 
@@ -96,10 +127,12 @@ def update_student(
             file=sys.stderr,
         )
     trained_before = lora.attached(policy)
-    lora.prepare(policy, settings.lora, seed, session.label.partition(" ")[0])
+    stage, _, _ = session.label.partition(" ")
+    lora.prepare(policy, settings.lora, seed, stage)
     moments = None
     saved = student.folder / MOMENTS
-    if budget.first and lora.attached(policy) == trained_before and saved.is_file():
+    continues = budget.first > 0 and lora.attached(policy) == trained_before
+    if continues and saved.is_file():
         moments = safetensors.torch.load_file(saved)
     with (
         fsdp.sharded(policy) as shared,
