@@ -82,18 +82,24 @@ def device_needs(params: Params, root: Path, processes: int = 1) -> list[Need]:
     processes: how many train together, each on a device of its own; the need is of one device.
     ValueError for a checkpoint that is not described anywhere yet.
     """
+    label = params.label
+    optimize = params.optimize
     student = describe(params, root, INITIAL_STUDENT)
     needs = [inference("evaluate", student, params.evaluate.inference_batch)]
     if params.iterations:
-        teacher = describe(params, root, params.label.teacher)
-        needs.append(inference("sample", student, params.sample.inference_batch))
-        needs.append(inference("label", teacher, params.label.batch_size))
-        if params.optimize.anchor:
-            needs.append(inference("anchor", student, params.optimize.batch_size))
-        needs.append(update("optimize", student, params.optimize, processes))
+        teacher = describe(params, root, label.teacher)
+        needs += [
+            inference("sample", student, params.sample.inference_batch),
+            inference("label", teacher, label.batch_size),
+        ]
+        if optimize.anchor:
+            needs.append(inference("anchor", student, optimize.batch_size))
+        needs.append(update("optimize", student, optimize, processes))
     if params.reinforcements:
-        needs.append(inference("explore", student, params.explore.inference_batch))
-        needs.append(update("reinforce", student, params.reinforce, processes))
+        needs += [
+            inference("explore", student, params.explore.inference_batch),
+            update("reinforce", student, params.reinforce, processes),
+        ]
     return needs
 
 
@@ -103,9 +109,10 @@ def describe(params: Params, root: Path, name: str) -> Described:
     ValueError if there is neither.
     """
     folder = root / "checkpoints" / name
+    manifest = folder / MANIFEST
     adopted = params.adopt.get(name)
     has_public_files = adopted is not None and Path(adopted.folder).is_dir()
-    if (folder / MANIFEST).is_file() and not has_public_files:
+    if manifest.is_file() and not has_public_files:
         checkpoint = open_unverified(folder)
         return Described(checkpoint.facts, checkpoint.dtypes[0], folder)
     if adopted is None:
@@ -114,7 +121,8 @@ def describe(params: Params, root: Path, name: str) -> Described:
             "expected a checkpoint, or an entry of `adopt`"
         )
     facts = public_facts(adopted, params.environment)
-    return Described(facts, getattr(torch, adopted.dtype), Path(adopted.folder))
+    dtype = getattr(torch, adopted.dtype)
+    return Described(facts, dtype, Path(adopted.folder))
 
 
 def inference(stage: str, checkpoint: Described, batch: int) -> Need:
@@ -176,7 +184,8 @@ def _gathered(policy: nn.Module) -> int:
     """Return the bytes of weights and gradients that are gathered in the middle of a pass."""
     sizes = [_weights_and_gradients(block) for block in fsdp.blocks(policy)]
     sizes.sort(reverse=True)
-    return _weights_and_gradients(policy) - sum(sizes[2:])
+    sharded = sum(sizes[2:])
+    return _weights_and_gradients(policy) - sharded
 
 
 def _weights_and_gradients(module: nn.Module) -> int:
@@ -190,16 +199,25 @@ def _weights_and_gradients(module: nn.Module) -> int:
 def iteration_data(params: Params, facts: CheckpointFacts) -> IterationData:
     """Return the data of an iteration in which every episode lasts to its horizon."""
     sample = params.sample
+    optimize = params.optimize
     environment = params.environment
-    episodes = len(environment.tasks) * sample.prompts * sample.group
-    states = episodes * _divide_up(sample.horizon, sample.observe_every)
-    frames = states * len(environment.cameras) * environment.image_size**2 * 3
-    log_probs = states * facts.action_space.tokens * facts.action_space.bins
+    space = facts.action_space
+
+    tasks = len(environment.tasks)
+    episodes = tasks * sample.prompts * sample.group
+    decisions = _divide_up(sample.horizon, sample.observe_every)
+    states = episodes * decisions
+
+    cameras = len(environment.cameras)
+    pixels = environment.image_size**2
+    frames = states * cameras * pixels * 3
+    log_probs = states * space.tokens * space.bins
     labels = log_probs * BYTES[params.label.dtype]
     held = frames + labels
-    if params.optimize.anchor:
+    if optimize.anchor:
         held += log_probs * FLOAT32
-    return IterationData(states, frames, labels, held * (1 + params.optimize.earlier))
+    iterations = 1 + optimize.earlier
+    return IterationData(states, frames, labels, held * iterations)
 
 
 def _build(checkpoint: Described) -> Policy:
@@ -215,11 +233,14 @@ def _build(checkpoint: Described) -> Policy:
 
 
 def _observations(facts: CheckpointFacts, batch: int) -> Observations:
-    cameras = len(facts.environment.cameras)
-    size = facts.environment.image_size
+    environment = facts.environment
+    cameras = len(environment.cameras)
+    size = environment.image_size
+    sensors = len(facts.proprio_mean)
     frames = np.zeros((batch, cameras, size, size, 3), np.uint8)
-    proprio = np.zeros((batch, len(facts.proprio_mean)), np.float32)
-    return Observations(frames, proprio, ("",) * batch)
+    proprio = np.zeros((batch, sensors), np.float32)
+    instructions = ("",) * batch
+    return Observations(frames, proprio, instructions)
 
 
 class _Counter(TorchDispatchMode):
@@ -242,19 +263,23 @@ class _Counter(TorchDispatchMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         results = function(*args, **(kwargs or {}))
-        tensors = results if isinstance(results, tuple | list) else (results,)
-        for tensor in tensors:
-            if isinstance(tensor, Tensor) and tensor.device.type == self._device:
-                self._count(tensor)
+        values = results
+        if not isinstance(results, tuple | list):
+            values = (results,)
+        for value in values:
+            if isinstance(value, Tensor) and value.device.type == self._device:
+                self._count(value)
         return results
 
     def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        if storage not in self._alive:
-            self._alive[storage] = True
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._free, storage.nbytes())
+        if storage in self._alive:
+            return
+        self._alive[storage] = True
+        size = storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, size)
 
     def _free(self, size: int) -> None:
         self.now -= size

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import safetensors.torch
@@ -62,8 +62,12 @@ class Schedule:
         """
         if step < self.warmup:
             return self.peak * (step + 1) / self.warmup
-        fraction = min(1.0, (step - self.warmup) / max(1, self.total - self.warmup))
-        return self.final + 0.5 * (self.peak - self.final) * (1 + math.cos(math.pi * fraction))
+        completed = step - self.warmup
+        remaining = self.total - self.warmup
+        fraction = completed / max(1, remaining)
+        angle = math.pi * min(1.0, fraction)
+        span = self.peak - self.final
+        return self.final + 0.5 * span * (1 + math.cos(angle))
 
 
 @dataclass(frozen=True)
@@ -117,8 +121,9 @@ def train(
     FloatingPointError at the first loss or gradient that is not finite, before it reaches the
     weights.
     """
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
-        [parameter for parameter in policy.parameters() if parameter.requires_grad],
+        trained,
         lr=budget.schedule.peak,
         weight_decay=budget.weight_decay,
     )
@@ -129,7 +134,8 @@ def train(
         row = _step(policy, loss, optimizer, budget, session, step)
         rows.append(row)
         session.log(row, budget.first + step)
-        if (step + 1) % budget.save_every == 0 and step + 1 < budget.steps:
+        completed = len(rows)
+        if completed % budget.save_every == 0 and completed < budget.steps:
             _save(policy, optimizer, rows, session.scratch)
     return rows, _moments(optimizer)
 
@@ -159,12 +165,16 @@ def _step(
     optimizer.param_groups[0]["lr"] = rate
     result = loss(policy, step)
     optimizer.zero_grad()
-    fsdp.weighted(result.loss, result.tokens).backward()
-    norm = fsdp.gather(nn.utils.clip_grad_norm_(policy.parameters(), budget.gradient_clip)).item()
-    row = fsdp.mean({**result.row, "loss": result.loss.item()}, result.tokens)
-    if not (math.isfinite(row["loss"]) and math.isfinite(norm)):
+    weighted = fsdp.weighted(result.loss, result.tokens)
+    weighted.backward()
+    total_norm = nn.utils.clip_grad_norm_(policy.parameters(), budget.gradient_clip)
+    norm = fsdp.gather(total_norm).item()
+    metrics = {**result.row, "loss": result.loss.item()}
+    row = fsdp.mean(metrics, result.tokens)
+    mean_loss = row["loss"]
+    if not math.isfinite(mean_loss) or not math.isfinite(norm):
         message = (
-            f"{session.label}: the loss is {row['loss']} and its gradient's norm {norm} "
+            f"{session.label}: the loss is {mean_loss} and its gradient's norm {norm} "
             f"at step {step}; expected finite numbers (lower the learning rate?)"
         )
         if session.dumps is not None:
@@ -178,16 +188,22 @@ def _step(
 def _dump(policy: nn.Module, loss: Loss, session: Session, step: int) -> Path:
     """Write this process's batch and, in the first process, the weights to `session.dumps`."""
     assert session.dumps is not None
-    suffix = f"-rank{fsdp.rank()}" if fsdp.rank() else ""
-    path = session.dumps / f"{session.label.replace(' ', '-')}-step{step:05d}{suffix}.safetensors"
-    tensors = {
-        f"batch/{name}": torch.from_numpy(np.ascontiguousarray(array))
-        for name, array in loss.arrays(step).items()
-    }
+    rank = fsdp.rank()
+    label = session.label.replace(" ", "-")
+    stem = f"{label}-step{step:05d}"
+    if rank:
+        stem += f"-rank{rank}"
+    path = session.dumps / f"{stem}.safetensors"
+
+    tensors: dict[str, Tensor] = {}
+    for name, array in loss.arrays(step).items():
+        contiguous = np.ascontiguousarray(array)
+        tensors[f"batch/{name}"] = torch.from_numpy(contiguous)
     for name, value in _trained(policy).items():
         weights = fsdp.gather_on_first(value.detach())  # every process takes part
-        if not fsdp.rank():
-            tensors[f"weights/{name}"] = weights.cpu().contiguous()
+        if not rank:
+            on_host = weights.cpu()
+            tensors[f"weights/{name}"] = on_host.contiguous()
     path.parent.mkdir(parents=True, exist_ok=True)
     safetensors.torch.save_file(tensors, path)
     fsdp.wait()  # the first process to fail ends the others
@@ -203,54 +219,69 @@ def batches(rows: int, batch_size: int, seed: int) -> Callable[[int], Int[np.nda
 
     def at(step: int) -> Int[np.ndarray, " B"]:
         first = step * batch_size
-        epochs = range(first // rows, (first + batch_size - 1) // rows + 1)
-        order = np.concatenate(
-            [np.random.default_rng([seed, epoch]).permutation(rows) for epoch in epochs]
-        )
-        return order[first - epochs[0] * rows :][:batch_size]
+        last = first + batch_size - 1
+        first_epoch = first // rows
+        last_epoch = last // rows
+        permutations: list[np.ndarray] = []
+        for epoch in range(first_epoch, last_epoch + 1):
+            random = np.random.default_rng([seed, epoch])
+            permutation = random.permutation(rows)
+            permutations.append(permutation)
+        order = np.concatenate(permutations)
+        start = first - first_epoch * rows
+        return order[start : start + batch_size]
 
     return at
 
 
 def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
+    state = optimizer.state_dict()
     moments: dict[str, Tensor] = {}
-    for index, values in state.items():
+    for index, values in state["state"].items():
         for name, value in values.items():
-            moments[f"{index}/{name}"] = fsdp.gather_on_first(torch.as_tensor(value))
+            moment = torch.as_tensor(value)
+            moments[f"{index}/{name}"] = fsdp.gather_on_first(moment)
     return moments
 
 
 def _set_moments(optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor]) -> None:
     parameters = optimizer.param_groups[0]["params"]
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in moments.items():
-        index, _, key = name.partition("/")
-        state.setdefault(int(index), {})[key] = fsdp.shard_as(value, parameters[int(index)])
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    values: dict[int, dict[str, Tensor]] = {}
+    for name, moment in moments.items():
+        number, _, key = name.partition("/")
+        index = int(number)
+        values.setdefault(index, {})
+        values[index][key] = fsdp.shard_as(moment, parameters[index])
+    state = optimizer.state_dict()
+    state["state"] = values
+    optimizer.load_state_dict(state)
 
 
 def _trained(policy: nn.Module) -> dict[str, Tensor]:
     """Return the policy's state without frozen weights, by name."""
-    frozen = {name for name, parameter in policy.named_parameters() if not parameter.requires_grad}
-    return {name: value for name, value in policy.state_dict().items() if name not in frozen}
+    state = policy.state_dict()
+    for name, parameter in policy.named_parameters():
+        if not parameter.requires_grad:
+            del state[name]
+    return state
 
 
 def _save(
     policy: nn.Module, optimizer: torch.optim.Optimizer, rows: list[Row], scratch: Path
 ) -> None:
-    tensors = {
-        f"weights/{name}": fsdp.gather_on_first(value) for name, value in _trained(policy).items()
-    }
-    tensors |= {f"moments/{name}": value for name, value in _moments(optimizer).items()}
+    tensors: dict[str, Tensor] = {}
+    for name, value in _trained(policy).items():
+        tensors[f"weights/{name}"] = fsdp.gather_on_first(value)
+    for name, value in _moments(optimizer).items():
+        tensors[f"moments/{name}"] = value
     if fsdp.rank():
         return
+    for name, tensor in tensors.items():
+        on_host = tensor.detach().cpu()
+        tensors[name] = on_host.contiguous()
     temporary = scratch / "training.tmp"
-    safetensors.torch.save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-        temporary,
-        {"rows": canonical_json(rows)},
-    )
+    metadata = {"rows": canonical_json(rows)}
+    safetensors.torch.save_file(tensors, temporary, metadata)
     with temporary.open("rb") as stream:
         os.fsync(stream.fileno())
     temporary.rename(scratch / "training.safetensors")
@@ -258,30 +289,38 @@ def _save(
 
 def _resume(policy: nn.Module, optimizer: torch.optim.Optimizer, session: Session) -> list[Row]:
     """Load the last save into policy and optimizer. Returns the rows of the steps already made."""
+    label = session.label
     rows = _load(policy, optimizer, session.scratch / "training.safetensors")
-    fsdp.require_agreement(len(rows), f"{session.label}: the step to resume from")
-    if rows and not fsdp.rank():
-        print(f"{session.label}: resuming from step {len(rows)}", file=sys.stderr)
+    step = len(rows)
+    fsdp.require_agreement(step, f"{label}: the step to resume from")
+    if step and not fsdp.rank():
+        print(f"{label}: resuming from step {step}", file=sys.stderr)
     return rows
 
 
 def _load(policy: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> list[Row]:
     if not path.is_file():
         return []
-    groups: dict[str, dict[str, Tensor]] = {"weights": {}, "moments": {}}
-    with safetensors.safe_open(path, "pt") as file:
-        rows = json.loads(file.metadata()["rows"])
-        for key in file.keys():  # noqa: SIM118 - not a mapping
-            group, _, name = key.partition("/")
-            groups[group][name] = file.get_tensor(key)
+    moments: dict[str, Tensor] = {}
     state = policy.state_dict()
-    for name, value in groups["weights"].items():
-        state[name] = fsdp.shard_as(value, state[name])
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        for key in file.keys():  # noqa: SIM118 - not a mapping
+            tensor = file.get_tensor(key)
+            group, _, name = key.partition("/")
+            if group == "moments":
+                moments[name] = tensor
+            else:
+                state[name] = fsdp.shard_as(tensor, state[name])
     policy.load_state_dict(state)
-    _set_moments(optimizer, groups["moments"])
-    return rows
+    _set_moments(optimizer, moments)
+    return json.loads(metadata["rows"])
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """Write one JSON object per line, a line per step."""
-    path.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
+    lines: list[str] = []
+    for row in rows:
+        line = json.dumps(row, sort_keys=True)
+        lines.append(f"{line}\n")
+    path.write_text("".join(lines))

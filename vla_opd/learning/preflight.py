@@ -17,15 +17,21 @@ def check_sample(params: Params, student: Path, teacher: Path) -> None:
 
     Reads the teacher's bytes, too; the student's are read by the stage itself.
     """
+    label = params.label
+    objective = params.optimize.objective
     objectives = {**OBJECTIVES, **ON_DECISIONS}
-    named_function(params.optimize.objective.name, objectives, "optimize.objective")
-    if params.label.expert is not None:
-        named_function(params.label.expert, EXPERTS, "label.expert")
-    facts = open_checkpoint(teacher).facts
-    require_environment(facts, params.environment, str(teacher))
-    space = facts.action_space
-    transfer = params.label.transfer
-    require_actions(open_unverified(student).facts, space, str(teacher), transfer=transfer)
+    named_function(objective.name, objectives, "optimize.objective")
+    if label.expert is not None:
+        named_function(label.expert, EXPERTS, "label.expert")
+    teacher_facts = open_checkpoint(teacher).facts
+    require_environment(teacher_facts, params.environment, str(teacher))
+    student_facts = open_unverified(student).facts
+    require_actions(
+        student_facts,
+        teacher_facts.action_space,
+        str(teacher),
+        transfer=label.transfer,
+    )
     _require_trainable("optimize", params.optimize, student)
 
 
@@ -37,4 +43,5 @@ def check_explore(params: Params, student: Path) -> None:
 def _require_trainable(verb: str, settings: TrainedParams, student: Path) -> None:
     """ValueError for an adapter that does not fit the student, or a student that needs one."""
     adapter = lora.find(student)
-    lora.require_trainable(settings.lora, adapter, open_unverified(student).dtypes, verb)
+    checkpoint = open_unverified(student)
+    lora.require_trainable(settings.lora, adapter, checkpoint.dtypes, verb)
