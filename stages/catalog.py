@@ -226,6 +226,16 @@ BEHIND = {name: verb for verb, stage in STAGES.items() for name in stage.items}
 """The stage behind each of DVC's stages, e.g. `"pretrain": "finetune"`."""
 
 
+def planned_artifacts(params: Params) -> set[Path]:
+    """Return the folders of all artifacts that the stages of a run make."""
+    layout = Layout.of_run(params.run.name)
+    folders: set[Path] = set()
+    for stage in STAGES.values():
+        names = [""] if stage.option is None else stage.names(params)
+        folders.update(stage.output(layout, name) for name in names)
+    return folders
+
+
 def arguments(verb: str, params: Params, name: str) -> dict[str, Any]:
     """Return what the stage's `run` gets to make the artifact with a name, all but the host.
 

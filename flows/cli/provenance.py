@@ -209,12 +209,14 @@ def collect_garbage(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only list the artifacts")] = False,
 ) -> None:
     """Remove the artifacts that the run in params.yaml does not need."""
+    from stages.catalog import planned_artifacts
     from vla_opd.lineage.garbage import find_garbage, remove
     from vla_opd.lineage.store import read_store
 
     store = read_store()
+    params = load()
     kept = [find_artifact(store, name) for name in keep or ()]
-    garbage = find_garbage(store, load(), kept)
+    garbage = find_garbage(store, params, planned_artifacts(params), kept)
     if dry_run:
         _print_garbage(garbage, "would be")
     else:

@@ -1,7 +1,7 @@
 """Garbage collection: find and remove artifacts that nothing in use was made from."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +18,14 @@ class Garbage:
     bytes: int
 
 
-def find_needed(store: Store, params: Params, keep: Iterable[Artifact] = ()) -> set[str]:
+def find_needed(
+    store: Store, params: Params, planned: Collection[Path], keep: Iterable[Artifact] = ()
+) -> set[str]:
     """Return the digests of the artifacts that must stay.
 
     These are the run in params.yaml, the artifacts in `keep`, those that another run links to, and
     everything that any of them came from.
+    planned: the folders of what the run's stages make.
     ValueError if that cannot be known, so that nothing is removed on a guess: no artifact stays, a
     manifest is broken, or an ancestor of an artifact that stays is missing (a set of
     demonstrations may be missing: it has no parents).
@@ -37,7 +40,7 @@ def find_needed(store: Store, params: Params, keep: Iterable[Artifact] = ()) -> 
     roots = [
         artifact
         for artifact in store.artifacts
-        if _is_planned(artifact, params) or artifact.folder.resolve() in linked
+        if _is_planned(artifact, params, planned) or artifact.folder.resolve() in linked
     ]
     roots += keep
     if not roots:
@@ -65,12 +68,14 @@ def _require_ancestors(store: Store, artifact: Artifact) -> None:
         )
 
 
-def find_garbage(store: Store, params: Params, keep: Iterable[Artifact] = ()) -> Garbage:
-    """Find the artifacts that nothing needs. Errors as in `find_needed`.
+def find_garbage(
+    store: Store, params: Params, planned: Collection[Path], keep: Iterable[Artifact] = ()
+) -> Garbage:
+    """Find the artifacts that nothing needs. Arguments and errors as of `find_needed`.
 
     Tables of studies are never garbage: they are small, and making one again takes all members.
     """
-    needed = find_needed(store, params, keep)
+    needed = find_needed(store, params, planned, keep)
     unneeded = tuple(
         artifact
         for artifact in store.artifacts
@@ -90,22 +95,14 @@ def remove(garbage: Garbage, root: Path = ROOT) -> None:
         files.remove(artifact.folder)
 
 
-def _is_planned(artifact: Artifact, params: Params) -> bool:
-    """Return whether the run in params.yaml has an artifact of this name."""
-    run, _, path = artifact.name.partition("/")
-    if run != params.run.name:
-        return False
-    folder, _, name = path.partition("/")
-    planned: dict[str, set[str]] = {
-        "checkpoints": {*params.origins, *params.updates},
-        "trajectories": set(params.updates),
-        "labels": set(params.iterations),
-        "demonstrations": set(params.demonstrations),
-        "evaluations": set(params.evaluations),
-        "report": {"page", *params.studies},
-        "studies": set(params.studies),
-    }
-    return name in planned.get(folder, ())
+def _is_planned(artifact: Artifact, params: Params, planned: Collection[Path]) -> bool:
+    """Return whether the run in params.yaml makes this artifact, by a stage or by a study."""
+    if ROOT / artifact.name in planned:
+        return True
+    studies = ROOT / params.run.name
+    pages = {studies / "report" / study for study in params.studies}
+    tables = {studies / "studies" / study for study in params.studies}
+    return ROOT / artifact.name in pages | tables
 
 
 def _find_linked(store: Store, root: Path = ROOT) -> set[Path]:

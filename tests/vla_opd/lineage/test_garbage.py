@@ -1,13 +1,15 @@
 """Garbage collection: nothing that a kept checkpoint needs is removed."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from stages.catalog import planned_artifacts
 from tests.vla_opd.lineage.manifests import publish
-from vla_opd.lineage.garbage import find_garbage, find_needed, remove
-from vla_opd.lineage.store import read_store
+from vla_opd.lineage.garbage import Garbage, find_garbage, find_needed, remove
+from vla_opd.lineage.store import Artifact, Store, read_store
 from vla_opd.params.load import load
 from vla_opd.params.run import Params
 
@@ -22,11 +24,14 @@ def run(small: Path) -> Path:
     return small
 
 
+def garbage_of(store: Store, params: Params, keep: Sequence[Artifact] = ()) -> Garbage:
+    return find_garbage(store, params, planned_artifacts(params), keep)
+
+
 def unneeded(*keep: str) -> list[str]:
     store = read_store()
-    return [
-        a.name for a in find_garbage(store, load(), [store.find(name) for name in keep]).artifacts
-    ]
+    kept = [store.find(name) for name in keep]
+    return [artifact.name for artifact in garbage_of(store, load(), kept).artifacts]
 
 
 def test_the_run_stays_and_other_artifacts_are_garbage(run: Path) -> None:
@@ -35,6 +40,15 @@ def test_the_run_stays_and_other_artifacts_are_garbage(run: Path) -> None:
         "small/checkpoints/it002",
         "small/trajectories/it002",
     ]
+
+
+def test_everything_that_the_stages_of_a_run_make_stays(small: Path) -> None:
+    """So what a new stage makes is no garbage either."""
+    params = load()
+    planned = planned_artifacts(params)
+    kept = {store.folder for store in read_store().artifacts}
+    assert {folder.resolve() for folder in kept} <= {folder.resolve() for folder in planned}
+    assert garbage_of(read_store(), params).artifacts == ()
 
 
 def test_a_study_table_stays_even_if_its_parents_are_missing(run: Path) -> None:
@@ -61,7 +75,7 @@ def test_ancestors_of_needed_artifacts_are_never_garbage(
     text = Path("params.yaml").read_text()
     params = load().model_copy(update={"iterations": {}})
     store = read_store()
-    needed = find_needed(store, params)
+    needed = find_needed(store, params, planned_artifacts(params))
     for artifact in store.artifacts:
         if artifact.digest in needed:
             assert {ancestor.digest for ancestor in store.ancestors(artifact)} <= needed
@@ -71,7 +85,7 @@ def test_ancestors_of_needed_artifacts_are_never_garbage(
 
 def test_remove_deletes_the_garbage_and_nothing_else(run: Path) -> None:
     store = read_store()
-    garbage = find_garbage(store, load())
+    garbage = garbage_of(store, load())
     assert (
         garbage.bytes
         == sum(entry.size for a in garbage.artifacts for entry in a.manifest.files.values())
@@ -105,9 +119,9 @@ def test_a_run_without_artifacts_is_refused(run: Path) -> None:
     with pytest.raises(
         ValueError, match=r"run\.name is 'brandnew', and there is no artifact of that run"
     ):
-        find_garbage(read_store(), named("brandnew"))
+        garbage_of(read_store(), named("brandnew"))
     keep = [read_store().find("older/checkpoints/student")]
-    assert find_garbage(read_store(), named("brandnew"), keep).artifacts
+    assert garbage_of(read_store(), named("brandnew"), keep).artifacts
 
 
 def test_nothing_is_removed_if_a_manifest_is_broken(run: Path) -> None:
@@ -133,5 +147,5 @@ def test_missing_demonstrations_are_allowed(run: Path) -> None:
 
 def test_remains_of_a_killed_removal_are_deleted(run: Path) -> None:
     (run / "checkpoints/.it002.removed/shard").mkdir(parents=True)
-    remove(find_garbage(read_store(), load()))
+    remove(garbage_of(read_store(), load()))
     assert not [path for path in run.rglob("*it002*") if path.is_dir()]
