@@ -40,8 +40,8 @@ def main() -> int:
 def crash_orphans() -> list[str]:
     """Declare runs crashed that are under way by the server, but have no process.
 
-    These are runs that died, with their iterations, and runs that never began. Return the ids of
-    the runs, without those of their iterations.
+    These are runs that died, with their subflows, and runs that never began. Return the ids of
+    the runs, without those of their subflows: retrying the run continues these.
     """
     from prefect.client.orchestration import get_client
     from prefect.states import Crashed
@@ -53,16 +53,17 @@ def crash_orphans() -> list[str]:
             orphans = _read_runs_under_way(client, id={"any_": [UUID(run) for run in died]})
         orphans += [run for run in _read_runs_without_trace(client) if run not in orphans]
         # Subflows: iterations; of a study its members, their runs, and the iterations of those.
-        generations = [orphans]
-        while generations[-1]:
-            parents = {"any_": generations[-1]}
-            generations.append(_read_runs_under_way(client, parent_flow_run_id=parents))
-        for generation in reversed(generations):
-            for run in generation:
-                client.set_flow_run_state(run, Crashed(message="its process is gone"), force=True)
+        subflows: list[UUID] = []
+        children = orphans
+        while children:
+            parents = {"any_": children}
+            children = _read_runs_under_way(client, parent_flow_run_id=parents)
+            subflows += children
+        for run in reversed(orphans + subflows):
+            client.set_flow_run_state(run, Crashed(message="its process is gone"), force=True)
     for run in died:
         liveness.forget_run(run)
-    return [str(run) for run in orphans]
+    return [str(run) for run in orphans if run not in subflows]
 
 
 def _read_runs_under_way(client: "SyncPrefectClient", **conditions: Any) -> list[UUID]:

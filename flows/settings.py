@@ -22,7 +22,8 @@ def write(changes: Mapping[str, Any], path: Path | str = "params.yaml", run: str
     folder, whose later stages would use the new settings.
     """
     source = Path(path)
-    load(source, [f"{dotted}={format_value(value)}" for dotted, value in changes.items()])
+    settings = [f"{dotted}={format_value(value)}" for dotted, value in changes.items()]
+    load(source, settings)
     if not changes:
         return
     before = read_text(source)
@@ -31,8 +32,9 @@ def write(changes: Mapping[str, Any], path: Path | str = "params.yaml", run: str
         return
     others_at_work = liveness.other_living_runs(run)
     if others_at_work:
+        names = ", ".join(others_at_work)
         raise RuntimeError(
-            f"{path} is in use by flow run {', '.join(others_at_work)}; "
+            f"{path} is in use by flow run {names}; "
             "change settings after it has ended, or in another checkout"
         )
     _replace(source.resolve(), after)

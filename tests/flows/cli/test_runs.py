@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import typer
-from pydantic import TypeAdapter
 
 from flows import cli, pipeline, settings, terminal
 from flows.cli import runs
@@ -278,12 +277,6 @@ def test_an_option_may_be_added_to_an_objective_given_by_its_name(tmp_path: Path
     settings.write({"optimize.objective": "jsd"}, path)
     settings.write({"optimize.objective.beta": 0.3}, path)
     assert load(path).optimize.objective.model_dump() == {"name": "jsd", "beta": 0.3}
-
-
-@pytest.mark.parametrize("objective", ["jsd", {"name": "jsd"}])
-def test_prefects_settings_have_an_objective_by_name_or_with_options(objective: object) -> None:
-    changes = TypeAdapter(settings.Settings).validate_python({"optimize.objective": objective})
-    assert changes == {"optimize.objective": {"name": "jsd"}}
 
 
 def test_a_wrong_setting_changes_nothing(tmp_path: Path) -> None:
