@@ -44,7 +44,6 @@ VAGUE_NAMES = frozenset(
         "which",
     ]
 )
-WIDTH = 100
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -57,7 +56,6 @@ class Readability:
     tuple_assignments: share of assignments that bind several names to several expressions.
     comprehensions:    per 100 lines. conditionals: conditional expressions per 100 lines.
     vague_names:       share of bound names that say nothing about the domain.
-    wide_lines:        `file:line` of every line over `WIDTH` columns.
     """
 
     nodes_per_line: float
@@ -65,7 +63,6 @@ class Readability:
     comprehensions: float
     conditionals: float
     vague_names: float
-    wide_lines: tuple[str, ...]
 
 
 def measure(paths: Iterable[Path]) -> Readability:
@@ -79,7 +76,6 @@ def measure(paths: Iterable[Path]) -> Readability:
         comprehensions=100 * total.comprehensions / max(1, total.lines),
         conditionals=100 * total.conditionals / max(1, total.lines),
         vague_names=total.vague / max(1, total.names),
-        wide_lines=tuple(total.wide),
     )
 
 
@@ -95,16 +91,12 @@ class _Totals:
     names: int = 0
     vague: int = 0
 
-    def __post_init__(self) -> None:
-        self.wide: list[str] = []
-
 
 def _add(total: _Totals, path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     lines = text.splitlines()
     tree = ast.parse(text)
     total.lines += sum(1 for line in lines if line.strip())
-    total.wide += [f"{path}:{n}" for n, line in enumerate(lines, 1) if len(line) > WIDTH]
     for function in _outermost_functions(tree):
         body = _without_docstring(function)
         if body:
