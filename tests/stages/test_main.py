@@ -16,6 +16,7 @@ import stages.__main__ as command
 from tests.vla_opd import small as tiny
 from tests.vla_opd.params.minimal import MINIMAL
 from tests.vla_opd.policies.test_checkpoint import publish
+from vla_opd.experts import EXPERTS
 from vla_opd.learning import preflight
 from vla_opd.policies.load import build_policy
 
@@ -73,7 +74,7 @@ def test_the_refusals_of_label_and_optimize_come_before_any_rollout(
     )
 
     assert call(sample, "label.expert=mse") == 2
-    message = "label.expert is 'mse'; expected one of ['libero', 'metaworld'] or"
+    message = f"label.expert is 'mse'; expected one of {sorted(EXPERTS)} or"
     assert message in capsys.readouterr().err
 
     assert call(sample, *ENVIRONMENT) == 2

@@ -159,7 +159,16 @@ class Box:
     y: int
 
 
-COLUMNS = ("demonstrations", "trajectories", "labels", "checkpoint", "evaluation", "report")
+COLUMNS = (
+    "demonstrations",
+    "trajectories",
+    "labels",
+    "checkpoint",
+    "evaluation",
+    "study",
+    "report",
+)
+"""The kinds of artifacts, in the order of the drawn graph's columns."""
 
 
 def layout(history: History) -> dict[str, Box]:

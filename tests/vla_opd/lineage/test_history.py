@@ -5,13 +5,15 @@ import re
 import subprocess
 from functools import reduce
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from flows.cli import answers
 from tests.vla_opd.lineage.manifests import execution_of, publish, read_history, record
+from vla_opd.artifacts.manifest import Kind
 from vla_opd.lineage import provenance
-from vla_opd.lineage.history import Difference, diff, layout, mermaid, page
+from vla_opd.lineage.history import COLUMNS, Difference, diff, layout, mermaid, page
 from vla_opd.lineage.store import read_store
 from vla_opd.machine.host import Host
 from vla_opd.machine.tracking import EXECUTIONS, start_execution
@@ -30,6 +32,10 @@ def test_the_tree_has_every_parent_once_and_marks_missing_ones(root: Path) -> No
     assert sum("demonstrations: 000000000000, not here" in line for line in lines) == 2
     assert "1 artifacts of this history are missing" in text
     assert re.search(r"name +teacher \| student", text)
+
+
+def test_every_kind_of_artifact_has_a_column() -> None:
+    assert sorted(COLUMNS) == sorted(get_args(Kind))
 
 
 def test_the_tree_has_the_executions_that_published_the_digest(
