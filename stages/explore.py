@@ -7,16 +7,15 @@ from pathlib import Path
 
 from vla_opd.artifacts.draft import draft
 from vla_opd.artifacts.manifest import Manifest
-from vla_opd.data.trajectory import Episode, read_shard, shard_name
-from vla_opd.envs.protocol import Placement
+from vla_opd.data.trajectory import Episode, read_shard
 from vla_opd.machine.host import Host
 from vla_opd.machine.tracking import track
 from vla_opd.params.stages import EnvironmentParams, ExploreParams
 from vla_opd.policies.checkpoint import open_checkpoint, require_environment
 from vla_opd.policies.load import load_policy
-from vla_opd.seeds import derive
-from vla_opd.simulation.collect import group_jobs, summarize_episodes, write_groups
-from vla_opd.simulation.rollout import Job, RolloutSettings, SimulationStats
+from vla_opd.simulation.collect import summarize_episodes, write_groups
+from vla_opd.simulation.placements import plan_round
+from vla_opd.simulation.rollout import RolloutSettings, SimulationStats
 
 
 def run(
@@ -81,17 +80,3 @@ def run(
 def success_rate(group: tuple[Episode, ...]) -> float:
     """Return the mean success of a group."""
     return sum(episode.success for episode in group) / len(group)
-
-
-def plan_round(
-    settings: ExploreParams, tasks: tuple[str, ...], seed: int, iteration: str, number: int
-) -> dict[str, list[Job]]:
-    """Return the jobs of every shard of a round."""
-    groups: dict[str, list[Job]] = {}
-    for index, task in enumerate(tasks):
-        for prompt in range(number * settings.prompts, (number + 1) * settings.prompts):
-            group_seed = derive(seed, "explore", iteration, task, prompt)
-            placement = Placement(task, "training", group_seed)
-            jobs = group_jobs(placement, settings.group, group_seed)
-            groups[shard_name(index, prompt)] = jobs
-    return groups

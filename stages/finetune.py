@@ -16,12 +16,7 @@ from vla_opd.learning.optimizer import Session, train
 from vla_opd.learning.update import write_checkpoint
 from vla_opd.machine.host import Host
 from vla_opd.machine.tracking import track
-from vla_opd.params.stages import (
-    EnvironmentParams,
-    FinetuneParams,
-    PolicyParams,
-    PretrainedParams,
-)
+from vla_opd.params.stages import EnvironmentParams, FinetuneParams, PolicyParams, PretrainedParams
 from vla_opd.policies import lora
 from vla_opd.policies.checkpoint import open_checkpoint
 from vla_opd.seeds import derive

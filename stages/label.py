@@ -3,16 +3,14 @@
 With `label.expert`, a scripted expert is asked in the teacher's place, as in DAgger.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from vla_opd.artifacts.draft import draft
 from vla_opd.artifacts.manifest import Manifest, open_artifact
 from vla_opd.artifacts.progress import ProgressBar
-from vla_opd.data.labels import read_outcome, write_shard
+from vla_opd.data.labels import summarize_outcomes, write_shard
 from vla_opd.data.trajectory import shards
 from vla_opd.experts import EXPERTS
 from vla_opd.machine.host import Host
@@ -79,25 +77,9 @@ def run(
         if not host.share.whole:
             log(simulation.stats.as_metrics(), 0)
             return None
-        facts = _count([work.folder / name for name in names], int(source.facts["states"]))
+        paths = [work.folder / name for name in names]
+        facts = summarize_outcomes(paths, int(source.facts["states"]))
         log({**facts, **simulation.stats.as_metrics()}, 0)
         return work.publish(
             {**facts, "action_space": space.model_dump(), "environment": environment.model_dump()}
         )
-
-
-def _count(paths: Sequence[Path], states: int) -> dict[str, float]:
-    """Return the labels' cost and, if it was tried, the share of states the teacher recovers."""
-    queries = states
-    env_steps = 0
-    recoverable: list[np.ndarray] = []
-    for path in paths:
-        cost, recovered = read_outcome(path)
-        queries += cost.decisions
-        env_steps += cost.env_steps
-        if recovered is not None:
-            recoverable.append(recovered)
-    facts: dict[str, float] = {"teacher_queries": queries, "env_steps": env_steps}
-    if recoverable:
-        facts["recoverable"] = float(np.concatenate(recoverable).mean())
-    return facts

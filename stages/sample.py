@@ -5,22 +5,17 @@ For each task `prompts` placements, and G = `group` episodes from each; a group 
 
 from pathlib import Path
 
-import numpy as np
-from jaxtyping import Int
-
 from vla_opd.artifacts.draft import draft
 from vla_opd.artifacts.manifest import Manifest
-from vla_opd.data.trajectory import read_shard, shard_name, shards
-from vla_opd.envs.protocol import Placement
+from vla_opd.data.trajectory import read_shard, shards
 from vla_opd.machine.host import Host
 from vla_opd.machine.tracking import track
-from vla_opd.params.section import EVALUATION_STATES
 from vla_opd.params.stages import EnvironmentParams, SampleParams
 from vla_opd.policies.checkpoint import open_checkpoint, require_environment
 from vla_opd.policies.load import load_policy
-from vla_opd.seeds import derive
-from vla_opd.simulation.collect import group_jobs, summarize_episodes, write_groups
-from vla_opd.simulation.rollout import Job, RolloutSettings, SimulationStats
+from vla_opd.simulation.collect import summarize_episodes, write_groups
+from vla_opd.simulation.placements import plan_groups
+from vla_opd.simulation.rollout import RolloutSettings, SimulationStats
 
 
 def run(
@@ -74,29 +69,3 @@ def run(
         log({**facts, **stats.as_metrics()}, 0)
         space = checkpoint.facts.action_space.digest
         return work.publish({**facts, "protocol": settings.protocol, "action_space": space})
-
-
-def plan_groups(
-    settings: SampleParams, tasks: tuple[str, ...], seed: int, iteration: str
-) -> dict[str, list[Job]]:
-    """Return the jobs of every shard."""
-    groups: dict[str, list[Job]] = {}
-    for number, task in enumerate(tasks):
-        states = shuffle_states(seed, iteration, task)
-        for prompt in range(settings.prompts):
-            index = derive(seed, "sample", iteration, task, prompt)
-            if settings.protocol == "benchmark":
-                placement = Placement(task, "evaluation", int(states[prompt]))
-            else:
-                placement = Placement(task, "training", index)
-            groups[shard_name(number, prompt)] = group_jobs(placement, settings.group, index)
-    return groups
-
-
-def shuffle_states(seed: int, iteration: str, task: str) -> Int[np.ndarray, " S"]:
-    """Return the evaluation's initial states in random order, for `protocol: benchmark`.
-
-    No two prompts of an iteration share a state.
-    """
-    random = np.random.default_rng(derive(seed, "sample", iteration, task, "states"))
-    return random.permutation(EVALUATION_STATES)

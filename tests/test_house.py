@@ -279,6 +279,12 @@ def test_a_line_says_one_thing(package: str) -> None:
     assert measured.vague_names <= LIMIT.vague_names
 
 
+@pytest.mark.parametrize("verb", sorted(STAGES))
+def test_a_stage_is_a_recipe(verb: str) -> None:
+    lines = (ROOT / "stages" / f"{verb}.py").read_text().splitlines()
+    assert len(lines) < 90, "what a stage works with belongs in a room of vla_opd"
+
+
 @pytest.mark.parametrize("folder", ["benchmarks", "tests"])
 def test_names_say_what_they_are_for_elsewhere_too(folder: str) -> None:
     measured = measure((ROOT / folder).rglob("*.py"))

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 import stages.explore
-from stages.explore import plan_round
 from tests.small_run import STAGES, call_stage
 from tests.vla_opd.small import CHUNK, episode
 from vla_opd.artifacts.manifest import read_manifest
@@ -23,26 +22,6 @@ from vla_opd.simulation.collect import summarize_episodes
 def params(small: Path) -> Params:
     assert small.is_dir()
     return load("params.yaml")
-
-
-def test_no_two_groups_of_a_run_begin_alike(params: Params) -> None:
-    rounds = [
-        plan_round(params.explore, params.environment.tasks, 3, iteration, number)
-        for iteration in ("rl001", "rl002")
-        for number in range(2)
-    ]
-    groups = [members for shards_of_round in rounds for members in shards_of_round.values()]
-    jobs = [job for members in groups for job in members]
-    assert {job.placement.split for job in jobs} == {"training"}
-    # Of two iterations, rounds, tasks and prompts.
-    assert len({job.placement for job in jobs}) == 2 * 2 * 2 * 2
-    assert len({job.seed for job in jobs}) == len(jobs) == 16 * 4
-    assert list(rounds[1]) == [
-        "shard-000-00002.zarr.zip",
-        "shard-000-00003.zarr.zip",
-        "shard-001-00002.zarr.zip",
-        "shard-001-00003.zarr.zip",
-    ]
 
 
 def test_only_decisions_are_kept(small: Path, params: Params) -> None:

@@ -7,7 +7,7 @@ bins hold only 81 % of a broad teacher's mass. In float16 a token's KL is off by
 its mean over 64 states by less than 5e-6 (measured: docs/log.md).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,6 +86,23 @@ def read_outcome(path: Path) -> tuple[LabelCost, Bool[np.ndarray, " N"] | None]:
     """Read a shard's cost and `recoverable` without reading the log-probabilities."""
     columns, attributes = zarr_zip.read(path, ("recoverable",))
     return _read_cost(attributes), columns.get("recoverable")
+
+
+def summarize_outcomes(paths: Sequence[Path], states: int) -> dict[str, int | float]:
+    """Return the labels' cost and, if it was tried, the share of states the teacher recovers."""
+    queries = states
+    env_steps = 0
+    recoverable: list[np.ndarray] = []
+    for path in paths:
+        cost, recovered = read_outcome(path)
+        queries += cost.decisions
+        env_steps += cost.env_steps
+        if recovered is not None:
+            recoverable.append(recovered)
+    facts: dict[str, int | float] = {"teacher_queries": queries, "env_steps": env_steps}
+    if recoverable:
+        facts["recoverable"] = float(np.concatenate(recoverable).mean())
+    return facts
 
 
 def _read_cost(attributes: Mapping[str, Any]) -> LabelCost:

@@ -171,6 +171,14 @@ def read_action_space(labels: Path) -> ActionSpace:
     return ActionSpace.model_validate(facts["action_space"])
 
 
+def describe_transfer(labels: Path, space: ActionSpace) -> dict[str, str]:
+    """Return the teacher's action space as `transferred_from`, if the student's is another."""
+    teacher_space = read_action_space(labels)
+    if teacher_space == space:
+        return {}
+    return {"transferred_from": teacher_space.digest}
+
+
 def read_batch(
     trajectories: Path, labels: Path, space: ActionSpace, settings: OptimizeParams
 ) -> DistillationBatch:
@@ -213,6 +221,28 @@ def read_batch(
     return with_decisions(batch, decisions, settings, temperature)
 
 
+def read_earlier(
+    iterations: Sequence[str],
+    trajectories: Path,
+    labels: Path,
+    out: Path,
+    space: ActionSpace,
+    settings: OptimizeParams,
+) -> list[DistillationBatch]:
+    """Read the rollouts and labels of earlier iterations, the latest first.
+
+    ValueError unless they are what those iterations learned from. DVC need not know of them: they
+    are behind the checkpoint that this iteration starts from.
+    """
+    batches: list[DistillationBatch] = []
+    for name in iterations:
+        folders = trajectories.with_name(name), labels.with_name(name)
+        sources = zip(("trajectories", "labels"), folders, strict=True)
+        require_parents(out.with_name(name), sources)
+        batches.append(read_batch(*folders, space, settings))
+    return batches
+
+
 def _require_student_acted(visited: Manifest, where: Path, settings: OptimizeParams) -> None:
     if "teacher" in visited.parents:
         raise ValueError(
@@ -250,11 +280,13 @@ def concatenate(batches: Sequence[DistillationBatch]) -> DistillationBatch:
     )
 
 
-def select_states(batch: DistillationBatch, states: int, seed: int) -> DistillationBatch:
-    """Select that many of the usable states at random; none if none is usable.
+def select_states(batch: DistillationBatch, states: int | None, seed: int) -> DistillationBatch:
+    """Select that many of the usable states at random, or leave all (None); none if none is usable.
 
     ValueError if there are fewer usable states than that.
     """
+    if states is None:
+        return batch
     usable = batch.usable
     selected = np.zeros(len(batch.mask), np.bool_)
     if len(usable):
@@ -351,6 +383,13 @@ def score_states(
             log_probs = at_temperature(logits, settings.temperature)
             scores.append(log_probs.cpu().numpy())
     return np.concatenate(scores)
+
+
+def with_anchor(
+    batch: DistillationBatch, anchor: Policy, settings: OptimizeParams
+) -> DistillationBatch:
+    """Add the log-probabilities of the run's first student, which `anchor` keeps this one near."""
+    return replace(batch, initial=score_states(anchor, batch, settings))
 
 
 class DistillationLoss:
@@ -480,3 +519,11 @@ def measure_student(
     with torch.inference_mode():
         tokens, mask = token_batch(policy, batch, rows, settings, seed=0)
         return measure_divergence(tokens, mask, policy.chunk)
+
+
+def compare(before: Divergence, after: Divergence) -> Row:
+    """Return the numbers of both measurements, flat: `before/reverse_kl`, `after/reverse_kl`."""
+    metrics: dict[str, float] = {}
+    for when, measured in {"before": before, "after": after}.items():
+        metrics |= {f"{when}/{name}": value for name, value in measured.numbers.items()}
+    return metrics
