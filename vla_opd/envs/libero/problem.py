@@ -56,12 +56,13 @@ class Simulation(MjSim):
     """robosuite's simulation, with a reset that also restores the model.
 
     robosuite and LIBERO move fixtures by editing the model.
+    current: the stage up to which the state has been propagated; a forward pass leaves that out.
     """
 
     def __init__(self, model: mujoco.MjModel) -> None:
         super().__init__(model)
         self._pristine = {name: array.copy() for name, array in _editable_arrays(model)}
-        self.is_current = False
+        self.current = mujoco.mjtStage.mjSTAGE_NONE
 
     def reset(self) -> None:
         """Do a hard reset without compiling the model again.
@@ -76,9 +77,9 @@ class Simulation(MjSim):
         self.forward()  # the stock render context makes one more when it is created
 
     def forward(self) -> None:
-        """Make a forward pass, unless positions and velocities are propagated (`is_current`)."""
-        if not self.is_current:
-            super().forward()
+        """Make what is left of a forward pass."""
+        if self.current != mujoco.mjtStage.mjSTAGE_ACC:
+            mujoco.mj_forwardSkip(self.model._model, self.data._data, self.current, False)
 
 
 class Problem:
@@ -179,23 +180,42 @@ class Problem:
         return bool(self._check_success())
 
     def _substep_stock(self, action: Float64[np.ndarray, "7"], is_first: bool) -> None:
+        """Leave the bits of the stock environment's three forward passes.
+
+        The second and third have the state of the first, so that they repeat accelerations only:
+        each starts the constraint solver from the result of the one before.
+        """
+        model = self.sim.model._model
+        data = self.sim.data._data
+        mujoco.mj_checkPos(model, data)
+        mujoco.mj_checkVel(model, data)
         self.sim.forward()
-        self._pre_action(action, is_first)
-        self.sim.step()
+        self._control(action, mujoco.mjtStage.mjSTAGE_VEL, is_first=is_first)
+        mujoco.mj_step2(model, data)
 
     def _substep_once(self, action: Float64[np.ndarray, "7"], is_first: bool) -> None:
         model = self.sim.model._model
         data = self.sim.data._data
         mujoco.mj_step1(model, data)
+        self._control(action, mujoco.mjtStage.mjSTAGE_ACC, is_first=is_first)
+        mujoco.mj_step2(model, data)
+
+    def _control(
+        self, action: Float64[np.ndarray, "7"], current: mujoco.mjtStage, *, is_first: bool
+    ) -> None:
+        """Write this substep's torques and finger targets.
+
+        current: the stage up to which the state has been propagated.
+        """
+        self.sim.current = current
         if is_first:
             # robosuite's own control sets the goal. After a fixed initial state it still uses the
             # kinematics from before that state.
-            self.sim.is_current = True
             self._pre_action(action, True)
-            self.sim.is_current = False
         else:
+            self.sim.forward()
             self._arm.actuate(action)
-        mujoco.mj_step2(model, data)
+        self.sim.current = mujoco.mjtStage.mjSTAGE_NONE
 
 
 def build_problem(bddl: Path, compile_model: Callable[[str], mujoco.MjModel]) -> Any:
