@@ -457,3 +457,14 @@ def test_labels_need_graphics_only_if_they_are_simulated(
     assert call(["label", "--iteration", "it001"], *settings) == 0
     assert bool(uses) is simulates
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("stage", ["finetune", "sample", "label", "optimize", "evaluate"])
+def test_a_stage_imports_nothing_slow_that_it_may_not_need(stage: str) -> None:
+    """Every start would pay: transformers takes 3 s of processor time, wandb half a second."""
+    slow = "'transformers', 'torch._dynamo', 'torch.distributed.tensor', 'scipy', 'wandb', 'peft'"
+    program = f"import sys, stages.{stage}; print(*{{{slow}}} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == []

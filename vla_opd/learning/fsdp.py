@@ -14,19 +14,21 @@ from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, distributed, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vla_opd.artifacts.draft import BusyError, Draft, draft
 from vla_opd.artifacts.manifest import Kind, Manifest, read_manifest
 from vla_opd.machine.host import require_equal_shares
 from vla_opd.machine.parent_death import STARTED_BY
 from vla_opd.seeds import derive
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 # How long the others wait while the first process writes and hashes. If one dies, all end at once.
 PATIENCE = timedelta(hours=12)
@@ -202,7 +204,7 @@ def require_agreement(number: int, name: str) -> None:
 
 def gather(tensor: Tensor) -> Tensor:
     """Return all of a sharded tensor, in every process. All processes have to call it."""
-    if not isinstance(tensor, DTensor):
+    if not _is_sharded(tensor):
         return tensor
     return tensor.full_tensor()
 
@@ -212,7 +214,7 @@ def gather_on_first(tensor: Tensor) -> Tensor:
 
     All processes have to call it.
     """
-    if not isinstance(tensor, DTensor):
+    if not _is_sharded(tensor):
         return tensor
     full = gather(tensor)
     return full.to("cpu" if rank() == 0 else "meta")
@@ -220,14 +222,24 @@ def gather_on_first(tensor: Tensor) -> Tensor:
 
 def shard_as(tensor: Float[Tensor, "..."], reference: Tensor) -> Tensor:
     """Return this process's part of a full tensor, sharded as another one of its shape."""
-    if not isinstance(reference, DTensor) or not tensor.ndim:  # AdamW's step count is everyone's
+    if not _is_sharded(reference) or not tensor.ndim:  # AdamW's step count is everyone's
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(
         tensor.to(reference.device),
         reference.device_mesh,
         reference.placements,
         src_data_rank=None,
     )
+
+
+def _is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
+    if count() == 1:
+        return False
+    from torch.distributed.tensor import DTensor  # half a second
+
+    return isinstance(tensor, DTensor)
 
 
 class _Follower(Draft):

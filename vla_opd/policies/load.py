@@ -3,14 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from transformers.initialization import no_init_weights
-
 from vla_opd.artifacts.draft import draft
 from vla_opd.artifacts.manifest import Manifest
 from vla_opd.plugins import named_function
 from vla_opd.policies import lora, tiny
 from vla_opd.policies.checkpoint import Checkpoint, CheckpointFacts, open_checkpoint, write_policy
-from vla_opd.policies.openvla_oft import model as openvla_oft
 from vla_opd.policies.policy import Observations, Policy
 
 __all__ = [
@@ -23,9 +20,16 @@ __all__ = [
     "save_pretrained",
 ]
 
+
+def _openvla_oft(facts: CheckpointFacts) -> Policy:
+    from vla_opd.policies.openvla_oft.model import of_facts  # brings transformers: 3 s
+
+    return of_facts(facts)
+
+
 POLICIES: dict[str, Callable[[CheckpointFacts], Policy]] = {
     "tiny": tiny.TinyVLA,
-    "openvla_oft": openvla_oft.of_facts,
+    "openvla_oft": _openvla_oft,
 }
 
 
@@ -54,8 +58,7 @@ def load_policy(checkpoint: Checkpoint, device: str = "cpu", *, graphs: bool = F
     It has its weights, in the precision that they are stored in, its adapter and its tokenizer.
     graphs: run forward passes without gradients as CUDA graphs. ValueError if it has none.
     """
-    with no_init_weights():  # memory that nothing is written to costs nothing
-        policy = build_policy(checkpoint.facts)
+    policy = _build_uninitialized(checkpoint.facts)
     # Clones are aligned in memory as torch's own tensors are.
     weights = {name: tensor.clone() for name, tensor in checkpoint.weights().items()}
     policy.load_state_dict(weights, assign=True)
@@ -66,6 +69,16 @@ def load_policy(checkpoint: Checkpoint, device: str = "cpu", *, graphs: bool = F
     if graphs:
         policy.capture()
     return policy.to(device).eval()
+
+
+def _build_uninitialized(facts: CheckpointFacts) -> Policy:
+    """Return a policy whose weights may have any values: memory never written to costs nothing."""
+    if facts.policy.family == "tiny":  # initializing it takes less time than this import
+        return build_policy(facts)
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        return build_policy(facts)
 
 
 def from_pretrained(folder: Path, device: str = "cpu") -> Policy:

@@ -16,7 +16,6 @@ import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
-from transformers import PreTrainedModel
 
 from vla_opd.params.training import Lora
 
@@ -25,6 +24,7 @@ CONFIG = "adapter_config.json"
 NAME = "default"  # peft's, of a model's first adapter
 PREFIX = "base_model.model."  # of the names in peft's files
 HEAD = "head"
+RECOMPUTE = "activation_checkpointing_enable"  # a method of transformers' models, and of `Llama`
 
 
 class Config(BaseModel):
@@ -179,9 +179,9 @@ def recomputing(policy: nn.Module, *, enabled: bool) -> Generator[None]:
 
     The gradient is the same. Without `enabled` nothing changes.
     """
-    models: list[PreTrainedModel] = []
+    models: list[Any] = []
     if enabled:
-        models = [module for module in policy.modules() if isinstance(module, PreTrainedModel)]
+        models = [module for module in policy.modules() if hasattr(module, RECOMPUTE)]
     for model in models:
         model.activation_checkpointing_enable()
         model.train()

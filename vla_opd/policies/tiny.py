@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int, Int16
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaModel
 
 from vla_opd.params.stages import PolicyParams
 from vla_opd.policies.checkpoint import CheckpointFacts
+from vla_opd.policies.llama import Llama
 from vla_opd.policies.policy import Observations, Policy
 
 VOCABULARY_SIZE = 256  # rows of the word embedding; later fine-tunings fill the free ones
@@ -73,7 +73,7 @@ class TinyVLA(Policy):
             self.proprio = nn.Linear(len(facts.proprio_mean), PROPRIO_TOKENS * width)
         self.proprio_mean = nn.Buffer(torch.tensor(facts.proprio_mean), persistent=False)
         self.proprio_std = nn.Buffer(torch.tensor(facts.proprio_std), persistent=False)
-        self.language_model = _build_language_model(shape)
+        self.language_model = Llama(width, shape.layers, shape.heads)
         self.head = nn.Linear(width, self.space.bins)
 
     def logits(self, observations: Observations) -> Float[Tensor, "B K V"]:
@@ -90,11 +90,8 @@ class TinyVLA(Policy):
             parts.append(tokens.unflatten(1, (PROPRIO_TOKENS, -1)))
         parts.append(self.placeholder.expand(len(observations), -1, -1))
         sequence = torch.cat(parts, dim=1)
-        rows, length, _ = sequence.shape
-        # An additive mask: every position attends to every other.
-        mask = sequence.new_zeros(rows, 1, length, length)
-        outputs = self.language_model(inputs_embeds=sequence, attention_mask=mask)
-        return self.head(outputs.last_hidden_state[:, -self.space.tokens :])
+        hidden = self.language_model(sequence)
+        return self.head(hidden[:, -self.space.tokens :])
 
     def decode(self, tokens: Int[np.ndarray, "B K"]) -> Float32[np.ndarray, "B S A"]:
         """Return the actions of bins, in the environment's units."""
@@ -130,23 +127,6 @@ class TinyVLA(Policy):
         ids = [self.word_ids.get(word, UNKNOWN) for word in prompt]
         padding = [PAD] * self.instruction_length
         return (ids + padding)[: self.instruction_length]
-
-
-def _build_language_model(shape: PolicyParams) -> LlamaModel:
-    return LlamaModel(
-        LlamaConfig(
-            vocab_size=1,  # words have an embedding of their own; the Llama is given embeddings
-            hidden_size=shape.width,
-            intermediate_size=3 * shape.width,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            max_position_embeddings=1024,
-            use_cache=False,
-            bos_token_id=None,
-            eos_token_id=None,
-            attn_implementation="sdpa",  # pyright: ignore[reportCallIssue] - of the base class
-        )
-    )
 
 
 class VisionTower(nn.Module):
