@@ -27,6 +27,7 @@ from vla_opd.machine.host import (
     LAUNCH,
     METRICS,
     Host,
+    let_waiting_threads_sleep,
     parse_flag,
     parse_processes,
     require_equal_bits,
@@ -64,6 +65,7 @@ def _obey(options: argparse.Namespace, words: Sequence[str]) -> int:
     """Run the stage, or start the processes that run it together. Returns the exit code."""
     checkout.require_own_code()
     require_equal_bits()
+    let_waiting_threads_sleep()
     params = load("params.yaml", options.set)
     if "DVC_STAGE" in os.environ:
         checkout.require_no_links(Layout.of_run(params.run.name).root)

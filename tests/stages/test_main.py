@@ -1,6 +1,7 @@
 """`python -m stages`: its arguments, and mistakes: one message on stderr and exit code 2."""
 
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from pydantic import BaseModel
 
 import stages.__main__ as command
+from stages.catalog import STAGES
 from tests.vla_opd import small as tiny
 from tests.vla_opd.params.minimal import MINIMAL
 from tests.vla_opd.policies.test_checkpoint import publish
@@ -459,12 +461,27 @@ def test_labels_need_graphics_only_if_they_are_simulated(
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("stage", ["finetune", "sample", "label", "optimize", "evaluate"])
-def test_a_stage_imports_nothing_slow_that_it_may_not_need(stage: str) -> None:
+def test_stages_import_nothing_slow_that_they_may_not_need() -> None:
     """Every start would pay: transformers takes 3 s of processor time, wandb half a second."""
+    modules = ", ".join(f"stages.{verb}" for verb in STAGES if verb != "adopt")
     slow = "'transformers', 'torch._dynamo', 'torch.distributed.tensor', 'scipy', 'wandb', 'peft'"
-    program = f"import sys, stages.{stage}; print(*{{{slow}}} & set(sys.modules))"
+    program = f"import sys, {modules}; print(*{{{slow}}} & set(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == []
+
+
+def test_threads_that_wait_sleep(
+    calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenMP reads the variable as torch is imported, which the command itself therefore isn't."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert call(["report"]) == 0
+    assert calls
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    program = "import sys, stages.__main__; print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["False"]

@@ -19,6 +19,7 @@ from vla_opd.data.trajectory import concatenate as concatenate_states
 from vla_opd.learning import fsdp
 from vla_opd.learning.bin_transfer import between, require_comparable
 from vla_opd.learning.decisions import Decisions, read_decisions
+from vla_opd.learning.kl import kl
 from vla_opd.learning.measure import measure_divergence
 from vla_opd.learning.objectives import (
     OBJECTIVES,
@@ -31,7 +32,6 @@ from vla_opd.learning.objectives import (
     entropy,
     is_clamped,
     is_clipped,
-    kl,
     masked_mean,
     masked_means,
     recorded_log_probs,

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from vla_opd.learning.kl import kl
 from vla_opd.params.objective import (
     ClipParams,
     JsdParams,
@@ -362,11 +363,3 @@ def entropy(log_probs: Float[Tensor, "*B V"]) -> Float[Tensor, "*B"]:
     probabilities = log_probs.exp()
     terms = probabilities * log_probs
     return -terms.sum(-1)
-
-
-def kl(log_p: Float[Tensor, "*B V"], log_q: Float[Tensor, "*B V"]) -> Float[Tensor, "*B"]:
-    """KL(p || q) = sum_v p(v) (log p(v) - log q(v)), in nats."""
-    probabilities = log_p.exp()
-    log_ratio = log_p - log_q
-    terms = probabilities * log_ratio
-    return terms.sum(-1)

@@ -34,15 +34,23 @@ class Llama(nn.Module):
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=INITIAL_STD)
 
-    def forward(self, sequence: Float[Tensor, "B L W"]) -> Float[Tensor, "B L W"]:
-        """Return the hidden states of a sequence of embeddings."""
+    def forward(self, sequence: Float[Tensor, "B L W"], last: int) -> Float[Tensor, "B K W"]:
+        """Return the hidden states of the K = `last` last of L embeddings.
+
+        Only the last block can leave the others out: they are what the K read.
+        """
         rotation = self._rotation(sequence)
-        for block in self.layers:
-            if self._recomputes:
-                sequence = checkpoint(block, sequence, rotation, use_reentrant=False)
-            else:
-                sequence = block(sequence, rotation)
-        return self.norm(sequence)
+        *inner, final = self.layers
+        for block in inner:
+            sequence = self._compute(block, sequence, rotation, sequence.shape[1])
+        return self.norm(self._compute(final, sequence, rotation, last))
+
+    def _compute(
+        self, block: nn.Module, sequence: Float[Tensor, "B L W"], rotation: Rotation, last: int
+    ) -> Float[Tensor, "B K W"]:
+        if self._recomputes:
+            return checkpoint(block, sequence, rotation, last, use_reentrant=False)
+        return block(sequence, rotation, last)
 
     def activation_checkpointing_enable(self) -> None:
         """Keep only the inputs of blocks, and compute the rest again in the backward pass."""
@@ -63,7 +71,7 @@ class Llama(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), of the last K of L positions."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -72,14 +80,17 @@ class Block(nn.Module):
         self.input_layernorm = Norm(width)
         self.post_attention_layernorm = Norm(width)
 
-    def forward(self, x: Float[Tensor, "B L W"], rotation: Rotation) -> Float[Tensor, "B L W"]:
+    def forward(
+        self, x: Float[Tensor, "B L W"], rotation: Rotation, last: int
+    ) -> Float[Tensor, "B K W"]:
         """Return the block's output."""
-        x = x + self.self_attn(self.input_layernorm(x), rotation)
+        read = self.self_attn(self.input_layernorm(x), rotation, last)
+        x = x[:, -last:] + read
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Attention(nn.Module):
-    """Multi-head attention with rotary positions."""
+    """Multi-head attention with rotary positions: the last K of L positions read from all."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -89,9 +100,13 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, width, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Float[Tensor, "B L W"], rotation: Rotation) -> Float[Tensor, "B L W"]:
-        """Return what every position reads from all of them."""
-        queries = _rotate(self._split(self.q_proj(x)), rotation)
+    def forward(
+        self, x: Float[Tensor, "B L W"], rotation: Rotation, last: int
+    ) -> Float[Tensor, "B K W"]:
+        """Return what they read."""
+        cos, sin = rotation
+        queries = self._split(self.q_proj(x[:, -last:]))
+        queries = _rotate(queries, (cos[-last:], sin[-last:]))
         keys = _rotate(self._split(self.k_proj(x)), rotation)
         values = self._split(self.v_proj(x))
         read = scaled_dot_product_attention(queries, keys, values)
