@@ -295,7 +295,8 @@ def agreement_of_halves(direction: Direction) -> tuple[float, float, float]:
         lengths = first_squared * second_squared
         if lengths > 0:  # zero if a half has no group to learn from
             product = first @ gram @ second
-            cosines.append(product / lengths**0.5)
+            cosine = product / lengths**0.5
+            cosines.append(float(cosine))
     low, high = np.quantile(cosines, [0.05, 0.95])
     return fmean(cosines), float(low), float(high)
 
@@ -341,7 +342,7 @@ def measure(batch: RecordedBatch, policy: Policy, groups: Sequence[int]) -> dict
     """Return `MEASURED` over the states of some groups, in nats per token."""
     settings, data = batch.select_objective("reverse_kl")
     rows = np.concatenate([batch.groups[group] for group in groups])
-    sums = dict.fromkeys(MEASURED, 0.0)
+    sums: dict[str, float] = dict.fromkeys(MEASURED, 0.0)
     count = 0
     with torch.inference_mode():
         for part in split_batches(rows, CHUNK):

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from vla_opd.analysis.evaluation import read_records
+from vla_opd.data.records import read_records
 from vla_opd.data.trajectory import Episode
 from vla_opd.envs import make_env
 from vla_opd.envs.graphics import use_backend
