@@ -105,7 +105,9 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "B K W"]:
         """Return what they read."""
         cos, sin = rotation
-        queries = self._split(self.q_proj(x[:, -last:]))
+        # A copy: of a view, torch's kernel depends on whether the weights are being trained.
+        readers = x[:, -last:].contiguous()
+        queries = self._split(self.q_proj(readers))
         queries = _rotate(queries, (cos[-last:], sin[-last:]))
         keys = _rotate(self._split(self.k_proj(x)), rotation)
         values = self._split(self.v_proj(x))

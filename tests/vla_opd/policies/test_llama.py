@@ -71,3 +71,13 @@ def test_recomputed_blocks_have_the_same_gradient() -> None:
             torch.testing.assert_close(weight.grad, gradients[name])
     assert len(passes) == 2
     assert gradients["embed_tokens.weight"] is None
+
+
+def test_frozen_weights_have_the_same_bits() -> None:
+    """A checkpoint is read with and without an adapter; torch picks kernels by `requires_grad`."""
+    ours, _ = make_both()
+    sequence = torch.randn(3, 11, WIDTH)
+    with torch.inference_mode():
+        trainable = ours(sequence, last=4)
+        frozen = ours.requires_grad_(False)(sequence, last=4)
+    assert torch.equal(frozen, trainable)
