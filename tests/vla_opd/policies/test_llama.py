@@ -78,6 +78,6 @@ def test_frozen_weights_have_the_same_bits() -> None:
     ours, _ = make_both()
     sequence = torch.randn(3, 11, WIDTH)
     with torch.inference_mode():
-        trainable = ours(sequence, last=4)
-        frozen = ours.requires_grad_(False)(sequence, last=4)
+        trainable = ours(sequence, last=1)
+        frozen = ours.requires_grad_(False)(sequence, last=1)
     assert torch.equal(frozen, trainable)
