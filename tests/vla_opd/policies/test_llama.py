@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaModel
 
 from vla_opd.policies.llama import Llama
@@ -77,6 +78,8 @@ def test_frozen_weights_have_the_same_bits() -> None:
     """A checkpoint is read with and without an adapter; torch picks kernels by `requires_grad`."""
     ours, _ = make_both()
     sequence = torch.randn(3, 11, WIDTH)
+    for weight in ours.parameters():
+        nn.init.normal_(weight)
     with torch.inference_mode():
         trainable = ours(sequence, last=1)
         frozen = ours.requires_grad_(False)(sequence, last=1)
