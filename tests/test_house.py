@@ -116,7 +116,6 @@ def test_run_takes_what_the_row_gives(name: str) -> None:
     """`run` has keyword parameters only: the run's name, seed, sections, inputs, output, host."""
     run = inspect.signature(importlib.import_module(f"stages.{BEHIND[name]}").run)
     assert {one.kind for one in run.parameters.values()} == {inspect.Parameter.KEYWORD_ONLY}
-    assert name in ITEMS, f"add {name!r} to ITEMS: an item of params.yaml that the stage makes"
     given = arguments(BEHIND[name], EVERYTHING, ITEMS[name])
     assert set(run.parameters) == {*given, "host"}
 
@@ -142,18 +141,11 @@ EVERYTHING = load(
     ROOT / "params.yaml", ["adopt.public={folder: /public}", "reinforcements.rl001=it001"]
 )
 ITEMS = {
-    "demonstrate": "main",
-    "pretrain": "base",
-    "finetune": "student",
-    "adopt": "public",
-    "sample": "it002",
-    "label": "it002",
-    "optimize": "it002",
-    "explore": "rl001",
-    "reinforce": "rl001",
-    "evaluate": "final",
-    "report": "",
+    name: "" if section is None else list(getattr(EVERYTHING, section))[-1]
+    for stage in STAGES.values()
+    for name, section in stage.items.items()
 }
+"""An item of params.yaml that each of DVC's stages makes."""
 
 
 def _filled(entry: str, name: str) -> str:
