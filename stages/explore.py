@@ -13,9 +13,9 @@ from vla_opd.machine.tracking import track
 from vla_opd.params.stages import EnvironmentParams, ExploreParams
 from vla_opd.policies.checkpoint import open_checkpoint, require_environment
 from vla_opd.policies.load import load_policy
-from vla_opd.simulation.collect import summarize_episodes, write_groups
+from vla_opd.simulation.collect import Collector, summarize_episodes
 from vla_opd.simulation.placements import plan_round
-from vla_opd.simulation.rollout import RolloutSettings, SimulationStats
+from vla_opd.simulation.rollout import RolloutSettings
 
 
 def run(
@@ -43,7 +43,6 @@ def run(
         "environment": environment.model_dump(),
         **host.compute_params,
     }
-    stats = SimulationStats()
     parents = {"student": checkpoint.digest}
     with (
         draft(out, "trajectories", parents, recorded, host.share) as work,
@@ -53,14 +52,15 @@ def run(
         rollout = RolloutSettings(
             settings.horizon, settings.temperature, policy.chunk, settings.inference_batch
         )
+        collector = Collector(policy, environment, rollout, work, host)
         groups: list[tuple[Episode, ...]] = []
         useful = 0
         for number in range(settings.rounds):
             jobs = plan_round(settings, environment.tasks, seed, iteration, number)
             label = f"explore, round {number + 1}"
-            write_groups(jobs, policy, environment, rollout, work, host, stats, label)
+            collector.write(jobs, label)
             if not host.share.whole:
-                log(stats.as_metrics(), 0)
+                log(collector.stats.as_metrics(), 0)
                 return None
             # Not every shard of the draft: a killed attempt may have left some of later rounds.
             groups += [read_shard(work.folder / shard) for shard in jobs]
@@ -72,7 +72,7 @@ def run(
             "groups": len(groups),
             "useful_groups": useful,
         }
-        log({**facts, **stats.as_metrics()}, 0)
+        log({**facts, **collector.stats.as_metrics()}, 0)
         space = checkpoint.facts.action_space.digest
         return work.publish({**facts, "protocol": "held-out", "action_space": space})
 

@@ -72,7 +72,7 @@ def run(
         adapter = None if origin is None else settings.lora
         lora.prepare(model, adapter, first, "finetune")
         budget = imitation.plan_budget(settings, recipe)
-        session = Session(f"finetune {name}", work.scratch, log, host.non_finite_folder(run))
+        session = Session(f"finetune {name}", work.scratch, log, host.dump_folder(run))
         with (
             fsdp.sharded(model) as shared,
             lora.recomputing(shared, enabled=settings.gradient_checkpointing),

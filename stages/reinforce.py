@@ -54,9 +54,9 @@ def run(
         before = measure_entropy(policy, batch, settings.batch_size)
         seed = derive(seed, "reinforce", iteration)
         budget = plan_budget(settings, depth, len(batch.usable))
-        session = Session(f"reinforce {iteration}", work.scratch, log, host.non_finite_folder(run))
+        session = Session(f"reinforce {iteration}", work.scratch, log, host.dump_folder(run), seed)
         loss = GrpoLoss(batch, settings, seed)
-        update_student(policy, loss, budget, settings, checkpoint, work, session, seed)
+        update_student(policy, loss, budget, settings, checkpoint, work, session)
         after = measure_entropy(policy, batch, settings.batch_size)
         metrics = {f"before/{name}": value for name, value in before.items()}
         metrics |= {f"after/{name}": value for name, value in after.items()}

@@ -13,9 +13,9 @@ from vla_opd.machine.tracking import track
 from vla_opd.params.stages import EnvironmentParams, SampleParams
 from vla_opd.policies.checkpoint import open_checkpoint, require_environment
 from vla_opd.policies.load import load_policy
-from vla_opd.simulation.collect import summarize_episodes, write_groups
+from vla_opd.simulation.collect import Collector, summarize_episodes
 from vla_opd.simulation.placements import plan_groups
-from vla_opd.simulation.rollout import RolloutSettings, SimulationStats
+from vla_opd.simulation.rollout import RolloutSettings
 
 
 def run(
@@ -51,7 +51,6 @@ def run(
         **host.compute_params,
     }
     groups = plan_groups(settings, environment.tasks, seed, iteration)
-    stats = SimulationStats()
     with (
         draft(out, "trajectories", parents, recorded, host.share) as work,
         track(host, run, "sample", iteration, recorded) as log,
@@ -60,12 +59,13 @@ def run(
         rollout = RolloutSettings(
             settings.horizon, settings.temperature, settings.observe_every, settings.inference_batch
         )
-        write_groups(groups, policy, environment, rollout, work, host, stats, "sample")
+        collector = Collector(policy, environment, rollout, work, host)
+        collector.write(groups, "sample")
         if not host.share.whole:
-            log(stats.as_metrics(), 0)
+            log(collector.stats.as_metrics(), 0)
             return None
         episodes = [episode for shard in shards(work.folder) for episode in read_shard(shard)]
         facts = summarize_episodes(episodes)
-        log({**facts, **stats.as_metrics()}, 0)
+        log({**facts, **collector.stats.as_metrics()}, 0)
         space = checkpoint.facts.action_space.digest
         return work.publish({**facts, "protocol": settings.protocol, "action_space": space})

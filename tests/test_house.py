@@ -271,6 +271,18 @@ def test_a_line_says_one_thing(package: str) -> None:
     assert measured.vague_names <= LIMIT.vague_names
 
 
+def test_a_function_has_at_most_seven_parameters() -> None:
+    """A stage's `run` and a command have as many as their sections, inputs and options."""
+    crowded: list[str] = []
+    for path in (ROOT / "vla_opd").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                names = [argument.arg for argument in [*node.args.args, *node.args.kwonlyargs]]
+                if len({*names} - {"self", "cls"}) > 7:
+                    crowded.append(f"{path}:{node.lineno} {node.name}")
+    assert crowded == []
+
+
 @pytest.mark.parametrize("verb", sorted(STAGES))
 def test_a_stage_is_a_recipe(verb: str) -> None:
     lines = (ROOT / "stages" / f"{verb}.py").read_text().splitlines()

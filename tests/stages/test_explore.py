@@ -15,7 +15,7 @@ from vla_opd.data.trajectory import Episode, read_shard, shards, write_shard
 from vla_opd.machine.host import Host
 from vla_opd.params.load import load
 from vla_opd.params.run import Params
-from vla_opd.simulation.collect import summarize_episodes
+from vla_opd.simulation.collect import Collector, summarize_episodes
 
 
 @pytest.fixture
@@ -53,17 +53,16 @@ def test_a_killed_attempts_shards_of_a_later_round_do_not_end_this_one(
     """
     written: list[int] = []
 
-    def write_groups(groups: Mapping[str, Any], *arguments: Any) -> None:
-        work = arguments[3]
+    def write(collector: Collector, groups: Mapping[str, Any], _description: str) -> None:
         names = list(groups)
         if not written:
             names.append("shard-000-00002.zarr.zip")
         written.append(len(groups))
         for number, name in enumerate(names):
-            with work.part(name) as path:
+            with collector.work.part(name) as path:
                 write_shard(path, make_group(number, useful=number > 0), CHUNK)
 
-    monkeypatch.setattr(stages.explore, "write_groups", write_groups)
+    monkeypatch.setattr(Collector, "write", write)
     manifest = stages.explore.run(
         run="small",
         seed=3,

@@ -92,18 +92,20 @@ class Budget:
 
 @dataclass(frozen=True)
 class Session:
-    """Names, saves and logs one training.
+    """Names, seeds, saves and logs one training.
 
     label:   for messages and the progress bar, e.g. `optimize it003`.
     scratch: folder of resumable saves.
     log:     receives every row of metrics, with the number of its step on the schedule.
     dumps:   folder for the batch and weights of a step that is not finite; None keeps nothing.
+    seed:    of an adapter's first weights.
     """
 
     label: str
     scratch: Path
     log: Log = lambda _row, _step: None
     dumps: Path | None = None
+    seed: int = 0
 
 
 def train(

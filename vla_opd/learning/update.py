@@ -112,7 +112,6 @@ def update_student(
     student: Checkpoint,
     work: Draft,
     session: Session,
-    seed: int,
 ) -> None:
     """Train, and write policy, moments and metrics into the draft.
 
@@ -128,7 +127,7 @@ def update_student(
         )
     trained_before = lora.attached(policy)
     stage, _, _ = session.label.partition(" ")
-    lora.prepare(policy, settings.lora, seed, stage)
+    lora.prepare(policy, settings.lora, session.seed, stage)
     moments = None
     saved = student.folder / MOMENTS
     continues = budget.first > 0 and lora.attached(policy) == trained_before

@@ -49,7 +49,7 @@ class Host:
             return {"device": self.device, "graphs": True}
         return {"device": self.device}
 
-    def non_finite_folder(self, run: str) -> Path:
+    def dump_folder(self, run: str) -> Path:
         """Return the folder that keeps a run's optimiser steps with non-finite numbers."""
         return self.metrics / run / "not_finite"
 

@@ -63,8 +63,8 @@ def kl_by_iteration(run: Run) -> Markup:
             tail = (number, before[number])
             head = (number, after[number])
             axes.annotate("", head, tail, arrowprops=ARROW)
-        _draw_line(axes, before, "before the update", line="none", hollow=True)
-        _draw_line(axes, after, "after the update", line="none")
+        _draw_line(axes, before, "before the update", linestyle="none", hollow=True)
+        _draw_line(axes, after, "after the update", linestyle="none")
         _name_iterations(axes, results)
         axes.set(ylabel=KL_LABEL, ylim=(0, None))
         axes.legend(loc="upper right")
@@ -192,20 +192,22 @@ def _draw_line(
     *,
     first: int = 0,
     color: str = STUDENT,
-    line: str = "-",
-    marker: str = "o",
     hollow: bool = False,
+    **options: Any,
 ) -> None:
-    """Draw values of consecutive items. first: the number of the first one."""
+    """Draw values of consecutive items.
+
+    first: the number of the first one. options: other options of a line in matplotlib.
+    """
+    style: dict[str, Any] = {"linestyle": "-", "marker": "o", **options}
     axes.plot(
         range(first, first + len(heights)),
         heights,
-        linestyle=line,
-        marker=marker,
         color=color,
         linewidth=1 if hollow else 2,
         markerfacecolor=PAPER if hollow else color,
         label=label,
+        **style,
     )
 
 

@@ -4,7 +4,8 @@ Each group, the G episodes of one prompt, is a shard, written as soon as it is c
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from operator import attrgetter
 
 from vla_opd.artifacts.draft import Draft
@@ -24,49 +25,56 @@ from vla_opd.simulation.rollout import (
 )
 
 
-def write_groups(
-    groups: Mapping[str, Sequence[Job]],
-    policy: Policy,
-    environment: EnvironmentParams,
-    settings: RolloutSettings,
-    work: Draft,
-    host: Host,
-    stats: SimulationStats,
-    description: str,
-) -> None:
-    """Write the missing shards in this process's share; `groups` are the jobs of each shard.
+@dataclass(frozen=True)
+class Collector:
+    """Rolls a policy out, and writes groups of its episodes into a draft.
 
-    description: of the progress bar.
+    stats: what the simulators did so far.
     """
-    jobs: list[Job] = []
-    shard_of: dict[tuple[Placement, int], str] = {}
-    for shard in work.missing(groups):
-        for job in groups[shard]:
-            jobs.append(job)
-            shard_of[job.placement, job.member] = shard
-    arrived: defaultdict[str, list[Episode]] = defaultdict(list)
-    planned = host.share.select(list(groups))
-    total = sum(len(groups[shard]) for shard in planned)
-    pool_settings = PoolSettings(host.workers, host.timeout_s)
-    episodes = rollout(policy, jobs, environment, settings, pool_settings, stats)
-    progress = ProgressBar(
-        episodes,
-        description,
-        scratch=work.scratch,
-        total=total,
-        initial=total - len(jobs),
-        unit="episode",
-    )
-    for episode in progress:
-        shard = shard_of[episode.placement, episode.member]
-        group = arrived[shard]
-        group.append(episode)
-        work.record_made_with(stats.environment)
-        if len(group) == len(groups[shard]):
-            del arrived[shard]
-            group.sort(key=attrgetter("member"))
-            with work.part(shard) as path:
-                write_shard(path, group, policy.chunk)
+
+    policy: Policy
+    environment: EnvironmentParams
+    settings: RolloutSettings
+    work: Draft
+    host: Host
+    stats: SimulationStats = field(default_factory=SimulationStats)
+
+    def write(self, groups: Mapping[str, Sequence[Job]], description: str) -> None:
+        """Write the missing shards in this process's share; `groups` are the jobs of each shard.
+
+        description: of the progress bar.
+        """
+        jobs: list[Job] = []
+        shard_of: dict[tuple[Placement, int], str] = {}
+        for shard in self.work.missing(groups):
+            for job in groups[shard]:
+                jobs.append(job)
+                shard_of[job.placement, job.member] = shard
+        planned = self.host.share.select(list(groups))
+        total = sum(len(groups[shard]) for shard in planned)
+        progress = ProgressBar(
+            self._roll_out(jobs),
+            description,
+            scratch=self.work.scratch,
+            total=total,
+            initial=total - len(jobs),
+            unit="episode",
+        )
+        arrived: defaultdict[str, list[Episode]] = defaultdict(list)
+        for episode in progress:
+            shard = shard_of[episode.placement, episode.member]
+            group = arrived[shard]
+            group.append(episode)
+            self.work.record_made_with(self.stats.environment)
+            if len(group) == len(groups[shard]):
+                del arrived[shard]
+                group.sort(key=attrgetter("member"))
+                with self.work.part(shard) as path:
+                    write_shard(path, group, self.policy.chunk)
+
+    def _roll_out(self, jobs: Sequence[Job]) -> Iterator[Episode]:
+        pool = PoolSettings(self.host.workers, self.host.timeout_s)
+        return rollout(self.policy, jobs, self.environment, self.settings, pool, self.stats)
 
 
 def summarize_episodes(episodes: Sequence[Episode]) -> dict[str, float]:
